@@ -1,0 +1,138 @@
+"""The one exception tree: every failure a user can cause says what, where, why, and the remedy.
+
+The pure core raises, adapters raise, and `cli` alone turns an error into text and an exit code. A class
+stands for a *kind* of failure with its own exit code, so that scripts can tell "your option is wrong" from
+"the files do not fit each other" without reading prose.
+
+    raise InputError("header is longer than the file", where=path, why="8 + 912 > 400 bytes",
+                     remedy="download the shard again")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. Validation collects these and reports them together."""
+
+    what: str
+    where: str | None = None
+    why: str | None = None
+    remedy: str | None = None
+
+    def render(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        lines = [head]
+        if self.why:
+            lines.append(f"  why: {self.why}")
+        if self.remedy:
+            lines.append(f"  remedy: {self.remedy}")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, str | None]:
+        return {"what": self.what, "where": self.where, "why": self.why, "remedy": self.remedy}
+
+
+class RedrafterError(Exception):
+    """Base of every user-facing failure; carries one or more `Problem`s and an exit code."""
+
+    exit_code = 1
+    kind = "error"
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | Path | None = None,
+        why: str | None = None,
+        remedy: str | None = None,
+        problems: Sequence[Problem] = (),
+    ) -> None:
+        self.problem = Problem(what, None if where is None else str(where), why, remedy)
+        self.problems: tuple[Problem, ...] = tuple(problems)
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        text = self.problem.render()
+        for problem in self.problems:
+            text += "\n- " + problem.render().replace("\n", "\n  ")
+        return text
+
+    def as_dict(self) -> dict[str, object]:
+        """The `error` object of a `--json` document."""
+        return {
+            "kind": self.kind,
+            "exit_code": self.exit_code,
+            **self.problem.as_dict(),
+            "problems": [p.as_dict() for p in self.problems],
+        }
+
+
+class UsageError(RedrafterError):
+    """An option, recipe key or combination of them cannot be meant."""
+
+    exit_code = 2
+    kind = "usage"
+
+
+class InputError(RedrafterError):
+    """A file the user named is missing, unreadable, truncated or not what it should be."""
+
+    exit_code = 3
+    kind = "input"
+
+
+class MismatchError(RedrafterError):
+    """Inputs are fine each, but do not fit each other or the options."""
+
+    exit_code = 4
+    kind = "mismatch"
+
+
+class OutputError(RedrafterError):
+    """The result cannot be written: exists already, disk full, no permission."""
+
+    exit_code = 5
+    kind = "output"
+
+
+class BackendError(RedrafterError):
+    """This backend or this machine cannot do what was asked."""
+
+    exit_code = 6
+    kind = "backend"
+
+
+class RequestError(RedrafterError):
+    """A generation request is not valid for the engine (too long, negative temperature, ...)."""
+
+    exit_code = 7
+    kind = "request"
+
+
+class VerificationError(RedrafterError):
+    """`verify` or a parity gate found a difference."""
+
+    exit_code = 8
+    kind = "verification"
+
+
+def raise_together(
+    error: type[RedrafterError],
+    problems: Sequence[Problem],
+    what: str,
+    *,
+    where: str | Path | None = None,
+    remedy: str | None = None,
+) -> None:
+    """Raise `error` when there are problems: a single one as itself, several as a list under `what`."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        p = problems[0]
+        raise error(p.what, where=p.where or where, why=p.why, remedy=p.remedy or remedy)
+    raise error(what, where=where, remedy=remedy, problems=problems)

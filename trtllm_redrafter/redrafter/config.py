@@ -1,0 +1,66 @@
+"""Sizes of a drafter and of what it drafts, with every derived value in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_NUM_BEAMS = 50
+"""Above this, tokens cut by the drafter's top-50 would be drafted and, in TensorRT-LLM, always accepted."""
+
+TOP_CANDIDATES = 50
+"""The drafter's logits below the 50th largest are cut before every round (Apple v1.1, TensorRT-LLM >= 0.14)."""
+
+CUT = -50000.0
+"""Value of a cut logit and of a beam that does not exist yet; finite, so that fp16 arithmetic survives it."""
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """Shape of a ReDrafter head: H hidden size, E exit_dim, V vocabulary.
+
+    The RNN runs in H; the residual blocks and the LM head in E. `input_proj` exists only when E differs
+    from 2H, the width of the concatenated [context, state].
+    """
+
+    vocab_size: int
+    hidden_size: int
+    exit_dim: int
+    num_layers: int
+    rnn: bool = True
+
+    @property
+    def has_input_proj(self) -> bool:
+        return self.exit_dim != 2 * self.hidden_size
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of every parameter, in TensorRT-LLM's names without the `drafter.` prefix."""
+        h, e, v = self.hidden_size, self.exit_dim, self.vocab_size
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.has_input_proj:
+            shapes |= {"input_proj.weight": (e, 2 * h), "input_proj.bias": (e,)}
+        for i in range(self.num_layers):
+            shapes |= {f"layers.{i}.linear.weight": (e, e), f"layers.{i}.linear.bias": (e,)}
+        shapes["lm_head.weight"] = (v, e)
+        if self.rnn:
+            shapes |= {"rnn_u.weight": (h, h), "rnn_u.bias": (h,), "rnn_w.weight": (h, h)}
+        return shapes
+
+
+@dataclass(frozen=True)
+class DraftShape:
+    """How much is drafted per step: K beams of L tokens.
+
+    L does not count the token the base model guarantees (Apple's `beam_length` is L + 1).
+    """
+
+    num_beams: int
+    draft_len: int
+
+    @property
+    def drafted_tokens(self) -> int:
+        return self.num_beams * self.draft_len
+
+    @property
+    def max_tree_tokens(self) -> int:
+        """Root (the guaranteed token) plus every drafted token, when no prefix is shared."""
+        return 1 + self.drafted_tokens
