@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trtllm_redrafter.errors import Problem, UsageError, raise_together
+
 MAX_NUM_BEAMS = 50
 """Above this, tokens cut by the drafter's top-50 would be drafted and, in TensorRT-LLM, always accepted."""
 
@@ -64,3 +66,30 @@ class DraftShape:
     def max_tree_tokens(self) -> int:
         """Root (the guaranteed token) plus every drafted token, when no prefix is shared."""
         return 1 + self.drafted_tokens
+
+    def problems(self) -> list[Problem]:
+        """Why this shape cannot be drafted, all reasons together."""
+        found = []
+        if self.num_beams < 1:
+            found.append(Problem(f"num_beams is {self.num_beams}", remedy="use at least 1"))
+        if self.num_beams > MAX_NUM_BEAMS:
+            found.append(
+                Problem(
+                    f"num_beams is {self.num_beams}, more than {MAX_NUM_BEAMS}",
+                    why=f"each round keeps the {TOP_CANDIDATES} likeliest tokens only; further beams would hold cut "
+                    "tokens, which TensorRT-LLM then accepts whatever the base model says",
+                    remedy=f"use {MAX_NUM_BEAMS} or fewer",
+                )
+            )
+        if self.draft_len < 1:
+            found.append(
+                Problem(
+                    f"draft_len is {self.draft_len}",
+                    why="it counts drafted tokens only, not the one the base model guarantees",
+                    remedy="use at least 1, or switch drafting off",
+                )
+            )
+        return found
+
+    def check(self) -> None:
+        raise_together(UsageError, self.problems(), f"cannot draft {self.num_beams} beams of {self.draft_len} tokens")
