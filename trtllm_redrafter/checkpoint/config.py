@@ -1,0 +1,239 @@
+"""`config.json` of a TensorRT-LLM checkpoint, as one frozen dataclass.
+
+Read from what TensorRT-LLM's own converters write, from ModelOpt's fallback writer (which leaves out `qwen_type`,
+`attn_bias`, `tie_word_embeddings`), and from ours; keys we do not know are kept and written back. Everything a
+reader would otherwise guess (bias? q/k norm? head size?) is an attribute here:
+
+    config = CheckpointConfig.from_dict(read_json(path / "config.json"), where=path / "config.json")
+    config.head_size, config.attn_bias, config.drafter, config.draft_shape
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.checkpoint.fields import FieldReader
+from trtllm_redrafter.errors import InputError, Problem, raise_together
+from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What an architecture name of a checkpoint stands for."""
+
+    family: str
+    qwen_type: str | None
+    redrafter: str
+    attn_bias: bool
+    """Default of `attn_bias` when the file does not say."""
+
+
+_LLAMA = Architecture("llama", None, "ReDrafterForLLaMALM", attn_bias=False)
+_QWEN2 = Architecture("qwen", "qwen2", "ReDrafterForQWenLM", attn_bias=True)
+_QWEN3 = Architecture("qwen", "qwen3", "ReDrafterForQWenLM", attn_bias=False)
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": _QWEN2,
+    "Qwen3ForCausalLM": _QWEN3,
+}
+"""Plain base architectures by the name that checkpoints carry."""
+
+REDRAFTER_ARCHITECTURES: Mapping[str, str] = {
+    "ReDrafterForLLaMALM": "LlamaForCausalLM",
+    "ReDrafterForQWenLM": "Qwen2ForCausalLM",
+}
+"""ReDrafter architectures, with the base meant when `base_model_architecture` is missing."""
+
+QWEN_TYPES: Mapping[str, str] = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Every field of the checkpoint format this package uses, resolved.
+
+    `vocab_size` is the base's own, without padding. `rotary_scaling` is Hugging Face's dict (`rope_type`,
+    `factor`, ...) or None. `quantization` is the file's section as it stands. `extra` holds all other keys.
+    """
+
+    architecture: str
+    base_architecture: str
+    dtype: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_size: int
+    vocab_size: int
+    norm_epsilon: float
+    hidden_act: str
+    max_position_embeddings: int
+    rotary_base: float
+    rotary_scaling: Mapping[str, Any] | None
+    attn_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    sliding_window: int | None
+    tp_size: int
+    pp_size: int
+    use_parallel_embedding: bool
+    embedding_sharding_dim: int
+    quantization: Mapping[str, Any]
+    drafter: DrafterConfig | None
+    draft_shape: DraftShape | None
+    greedy: bool
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def family(self) -> str:
+        """`llama` or `qwen`: which of TensorRT-LLM's two model classes reads it."""
+        return ARCHITECTURES[self.base_architecture].family
+
+    @property
+    def qwen_type(self) -> str | None:
+        return ARCHITECTURES[self.base_architecture].qwen_type
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """RMSNorm over each head of q and k, before RoPE (Qwen3)."""
+        return self.qwen_type == "qwen3"
+
+    @property
+    def dense_bias(self) -> bool:
+        """Has `attention.dense` a bias? LLaMA's `attn_bias` covers it, Qwen's does not."""
+        return self.attn_bias and self.family == "llama"
+
+    @property
+    def quant_algo(self) -> str | None:
+        return self.quantization.get("quant_algo")
+
+    @property
+    def kv_cache_quant_algo(self) -> str | None:
+        return self.quantization.get("kv_cache_quant_algo")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the LM head over all ranks: V rounded up to a multiple of tp_size."""
+        return -(-self.vocab_size // self.tp_size) * self.tp_size
+
+    @property
+    def parameters_hint(self) -> str:
+        """One line for people: `LlamaForCausalLM, 32 layers, hidden 4096, 32/8 heads of 128, vocabulary 128256`."""
+        return (
+            f"{self.base_architecture}, {self.num_hidden_layers} layers, hidden {self.hidden_size}, "
+            f"{self.num_attention_heads}/{self.num_key_value_heads} heads of {self.head_size}, "
+            f"vocabulary {self.vocab_size}"
+        )
+
+    @classmethod
+    def from_dict(
+        cls, values: Mapping[str, Any], *, where: str | Path, tensor_names: Collection[str] | None = None
+    ) -> CheckpointConfig:
+        """Parse a `config.json`; every problem is reported in one `InputError`.
+
+        `tensor_names` settles what an incomplete file leaves open (`attn_bias`, `mlp_bias`).
+        """
+        fields = FieldReader(values, where)
+        base_architecture = _base_architecture(fields)
+        raise_together(InputError, fields.problems, "the checkpoint's config.json is not usable", where=where)
+        config = _read(fields, base_architecture, tensor_names)
+        raise_together(InputError, fields.problems, "the checkpoint's config.json is not usable", where=where)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The complete `config.json`, known keys first."""
+        from trtllm_redrafter.checkpoint.config_writer import config_dict
+
+        return config_dict(self)
+
+
+def _base_architecture(fields: FieldReader) -> str:
+    """The plain architecture behind the file's `architecture`, with Qwen's generations told apart."""
+    name = fields.text("architecture")
+    if name in REDRAFTER_ARCHITECTURES:
+        name = fields.text("base_model_architecture", REDRAFTER_ARCHITECTURES[name])
+    qwen_type = str(fields.values.get("qwen_type"))
+    if name in ("QWenForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM") and qwen_type in QWEN_TYPES:
+        name = QWEN_TYPES[qwen_type]
+    if name not in ARCHITECTURES:
+        fields.problem(
+            f"the architecture {name!r} is not supported",
+            why=f"known are {', '.join([*ARCHITECTURES, *REDRAFTER_ARCHITECTURES])}",
+            remedy="use a checkpoint of a supported model"
+            + ("; convert this one again, its class was removed from TensorRT-LLM" if "ReDrafter" in name else ""),
+        )
+    return name
+
+
+def _read(fields: FieldReader, base: str, tensor_names: Collection[str] | None) -> CheckpointConfig:
+    def found(suffix: str, default: bool) -> bool:
+        return default if tensor_names is None else any(n.endswith(suffix) for n in tensor_names)
+
+    known = ARCHITECTURES[base]
+    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    mapping = fields.mapping("mapping")
+    rope = fields.values.get("rotary_scaling")
+    is_redrafter = fields.text("architecture") in REDRAFTER_ARCHITECTURES
+    vocab = fields.size("vocab_size")
+    drafter, shape = _read_drafter(fields, hidden, vocab) if is_redrafter else (None, None)
+    return CheckpointConfig(
+        architecture=fields.text("architecture"),
+        base_architecture=base,
+        dtype=fields.choice("dtype", DTYPES),
+        hidden_size=hidden,
+        intermediate_size=fields.size("intermediate_size", 4 * hidden),
+        num_hidden_layers=fields.size("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=fields.size("num_key_value_heads", heads),
+        head_size=fields.size("head_size", hidden // max(heads, 1)),
+        vocab_size=vocab,
+        norm_epsilon=fields.number("norm_epsilon", 1e-5),
+        hidden_act=fields.text("hidden_act", "silu"),
+        max_position_embeddings=fields.size("max_position_embeddings"),
+        rotary_base=fields.number("rotary_base", 10000.0),
+        rotary_scaling=None if rope is None else fields.mapping("rotary_scaling"),
+        attn_bias=fields.flag("attn_bias", found("attention.qkv.bias", known.attn_bias)),
+        mlp_bias=fields.flag("mlp_bias", found("mlp.fc.bias", False)),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+        sliding_window=fields.optional_size("sliding_window"),
+        tp_size=_rank_count(mapping, "tp_size", fields),
+        pp_size=_rank_count(mapping, "pp_size", fields),
+        use_parallel_embedding=fields.flag("use_parallel_embedding", False),
+        embedding_sharding_dim=1 if fields.values.get("embedding_sharding_dim") == 1 else 0,
+        quantization=fields.mapping("quantization"),
+        drafter=drafter,
+        draft_shape=shape,
+        greedy=fields.flag("redrafter_greedy_search", True),
+        extra={k: v for k, v in fields.values.items() if k not in fields.read},
+    )
+
+
+def _read_drafter(fields: FieldReader, hidden: int, vocab: int) -> tuple[DrafterConfig, DraftShape]:
+    drafter_hidden = fields.size("redrafter_hidden_size")
+    if drafter_hidden != hidden:
+        fields.problems.append(
+            Problem(f"redrafter_hidden_size is {drafter_hidden}, hidden_size is {hidden}", str(fields.where))
+        )
+    drafter = DrafterConfig(
+        vocab_size=vocab,
+        hidden_size=drafter_hidden,
+        exit_dim=fields.size("redrafter_exit_dim"),
+        num_layers=fields.size("redrafter_num_layers", minimum=0),
+        rnn=fields.flag("redrafter_is_rnn", None),
+    )
+    return drafter, DraftShape(fields.size("redrafter_num_beams"), fields.size("redrafter_draft_len_per_beam"))
+
+
+def _rank_count(mapping: Mapping[str, Any], key: str, fields: FieldReader) -> int:
+    value = mapping.get(key, 1)
+    if type(value) is not int or value < 1:
+        fields.problem(f"mapping.{key} is {value!r}", remedy="it must be a positive whole number")
+        return 1
+    return value

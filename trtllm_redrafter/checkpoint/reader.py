@@ -1,0 +1,194 @@
+"""Read a TensorRT-LLM checkpoint as if it had never been divided over ranks.
+
+This is how the torch backend gets its weights, and how `verify` compares a checkpoint with its origin: by the
+checkpoint's own names, with tensor-parallel shards joined and vocabulary padding cut.
+
+    checkpoint = Checkpoint.open(Path("checkpoint"))
+    checkpoint.config.num_hidden_layers                        # 32
+    checkpoint.load("transformer.layers.0.attention.qkv.weight")   # [q all; k all; v all], on the CPU
+
+With one rank, tensors are views of the mapped file: nothing is read before it is used, and writing into one would
+change what other callers see (never the file). Copy before changing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trtllm_redrafter.checkpoint.config import REDRAFTER_ARCHITECTURES, CheckpointConfig
+from trtllm_redrafter.checkpoint.layout import DRAFTER, EMBEDDING, LM_HEAD, TensorSpec, rank_slice, tensor_specs
+from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, TensorInfo
+from trtllm_redrafter.errors import BackendError, InputError
+from trtllm_redrafter.fsio import read_json
+
+FP8_SCALE = "weights_scaling_factor"
+_FLOATING = ("F16", "BF16", "F32")
+
+
+class Checkpoint:
+    """An opened checkpoint directory: checked headers, no weights in memory."""
+
+    def __init__(
+        self, path: Path, config: CheckpointConfig, ranks: list[SafetensorsFile], manifest: Manifest | None
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.ranks = ranks
+        self.manifest = manifest
+        self.specs: Mapping[str, TensorSpec] = tensor_specs(config)
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Open a directory with config.json and rank{N}.safetensors; `InputError` says what is missing."""
+        path = Path(path)
+        if not path.is_dir():
+            raise InputError("the checkpoint directory does not exist", where=path, remedy="check the path")
+        raw = read_json(path / "config.json")
+        if "architecture" not in raw:
+            raise _not_a_checkpoint(path, raw)
+        mapping = raw.get("mapping")
+        world_size = mapping.get("world_size", 1) if isinstance(mapping, dict) else 1
+        count = world_size if type(world_size) is int and world_size >= 1 else 1
+        ranks = [SafetensorsFile.open(rank_file(path, rank)) for rank in range(count)]
+        names = {name for rank in ranks for name in rank.header}
+        config = CheckpointConfig.from_dict(raw, where=path / "config.json", tensor_names=names)
+        if config.pp_size != 1 or config.tp_size != count:
+            raise InputError(
+                f"the checkpoint has {config.tp_size} tensor- and {config.pp_size} pipeline-parallel ranks of {count}",
+                where=path / "config.json",
+                why="only tensor parallelism is supported: the drafter needs embedding and LM head on every rank",
+                remedy="export the checkpoint again with pp_size 1",
+            )
+        return cls(path, config, ranks, Manifest.find(path))
+
+    def names(self) -> list[str]:
+        """Names of all whole tensors, sorted; a tied LM head that is not stored is listed all the same."""
+        names = set(self.ranks[0].header)
+        if self.config.tie_word_embeddings:
+            names.add(LM_HEAD)
+        return sorted(names)
+
+    def __contains__(self, name: str) -> bool:
+        return self._stored(name) in self.ranks[0].header
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Joined shape, as stored (4-bit weights are packed)."""
+        name = self._stored(name)
+        return self._info(name).shape if len(self.ranks) == 1 else self._spec(name).shape
+
+    def load(self, name: str) -> Tensor:
+        """The whole tensor on the CPU. Weights and biases come in the config's dtype, FP8 ones scaled back.
+
+        `BackendError` for other quantized weights: they need TensorRT-LLM's kernels.
+        """
+        name = self._stored(name)
+        info = self._info(name)
+        tensor = self.load_stored(name)
+        if not name.endswith((".weight", ".bias")):
+            return tensor
+        dtype: torch.dtype = getattr(torch, self.config.dtype)
+        if info.dtype in _FLOATING:
+            self._refuse_if(self._sibling(name, "prequant_scaling_factor") in self.ranks[0].header, name)
+            return tensor.to(dtype)
+        scale_name = self._sibling(name, FP8_SCALE)
+        scale = self.load_stored(scale_name) if scale_name in self.ranks[0].header else None
+        self._refuse_if(info.dtype != "F8_E4M3" or scale is None or scale.numel() != 1, name)
+        assert scale is not None
+        return (tensor.to(torch.float32) * scale.to(torch.float32).reshape(())).to(dtype)
+
+    def load_stored(self, name: str) -> Tensor:
+        """The whole tensor with the dtype it is stored in, ranks joined."""
+        if len(self.ranks) == 1:
+            self._info(name)
+            return self.ranks[0].load(name)
+        spec = self._spec(name)
+        info = self._info(name)
+        joined = torch.empty(spec.shape, dtype=info.torch_dtype)
+        for rank, file in enumerate(self.ranks):
+            self._copy_part(joined, spec, rank, file)
+        return joined
+
+    def has_drafter_head(self) -> bool:
+        """Is the drafter's LM head there? TensorRT-LLM's loader does not notice when it is missing."""
+        return DRAFTER + LM_HEAD in self.ranks[0].header
+
+    def _copy_part(self, joined: Tensor, spec: TensorSpec, rank: int, file: SafetensorsFile) -> None:
+        part = rank_slice(spec, self.config, rank)
+        expected = part.shape(spec.shape)
+        info = file.header.get(spec.name)
+        if info is None or info.shape != expected or info.torch_dtype != joined.dtype:
+            found = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
+            raise InputError(
+                f"tensor {spec.name!r} does not fit the other ranks",
+                where=file.path,
+                why=f"it is {found}, {list(expected)} is needed",
+                remedy="write the checkpoint again",
+            )
+        source = file.load(spec.name)
+        if not spec.shape:
+            joined.copy_(source)
+            return
+        at = 0
+        for start, stop in part.rows:
+            target = joined[start:stop] if part.cols is None else joined[start:stop, part.cols[0] : part.cols[1]]
+            target.copy_(source[at : at + stop - start])
+            at += stop - start
+
+    def _stored(self, name: str) -> str:
+        """A tied LM head may be left out of the file; TensorRT-LLM then takes the embedding, and so do we."""
+        header = self.ranks[0].header
+        if name == LM_HEAD and name not in header and self.config.tie_word_embeddings and EMBEDDING in header:
+            return EMBEDDING
+        return name
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.ranks[0].header.get(name)
+        if info is None:
+            raise InputError(
+                f"the checkpoint has no tensor {name!r}",
+                where=self.ranks[0].path,
+                remedy="convert it again; `verify` lists everything that is missing",
+            )
+        return info
+
+    def _spec(self, name: str) -> TensorSpec:
+        spec = self.specs.get(name)
+        if spec is None or not spec.checked:
+            raise BackendError(
+                f"tensor {name!r} cannot be joined over {len(self.ranks)} ranks",
+                where=self.path,
+                why=f"how quantization {self.config.quant_algo!r} divides it is not known here",
+                remedy="use a checkpoint with one rank, or the tensorrt-llm backend",
+            )
+        return spec
+
+    def _sibling(self, name: str, suffix: str) -> str:
+        return name.rsplit(".", 1)[0] + "." + suffix
+
+    def _refuse_if(self, refuse: bool, name: str) -> None:
+        if refuse:
+            raise BackendError(
+                f"the weights are quantized as {self.config.quant_algo}",
+                where=self.path,
+                why=f"{name!r} needs TensorRT-LLM's kernels; only FP8 with one scale per tensor is read as numbers",
+                remedy="build with --backend tensorrt-llm, or convert the unquantized base model",
+            )
+
+
+def rank_file(path: Path, rank: int) -> Path:
+    return path / f"rank{rank}.safetensors"
+
+
+def _not_a_checkpoint(path: Path, raw: Mapping[str, object]) -> InputError:
+    is_hf = "architectures" in raw or "model_type" in raw
+    return InputError(
+        "this is a Hugging Face model, not a checkpoint" if is_hf else "this is not a TensorRT-LLM checkpoint",
+        where=path,
+        why=f"its config.json has no `architecture` such as {next(iter(REDRAFTER_ARCHITECTURES))}",
+        remedy="run `trtllm-redrafter convert --base` on it first" if is_hf else "check the path",
+    )

@@ -1,0 +1,229 @@
+"""Files without surprises: directories that appear whole or not at all, hashes, paths that stay inside.
+
+Every artefact of this package (checkpoint, engine, drafter, report) is a directory. A half-written one looks
+like a whole one to the next tool, so writers fill a sibling directory and rename it at the end:
+
+    with atomic_directory(Path("checkpoint"), overwrite=False) as work:
+        write_json(work / "config.json", config)
+    # here, and not before, "checkpoint" exists
+
+Data is not flushed to the disk before the rename: after a power cut, `verify` tells from the manifest's hashes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.errors import InputError, OutputError
+
+CREATOR = "trtllm-redrafter"
+"""The creator's name in every manifest; what marks a directory as ours to replace."""
+
+_MAX_JSON_BYTES = 512 * 2**20
+
+
+@contextmanager
+def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new sibling directory that takes `path`'s place when the block ends without an exception.
+
+    An existing `path` needs `overwrite`, and is replaced only when it is empty or holds a manifest of ours: a
+    mistyped `--output ~` must not delete a home directory. It stays untouched until the new one is complete.
+    """
+    target = Path(os.path.realpath(path))
+    _restore_and_sweep(target)
+    check_replaceable(target, overwrite=overwrite)
+    work = target.with_name(_sibling(target, "partial"))
+    with as_output_error(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir()
+    try:
+        with as_output_error(target):
+            yield work
+            _put_in_place(work, target, overwrite=overwrite)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Raise `OutputError` when `path` exists and may not be replaced."""
+    target = Path(os.path.realpath(path))
+    if not target.exists():
+        return
+    if not overwrite:
+        raise OutputError(
+            "the output exists already", where=path, remedy="pass --overwrite to replace it, or another --output"
+        )
+    if not target.is_dir():
+        raise OutputError("the output is a file, not a directory", where=path, remedy="pass another --output")
+    if any(target.iterdir()) and not is_ours(target):
+        raise OutputError(
+            "the output directory was not written by this program",
+            where=path,
+            why="it holds files but no manifest.json of ours, and --overwrite would delete all of them",
+            remedy="pass another --output, or remove the directory yourself",
+        )
+
+
+def is_ours(directory: Path) -> bool:
+    """Does the directory carry a manifest this package wrote?"""
+    try:
+        creator = read_json(directory / "manifest.json").get("creator")
+    except InputError:
+        return False
+    return isinstance(creator, dict) and creator.get("name") == CREATOR
+
+
+@contextmanager
+def as_output_error(where: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write into an `OutputError` with a remedy."""
+    try:
+        yield
+    except OSError as e:
+        remedies = {
+            errno.ENOSPC: ("the disk is full", "free some space or choose an --output on another disk"),
+            errno.EDQUOT: ("the disk quota is used up", "free some space or choose another --output"),
+            errno.EFBIG: ("a file is larger than the file system or the limit allows", "choose another --output"),
+            errno.EROFS: ("the file system is read-only", "choose another --output"),
+            errno.EACCES: ("no permission to write here", "choose another --output or change its owner"),
+            errno.EPERM: ("no permission to write here", "choose another --output or change its owner"),
+            errno.ENOTDIR: ("a parent of the output is a file", "choose another --output"),
+        }
+        if e.errno not in remedies:
+            raise
+        what, remedy = remedies[e.errno]
+        raise OutputError(what, where=where, why=str(e), remedy=remedy) from e
+
+
+def _sibling(target: Path, kind: str) -> str:
+    """`.checkpoint.partial-host-1234-9f3a`: the owner can be told, and never clashes with another run."""
+    return f"{_sibling_prefix(target, kind)}{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _sibling_prefix(target: Path, kind: str) -> str:
+    return f".{target.name}.{kind}-{socket.gethostname().replace('-', '_')}-"
+
+
+def _put_in_place(work: Path, target: Path, *, overwrite: bool) -> None:
+    """Rename `work` to `target`; an old `target` steps aside first and comes back if that fails."""
+    if not target.exists():
+        os.rename(work, target)
+        return
+    check_replaceable(target, overwrite=overwrite)  # someone may have put it there in the meantime
+    aside = target.with_name(_sibling(target, "old"))
+    os.rename(target, aside)
+    try:
+        os.rename(work, target)
+    except BaseException:
+        os.rename(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _restore_and_sweep(target: Path) -> None:
+    """Clean up after runs on this host that were killed: put back an old output, drop unfinished ones."""
+    if not target.parent.is_dir():
+        return
+    for kind in ("old", "partial"):
+        prefix = _sibling_prefix(target, kind)
+        for left in [p for p in target.parent.iterdir() if p.name.startswith(prefix)]:
+            pid = left.name[len(prefix) :].split("-")[0]
+            if not pid.isdigit() or _is_alive(int(pid)):
+                continue
+            if kind == "old" and not target.exists():
+                os.rename(left, target)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def sha256_file(path: Path, chunk_bytes: int = 2**20) -> str:
+    """Hex SHA-256 of a file, read in chunks that stay in the CPU's cache."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(chunk_bytes))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while n := file.readinto(buffer):
+                digest.update(buffer[:n])
+    except OSError as e:
+        raise InputError("cannot read the file", where=path, why=str(e), remedy="check that it exists") from e
+    return digest.hexdigest()
+
+
+def safe_join(base: Path, relative: str) -> Path:
+    """`base / relative`, refused when it would leave `base` (absolute, `..`, or through a symbolic link).
+
+    Links of a Hugging Face hub cache are followed: there every file of `snapshots/REV` is a link into the
+    `blobs` directory beside it.
+    """
+    path = Path(relative)
+    root = Path(os.path.realpath(base))
+    inside = bool(relative) and not path.is_absolute() and ".." not in path.parts and "\0" not in relative
+    if inside:
+        real = Path(os.path.realpath(root / path))
+        roots = [root]
+        if root.parent.name == "snapshots":
+            roots.append(root.parent.parent / "blobs")
+        inside = any(real.is_relative_to(r) for r in roots)
+    if not inside:
+        raise InputError(
+            f"the file name {relative!r} leads outside the directory",
+            where=base,
+            why="only files below it are read",
+            remedy="put the file into the directory and name it relative to it",
+        )
+    return base / path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; `InputError` when it is missing, malformed or not an object."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise InputError("the JSON file is too large", where=path, remedy="check that it is the right file")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise InputError("the file is missing", where=path, remedy="check the path, or download it again") from e
+    except OSError as e:
+        raise InputError("cannot read the file", where=path, why=str(e), remedy="check the path") from e
+    except (ValueError, RecursionError) as e:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise InputError("the file is not valid JSON", where=path, why=str(e), remedy="download it again") from e
+    if not isinstance(value, dict):
+        raise InputError(
+            "the file does not hold a JSON object", where=path, why=f"it holds a {type(value).__name__}",
+            remedy="check that it is the right file",
+        )  # fmt: skip
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON for people to read: indented, with a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where that is not possible (other disk, no permission, no support)."""
+    real = os.path.realpath(source)
+    try:
+        os.link(real, target)
+    except OSError as e:
+        if e.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        shutil.copyfile(real, target)
