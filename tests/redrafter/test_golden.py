@@ -72,7 +72,7 @@ def test_tree(name: str) -> None:
 
 def unpack(rows: Tensor, lengths: Tensor, first: int) -> Tensor:
     """[rows, X] packed end to end from `first` on -> [B, T, X], zeros for filler."""
-    parts = rows[first:].split(lengths.tolist())
+    parts = torch.split(rows[first:], lengths.tolist())
     return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
 
 
