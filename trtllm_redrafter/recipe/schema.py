@@ -1,0 +1,114 @@
+"""Every setting of the pipeline, its type, its bounds and its default: the only place that has defaults.
+
+YAML recipes, `--set key=value` and the flags of the commands all fill this one schema, under the same dotted names
+(`convert.num_beams`); rooms receive the resolved values in their own option classes and never choose one
+themselves. None means "derived": from the drafter, the checkpoint or the recipe's name, and shown before it is used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+MAX_SEQ_LEN = 4096
+"""Upper bound of the derived `build.max_seq_len`: a 128k context would reserve a KV cache nobody asked for."""
+
+Directory = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
+Positive = Annotated[int, Field(ge=1)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+
+
+class Section(BaseModel):
+    """Nothing unknown, nothing converted in silence: "4" is not 4 and true is not 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ConvertSection(Section):
+    """base model + drafter → checkpoint."""
+
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        default="auto", description="auto: the base model's own"
+    )
+    tp_size: Positive = Field(default=1, description="GPUs that share each layer (tensor parallelism)")
+    num_beams: Positive | None = Field(default=None, description="beams drafted per step")
+    draft_len: Positive | None = Field(
+        default=None, description="tokens drafted per beam, the guaranteed one not counted"
+    )
+    greedy: bool = Field(
+        default=True, description="TensorRT-LLM's verification mode; the torch backend does both at any time"
+    )
+    parallel_embedding: bool = Field(default=False, description="split the embedding over the ranks")
+    workers: Positive = Field(default=1, description="ranks written at the same time")
+
+
+class BuildSection(Section):
+    """checkpoint → engine."""
+
+    tokenizer: Directory | None = Field(
+        default=None, description="directory of the tokenizer; derived: the base model's"
+    )
+    max_batch_size: Positive = Field(default=8, description="requests that run together")
+    max_input_len: Positive | None = Field(
+        default=None, description="longest prompt, in tokens; derived: max_seq_len - 1"
+    )
+    max_seq_len: Positive | None = Field(
+        default=None, description=f"longest prompt and answer together; derived: the model's, at most {MAX_SEQ_LEN}"
+    )
+
+
+class RunSection(Section):
+    """engine → text."""
+
+    prompts: tuple[Text, ...] = Field(default=(), strict=False, description="texts to continue or to answer")
+    input: Directory | None = Field(default=None, description="JSONL file with `prompt` or `messages` per line")
+    output: Directory | None = Field(default=None, description="JSONL file for the results")
+    chat: bool = Field(default=True, description="put prompts through the chat template")
+    max_tokens: Positive = Field(default=128, description="tokens to write per prompt")
+    temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(default=0.0, description="0 is greedy")
+    top_k: Annotated[int, Field(ge=0)] = Field(default=0, description="keep the k likeliest tokens; 0 is off")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0, description="keep the likeliest p of the mass; 1 is off"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(default=None, description="derived: a new one each time")
+    stop: tuple[Text, ...] = Field(default=(), strict=False, description="strings that end an answer")
+    num_beams: Positive | None = Field(default=None, description="beams drafted per step; derived: the engine's")
+    draft_len: Positive | None = Field(default=None, description="tokens drafted per beam; derived: the engine's")
+    draft: bool = Field(default=True, description="false: decode without the drafter")
+    device: Text = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
+
+
+class Recipe(Section):
+    """The whole of it. `checkpoint` and `engine` are the directories between the stages."""
+
+    base: Directory | None = Field(default=None, description="Hugging Face directory of the base model")
+    drafter: Directory | None = Field(default=None, description="directory of its ReDrafter head; none: no drafting")
+    backend: Literal["torch", "tensorrt-llm"] = Field(
+        default="torch", description="what builds and executes the engine"
+    )
+    work_dir: Directory | None = Field(
+        default=None, description="where the pipeline keeps its stages; derived: runs/<recipe>"
+    )
+    checkpoint: Directory | None = Field(
+        default=None, description="checkpoint directory; derived: <work_dir>/checkpoint"
+    )
+    engine: Directory | None = Field(default=None, description="engine directory; derived: <work_dir>/engine")
+    convert: ConvertSection = ConvertSection()
+    build: BuildSection = BuildSection()
+    run: RunSection = RunSection()
+
+
+def keys() -> dict[str, str]:
+    """Every dotted key and its description, in the schema's order."""
+    found = {}
+    for name, field in Recipe.model_fields.items():
+        if name in SECTIONS:
+            found.update({f"{name}.{k}": f.description or "" for k, f in SECTIONS[name].model_fields.items()})
+        else:
+            found[name] = field.description or ""
+    return found
+
+
+SECTIONS: dict[str, type[Section]] = {"convert": ConvertSection, "build": BuildSection, "run": RunSection}

@@ -1,0 +1,112 @@
+"""Where recipe values are written: YAML files, presets in `configs/`, `key=value` pairs, command-line flags.
+
+A file that cannot be read as a recipe ends here, with the line; what its keys mean is checked in `layers`.
+`preset: NAME` in a file lays `configs/NAME.yaml` below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trtllm_redrafter.errors import InputError, Problem, UsageError, raise_together
+from trtllm_redrafter.recipe.layers import Layer, Origin, nest
+
+PRESET_KEY = "preset"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a repeated key is an error; plain PyYAML keeps the last one and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def file_layers(path: Path) -> list[Layer]:
+    """The layers of a recipe file: its preset, if it names one, then itself."""
+    values = _read(path)
+    preset = values.pop(PRESET_KEY, None)
+    layers = [Layer(Origin("file", str(path)), values)]
+    if preset is not None:
+        layers.insert(0, preset_layer(preset, asked_by=path))
+    return layers
+
+
+def preset_layer(name: Any, *, asked_by: Path | str) -> Layer:
+    """`configs/NAME.yaml`, from the working directory or the one this package came with."""
+    if not isinstance(name, str) or not name or "/" in name or "\\" in name or name.startswith("."):
+        raise UsageError(f"preset {name!r} is not a name", where=asked_by, remedy=_preset_choice())
+    found = _presets().get(name)
+    if found is None:
+        raise UsageError(f"there is no preset {name!r}", where=asked_by, remedy=_preset_choice())
+    values = _read(found)
+    if PRESET_KEY in values:
+        raise InputError("a preset cannot build on another preset", where=found, remedy=f"remove its {PRESET_KEY!r}")
+    return Layer(Origin("preset", name), values)
+
+
+def _presets() -> dict[str, Path]:
+    package = Path(__file__).resolve().parent.parent
+    places = [package.parent / "configs", package / "configs", Path("configs")]
+    return {path.stem: path for place in places if place.is_dir() for path in sorted(place.glob("*.yaml"))}
+
+
+def _preset_choice() -> str:
+    names = ", ".join(sorted(_presets()))
+    return f"use one of: {names}" if names else "no presets are installed beside the package; copy configs/ here"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A YAML mapping with string keys, or `InputError` with the line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError("cannot read the recipe", where=path, why=str(e), remedy="check the path") from e
+    try:
+        values = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as e:
+        mark = getattr(e, "problem_mark", None)
+        where = path if mark is None else f"{path}, line {mark.line + 1}, column {mark.column + 1}"
+        why = getattr(e, "problem", None) or str(e)
+        raise InputError("the recipe is not valid YAML", where=where, why=why, remedy="correct that line") from e
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        remedy = "write `key: value` lines, as in configs/smollm2-demo.yaml"
+        raise InputError("the recipe is not a mapping of keys to values", where=path, remedy=remedy)
+    return values
+
+
+def set_layer(pairs: Sequence[str]) -> Layer:
+    """`--set convert.num_beams=4`: values are YAML, so that numbers, lists and null can be given."""
+    problems, values = [], {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            problems.append(Problem(f"{pair!r} is not key=value", "--set", remedy="write --set convert.num_beams=4"))
+            continue
+        try:
+            values[key.strip()] = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as e:
+            why = getattr(e, "problem", None) or str(e)
+            problems.append(Problem(f"the value of {key!r} is not YAML", "--set", why, "put it into quotes"))
+    raise_together(UsageError, problems, "cannot read --set")
+    return Layer(Origin("flag", "--set"), nest(values))
+
+
+def flag_layers(flags: Mapping[str, tuple[str, Any]]) -> list[Layer]:
+    """Flags as {dotted key: (flag, value)}; None means the flag was not given."""
+    return [
+        Layer(Origin("flag", flag), nest({key: value})) for key, (flag, value) in flags.items() if value is not None
+    ]
