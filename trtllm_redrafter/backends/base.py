@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -202,9 +202,17 @@ class Runner(ABC):
     def has_work(self) -> bool:
         """Is anything queued or running?"""
 
+    @property
     @abstractmethod
-    def encode_prompt(self, prompt: str, *, chat: bool) -> tuple[int, ...]:
-        """Token ids of a prompt: through the chat template as one user turn, or as plain text."""
+    def has_chat_template(self) -> bool:
+        """Can prompts be rendered as chat turns?"""
+
+    @abstractmethod
+    def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]], *, chat: bool) -> tuple[int, ...]:
+        """Token ids of a prompt: plain text, or with `chat` through the chat template.
+
+        Under `chat` a string is one user turn, a sequence is the conversation's messages (`role`, `content`).
+        """
 
     def close(self) -> None:
         """Let go of the engine's memory."""
@@ -269,4 +277,8 @@ class Backend(Protocol):
 
     def build(self, plan: BuildPlan, progress: Progress) -> Path: ...
 
-    def load(self, engine: Path, *, device: str, verify_hashes: bool) -> Runner: ...
+    def load(
+        self, engine: Path, *, device: str, verify_hashes: bool, draft_shape: DraftShape | None = None
+    ) -> Runner:
+        """`draft_shape` overrides the engine's own where the backend can (a TensorRT engine has it baked in)."""
+        ...

@@ -1,0 +1,81 @@
+"""From an engine's drafter to token trees.
+
+The LM head may be cut to the vocabulary's most frequent rows (`draft_vocab.safetensors`, written by the trainer):
+at batch 1 a 49,152-row head costs more than the rest of the drafter. This changes what is drafted, so it can
+change the acceptance length, and never the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from trtllm_redrafter.backends.torch.executor import Executor
+from trtllm_redrafter.backends.torch.native.drafter import NativeDrafter
+from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
+from trtllm_redrafter.checkpoint.reader import Checkpoint
+from trtllm_redrafter.redrafter.beam_search import DraftHead, DraftModel, beam_search, draft_head
+from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
+from trtllm_redrafter.redrafter.drafter import Drafter
+from trtllm_redrafter.redrafter.token_tree import TokenTree, build_tree
+
+DRAFT_VOCAB_FILE = "draft_vocab.safetensors"
+_PREFIX = "drafter."
+
+
+def load_drafter(checkpoint: Checkpoint, config: DrafterConfig, device: torch.device) -> Drafter:
+    """The checkpoint's drafter as a module, its parameters memory-mapped where the checkpoint is."""
+    with torch.device("meta"):
+        drafter = Drafter(config)
+    for name, _ in list(drafter.named_parameters()):
+        owner = drafter.get_submodule(name.rpartition(".")[0])
+        tensor = checkpoint.load(_PREFIX + name).to(device)
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
+    return drafter.eval()
+
+
+def frequent_rows(folder: Path, count: int) -> Tensor | None:
+    """The `count` most frequent token ids, if the checkpoint names them and there are more."""
+    file = folder / DRAFT_VOCAB_FILE
+    if count <= 0 or not file.exists():
+        return None
+    return load_file(file)["token_ids"][:count].to(torch.int64)
+
+
+class Drafting:
+    """Proposes one tree per sequence."""
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        executor: Executor,
+        embedding: Tensor,
+        shape: DraftShape,
+        *,
+        rows: Tensor | None,
+        max_batch_size: int,
+    ) -> None:
+        self.shape = shape
+        head = draft_head(drafter, rows)
+        self._model: DraftModel = drafter
+        self._embedding: Tensor | Callable[[Tensor], Tensor] = embedding
+        self._head = head
+        if isinstance(executor, NativeExecutor):
+            weight = drafter.lm_head.weight.detach()
+            cut = weight if head.rows is None else weight[head.rows]
+            self._model = NativeDrafter(executor, drafter, cut, max_batch_size * shape.num_beams)
+            self._embedding = _unchanged
+            self._head = DraftHead(_unchanged, head.vocab_size, head.rows)
+
+    def propose(self, context: Tensor, tokens: Tensor, max_nodes: Tensor | None) -> TokenTree:
+        """[B, H] contexts and [B] roots -> trees; `max_nodes` [B] limits a tree, 1 leaves its root alone."""
+        beams = beam_search(self._model, self._embedding, context, tokens, self.shape, head=self._head)
+        return build_tree(beams, max_nodes=max_nodes)
+
+
+def _unchanged(values: Tensor) -> Tensor:
+    return values

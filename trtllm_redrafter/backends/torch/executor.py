@@ -1,0 +1,64 @@
+"""What the runner needs of something that executes a base model: trees in, hidden states and logits out.
+
+Two implementations exist: `transformer.TorchExecutor` (any dtype, CPU and CUDA, plain PyTorch) and
+`native.executor.NativeExecutor` (bfloat16 on a CPU with a C++ compiler: one call per step, bit-equal rows). Both own
+a preallocated KV cache of `max_batch_size` request slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from trtllm_redrafter.redrafter.token_tree import TokenTree
+
+PREFILL_CHUNK = 256
+"""Prompt tokens computed at once; bounds the activations of a long prompt."""
+
+
+@dataclass(frozen=True)
+class TreeOutput:
+    """One row per tree node; filler rows hold nothing meaningful."""
+
+    hidden: Tensor  # [B, T, H] in the model's dtype, after the final norm
+    logits: Tensor  # [B, T, V]
+
+
+@dataclass(frozen=True)
+class PromptOutput:
+    """State after a prompt's last token."""
+
+    hidden: Tensor  # [H]
+    logits: Tensor  # [V]
+
+
+class Executor(Protocol):
+    """A base model with its KV cache. A request lives in a slot; `base` is how many positions are committed there."""
+
+    name: str
+    device: str
+    row_invariant: bool
+    """Are a row's bits independent of what is computed beside it?"""
+
+    def prefill(self, slot: int, token_ids: Sequence[int]) -> PromptOutput:
+        """Compute a prompt from position 0 on and commit its keys and values."""
+        ...
+
+    def forward(self, slots: Sequence[int], bases: Sequence[int], tree: TokenTree) -> TreeOutput:
+        """Run B trees at once. Node i of a tree is cached at position base + i, uncommitted."""
+        ...
+
+    def commit(self, slot: int, base: int, path: Sequence[int]) -> None:
+        """Keep the nodes of `path` (root first, rising) as positions base, base + 1, ...; forget the others."""
+        ...
+
+    def hidden_states(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        """Like `prefill`, but with the state of every token: [S, H]."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        ...

@@ -1,0 +1,757 @@
+// Base-model forward pass for one decoding step on a CPU, in bfloat16 with float32 accumulation.
+//
+// Why it exists. At batch 1 a step is one read of all weights: 269 MB for a 135M model. Through separate operators most
+// of the time goes to dispatch and to waking the second thread (about 120 matrix products a step), and a
+// row's last bits depend on how many rows are computed beside it. Here one call runs all layers; threads
+// meet at spinning barriers that yield on a busy machine.
+//
+// Batch invariance. Every number of a row is computed by the same sequence of operations whatever else is
+// in the call: a matrix product is one accumulator per output over k in order; attention walks the row's own
+// path in blocks of 16 absolute positions, wherever the tree put the keys. So drafting and
+// autoregression agree bit for bit.
+//
+// Layouts (bf16 as uint16_t):
+//   packed matrix [N/16][K/2][16][2]   K even, N padded with zero rows
+//   key cache     [S/16][D/2][16][2]   per layer, request slot and KV head
+//   value cache   [S/2][D][2]          the same
+//
+// Plain C interface, no PyTorch headers: compiles in seconds and is loaded with ctypes.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <sched.h>
+#include <thread>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+using bf16 = uint16_t;
+
+namespace {
+
+constexpr int LANES = 16;
+
+inline float to_float(bf16 v) {
+  uint32_t u = uint32_t(v) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+inline bf16 to_bf16(float f) {  // round to nearest even; NaN stays NaN
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return bf16((u >> 16) | 0x40);
+  return bf16((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+}
+
+// ---------------------------------------------------------------- sixteen float32 lanes
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#define REDRAFTER_ISA "avx512-bf16"
+struct Vec {
+  __m512 v;
+};
+inline Vec zero() { return {_mm512_setzero_ps()}; }
+inline void dot_pair(Vec &acc, const bf16 *pairs, uint32_t x) {
+  acc.v = _mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_loadu_si512(pairs), (__m512bh)_mm512_set1_epi32(int(x)));
+}
+inline void store(float *p, const Vec &a) { _mm512_storeu_ps(p, a.v); }
+#else
+#define REDRAFTER_ISA "portable"
+struct Vec {
+  float v[LANES];
+};
+inline Vec zero() { return Vec{}; }
+inline void dot_pair(Vec &acc, const bf16 *pairs, uint32_t x) {
+  const float lo = to_float(bf16(x)), hi = to_float(bf16(x >> 16));
+  for (int i = 0; i < LANES; ++i) {
+    uint32_t both;
+    std::memcpy(&both, pairs + 2 * i, 4);
+    const uint32_t a = both << 16, b = both & 0xffff0000u;
+    float fa, fb;
+    std::memcpy(&fa, &a, 4);
+    std::memcpy(&fb, &b, 4);
+    acc.v[i] += fa * lo + fb * hi;
+  }
+}
+inline void store(float *p, const Vec &a) { std::memcpy(p, a.v, sizeof a.v); }
+#endif
+
+inline void prefetch(const void *p) {
+#if defined(__x86_64__)
+  _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T1);
+#else
+  (void)p;
+#endif
+}
+
+inline float exp_approx(float x) {  // 2 ulp for x <= 0; vectorizes, unlike libm's
+  x = std::max(x, -87.0f);
+  const float n = std::nearbyintf(x * 1.44269504f);
+  const float r = std::fmaf(n, -0.693145751953125f, x) - n * 1.42860677e-6f;
+  float p = 1.9875691e-4f;
+  p = std::fmaf(p, r, 1.3981999e-3f);
+  p = std::fmaf(p, r, 8.3334519e-3f);
+  p = std::fmaf(p, r, 4.1665796e-2f);
+  p = std::fmaf(p, r, 1.6666666e-1f);
+  p = std::fmaf(p, r, 5.0000000e-1f);
+  p = std::fmaf(p, r * r, r) + 1.0f;
+  const uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, 4);
+  return p * scale;
+}
+
+inline float silu(float x) {  // both branches of the exponential stay in range
+  const float e = exp_approx(-std::fabs(x));
+  return x >= 0.0f ? x / (1.0f + e) : x * e / (1.0f + e);
+}
+
+// ---------------------------------------------------------------- threads
+
+class Team {  // a fixed team; `run` gives every member the same function and its number
+ public:
+  explicit Team(int size) : size_(std::max(1, size)) {
+    for (int i = 1; i < size_; ++i) workers_.emplace_back([this, i] { work(i); });
+  }
+  ~Team() {
+    stop_ = true;
+    round_.fetch_add(1);
+    round_.notify_all();
+    for (auto &w : workers_) w.join();
+  }
+  int size() const { return size_; }
+
+  void run(void (*task)(void *, int), void *arg) {
+    task_ = task;
+    arg_ = arg;
+    round_.fetch_add(1, std::memory_order_release);
+    if (size_ > 1) round_.notify_all();
+    task(arg, 0);
+    barrier();
+  }
+
+  void barrier() {
+    if (size_ == 1) return;
+    const uint32_t phase = phase_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.fetch_add(1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) pause(spins);
+  }
+
+ private:
+  static void pause(int spins) {  // spin while the wait is short, then let another process have the core
+    if (spins < 4000) {
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+    } else {
+      sched_yield();
+    }
+  }
+  void work(int member) {
+    uint32_t seen = 0;
+    for (;;) {
+      for (int spins = 0; round_.load(std::memory_order_acquire) == seen && spins < 4000; ++spins) pause(spins);
+      round_.wait(seen, std::memory_order_acquire);
+      if (round_.load(std::memory_order_acquire) == seen) continue;
+      seen = round_.load(std::memory_order_acquire);
+      if (stop_) return;
+      task_(arg_, member);
+      barrier();
+    }
+  }
+
+  const int size_;
+  std::vector<std::thread> workers_;
+  std::atomic<uint32_t> round_{0}, phase_{0};
+  std::atomic<int> arrived_{0};
+  std::atomic<bool> stop_{false};
+  void (*task_)(void *, int) = nullptr;
+  void *arg_ = nullptr;
+};
+
+struct Range {
+  int begin, end;
+};
+inline Range share(int total, int member, int members) {
+  return {int(int64_t(total) * member / members), int(int64_t(total) * (member + 1) / members)};
+}
+
+// ---------------------------------------------------------------- matrix product
+
+struct Packed {
+  const bf16 *data = nullptr;
+  int n = 0, k = 0;
+  int blocks() const { return (n + LANES - 1) / LANES; }
+  const bf16 *block(int b) const { return data + size_t(b) * k * LANES; }
+};
+
+constexpr int AHEAD = 2;  // blocks: with many rows the arithmetic hides the reads only if they are asked for early
+
+// out[m][b][0..15] for M rows and B neighbouring blocks: one accumulator each, over k in order.
+template <int M, int B>
+inline void tile(const bf16 *x, int x_stride, const bf16 *w, size_t block_stride, int k, float *out, int out_stride) {
+  Vec acc[M][B];
+  for (int m = 0; m < M; ++m)
+    for (int b = 0; b < B; ++b) acc[m][b] = zero();
+  for (int p = 0; p < k / 2; ++p) {
+    for (int b = 0; b < B; ++b) prefetch(w + (AHEAD + b) * block_stride + size_t(p) * 2 * LANES);
+    for (int m = 0; m < M; ++m) {
+      uint32_t pair;
+      std::memcpy(&pair, x + size_t(m) * x_stride + 2 * p, 4);
+      for (int b = 0; b < B; ++b) dot_pair(acc[m][b], w + b * block_stride + size_t(p) * 2 * LANES, pair);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int b = 0; b < B; ++b) store(out + size_t(m) * out_stride + b * LANES, acc[m][b]);
+}
+
+template <int B>
+inline void tiles(const bf16 *x, int x_stride, int rows, const bf16 *w, size_t block_stride, int k, float *out,
+                  int out_stride) {
+  int m = 0;
+  for (; m + 8 <= rows; m += 8)
+    tile<8, B>(x + size_t(m) * x_stride, x_stride, w, block_stride, k, out + size_t(m) * out_stride, out_stride);
+  const bf16 *rest = x + size_t(m) * x_stride;
+  float *o = out + size_t(m) * out_stride;
+  switch (rows - m) {
+    case 7: tile<7, B>(rest, x_stride, w, block_stride, k, o, out_stride); break;
+    case 6: tile<6, B>(rest, x_stride, w, block_stride, k, o, out_stride); break;
+    case 5: tile<5, B>(rest, x_stride, w, block_stride, k, o, out_stride); break;
+    case 4: tile<4, B>(rest, x_stride, w, block_stride, k, o, out_stride); break;
+    case 3: tile<3, B>(rest, x_stride, w, block_stride, k, o, out_stride); break;
+    case 2: tile<2, B>(rest, x_stride, w, block_stride, k, o, out_stride); break;
+    case 1: tile<1, B>(rest, x_stride, w, block_stride, k, o, out_stride); break;
+    default: break;
+  }
+}
+
+// out (row-major, out_stride >= 16 * blocks) for the blocks of `range`.
+void product(const bf16 *x, int x_stride, int rows, const Packed &w, Range range, float *out, int out_stride) {
+  const size_t stride = size_t(w.k) * LANES;
+  int b = range.begin;
+  for (; b + 2 <= range.end; b += 2)
+    tiles<2>(x, x_stride, rows, w.block(b), stride, w.k, out + b * LANES, out_stride);
+  if (b < range.end) tiles<1>(x, x_stride, rows, w.block(b), stride, w.k, out + b * LANES, out_stride);
+}
+
+inline int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
+
+// ---------------------------------------------------------------- the model
+
+struct Layer {
+  Packed qkv, dense, gate, up, down;
+  const bf16 *input_norm, *post_norm, *q_norm, *k_norm;  // q_norm, k_norm: null without
+  const float *qkv_bias, *dense_bias;                    // null without
+};
+
+}  // namespace
+
+extern "C" {
+
+struct RedrafterConfig {
+  int32_t hidden, heads, kv_heads, head_size, intermediate, layers, vocab, max_slots, max_seq, max_rows, threads;
+  float epsilon;
+};
+
+// One row of a step. Its key and value go to cache position `base + node`; it attends the request's positions
+// below `base`, then the nodes path[0..depth] (its own last). `path` may be null when path[j] == j.
+struct RedrafterRow {
+  int32_t token, slot, base, depth, node;
+  const int32_t *path;
+};
+}
+
+namespace {
+
+struct Model {
+  RedrafterConfig c;
+  Team team;
+  std::vector<Layer> layers;
+  const bf16 *embedding = nullptr, *final_norm = nullptr;
+  const float *cosine = nullptr, *sine = nullptr;  // [max_seq, head_size / 2]
+  Packed head;
+  bf16 *keys = nullptr, *values = nullptr;
+  std::vector<float> residual, wide;  // [rows, hidden], [rows, widest output]
+  std::vector<bf16> normed, mixed;    // [rows, hidden], [rows, max(heads * head_size, intermediate)]
+  std::vector<std::vector<float>> scores;  // per thread: [group, positions]
+  std::vector<std::vector<bf16>> scratch;  // per thread: gathered tail keys and values, queries, probabilities
+
+  explicit Model(const RedrafterConfig &config) : c(config), team(config.threads), layers(config.layers) {}
+  ~Model() {
+    std::free(keys);
+    std::free(values);
+  }
+  int qkv_width() const { return padded((c.heads + 2 * c.kv_heads) * c.head_size); }
+  int wide_stride() const { return std::max(qkv_width(), padded(std::max(c.hidden, c.intermediate))); }
+  int mixed_stride() const { return std::max(c.heads * c.head_size, padded(c.intermediate)); }
+  size_t lane_size() const { return size_t(c.max_seq) * c.head_size; }
+  size_t lane(int layer, int slot, int kv_head) const {
+    return ((size_t(layer) * c.max_slots + slot) * c.kv_heads + kv_head) * lane_size();
+  }
+};
+
+void rms_norm(const float *x, const bf16 *weight, int n, float epsilon, bf16 *out) {
+  float sums[LANES] = {};
+  for (int i = 0; i < n; i += LANES)
+    for (int j = 0; j < LANES && i + j < n; ++j) sums[j] += x[i + j] * x[i + j];
+  float total = 0.0f;
+  for (float s : sums) total += s;
+  const float scale = 1.0f / std::sqrt(total / float(n) + epsilon);
+  for (int i = 0; i < n; ++i) out[i] = to_bf16(to_float(to_bf16(x[i] * scale)) * to_float(weight[i]));
+}
+
+inline void put_key(bf16 *lane, int head_size, int position, int d, bf16 v) {
+  lane[(size_t(position / LANES) * head_size / 2 + d / 2) * 2 * LANES + (position % LANES) * 2 + d % 2] = v;
+}
+inline void put_value(bf16 *lane, int head_size, int position, int d, bf16 v) {
+  lane[(size_t(position / 2) * head_size + d) * 2 + position % 2] = v;
+}
+void copy_position(bf16 *to_keys, bf16 *to_values, int to, const bf16 *keys, const bf16 *values, int from, int d_all) {
+  const bf16 *k = keys + size_t(from / LANES) * d_all * LANES + (from % LANES) * 2;
+  bf16 *tk = to_keys + size_t(to / LANES) * d_all * LANES + (to % LANES) * 2;
+  for (int p = 0; p < d_all / 2; ++p) std::memcpy(tk + p * 2 * LANES, k + p * 2 * LANES, 4);
+  const bf16 *v = values + size_t(from / 2) * d_all * 2 + from % 2;
+  bf16 *tv = to_values + size_t(to / 2) * d_all * 2 + to % 2;
+  for (int d = 0; d < d_all; ++d) tv[2 * d] = v[2 * d];
+}
+
+// Rotates one head in place (halves paired, as Hugging Face lays them out) after its optional norm.
+void rotate(const Model &m, float *x, const bf16 *norm, int position) {
+  const int d = m.c.head_size, half = d / 2;
+  if (norm) {
+    float total = 0.0f;
+    for (int i = 0; i < d; ++i) total += x[i] * x[i];
+    const float scale = 1.0f / std::sqrt(total / float(d) + m.c.epsilon);
+    for (int i = 0; i < d; ++i) x[i] = to_float(to_bf16(x[i] * scale)) * to_float(norm[i]);
+  }
+  const float *c = m.cosine + size_t(position) * half, *s = m.sine + size_t(position) * half;
+  for (int i = 0; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * c[i] - b * s[i];
+    x[i + half] = b * c[i] + a * s[i];
+  }
+}
+
+// Softmax numerators of `length` scores as bf16, zeros up to `stride`; returns their sum.
+float soften(float *scores, int length, int stride, float scale, bf16 *weights) {
+  float top = -INFINITY;
+  for (int p = 0; p < length; ++p) top = std::max(top, scores[p] *= scale);
+  for (int p = 0; p < length; ++p) scores[p] = to_float(to_bf16(exp_approx(scores[p] - top)));
+  for (int p = length; p < stride; ++p) scores[p] = 0.0f;
+  float lanes[LANES] = {}, total = 0.0f;
+  for (int p = 0; p < stride; p += LANES)
+    for (int j = 0; j < LANES; ++j) lanes[j] += scores[p + j];
+  for (float lane : lanes) total += lane;
+  for (int p = 0; p < stride; ++p) weights[p] = to_bf16(scores[p]);
+  return total;
+}
+
+// Queries of one KV head over one row's path. Position order and block borders are absolute, so the result does
+// not depend on where the tree stored the keys.
+void attend(Model &m, int layer, const RedrafterRow &row, int kv_head, const float *qkv, bf16 *out, int member) {
+  const int d = m.c.head_size, group = m.c.heads / m.c.kv_heads;
+  const int length = row.base + row.depth + 1, blocks = (length + LANES - 1) / LANES;
+  const bf16 *keys = m.keys + m.lane(layer, row.slot, kv_head);
+  const bf16 *values = m.values + m.lane(layer, row.slot, kv_head);
+  const int shared = row.path ? row.base / LANES : blocks;  // blocks read in place
+  std::vector<bf16> &scratch = m.scratch[member];
+  const int tail = blocks - shared;
+  const int stride = blocks * LANES;
+  scratch.resize(size_t(2 * tail) * LANES * d + size_t(group) * d + stride);
+  bf16 *tail_keys = scratch.data(), *tail_values = tail_keys + size_t(tail) * LANES * d;
+  bf16 *query = tail_values + size_t(tail) * LANES * d, *weights = query + size_t(group) * d;
+  if (tail) {
+    std::memset(tail_keys, 0, size_t(2 * tail) * LANES * d * sizeof(bf16));
+    for (int p = shared * LANES; p < length; ++p)
+      copy_position(tail_keys, tail_values, p - shared * LANES, keys, values,
+                    p < row.base ? p : row.base + row.path[p - row.base], d);
+  }
+  const float scale = 1.0f / std::sqrt(float(d));
+  const float *q = qkv + size_t(kv_head) * group * d;
+  for (int i = 0; i < group * d; ++i) query[i] = to_bf16(q[i]);
+
+  std::vector<float> &all = m.scores[member];
+  all.resize(size_t(group) * stride);
+  for (int b = 0; b < blocks; ++b) {
+    const bf16 *block = b < shared ? keys + size_t(b) * d * LANES : tail_keys + size_t(b - shared) * d * LANES;
+    tiles<1>(query, d, group, block, 0, d, all.data() + b * LANES, stride);
+  }
+  for (int g = 0; g < group; ++g) {
+    const float total = soften(all.data() + size_t(g) * stride, length, stride, scale, weights);
+    bf16 *o = out + size_t(kv_head * group + g) * d;
+    constexpr int WIDTH = 8;  // value columns in flight, in blocks of 16
+    for (int first = 0; first < d; first += WIDTH * LANES) {
+      const int width = std::min(WIDTH, (d - first) / LANES);
+      Vec acc[WIDTH];
+      for (int w = 0; w < width; ++w) acc[w] = zero();
+      for (int p = 0; p < stride; p += 2) {
+        uint32_t pair;
+        std::memcpy(&pair, weights + p, 4);
+        const bf16 *v = (p < shared * LANES ? values + size_t(p) * d : tail_values + size_t(p - shared * LANES) * d) +
+                        2 * first;
+        for (int w = 0; w < width; ++w) dot_pair(acc[w], v + w * 2 * LANES, pair);
+      }
+      float result[WIDTH * LANES];
+      for (int w = 0; w < width; ++w) store(result + w * LANES, acc[w]);
+      for (int i = 0; i < width * LANES; ++i) o[first + i] = to_bf16(result[i] / total);
+    }
+  }
+}
+
+struct Step {
+  Model *m;
+  const RedrafterRow *rows;
+  int count;
+  bf16 *hidden;               // [count, hidden], after the final norm
+  const int32_t *logit_rows;  // which rows get logits
+  int logit_count;
+  float *logits;  // [logit_count, vocab]
+};
+
+void split_heads(Model &m, int layer, const RedrafterRow &row, float *qkv, int first, int last) {
+  const Layer &l = m.layers[layer];
+  const int d = m.c.head_size, position = row.base + row.depth, to = row.base + row.node;
+  for (int h = first; h < last; ++h) {
+    float *x = qkv + size_t(h) * d;
+    if (l.qkv_bias)
+      for (int i = 0; i < d; ++i) x[i] += l.qkv_bias[size_t(h) * d + i];
+    if (h < m.c.heads) {
+      rotate(m, x, l.q_norm, position);
+    } else if (h < m.c.heads + m.c.kv_heads) {
+      rotate(m, x, l.k_norm, position);
+      bf16 *lane = m.keys + m.lane(layer, row.slot, h - m.c.heads);
+      for (int i = 0; i < d; ++i) put_key(lane, d, to, i, to_bf16(x[i]));
+    } else {
+      bf16 *lane = m.values + m.lane(layer, row.slot, h - m.c.heads - m.c.kv_heads);
+      for (int i = 0; i < d; ++i) put_value(lane, d, to, i, to_bf16(x[i]));
+    }
+  }
+}
+
+void norm_rows(Model &m, const bf16 *weight, int count, int member, bf16 *out) {
+  const Range r = share(count, member, m.team.size());
+  for (int i = r.begin; i < r.end; ++i)
+    rms_norm(m.residual.data() + size_t(i) * m.c.hidden, weight, m.c.hidden, m.c.epsilon, out + size_t(i) * m.c.hidden);
+}
+
+void add_to_residual(Model &m, const float *bias, int count, Range blocks) {
+  const int from = blocks.begin * LANES, to = std::min(blocks.end * LANES, m.c.hidden), stride = m.wide_stride();
+  for (int i = 0; i < count; ++i) {
+    float *x = m.residual.data() + size_t(i) * m.c.hidden;
+    const float *y = m.wide.data() + size_t(i) * stride;
+    for (int j = from; j < to; ++j) x[j] += y[j] + (bias ? bias[j] : 0.0f);
+  }
+}
+
+void run_layer(Step &s, int layer, int member) {
+  Model &m = *s.m;
+  const Layer &l = m.layers[layer];
+  const int threads = m.team.size(), stride = m.wide_stride(), mixed = m.mixed_stride(), h = m.c.hidden;
+  norm_rows(m, l.input_norm, s.count, member, m.normed.data());
+  m.team.barrier();
+  product(m.normed.data(), h, s.count, l.qkv, share(l.qkv.blocks(), member, threads), m.wide.data(), stride);
+  m.team.barrier();
+  const int all_heads = m.c.heads + 2 * m.c.kv_heads;
+  const Range units = share(s.count * all_heads, member, threads);
+  for (int u = units.begin; u < units.end; ++u)
+    split_heads(m, layer, s.rows[u / all_heads], m.wide.data() + size_t(u / all_heads) * stride, u % all_heads,
+                u % all_heads + 1);
+  m.team.barrier();
+  const Range pairs = share(s.count * m.c.kv_heads, member, threads);
+  for (int u = pairs.begin; u < pairs.end; ++u) {
+    const int i = u / m.c.kv_heads;
+    attend(m, layer, s.rows[i], u % m.c.kv_heads, m.wide.data() + size_t(i) * stride,
+           m.mixed.data() + size_t(i) * mixed, member);
+  }
+  m.team.barrier();
+  const Range out = share(l.dense.blocks(), member, threads);
+  product(m.mixed.data(), mixed, s.count, l.dense, out, m.wide.data(), stride);
+  add_to_residual(m, l.dense_bias, s.count, out);
+  m.team.barrier();
+  norm_rows(m, l.post_norm, s.count, member, m.normed.data());
+  m.team.barrier();
+  const Range inner = share(l.gate.blocks(), member, threads);
+  for (int b = inner.begin; b < inner.end; ++b) {
+    float gate[LANES * 8], up[LANES * 8];
+    for (int i = 0; i < s.count; i += 8) {
+      const int n = std::min(8, s.count - i);
+      const bf16 *x = m.normed.data() + size_t(i) * h;
+      tiles<1>(x, h, n, l.gate.block(b), size_t(h) * LANES, h, gate, LANES);
+      tiles<1>(x, h, n, l.up.block(b), size_t(h) * LANES, h, up, LANES);
+      for (int r = 0; r < n; ++r)
+        for (int j = 0; j < LANES; ++j)
+          m.mixed[size_t(i + r) * mixed + b * LANES + j] = to_bf16(silu(gate[r * LANES + j]) * up[r * LANES + j]);
+    }
+  }
+  m.team.barrier();
+  const Range back = share(l.down.blocks(), member, threads);
+  product(m.mixed.data(), mixed, s.count, l.down, back, m.wide.data(), stride);
+  add_to_residual(m, nullptr, s.count, back);
+  m.team.barrier();
+}
+
+void run_head(Step &s, int member) {
+  Model &m = *s.m;
+  const int h = m.c.hidden, vocab = m.c.vocab;
+  const Range blocks = share(m.head.blocks(), member, m.team.size());
+  // Two blocks at a time, rows gathered through logit_rows; the last block may hang over the vocabulary's end.
+  for (int b = blocks.begin; b < blocks.end; b += 2) {
+    const int wide = std::min(2, blocks.end - b);
+    for (int i = 0; i < s.logit_count; i += 8) {
+      const int n = std::min(8, s.logit_count - i);
+      bf16 *x = m.normed.data() + size_t(i) * h;
+      float out[8 * 2 * LANES];
+      if (wide == 2)
+        tiles<2>(x, h, n, m.head.block(b), size_t(h) * LANES, h, out, 2 * LANES);
+      else
+        tiles<1>(x, h, n, m.head.block(b), 0, h, out, 2 * LANES);
+      const int from = b * LANES, to = std::min(from + wide * LANES, vocab);
+      for (int r = 0; r < n; ++r)
+        std::memcpy(s.logits + size_t(i + r) * vocab + from, out + size_t(r) * 2 * LANES, size_t(to - from) * 4);
+    }
+  }
+}
+
+void run_step(void *arg, int member) {
+  Step &s = *static_cast<Step *>(arg);
+  Model &m = *s.m;
+  const int h = m.c.hidden;
+  const Range mine = share(s.count, member, m.team.size());
+  for (int i = mine.begin; i < mine.end; ++i)
+    for (int j = 0; j < h; ++j)
+      m.residual[size_t(i) * h + j] = to_float(m.embedding[size_t(s.rows[i].token) * h + j]);
+  m.team.barrier();
+  for (int layer = 0; layer < m.c.layers; ++layer) run_layer(s, layer, member);
+  norm_rows(m, m.final_norm, s.count, member, s.hidden);
+  m.team.barrier();
+  const Range heads = share(s.logit_count, member, m.team.size());
+  for (int i = heads.begin; i < heads.end; ++i)
+    std::memcpy(m.normed.data() + size_t(i) * h, s.hidden + size_t(s.logit_rows[i]) * h, size_t(h) * sizeof(bf16));
+  m.team.barrier();
+  run_head(s, member);
+}
+
+// ---------------------------------------------------------------- the drafter
+
+struct Drafter {
+  int hidden, width, layers;  // H, exit_dim
+  Packed rnn_u, rnn_w, input_proj, head;
+  const float *rnn_bias = nullptr, *input_bias = nullptr;
+  std::vector<Packed> blocks;
+  std::vector<const float *> biases;
+  std::vector<float> wide, x;
+  std::vector<bf16> narrow, joined;
+};
+
+struct Round {
+  Model *m;
+  Drafter *d;
+  int rows;
+  const int64_t *tokens;  // [rows]
+  const bf16 *states;     // [rows, H]
+  bf16 *next_states;      // [rows, H]
+  const bf16 *context;    // [rows, H]
+  float *logits;          // [rows, padded(head.n)]
+};
+
+// next state = SiLU(W e(token) + U state + u), or e(token) + state without an RNN
+void run_states(void *arg, int member) {
+  Round &r = *static_cast<Round *>(arg);
+  Model &m = *r.m;
+  Drafter &d = *r.d;
+  const int threads = m.team.size(), h = d.hidden, hs = padded(h);
+  float *wide = d.wide.data(), *second = wide + size_t(r.rows) * hs;
+  bf16 *embedded = d.narrow.data();
+  const Range mine = share(r.rows, member, threads);
+  for (int i = mine.begin; i < mine.end; ++i)
+    std::memcpy(embedded + size_t(i) * h, m.embedding + size_t(r.tokens[i]) * h, size_t(h) * sizeof(bf16));
+  m.team.barrier();
+  const Range part = share(hs / LANES, member, threads);
+  const int from = part.begin * LANES, to = std::min(part.end * LANES, h);
+  if (d.rnn_w.data) {
+    product(embedded, h, r.rows, d.rnn_w, part, wide, hs);
+    product(r.states, h, r.rows, d.rnn_u, part, second, hs);
+  }
+  for (int i = 0; i < r.rows; ++i)
+    for (int j = from; j < to; ++j) {
+      const size_t at = size_t(i) * hs + j, plain = size_t(i) * h + j;
+      r.next_states[plain] = to_bf16(d.rnn_w.data ? silu(wide[at] + second[at] + d.rnn_bias[j])
+                                                  : to_float(embedded[plain]) + to_float(r.states[plain]));
+    }
+}
+
+// [context ; state] -> input_proj -> residual blocks -> LM head
+void run_logits(void *arg, int member) {
+  Round &r = *static_cast<Round *>(arg);
+  Model &m = *r.m;
+  Drafter &d = *r.d;
+  const int threads = m.team.size(), h = d.hidden, e = d.width, es = padded(e);
+  float *wide = d.wide.data();
+  bf16 *narrow = d.narrow.data();
+  const Range mine = share(r.rows, member, threads);
+  for (int i = mine.begin; i < mine.end; ++i) {
+    bf16 *joined = d.joined.data() + size_t(i) * 2 * h;
+    std::memcpy(joined, r.context + size_t(i) * h, size_t(h) * sizeof(bf16));
+    std::memcpy(joined + h, r.states + size_t(i) * h, size_t(h) * sizeof(bf16));
+  }
+  m.team.barrier();
+  const Range columns = share(es / LANES, member, threads);
+  const int first = columns.begin * LANES, last = std::min(columns.end * LANES, e);
+  if (d.input_proj.data) product(d.joined.data(), 2 * h, r.rows, d.input_proj, columns, wide, es);
+  for (int i = 0; i < r.rows; ++i)
+    for (int j = first; j < last; ++j)
+      d.x[size_t(i) * e + j] = d.input_proj.data ? wide[size_t(i) * es + j] + d.input_bias[j]
+                                                 : to_float(d.joined[size_t(i) * 2 * h + j]);
+  for (int layer = 0;; ++layer) {
+    for (int i = 0; i < r.rows; ++i)
+      for (int j = first; j < last; ++j) narrow[size_t(i) * e + j] = to_bf16(d.x[size_t(i) * e + j]);
+    m.team.barrier();
+    if (layer == d.layers) break;
+    product(narrow, e, r.rows, d.blocks[layer], columns, wide, es);
+    m.team.barrier();
+    for (int i = 0; i < r.rows; ++i)
+      for (int j = first; j < last; ++j) d.x[size_t(i) * e + j] += silu(wide[size_t(i) * es + j] + d.biases[layer][j]);
+  }
+  const Range rows_of_head = share(d.head.blocks(), member, threads);
+  product(narrow, e, r.rows, d.head, rows_of_head, r.logits, padded(d.head.n));
+}
+
+}  // namespace
+
+extern "C" {
+const char *redrafter_isa() { return REDRAFTER_ISA; }
+
+// [n, k] row-major -> packed; `to` holds padded(n) * k values.
+void redrafter_pack(const bf16 *from, int32_t n, int32_t k, bf16 *to) {
+  for (int b = 0; b < (n + LANES - 1) / LANES; ++b)
+    for (int p = 0; p < k / 2; ++p)
+      for (int j = 0; j < LANES; ++j) {
+        const int row = b * LANES + j;
+        uint32_t pair = 0;
+        if (row < n) std::memcpy(&pair, from + size_t(row) * k + 2 * p, 4);
+        std::memcpy(to + (size_t(b) * k / 2 + p) * 2 * LANES + 2 * j, &pair, 4);
+      }
+}
+
+Model *redrafter_create(const RedrafterConfig *config) {
+  Model *m = new (std::nothrow) Model(*config);
+  if (!m) return nullptr;
+  const size_t cache = size_t(config->layers) * config->max_slots * config->kv_heads * m->lane_size();
+  // calloc: pages are touched only when used
+  m->keys = static_cast<bf16 *>(std::calloc(cache + 64, sizeof(bf16)));
+  m->values = static_cast<bf16 *>(std::calloc(cache + 64, sizeof(bf16)));
+  if (!m->keys || !m->values) {
+    delete m;
+    return nullptr;
+  }
+  m->residual.resize(size_t(config->max_rows) * config->hidden);
+  m->normed.resize(size_t(config->max_rows) * config->hidden);
+  m->wide.resize(size_t(config->max_rows) * m->wide_stride());
+  m->mixed.resize(size_t(config->max_rows) * m->mixed_stride());
+  m->scores.resize(m->team.size());
+  m->scratch.resize(m->team.size());
+  return m;
+}
+
+void redrafter_destroy(Model *m) { delete m; }
+
+void redrafter_set_layer(Model *m, int32_t layer, const bf16 *qkv, const bf16 *dense, const bf16 *gate, const bf16 *up,
+                         const bf16 *down, const bf16 *input_norm, const bf16 *post_norm, const bf16 *q_norm,
+                         const bf16 *k_norm, const float *qkv_bias, const float *dense_bias) {
+  const RedrafterConfig &c = m->c;
+  const int wide = (c.heads + 2 * c.kv_heads) * c.head_size;
+  m->layers[layer] = {{qkv, wide, c.hidden},
+                      {dense, c.hidden, c.heads * c.head_size},
+                      {gate, c.intermediate, c.hidden},
+                      {up, c.intermediate, c.hidden},
+                      {down, c.hidden, c.intermediate},
+                      input_norm,
+                      post_norm,
+                      q_norm,
+                      k_norm,
+                      qkv_bias,
+                      dense_bias};
+}
+
+void redrafter_set_ends(Model *m, const bf16 *embedding, const bf16 *final_norm, const bf16 *head, const float *cosine,
+                        const float *sine) {
+  m->embedding = embedding;
+  m->final_norm = final_norm;
+  m->head = {head, m->c.vocab, m->c.hidden};
+  m->cosine = cosine;
+  m->sine = sine;
+}
+
+void redrafter_forward(Model *m, const RedrafterRow *rows, int32_t count, bf16 *hidden, const int32_t *logit_rows,
+                       int32_t logit_count, float *logits) {
+  Step step{m, rows, count, hidden, logit_rows, logit_count, logits};
+  m->team.run(run_step, &step);
+}
+
+// Moves the keys and values of accepted nodes (increasing, path[j] >= j) behind `base`, in order.
+void redrafter_commit(Model *m, int32_t slot, int32_t base, const int32_t *path, int32_t count) {
+  for (int layer = 0; layer < m->c.layers; ++layer)
+    for (int h = 0; h < m->c.kv_heads; ++h) {
+      bf16 *keys = m->keys + m->lane(layer, slot, h), *values = m->values + m->lane(layer, slot, h);
+      for (int j = 0; j < count; ++j)
+        if (path[j] != j) copy_position(keys, values, base + j, keys, values, base + path[j], m->c.head_size);
+    }
+}
+
+// Biases float32; `input_proj`, `rnn_u` and `rnn_w` may be null. `head` has head_rows rows of the LM head.
+Drafter *redrafter_drafter_create(int32_t hidden, int32_t width, int32_t layers, int32_t max_rows, const bf16 *rnn_u,
+                                  const float *rnn_bias, const bf16 *rnn_w, const bf16 *input_proj,
+                                  const float *input_bias, const bf16 *head, int32_t head_rows) {
+  Drafter *d = new (std::nothrow) Drafter;
+  if (!d) return nullptr;
+  d->hidden = hidden;
+  d->width = width;
+  d->layers = layers;
+  d->rnn_u = {rnn_u, hidden, hidden};
+  d->rnn_w = {rnn_w, hidden, hidden};
+  d->input_proj = {input_proj, width, 2 * hidden};
+  d->head = {head, head_rows, width};
+  d->rnn_bias = rnn_bias;
+  d->input_bias = input_bias;
+  d->blocks.resize(layers);
+  d->biases.resize(layers);
+  const size_t widest = size_t(std::max(padded(hidden), padded(width)));
+  d->wide.resize(2 * max_rows * widest);
+  d->x.resize(max_rows * widest);
+  d->narrow.resize(max_rows * widest);
+  d->joined.resize(max_rows * widest * 2);
+  return d;
+}
+
+void redrafter_drafter_set_layer(Drafter *d, int32_t layer, const bf16 *weight, const float *bias) {
+  d->blocks[layer] = {weight, d->width, d->width};
+  d->biases[layer] = bias;
+}
+
+void redrafter_drafter_destroy(Drafter *d) { delete d; }
+
+void redrafter_drafter_states(Model *m, Drafter *d, const int64_t *tokens, const bf16 *states, int32_t rows,
+                              bf16 *next_states) {
+  Round round{m, d, rows, tokens, states, next_states, nullptr, nullptr};
+  m->team.run(run_states, &round);
+}
+
+// logits [rows, padded(head_rows)]
+void redrafter_drafter_logits(Model *m, Drafter *d, const bf16 *context, const bf16 *states, int32_t rows,
+                              float *logits) {
+  Round round{m, d, rows, nullptr, states, nullptr, context, logits};
+  m->team.run(run_logits, &round);
+}
+}

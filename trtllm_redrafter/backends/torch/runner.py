@@ -1,0 +1,271 @@
+"""Run requests on a loaded engine: admit, draft, verify, emit; one base-model forward pass per step.
+
+A request joins the batch at a step's beginning (its prompt is computed alone, so its numbers do not depend on the
+company) and leaves at a step's end. Autoregression is the same code with trees of one node.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Result, Runner, Update
+from trtllm_redrafter.backends.text import TextStream
+from trtllm_redrafter.backends.torch.drafting import Drafting
+from trtllm_redrafter.backends.torch.executor import Executor, TreeOutput
+from trtllm_redrafter.backends.torch.tokenizer import EngineTokenizer
+from trtllm_redrafter.errors import Problem, RequestError, raise_together
+from trtllm_redrafter.redrafter.sampling import SamplingSettings, draw, fresh_seed, uniform
+from trtllm_redrafter.redrafter.token_tree import TokenTree, root_tree
+from trtllm_redrafter.redrafter.verification import Step, Verdict, exact, node_uniforms
+
+
+@dataclass
+class _Waiting:
+    request: Request
+    request_id: str
+    since: float
+
+
+@dataclass
+class _Active:
+    """A request in the batch. `base` positions are committed; `root` is emitted but not computed yet."""
+
+    request: Request
+    seed: int
+    slot: int
+    base: int
+    root: int
+    context: Tensor  # [H], state of the last committed position
+    result: Result
+    text: TextStream
+
+    @property
+    def remaining(self) -> int:
+        return self.request.sampling.max_tokens - len(self.result.token_ids)
+
+
+class TorchRunner(Runner):
+    """The torch backend's runner; `backend.TorchBackend.load` makes it."""
+
+    def __init__(
+        self,
+        info: EngineInfo,
+        executor: Executor,
+        drafting: Drafting | None,
+        tokenizer: EngineTokenizer | None,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self.info = info
+        self.executor = executor
+        self._drafting = drafting
+        self._tokenizer = tokenizer
+        self._eos = eos_token_ids
+        self._waiting: deque[_Waiting] = deque()
+        self._active: list[_Active] = []
+        self._free = list(range(info.max_batch_size))
+        self._numbers = itertools.count()
+        self._settings: SamplingSettings | None = None  # of the present batch
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._active)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer is not None and self._tokenizer.has_chat_template
+
+    def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]], *, chat: bool) -> tuple[int, ...]:
+        if self._tokenizer is None:
+            raise RequestError(
+                "the engine has no tokenizer",
+                where=str(self.info.path),
+                remedy="build it with --tokenizer DIR, or submit token ids",
+            )
+        return self._tokenizer.encode_prompt(prompt, chat=chat)
+
+    def submit(self, request: Request) -> str:
+        request_id = request.request_id or f"request-{next(self._numbers)}"
+        raise_together(RequestError, self._problems(request, request_id), "the request cannot run", where=request_id)
+        self._waiting.append(_Waiting(request, request_id, time.perf_counter()))
+        return request_id
+
+    def cancel(self, request_id: str) -> Result | None:
+        for waiting in self._waiting:
+            if waiting.request_id == request_id:
+                self._waiting.remove(waiting)
+                return Result(request_id, len(waiting.request.token_ids), finish_reason=FinishReason.CANCELLED)
+        for active in self._active:
+            if active.result.request_id == request_id:
+                self._finish(active, FinishReason.CANCELLED)
+                return active.result
+        return None
+
+    @torch.no_grad()
+    def step(self) -> list[Update]:
+        with _quiet_threads(self.executor):
+            updates = []
+            while self._waiting and self._free:
+                updates.append(self._admit(self._waiting.popleft()))
+            if self._active:
+                updates.extend(self._decode())
+            return updates
+
+    def close(self) -> None:
+        self.executor.close()
+
+    def _problems(self, request: Request, request_id: str) -> list[Problem]:
+        """Everything that keeps a request from running, found before any work."""
+        info, count, sampling = self.info, len(request.token_ids), request.sampling
+        found = sampling.problems()
+        if count == 0:
+            found.append(Problem("the prompt is empty", remedy="give at least one token"))
+        if any(not 0 <= t < info.vocab_size for t in request.token_ids):
+            found.append(Problem(f"a token id is outside the vocabulary of {info.vocab_size}"))
+        if count > info.max_input_len:
+            found.append(
+                Problem(
+                    f"the prompt has {count} tokens, the engine takes {info.max_input_len}",
+                    remedy="shorten it, or build with a larger --max-input-len",
+                )
+            )
+        if count + sampling.max_tokens > info.max_seq_len:
+            found.append(
+                Problem(
+                    f"{count} prompt tokens and {sampling.max_tokens} to write exceed the engine's {info.max_seq_len}",
+                    remedy=f"ask for at most {max(0, info.max_seq_len - count)} tokens, or build with a larger "
+                    "--max-seq-len",
+                )
+            )
+        if sampling.stop and self._tokenizer is None:
+            found.append(Problem("stop strings need a tokenizer", remedy="build the engine with --tokenizer"))
+        if self._is_known(request_id):
+            found.append(Problem(f"the id {request_id!r} is in use", remedy="give each request its own id"))
+        return found
+
+    def _is_known(self, request_id: str) -> bool:
+        ids = (w.request_id for w in self._waiting)
+        return request_id in ids or any(a.result.request_id == request_id for a in self._active)
+
+    def _admit(self, waiting: _Waiting) -> Update:
+        """Compute the prompt and emit the first token."""
+        start = time.perf_counter()
+        request, slot = waiting.request, self._free.pop(0)
+        output = self.executor.prefill(slot, request.token_ids)
+        seed = fresh_seed() if request.sampling.seed is None else request.sampling.seed
+        settings = SamplingSettings.of([request.sampling], output.logits.device)
+        first = int(draw(output.logits.unsqueeze(0), settings, uniform(seed, 0)))
+        result = Result(waiting.request_id, len(request.token_ids), queue_seconds=start - waiting.since)
+        if self._drafting is not None:
+            result.accepted_at = [0] * self._drafting.shape.draft_len
+        text = TextStream(self._tokenizer, request.sampling.stop)
+        active = _Active(request, seed, slot, len(request.token_ids), first, output.hidden, result, text)
+        self._active.append(active)
+        self._settings = None
+        result.prefill_seconds = time.perf_counter() - start
+        return self._emit(active, [first])
+
+    def _decode(self) -> list[Update]:
+        """One step of the whole batch."""
+        start = time.perf_counter()
+        batch = list(self._active)
+        tree = self._propose(batch)
+        output = self.executor.forward([a.slot for a in batch], [a.base for a in batch], tree)
+        verdict = self._verify(batch, tree, output)
+        emitted = self._accept(batch, tree, output, verdict)
+        elapsed = time.perf_counter() - start
+        for active in batch:
+            active.result.decode_seconds += elapsed
+        return [self._emit(active, tokens) for active, tokens in zip(batch, emitted, strict=True)]
+
+    def _propose(self, batch: list[_Active]) -> TokenTree:
+        device = batch[0].context.device
+        roots = torch.tensor([a.root for a in batch], device=device)
+        drafts = [a.request.draft and a.remaining > 1 for a in batch]
+        if self._drafting is None or not any(drafts):
+            return root_tree(roots)
+        context = torch.stack([a.context for a in batch])
+        limit = None if all(drafts) else torch.where(torch.tensor(drafts), self._drafting.shape.max_tree_tokens, 1)
+        return self._drafting.propose(context, roots, None if limit is None else limit.to(device))
+
+    def _verify(self, batch: list[_Active], tree: TokenTree, output: TreeOutput) -> Verdict:
+        if self._settings is None:
+            self._settings = SamplingSettings.of([a.request.sampling for a in batch], output.logits.device)
+        uniforms = None
+        if self._settings.any_sampled:
+            emitted = torch.tensor([len(a.result.token_ids) for a in batch])
+            uniforms = node_uniforms(tree, [a.seed for a in batch], emitted)
+        return exact(Step(tree, output.logits, self._settings, uniforms))
+
+    def _accept(
+        self, batch: list[_Active], tree: TokenTree, output: TreeOutput, verdict: Verdict
+    ) -> list[list[int]]:
+        """Commit the accepted paths; the tokens each request gained."""
+        emitted, paths = verdict.emitted.tolist(), verdict.path.tolist()
+        accepted, last, sizes = verdict.accepted.tolist(), verdict.last_node.tolist(), tree.lengths.tolist()
+        gained = []
+        for row, active in enumerate(batch):
+            count = accepted[row] + 1
+            self.executor.commit(active.slot, active.base, paths[row][:count])
+            active.base += count
+            active.root = emitted[row][count - 1]
+            active.context = output.hidden[row, last[row]]
+            active.result.steps += 1
+            active.result.drafted_tokens += sizes[row] - 1
+            gained.append(emitted[row][:count])
+        return gained
+
+    def _emit(self, active: _Active, tokens: list[int]) -> Update:
+        """Hand out tokens until one ends the request; what a step accepted beyond that is dropped."""
+        result, reason, count = active.result, None, 0
+        for count, token in enumerate(tokens, start=1):
+            result.token_ids.append(token)
+            reason = self._reason_to_stop(active, token)
+            if reason is not None:
+                break
+        if result.steps:
+            result.accepted_tokens += count - 1
+            for depth in range(count - 1):
+                result.accepted_at[depth] += 1
+        if reason is not None:
+            self._finish(active, reason)
+        piece = active.text.take(final=reason is not None)
+        return Update(result.request_id, tuple(tokens[:count]), piece, result if reason is not None else None)
+
+    def _reason_to_stop(self, active: _Active, token: int) -> FinishReason | None:
+        if active.text.push(token):
+            active.result.stop_reason = active.text.stop_reason
+            return FinishReason.STOP
+        if token in self._eos and not active.request.sampling.ignore_eos:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if active.remaining <= 0 else None
+
+    def _finish(self, active: _Active, reason: FinishReason) -> None:
+        active.text.finish()
+        active.result.text = active.text.text
+        active.result.finish_reason = reason
+        self._active.remove(active)
+        self._free.append(active.slot)
+        self._settings = None
+
+
+@contextmanager
+def _quiet_threads(executor: Executor) -> Iterator[None]:
+    """With the native kernels, PyTorch's own operations are small: a second OpenMP thread costs more than it brings."""
+    if executor.name != "native" or torch.get_num_threads() == 1:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

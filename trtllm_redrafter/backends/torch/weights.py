@@ -1,0 +1,101 @@
+"""The base model's tensors, read from a TensorRT-LLM checkpoint by its own names.
+
+Nothing here knows Hugging Face's layout: what is executed is what `convert` wrote, with the shards of all ranks
+joined. In the checkpoint `mlp.fc` is Hugging Face's gate_proj (it goes through SiLU) and `mlp.gate` is up_proj.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.checkpoint.reader import Checkpoint
+
+_Get = Callable[[str], Tensor]
+_GetOptional = Callable[[str], Tensor | None]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer. D head size, N heads, I intermediate; biases and head norms are None where a family has none."""
+
+    input_norm: Tensor  # [H]
+    qkv: Tensor  # [(N + 2 N_kv) D, H], all queries, then keys, then values
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None
+    dense: Tensor  # [H, N D]
+    dense_bias: Tensor | None
+    post_norm: Tensor  # [H]
+    activated: Tensor  # [I, H]; checkpoint `mlp.fc`
+    activated_bias: Tensor | None
+    linear: Tensor  # [I, H]; checkpoint `mlp.gate`
+    linear_bias: Tensor | None
+    down: Tensor  # [H, I]
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """All of a base model; `head` is the embedding itself when the checkpoint's copies are equal."""
+
+    embedding: Tensor  # [V, H]
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor  # [H]
+    head: Tensor  # [V, H]
+
+
+def load_weights(checkpoint: Checkpoint, device: torch.device) -> ModelWeights:
+    """Read every base-model tensor. On the CPU a one-rank checkpoint is memory-mapped, not copied."""
+    names = set(checkpoint.names())
+
+    def get(name: str) -> Tensor:
+        return checkpoint.load(name).to(device)
+
+    def get_optional(name: str) -> Tensor | None:
+        return get(name) if name in names else None
+
+    layers = tuple(
+        _layer(f"transformer.layers.{i}.", get, get_optional) for i in range(checkpoint.config.num_hidden_layers)
+    )
+    embedding = get("transformer.vocab_embedding.weight")
+    return ModelWeights(embedding, layers, get("transformer.ln_f.weight"), _head(get_optional, embedding))
+
+
+def _layer(prefix: str, get: _Get, get_optional: _GetOptional) -> LayerWeights:
+    attention, mlp = prefix + "attention.", prefix + "mlp."
+    return LayerWeights(
+        input_norm=get(prefix + "input_layernorm.weight"),
+        qkv=get(attention + "qkv.weight"),
+        qkv_bias=get_optional(attention + "qkv.bias"),
+        q_norm=get_optional(attention + "q_layernorm.weight"),
+        k_norm=get_optional(attention + "k_layernorm.weight"),
+        dense=get(attention + "dense.weight"),
+        dense_bias=get_optional(attention + "dense.bias"),
+        post_norm=get(prefix + "post_layernorm.weight"),
+        activated=get(mlp + "fc.weight"),
+        activated_bias=get_optional(mlp + "fc.bias"),
+        linear=get(mlp + "gate.weight"),
+        linear_bias=get_optional(mlp + "gate.bias"),
+        down=get(mlp + "proj.weight"),
+        down_bias=get_optional(mlp + "proj.bias"),
+    )
+
+
+def _head(get_optional: _GetOptional, embedding: Tensor) -> Tensor:
+    """A tied head is stored twice; using one of the two halves what a step touches and what memory holds."""
+    head = get_optional("lm_head.weight")
+    if head is None or torch.equal(head, embedding):
+        return embedding
+    return head
+
+
+def model_dtype(config: CheckpointConfig) -> torch.dtype:
+    """The dtype everything is computed in: the checkpoint's."""
+    return DTYPES[config.dtype]
