@@ -1,0 +1,95 @@
+"""One table per model family: Hugging Face's tensor names and config fields → the checkpoint's.
+
+The code that walks these tables is the same for every family; adding one is adding a row. A pair's right side lists
+the Hugging Face tensors that are stacked by rows, which for qkv is also the order of the joined tensor:
+
+    ("attention.qkv.weight", ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"))
+    ("mlp.fc.weight", ("mlp.gate_proj.weight",))      # TensorRT-LLM's fc goes through SiLU: it is Hugging Face's gate
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trtllm_redrafter.checkpoint.config import ARCHITECTURES, CheckpointConfig
+from trtllm_redrafter.checkpoint.layout import EMBEDDING, LM_HEAD, LN_F
+
+LINEARS: Mapping[str, tuple[str, ...]] = {
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.dense": ("self_attn.o_proj",),
+    "mlp.fc": ("mlp.gate_proj",),
+    "mlp.gate": ("mlp.up_proj",),
+    "mlp.proj": ("mlp.down_proj",),
+}
+"""Linear layers of a block, without `.weight` / `.bias`."""
+
+NORMS: Mapping[str, str] = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "post_layernorm.weight": "post_attention_layernorm.weight",
+}
+QK_NORMS: Mapping[str, str] = {
+    "attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "attention.k_layernorm.weight": "self_attn.k_norm.weight",
+}
+HF_EMBEDDING = "model.embed_tokens.weight"
+HF_LM_HEAD = "lm_head.weight"
+HF_NORM = "model.norm.weight"
+
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+"""Buffers of old exports; they follow from the config."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between the families. `attn_bias` and `mlp_bias` name a config key, or are fixed."""
+
+    name: str
+    architecture: str
+    attn_bias: str | bool
+    mlp_bias: str | bool
+    default_head_dim: int | None
+    """Hugging Face's default when `head_dim` is missing; None: hidden_size / heads."""
+    default_sliding_window: int | None
+    """Hugging Face's default when `sliding_window` is missing."""
+    has_window_switch: bool
+    """Does `use_sliding_window` (false when missing) decide whether the window counts?"""
+
+
+FAMILIES: Mapping[str, Family] = {
+    family.architecture: family
+    for family in (
+        Family("LLaMA", "LlamaForCausalLM", "attention_bias", "mlp_bias", None, None, False),
+        Family("Mistral", "MistralForCausalLM", False, False, None, 4096, False),
+        Family("Qwen2", "Qwen2ForCausalLM", True, False, None, 4096, True),
+        Family("Qwen3", "Qwen3ForCausalLM", "attention_bias", False, 128, 4096, True),
+    )
+}
+"""By the architecture name in Hugging Face's config.json."""
+
+assert set(FAMILIES) == set(ARCHITECTURES)
+
+
+def tensor_sources(config: CheckpointConfig) -> dict[str, tuple[str, ...]]:
+    """Checkpoint name → the Hugging Face tensors it is made of, for the base model of `config`."""
+    sources: dict[str, tuple[str, ...]] = {
+        EMBEDDING: (HF_EMBEDDING,),
+        LN_F: (HF_NORM,),
+        LM_HEAD: (HF_EMBEDDING if config.tie_word_embeddings else HF_LM_HEAD,),
+    }
+    biased = {
+        "attention.qkv": config.attn_bias,
+        "attention.dense": config.dense_bias,
+        "mlp.fc": config.mlp_bias,
+        "mlp.gate": config.mlp_bias,
+        "mlp.proj": config.mlp_bias,
+    }
+    for i in range(config.num_hidden_layers):
+        ours, theirs = f"transformer.layers.{i}.", f"model.layers.{i}."
+        for name, parts in LINEARS.items():
+            sources[f"{ours}{name}.weight"] = tuple(f"{theirs}{part}.weight" for part in parts)
+            if biased[name]:
+                sources[f"{ours}{name}.bias"] = tuple(f"{theirs}{part}.bias" for part in parts)
+        norms = {**NORMS, **QK_NORMS} if config.has_qk_norm else NORMS
+        sources |= {ours + ours_norm: (theirs + theirs_norm,) for ours_norm, theirs_norm in norms.items()}
+    return sources

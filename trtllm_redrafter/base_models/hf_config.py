@@ -1,0 +1,175 @@
+"""A Hugging Face config.json, of transformers 4 or 5, as the checkpoint's config.
+
+transformers 5 moved `rope_theta` and `rope_scaling` into `rope_parameters` and renamed `torch_dtype`; both forms are
+read. What TensorRT-LLM would compute differently is refused here, by name, instead of giving other text later.
+
+    parsed = parse_hf_config(read_json(path / "config.json"), where=path / "config.json")
+    parsed.config.rotary_base, parsed.notes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.base_models.families import FAMILIES, Family
+from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
+from trtllm_redrafter.checkpoint.config_writer import QWEN_DEFAULT_SEQ_LENGTH
+from trtllm_redrafter.checkpoint.fields import FieldReader
+from trtllm_redrafter.errors import Problem
+
+ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Rotary scalings that are converted, with the fields each needs."""
+
+DEFAULT_EPSILON = 1e-6
+DEFAULT_ROPE_THETA = 10000.0
+"""transformers' defaults, for files that leave them out."""
+
+
+@dataclass(frozen=True)
+class ParsedConfig:
+    """`config` is None only when `problems` says why."""
+
+    config: CheckpointConfig | None
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
+
+
+def parse_hf_config(raw: Mapping[str, Any], *, where: Path) -> ParsedConfig:
+    """One rank's config in the model's own dtype (float32 stands in when the file names none)."""
+    fields = FieldReader(raw, where)
+    names = raw.get("architectures")
+    name = names[0] if isinstance(names, list) and len(names) == 1 else names
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        fields.problem(
+            f"the architecture {name!r} is not supported",
+            why=f"supported are {', '.join(FAMILIES)}",
+            remedy="use a base model of one of these architectures",
+        )
+        return ParsedConfig(None, tuple(fields.problems))
+    notes: list[str] = []
+    config = _config(fields, family, notes)
+    _refusals(fields)
+    return ParsedConfig(None if fields.problems else config, tuple(fields.problems), tuple(notes))
+
+
+def _config(fields: FieldReader, family: Family, notes: list[str]) -> CheckpointConfig:
+    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    if fields.values.get("head_dim") is None and family.default_head_dim is None and hidden % heads:
+        fields.problem(f"hidden_size {hidden} is not a multiple of {heads} heads", remedy="set head_dim")
+    theta, scaling = _rope(fields)
+    return CheckpointConfig(
+        architecture=family.architecture,
+        base_architecture=family.architecture,
+        dtype=stated_dtype(fields.values) or "float32",
+        hidden_size=hidden,
+        intermediate_size=fields.size("intermediate_size"),
+        num_hidden_layers=fields.size("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=fields.size("num_key_value_heads", heads),
+        head_size=fields.size("head_dim", family.default_head_dim or hidden // heads),
+        vocab_size=fields.size("vocab_size"),
+        norm_epsilon=fields.number("rms_norm_eps", DEFAULT_EPSILON),
+        hidden_act=fields.text("hidden_act", "silu"),
+        max_position_embeddings=_positions(fields, family, notes),
+        rotary_base=theta,
+        rotary_scaling=scaling,
+        attn_bias=_bias(fields, family.attn_bias),
+        mlp_bias=_bias(fields, family.mlp_bias),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+        sliding_window=None,
+        tp_size=1,
+        pp_size=1,
+        use_parallel_embedding=False,
+        embedding_sharding_dim=0,
+        quantization={},
+        drafter=None,
+        draft_shape=None,
+        greedy=True,
+        extra={"seq_length": fields.size("seq_length", QWEN_DEFAULT_SEQ_LENGTH)} if "Qwen" in family.name else {},
+    )
+
+
+def stated_dtype(raw: Mapping[str, Any]) -> str | None:
+    """The dtype the file names (`dtype` of transformers 5, `torch_dtype` of 4), when it is one of ours."""
+    value = raw.get("dtype") or raw.get("torch_dtype")
+    name = value.removeprefix("torch.") if isinstance(value, str) else None
+    return name if name in DTYPES else None
+
+
+def _bias(fields: FieldReader, rule: str | bool) -> bool:
+    return rule if isinstance(rule, bool) else fields.flag(rule, False)
+
+
+def _rope(fields: FieldReader) -> tuple[float, dict[str, Any] | None]:
+    """rotary_base, and rotary_scaling as the checkpoint keeps it (None when there is none)."""
+    modern = fields.mapping("rope_parameters")
+    if modern:
+        theta = FieldReader(modern, fields.where).number("rope_theta", DEFAULT_ROPE_THETA)
+        scaling = {key: value for key, value in modern.items() if key != "rope_theta"}
+    else:
+        theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
+        scaling = fields.mapping("rope_scaling")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ROPE_KEYS or any(isinstance(value, dict) for value in scaling.values()):
+        fields.problem(
+            f"rotary scaling {kind!r} is not supported",
+            why=f"converted are {', '.join(ROPE_KEYS)}; another rule would rotate positions differently at run time",
+            remedy="remove it from config.json to convert the model for its unscaled context, if it has one",
+        )
+        return theta, None
+    inner = FieldReader(scaling, f"{fields.where}, rotary scaling {kind}")
+    for key in ROPE_KEYS[kind]:
+        inner.number(key)
+    fields.problems += inner.problems
+    return theta, None if kind == "default" else dict(scaling)
+
+
+def _positions(fields: FieldReader, family: Family, notes: list[str]) -> int:
+    """max_position_embeddings, cut to the sliding window if there is one.
+
+    TensorRT-LLM's ReDrafter engines have one KV pool without a window: beyond it their attention would see tokens
+    that the model was not trained to see. Up to the window both are the same function.
+    """
+    positions = fields.size("max_position_embeddings")
+    window = fields.optional_size("sliding_window")
+    if "sliding_window" not in fields.values:
+        window = family.default_sliding_window
+    if family.has_window_switch and not fields.flag("use_sliding_window", False):
+        window = None
+    if window is None or window >= positions:
+        return positions
+    notes.append(
+        f"max_position_embeddings is cut from {positions} to the sliding window, {window}: "
+        "up to there full attention is exact, beyond it the engine would attend to more than the model was trained on"
+    )
+    return window
+
+
+def _refusals(fields: FieldReader) -> None:
+    """Settings under which TensorRT-LLM's graph would be another function than the model."""
+    raw = fields.values
+    if raw.get("hidden_act", "silu") != "silu":
+        what = f"hidden_act is {raw['hidden_act']!r}"
+        fields.problem(what, why="the gated MLP of these families uses silu", remedy="use the original model")
+    for holder in (raw, raw.get("rope_parameters") or {}):
+        factor = holder.get("partial_rotary_factor", 1.0)
+        if factor != 1.0:
+            fields.problem(f"partial_rotary_factor is {factor}", why="heads are rotated as a whole")
+    if raw.get("quantization_config"):
+        method = dict(raw["quantization_config"]).get("quant_method", "unknown")
+        fields.problem(
+            f"the model is quantized in Hugging Face's format ({method})",
+            why="its weights are stored under other names and scales than TensorRT-LLM's",
+            remedy="convert the original model, or pass a TensorRT-LLM checkpoint of NVIDIA's quantizer as --base",
+        )
+    named = raw.get("dtype") or raw.get("torch_dtype")
+    if named is not None and stated_dtype(raw) is None:
+        fields.problem(f"the dtype {named!r} is not supported", why=f"one of {', '.join(DTYPES)} is needed")

@@ -1,0 +1,177 @@
+"""A Hugging Face model directory: its config, its tensors and where they lie, checked before anything is converted.
+
+Only headers are read. Everything that is wrong (missing shard, missing tensor, wrong shape, a tensor the family does
+not have) is collected and reported together:
+
+    model = HFModel.open(Path("Llama-3.1-8B"))
+    model.config.vocab_size, model.tensors["model.norm.weight"].path
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.base_models.families import FAMILIES, IGNORED_SUFFIXES, tensor_sources
+from trtllm_redrafter.base_models.hf_config import parse_hf_config, stated_dtype
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, EMBEDDING, Split, TensorSpec, tensor_specs
+from trtllm_redrafter.checkpoint.safetensors_io import TensorInfo, read_header
+from trtllm_redrafter.errors import InputError, Problem, RedrafterError, raise_together
+from trtllm_redrafter.fsio import read_json, safe_join
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+FLOATING = tuple(DTYPE_NAMES.values())
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class LocatedTensor:
+    """A tensor and the file it lies in."""
+
+    path: Path
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """An opened model. `config` is for one rank and has the model's own dtype."""
+
+    path: Path
+    config: CheckpointConfig
+    raw_config: Mapping[str, Any]
+    tensors: Mapping[str, LocatedTensor]
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def open(cls, path: Path) -> HFModel:
+        raw = read_json(path / "config.json")
+        parsed = parse_hf_config(raw, where=path / "config.json")
+        problems = list(parsed.problems)
+        try:
+            files, tensors = _locate(path)
+        except RedrafterError as e:
+            problems += e.problems or (e.problem,)
+            files, tensors = (), {}
+        config = parsed.config
+        if config is not None and tensors:
+            config = _with_dtype(config, raw, tensors)
+            problems += check_tensors(config, tensors, path)
+        raise_together(InputError, problems, "the base model cannot be converted", where=path)
+        assert config is not None
+        return cls(path, config, raw, tensors, files, parsed.notes)
+
+
+def _with_dtype(
+    config: CheckpointConfig, raw: Mapping[str, Any], tensors: Mapping[str, LocatedTensor]
+) -> CheckpointConfig:
+    """A config that names no dtype gets the embedding's."""
+    embedding = tensors.get(tensor_sources(config)[EMBEDDING][0])
+    if stated_dtype(raw) is not None or embedding is None:
+        return config
+    by_stored = {stored: name for name, stored in DTYPE_NAMES.items()}
+    return replace(config, dtype=by_stored.get(embedding.info.dtype, config.dtype))
+
+
+def _locate(path: Path) -> tuple[tuple[Path, ...], dict[str, LocatedTensor]]:
+    """All weight files and the tensors in them."""
+    single, index = path / SINGLE_FILE, path / INDEX_FILE
+    if single.exists():
+        return (single,), _tensors_of(single)
+    if not index.exists():
+        others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pth", ".gguf"))
+        raise InputError(
+            f"the model has neither {SINGLE_FILE} nor {INDEX_FILE}",
+            where=path,
+            why=f"it has {', '.join(others)}; pickles and GGUF are not read" if others else None,
+            remedy="save it with transformers' save_pretrained, which writes safetensors",
+        )
+    return _sharded(path, index)
+
+
+def _sharded(path: Path, index: Path) -> tuple[tuple[Path, ...], dict[str, LocatedTensor]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InputError("the index has no weight_map", where=index, remedy="download it again")
+    problems: list[Problem] = []
+    tensors: dict[str, LocatedTensor] = {}
+    files = []
+    for name in sorted(set(weight_map.values())):
+        try:
+            file = safe_join(path, name)
+            tensors |= _tensors_of(file)
+            files.append(file)
+        except RedrafterError as e:
+            problems.append(e.problem)
+    if not problems:
+        problems = [
+            Problem(f"tensor {name!r} is not in the file the index names", str(path / file), None, "download it again")
+            for name, file in weight_map.items()
+            if name not in tensors or tensors[name].path.name != Path(file).name
+        ]
+    raise_together(InputError, limited(problems), "the model's weight files are not complete", where=path)
+    return tuple(files), tensors
+
+
+def _tensors_of(file: Path) -> dict[str, LocatedTensor]:
+    if not file.exists():
+        raise InputError("the weight file is missing", where=file, remedy="download it again")
+    return {name: LocatedTensor(file, info) for name, info in read_header(file).items()}
+
+
+def check_tensors(config: CheckpointConfig, tensors: Mapping[str, LocatedTensor], path: Path) -> list[Problem]:
+    """Missing tensors, wrong shapes and dtypes, and tensors the family has no place for."""
+    specs = tensor_specs(config)
+    problems: list[Problem] = []
+    expected: set[str] = {"lm_head.weight"}  # files of tied models may hold a copy; it is not used
+    for name, sources in tensor_sources(config).items():
+        shapes = source_shapes(specs[name], config)
+        for source, shape in zip(sources, shapes, strict=True):
+            expected.add(source)
+            problems += _check_one(source, shape, tensors.get(source), path)
+    family = FAMILIES[config.base_architecture].name
+    problems += [
+        Problem(
+            f"tensor {name!r} has no place in a {family} checkpoint",
+            str(located.path),
+            "leaving it out would change what the model computes",
+            "check config.json (attention_bias, mlp_bias, architectures)",
+        )
+        for name, located in tensors.items()
+        if name not in expected and not name.endswith(IGNORED_SUFFIXES)
+    ]
+    return limited(problems)
+
+
+def source_shapes(spec: TensorSpec, config: CheckpointConfig) -> list[tuple[int, ...]]:
+    """Shapes of the Hugging Face tensors that make up a joined one."""
+    if spec.split is not Split.QKV:
+        return [spec.shape]
+    d, rest = config.head_size, spec.shape[1:]
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    return [(n * d, *rest) for n in heads]
+
+
+def _check_one(name: str, shape: tuple[int, ...], found: LocatedTensor | None, path: Path) -> list[Problem]:
+    if found is None:
+        why = "only a model with tie_word_embeddings may leave it out" if name == "lm_head.weight" else None
+        return [Problem(f"tensor {name!r} is missing", str(path), why, "download the model again")]
+    if found.info.shape != shape:
+        why = f"config.json implies {list(shape)}, the file has {list(found.info.shape)}"
+        remedy = "use the config.json that belongs to these weights"
+        return [Problem(f"tensor {name!r} has the wrong shape", str(found.path), why, remedy)]
+    if found.info.dtype not in FLOATING:
+        why = f"it is {found.info.dtype}; one of {', '.join(FLOATING)} is needed"
+        return [Problem(f"tensor {name!r} is not a plain floating tensor", str(found.path), why, "use the original")]
+    return []
+
+
+def limited(problems: list[Problem]) -> list[Problem]:
+    """The first few, and how many more: a wrong config.json makes every layer wrong in the same way."""
+    if len(problems) <= _SHOWN:
+        return problems
+    return [*problems[:_SHOWN], Problem(f"and {len(problems) - _SHOWN} more problems like these")]
