@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-MAX_SEQ_LEN = 4096
+MAX_SEQ_LEN = 2048
 """Upper bound of the derived `build.max_seq_len`: a 128k context would reserve a KV cache nobody asked for."""
 
 Directory = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
@@ -65,7 +65,9 @@ class RunSection(Section):
     prompts: tuple[Text, ...] = Field(default=(), strict=False, description="texts to continue or to answer")
     input: Directory | None = Field(default=None, description="JSONL file with `prompt` or `messages` per line")
     output: Directory | None = Field(default=None, description="JSONL file for the results")
-    chat: bool = Field(default=True, description="put prompts through the chat template")
+    chat: bool | None = Field(
+        default=None, description="put prompts through the chat template; derived: if the engine has one"
+    )
     max_tokens: Positive = Field(default=128, description="tokens to write per prompt")
     temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(default=0.0, description="0 is greedy")
     top_k: Annotated[int, Field(ge=0)] = Field(default=0, description="keep the k likeliest tokens; 0 is off")

@@ -1,0 +1,7 @@
+"""Prompts in, results out: a batch of prompts from the command line, a recipe or a JSONL file, run on an engine."""
+
+from trtllm_redrafter.generation.batch import run_jobs
+from trtllm_redrafter.generation.jobs import Defaults, Job, Outcome, prompt_jobs, read_jobs
+from trtllm_redrafter.generation.summary import Summary
+
+__all__ = ["Defaults", "Job", "Outcome", "Summary", "prompt_jobs", "read_jobs", "run_jobs"]

@@ -1,0 +1,131 @@
+"""From a resolved recipe to the options each room takes, with what nobody gave derived and recorded.
+
+resolved = with_limits(with_directories(resolved, name="demo"))
+options = build_options(resolved, overwrite=False)       # a backend's BuildOptions, every field set
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trtllm_redrafter.errors import Problem, UsageError, raise_together
+from trtllm_redrafter.recipe.layers import Resolved
+from trtllm_redrafter.recipe.schema import MAX_SEQ_LEN
+from trtllm_redrafter.redrafter.config import DraftShape
+
+if TYPE_CHECKING:
+    from trtllm_redrafter.backends.base import BuildOptions, SamplingParams
+    from trtllm_redrafter.convert import ConvertOptions
+
+_FLAGS = {"base": "--base", "checkpoint": "--checkpoint or --output", "engine": "--engine or --output"}
+
+
+def require(resolved: Resolved, keys: Sequence[str], what_for: str) -> None:
+    """`UsageError` naming every key that `what_for` cannot do without."""
+    missing = [key for key in keys if resolved.value(key) is None]
+    problems = [
+        Problem(f"{key!r} is not given", why=f"{what_for} needs it", remedy=f"pass {_FLAGS[key]}, or set {key}: …")
+        for key in missing
+    ]
+    raise_together(UsageError, problems, f"{what_for} cannot start")
+
+
+def with_directories(resolved: Resolved, *, name: str) -> Resolved:
+    """Fill in where a pipeline's stages go: runs/NAME/checkpoint and runs/NAME/engine."""
+    if resolved.recipe.work_dir is None:
+        resolved = resolved.derive({"work_dir": Path("runs") / name}, "from the recipe's name")
+    work_dir = resolved.recipe.work_dir
+    assert work_dir is not None
+    places = {key: work_dir / key for key in ("checkpoint", "engine") if resolved.value(key) is None}
+    return resolved.derive(places, "from work_dir")
+
+
+def with_limits(resolved: Resolved, context: int) -> Resolved:
+    """Fill in an engine's lengths from the model's context length, in tokens."""
+    if resolved.recipe.build.max_seq_len is None:
+        resolved = resolved.derive(
+            {"build.max_seq_len": min(context, MAX_SEQ_LEN)}, f"from the model's {context} positions"
+        )
+    longest = resolved.recipe.build.max_seq_len
+    assert longest is not None
+    if resolved.recipe.build.max_input_len is None:
+        resolved = resolved.derive({"build.max_input_len": max(1, longest - 1)}, "from max_seq_len")
+    return resolved
+
+
+def convert_options(resolved: Resolved, *, overwrite: bool) -> ConvertOptions:
+    from trtllm_redrafter.convert import ConvertOptions
+
+    require(resolved, ["base", "checkpoint"], "a conversion")
+    recipe = resolved.recipe
+    assert recipe.base is not None and recipe.checkpoint is not None
+    return ConvertOptions(
+        base=recipe.base,
+        drafter=recipe.drafter,
+        output=recipe.checkpoint,
+        dtype=recipe.convert.dtype,
+        tp_size=recipe.convert.tp_size,
+        num_beams=recipe.convert.num_beams,
+        draft_len=recipe.convert.draft_len,
+        greedy=recipe.convert.greedy,
+        parallel_embedding=recipe.convert.parallel_embedding,
+        workers=recipe.convert.workers,
+        overwrite=overwrite,
+    )
+
+
+def build_options(resolved: Resolved, *, overwrite: bool) -> BuildOptions:
+    """Lengths that are not given come from the checkpoint's config."""
+    from trtllm_redrafter.backends.base import BuildOptions
+
+    require(resolved, ["checkpoint", "engine"], "a build")
+    recipe = with_limits(resolved, context_length(resolved)).recipe
+    build = recipe.build
+    assert recipe.checkpoint is not None and recipe.engine is not None
+    assert build.max_seq_len is not None and build.max_input_len is not None
+    return BuildOptions(
+        checkpoint=recipe.checkpoint,
+        output=recipe.engine,
+        backend=recipe.backend,
+        tokenizer=build.tokenizer,
+        max_batch_size=build.max_batch_size,
+        max_input_len=build.max_input_len,
+        max_seq_len=build.max_seq_len,
+        overwrite=overwrite,
+    )
+
+
+def context_length(resolved: Resolved) -> int:
+    """Positions the checkpoint's model was made for; a shorter `build.max_seq_len` makes this superfluous."""
+    from trtllm_redrafter.checkpoint import Checkpoint
+
+    checkpoint = resolved.recipe.checkpoint
+    assert checkpoint is not None
+    return Checkpoint.open(checkpoint).config.max_position_embeddings
+
+
+def sampling_params(resolved: Resolved, changes: Mapping[str, Any] | None = None) -> SamplingParams:
+    """The recipe's `run` section as sampling parameters; `changes` are those of one request."""
+    from trtllm_redrafter.backends.base import SamplingParams
+
+    run = resolved.recipe.run
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+    return SamplingParams(**{**{name: getattr(run, name) for name in names}, **(changes or {})})
+
+
+def draft_shape(resolved: Resolved, own: DraftShape | None) -> DraftShape | None:
+    """What `run.num_beams` and `run.draft_len` ask for, over the engine's own; None: leave it as it is."""
+    run = resolved.recipe.run
+    if run.num_beams is None and run.draft_len is None:
+        return None
+    if own is None:
+        raise UsageError(
+            "the engine has no drafter",
+            why="--num-beams and --draft-len say how much to draft",
+            remedy="leave them out, or convert with --drafter",
+        )
+    shape = DraftShape(run.num_beams or own.num_beams, run.draft_len or own.draft_len)
+    shape.check()
+    return shape
