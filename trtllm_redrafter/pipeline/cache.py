@@ -1,0 +1,170 @@
+"""Is what a stage would write there already? Content decides, not dates.
+
+A stage's fingerprint is the SHA-256 of its input files and of the options that shape its output. Beside the work
+directory's stages lies what each was last run with:
+
+    runs/demo/.stages/convert.json     fingerprint, options, inputs, output, hash of the output's manifest
+    runs/demo/.stages/hashes.json      SHA-256 by path, size and modification time, so that inputs are read once
+
+A hit means: same fingerprint, same output directory, and that directory still whole. A miss says what changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.checkpoint.manifest import MANIFEST, Manifest, now
+from trtllm_redrafter.errors import InputError, RedrafterError
+from trtllm_redrafter.fsio import as_output_error, read_json, sha256_file, write_json
+
+_SETTLED_SECONDS = 2.0
+"""A file younger than this may still change within the same time stamp; its hash is not kept."""
+
+_INPUT_SUFFIXES = (".json", ".safetensors", ".pt", ".model", ".txt", ".jinja")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a stage's output follows from."""
+
+    options: Mapping[str, Any]
+    inputs: Mapping[str, str]  # name → SHA-256
+
+    @property
+    def key(self) -> str:
+        text = json.dumps({"options": dict(self.options), "inputs": dict(self.inputs)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def changes_since(self, options: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
+        """What differs from an earlier run, one line each."""
+        lines = [
+            f"{name} was {json.dumps(options.get(name))}, is {json.dumps(self.options.get(name))}"
+            for name in sorted({*options, *self.options})
+            if options.get(name) != self.options.get(name)
+        ]
+        for name in sorted({*inputs, *self.inputs}):
+            if name not in inputs:
+                lines.append(f"{name} is new")
+            elif name not in self.inputs:
+                lines.append(f"{name} is gone")
+            elif inputs[name] != self.inputs[name]:
+                lines.append(f"{name} has other content")
+        return lines
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Hit or miss, why, and whether the present output is this pipeline's own to replace."""
+
+    hit: bool
+    reasons: tuple[str, ...]
+    ours: bool
+
+
+class HashCache:
+    """SHA-256 of files that are read once per content."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._entries: dict[str, Any] = _read_or_empty(path)
+
+    def sha256(self, file: Path) -> str:
+        try:
+            stat = file.stat()
+        except OSError as e:
+            raise InputError("cannot read the file", where=file, why=str(e), remedy="check that it exists") from e
+        name, stamp = str(file.resolve()), [stat.st_size, stat.st_mtime_ns]
+        known = self._entries.get(name)
+        if isinstance(known, list) and known[:2] == stamp and len(known) == 3:
+            return str(known[2])
+        digest = sha256_file(file)
+        if time.time() - stat.st_mtime > _SETTLED_SECONDS:
+            self._entries[name] = [*stamp, digest]
+        return digest
+
+    def directory(self, path: Path, name: str) -> dict[str, str]:
+        """Hashes of the files a stage may read in `path`, under `name/`."""
+        if not path.is_dir():
+            raise InputError(f"the {name} directory does not exist", where=path, remedy="check the path")
+        files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in _INPUT_SUFFIXES)
+        return {f"{name}/{file.name}": self.sha256(file) for file in files}
+
+    def save(self) -> None:
+        with as_output_error(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, self._entries)
+
+
+def manifest_hashes(directory: Path, name: str) -> dict[str, str]:
+    """Hashes of an artefact of ours as its manifest gives them; sizes were checked when it was found whole."""
+    return {f"{name}/{file}": record.sha256 for file, record in Manifest.read(directory).files.items()}
+
+
+class StageRecords:
+    """What each stage was last run with."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def check(self, stage: str, fingerprint: Fingerprint, output: Path) -> Verdict:
+        record = _read_or_empty(self._directory / f"{stage}.json")
+        exists = output.exists()
+        ours = exists and record.get("output") == str(output.resolve())
+        if not record:
+            return Verdict(
+                False, ("it has not run before" if not exists else "its output is there, its record is not",), ours
+            )
+        changes = fingerprint.changes_since(record.get("options") or {}, record.get("inputs") or {})
+        if not exists:
+            return Verdict(False, (f"{output} does not exist", *changes), False)
+        if not ours:
+            return Verdict(False, (f"the output was {record.get('output')}", *changes), False)
+        if changes or record.get("key") != fingerprint.key:
+            return Verdict(False, tuple(changes), ours)
+        damage = _damage(output, record)
+        if damage:
+            return Verdict(False, damage, ours)
+        return Verdict(True, (f"inputs and options are those of {record.get('finished')}",), ours)
+
+    def store(self, stage: str, fingerprint: Fingerprint, output: Path) -> None:
+        values = {
+            "key": fingerprint.key,
+            "options": dict(fingerprint.options),
+            "inputs": dict(fingerprint.inputs),
+            "output": str(output.resolve()),
+            "output_sha256": sha256_file(_stamp(output)),
+            "finished": now(),
+        }
+        with as_output_error(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            write_json(self._directory / f"{stage}.json", values)
+
+
+def _stamp(output: Path) -> Path:
+    """The file that stands for an output: a directory's manifest, or the file itself."""
+    return output / MANIFEST if output.is_dir() else output
+
+
+def _damage(output: Path, record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Why an output is not what the stage wrote; hashes of large files are left to `verify`."""
+    try:
+        if sha256_file(_stamp(output)) != record.get("output_sha256"):
+            return (f"{_stamp(output)} has been changed since",)
+        problems = Manifest.read(output).check_files(output, hashes=False) if output.is_dir() else []
+    except RedrafterError as error:
+        return (error.render(),)
+    return tuple(f"{p.where}: {p.what}" for p in problems)
+
+
+def _read_or_empty(path: Path) -> dict[str, Any]:
+    """A cache that cannot be read is an empty one: the price is a stage run again."""
+    try:
+        return read_json(path)
+    except InputError:
+        return {}
