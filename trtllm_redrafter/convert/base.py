@@ -1,0 +1,174 @@
+"""The base model of a conversion, from Hugging Face or from a checkpoint that NVIDIA's tools wrote.
+
+Both become the same thing: a config for the wanted ranks, and for each rank the tensors and where their bytes come
+from. An existing checkpoint (FP8, AWQ, ...) passes through byte for byte; only the drafter is added to it.
+
+    base = open_base(options, OpenFiles())
+    base.config.tp_size, base.rank_tensors(0)["lm_head.weight"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from trtllm_redrafter.base_models.families import tensor_sources
+from trtllm_redrafter.base_models.hf_model import HFModel
+from trtllm_redrafter.base_models.tokenizer import eos_token_ids, tokenizer_files, tokenizer_sha256
+from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
+from trtllm_redrafter.checkpoint.layout import EMBEDDING, LM_HEAD, TensorSpec, tensor_specs
+from trtllm_redrafter.checkpoint.reader import Checkpoint, rank_file
+from trtllm_redrafter.convert.options import AUTO_DTYPE, ConvertOptions
+from trtllm_redrafter.convert.shards import TensorPlan, plan_tensor, whole
+from trtllm_redrafter.convert.sources import FileSource, OpenFiles, Source, stacked
+from trtllm_redrafter.errors import InputError, MismatchError, Problem, raise_together
+from trtllm_redrafter.fsio import read_json
+
+QUANT_CFG = "quant_cfg.json"
+
+
+@dataclass(frozen=True)
+class Base:
+    """What both kinds of base offer. `head` is the joined LM head, for drafters that borrow it."""
+
+    path: Path
+    kind: str
+    config: CheckpointConfig
+    files: tuple[Path, ...]
+    copied: tuple[Path, ...]
+    tokenizer: tuple[Path, ...]
+    eos_token_ids: tuple[int, ...]
+    notes: tuple[str, ...]
+    head: Source | None
+    _specs: Mapping[str, TensorSpec]
+    _sources: Mapping[str, Source]
+    _ranks: tuple[Mapping[str, TensorPlan], ...]
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """The tokenizer's identity; None without tokenizer files."""
+        return tokenizer_sha256(self.tokenizer[0].parent) if self.tokenizer else None
+
+    def rank_tensors(self, rank: int) -> dict[str, TensorPlan]:
+        """Every base tensor of one rank. The specs follow `config`, so a changed config gives changed ranks."""
+        if self._ranks:
+            return dict(self._ranks[rank])
+        return {
+            name: plan_tensor(self._specs[name], source, self.config, rank) for name, source in self._sources.items()
+        }
+
+
+def open_base(options: ConvertOptions, files: OpenFiles) -> Base:
+    """Open `options.base`, whichever kind it is; `InputError` or `MismatchError` with all that is wrong."""
+    path = options.base
+    if not path.is_dir():
+        raise InputError("the base model directory does not exist", where=path, remedy="check --base")
+    if "architecture" in read_json(path / "config.json"):
+        return _from_checkpoint(options, files)
+    model = HFModel.open(path)
+    config = replace(
+        model.config,
+        dtype=model.config.dtype if options.dtype == AUTO_DTYPE else options.dtype,
+        tp_size=options.tp_size,
+        use_parallel_embedding=options.parallel_embedding,
+    )
+    return from_huggingface(model, config, files)
+
+
+def from_huggingface(model: HFModel, config: CheckpointConfig, files: OpenFiles) -> Base:
+    """A Hugging Face model, to be divided and cast as `config` says."""
+    located = {
+        name: FileSource(tensor.path, tensor.info, files) for name, tensor in model.tensors.items()
+    }
+    sources = {name: stacked([located[s] for s in names]) for name, names in tensor_sources(config).items()}
+    plain = replace(config, drafter=None, quantization={})
+    return Base(
+        path=model.path,
+        kind="huggingface",
+        config=plain,
+        files=(model.path / "config.json", *model.files),
+        copied=(),
+        tokenizer=tuple(tokenizer_files(model.path)),
+        eos_token_ids=eos_token_ids(model.path, model.raw_config),
+        notes=(*model.notes, *_cast_notes(model, plain)),
+        head=sources[LM_HEAD],
+        _specs=tensor_specs(plain),
+        _sources=sources,
+        _ranks=(),
+    )
+
+
+def _cast_notes(model: HFModel, config: CheckpointConfig) -> list[str]:
+    stored = sorted({t.info.dtype for t in model.tensors.values()})
+    return [f"weights stored as {', '.join(stored)} are cast to {config.dtype}"] if _casts(stored, config) else []
+
+
+def _casts(stored: list[str], config: CheckpointConfig) -> bool:
+    return stored != [{"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[config.dtype]]
+
+
+def _from_checkpoint(options: ConvertOptions, files: OpenFiles) -> Base:
+    """An existing checkpoint: its ranks, dtype and embedding layout are given and must be what is asked for."""
+    checkpoint = Checkpoint.open(options.base)
+    config, path = checkpoint.config, options.base
+    raise_together(MismatchError, _checkpoint_problems(checkpoint, options), "the base checkpoint does not fit")
+    ranks = tuple(
+        {name: whole(name, FileSource(file.path, info, files)) for name, info in file.header.items()}
+        for file in checkpoint.ranks
+    )
+    notes = [f"the base is a TensorRT-LLM checkpoint ({config.quant_algo or 'not quantized'}): its tensors are copied"]
+    if config.use_parallel_embedding != options.parallel_embedding:
+        held = "divided over ranks" if config.use_parallel_embedding else "whole on every rank"
+        notes.append(f"the embedding stays as it is in the base checkpoint: {held}")
+    tokenizer = tuple(tokenizer_files(path / "tokenizer") or tokenizer_files(path))
+    return Base(
+        path=path,
+        kind="checkpoint",
+        config=config,
+        files=(path / "config.json", *(rank_file(path, r) for r in range(config.tp_size))),
+        copied=tuple(p for p in (path / QUANT_CFG,) if p.is_file()),
+        tokenizer=tokenizer,
+        eos_token_ids=eos_token_ids(tokenizer[0].parent, {}) if tokenizer else (),
+        notes=tuple(notes),
+        head=_checkpoint_head(checkpoint, files),
+        _specs={},
+        _sources={},
+        _ranks=ranks,
+    )
+
+
+def _checkpoint_problems(checkpoint: Checkpoint, options: ConvertOptions) -> list[Problem]:
+    config, where = checkpoint.config, str(options.base)
+    problems = []
+    if config.drafter is not None:
+        remedy = "pass the checkpoint without a drafter"
+        problems.append(Problem("the base checkpoint has a drafter already", where, None, remedy))
+    if options.tp_size != config.tp_size:
+        why = "a checkpoint is divided already and is not divided anew"
+        remedy = f"pass --tp-size {config.tp_size}, or export the base again"
+        what = f"the base checkpoint has {config.tp_size} tensor-parallel rank(s), {options.tp_size} are asked for"
+        problems.append(Problem(what, where, why, remedy))
+    if options.dtype not in (AUTO_DTYPE, config.dtype) and options.dtype in DTYPES:
+        remedy = "pass --dtype auto, or export the base again"
+        what = f"the base checkpoint is {config.dtype}, {options.dtype} is asked for"
+        problems.append(Problem(what, where, "its tensors are copied as they are", remedy))
+    for name, spec in checkpoint.specs.items():
+        if not spec.optional and name not in checkpoint.ranks[0].header:
+            problems.append(Problem(f"the base checkpoint has no tensor {name!r}", where, None, "export it again"))
+    return problems
+
+
+def _checkpoint_head(checkpoint: Checkpoint, files: OpenFiles) -> Source | None:
+    """The LM head's rank shards as one source; None when it cannot be read as numbers."""
+    config = checkpoint.config
+    has_head = LM_HEAD in checkpoint.ranks[0].header
+    name = LM_HEAD if has_head else EMBEDDING
+    divided = has_head or config.use_parallel_embedding
+    ranks = checkpoint.ranks if divided else checkpoint.ranks[:1]
+    found: list[Source] = [
+        FileSource(file.path, file.header[name], files) for file in ranks if name in file.header
+    ]
+    head = stacked(found) if len(found) == len(ranks) else None
+    whole_shape = (config.vocab_size, config.hidden_size)
+    return head if head is not None and head.shape == whole_shape and head.dtype in ("F16", "BF16", "F32") else None

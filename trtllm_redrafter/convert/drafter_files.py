@@ -1,0 +1,247 @@
+"""Read a drafter directory, whoever trained it: Apple's, NVIDIA's or our own tensor names, safetensors or `.pt`.
+
+Names are a table of patterns. Everything is brought to TensorRT-LLM's names (`layers.0.linear.weight`, ...) and
+nothing is loaded: tensors stay where they are until the conversion streams them.
+
+    drafter = DrafterFiles.open(Path("redrafter_vicuna-7b_n_5_lr_0.001_layers_2"), files)
+    drafter.config, drafter.horizon            # DrafterConfig(...), 5
+
+Layouts, for K layers (all hold rnn_u.*, rnn_w.weight and maybe input_proj.* / input_projs.*):
+    lm_head.{i}.linear.*   lm_head.{K}.weight       Apple
+    lm_heads.{i}.linear.*  lm_heads.{K}.weight
+    0.{i}.linear.*         0.{K}.weight             a bare nn.Sequential
+    layers.{i}.linear.*    lm_head.weight           TensorRT-LLM
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.checkpoint.fields import FieldReader
+from trtllm_redrafter.checkpoint.safetensors_io import STORED_DTYPES, SafetensorsFile, read_header
+from trtllm_redrafter.convert.sources import FileSource, OpenFiles, Source, TensorSource
+from trtllm_redrafter.errors import InputError, Problem, raise_together
+from trtllm_redrafter.fsio import read_json
+from trtllm_redrafter.redrafter.config import DrafterConfig
+
+WEIGHT_FILES = ("model.safetensors", "model.pt", "pytorch_model.bin")
+DRAFT_VOCAB = "draft_vocab.safetensors"
+FACTOR = "lm_head_factor.weight"
+LM_HEAD = "lm_head.weight"
+
+_STEM = r"(?:lm_heads?|0)"
+NAME_PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"input_projs?(?:\.0)?\.(weight|bias)"), r"input_proj.\1"),
+    (re.compile(_STEM + r"\.(\d+)\.linear\.(weight|bias)"), r"layers.\1.linear.\2"),
+    (re.compile(r"layers\.(\d+)\.linear\.(weight|bias)"), r"layers.\1.linear.\2"),
+    (re.compile(_STEM + r"\.(\d+)\.weight"), r"head.\1"),
+    (re.compile(r"lm_head\.weight"), LM_HEAD),
+    (re.compile(r"(rnn_u\.weight|rnn_u\.bias|rnn_w\.weight|lm_head_factor\.weight)"), r"\1"),
+)
+"""File name → TensorRT-LLM's, tried in order; `head.K` becomes the LM head when K is the number of layers."""
+
+HORIZON_IN_NAME = re.compile(r"_n_(\d+)(?:_|$)")
+"""Apple's trainer names its output `…_n_5_lr_…`: the drafter was trained on 5 tokens after the guaranteed one."""
+
+
+@dataclass(frozen=True)
+class DrafterFiles:
+    """An opened drafter: sizes, training horizon, and its tensors by TensorRT-LLM name."""
+
+    path: Path
+    config: DrafterConfig
+    horizon: int | None
+    horizon_source: str
+    num_beams: int | None
+    tie_lm_head: bool
+    tensors: Mapping[str, Source]
+    factor: Source | None
+    files: tuple[Path, ...]
+    draft_vocab: Path | None
+    base_identity: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: Path, files: OpenFiles) -> DrafterFiles:
+        """Read config and headers; every problem is reported in one `InputError`."""
+        if not path.is_dir():
+            raise InputError("the drafter directory does not exist", where=path, remedy="check --drafter")
+        raw = read_json(path / "config.json")
+        fields = FieldReader(raw, path / "config.json")
+        config = DrafterConfig(
+            vocab_size=fields.size("vocab_size"),
+            hidden_size=fields.size("hidden_size"),
+            exit_dim=fields.size("exit_dim"),
+            num_layers=fields.size("num_draft_layers", minimum=0),
+            rnn=fields.flag("rnn", None),
+        )
+        horizon, horizon_source = _horizon(path, fields)
+        beams, tied = fields.optional_size("num_beams"), fields.flag("tie_lm_head", False)
+        raise_together(InputError, fields.problems, "the drafter's config.json is not usable", where=path)
+        weights = _weight_file(path)
+        named = _rename(_load(weights, files), config, weights)
+        factor = named.pop(FACTOR, None)
+        problems = list(_tensor_problems(config, named, factor, tied, weights))
+        vocab = path / DRAFT_VOCAB if (path / DRAFT_VOCAB).exists() else None
+        problems += [] if vocab is None else _draft_vocab_problems(vocab, config.vocab_size)
+        raise_together(InputError, problems, "the drafter's tensors do not fit its config.json", where=path)
+        identity = raw.get("base_model")
+        return cls(
+            path=path,
+            config=config,
+            horizon=horizon,
+            horizon_source=horizon_source,
+            num_beams=beams,
+            tie_lm_head=tied,
+            tensors=named,
+            factor=factor,
+            files=tuple(p for p in (path / "config.json", weights, vocab) if p is not None),
+            draft_vocab=vocab,
+            base_identity=identity if isinstance(identity, dict) else {},
+        )
+
+
+def _horizon(path: Path, fields: FieldReader) -> tuple[int | None, str]:
+    """How many tokens ahead the drafter was trained, and who says so."""
+    stated = fields.optional_size("draft_len")
+    if stated is not None:
+        return stated, "draft_len in the drafter's config.json"
+    for name in (path.name, path.resolve().name):
+        if match := HORIZON_IN_NAME.search(name):
+            return int(match[1]), f"the drafter's directory name ({name})"
+    return None, "not stated"
+
+
+def _weight_file(path: Path) -> Path:
+    for name in WEIGHT_FILES:
+        if (path / name).exists():
+            return path / name
+    raise InputError(
+        "the drafter has no weights",
+        where=path,
+        why=f"none of {', '.join(WEIGHT_FILES)} is there",
+        remedy="check --drafter, or save the drafter as model.safetensors",
+    )
+
+
+def _load(path: Path, files: OpenFiles) -> dict[str, Source]:
+    if path.suffix == ".safetensors":
+        return {name: FileSource(path, info, files) for name, info in read_header(path).items()}
+    return _load_pickle(path)
+
+
+def _load_pickle(path: Path) -> dict[str, Source]:
+    """A state dict saved by torch.save. `weights_only` keeps a pickle from running code."""
+    import pickle
+
+    import torch
+
+    refusal = InputError(
+        "the file is not a plain dictionary of tensors",
+        where=path,
+        why="pickles can hold code; only tensors are read from them",
+        remedy="save it again with torch.save(model.state_dict(), ...) or, better, as safetensors",
+    )
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as e:
+        raise refusal from e
+    if not isinstance(value, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout is torch.strided and v.dtype in STORED_DTYPES
+        for k, v in value.items()
+    ):
+        raise refusal
+    return {name: TensorSource(name, path, tensor.detach()) for name, tensor in value.items()}
+
+
+def _rename(tensors: Mapping[str, Source], config: DrafterConfig, path: Path) -> dict[str, Source]:
+    """TensorRT-LLM's names; unknown tensors and two for one name are refused."""
+    renamed: dict[str, Source] = {}
+    problems = []
+    for name, source in tensors.items():
+        target = _target_name(name.removeprefix("drafter."), config.num_layers)
+        if target is None:
+            what, why = f"tensor {name!r} has no place in a drafter", "leaving it out would change what it computes"
+            problems.append(Problem(what, str(path), why, "check num_draft_layers in its config.json"))
+        elif target in renamed:
+            problems.append(Problem(f"tensor {name!r} is a second {target!r}", str(path), None, "remove one of them"))
+        else:
+            renamed[target] = source
+    raise_together(InputError, problems, "the drafter's tensors are not understood", where=path)
+    return renamed
+
+
+def _target_name(name: str, num_layers: int) -> str | None:
+    for pattern, template in NAME_PATTERNS:
+        if match := pattern.fullmatch(name):
+            target = match.expand(template)
+            if not target.startswith("head."):
+                return target
+            return LM_HEAD if target == f"head.{num_layers}" else None
+    return None
+
+
+def _tensor_problems(
+    config: DrafterConfig, tensors: Mapping[str, Source], factor: Source | None, tied: bool, path: Path
+) -> Iterator[Problem]:
+    expected = config.parameter_shapes()
+    if tied:
+        del expected[LM_HEAD]
+        yield from _tied_problems(config, tensors, factor, path)
+    elif factor is not None:
+        remedy = "set tie_lm_head to true in its config.json"
+        yield Problem(f"{FACTOR!r} is there, but tie_lm_head is not true", str(path), None, remedy)
+    for name, shape in expected.items():
+        source = tensors.get(name)
+        if source is None:
+            why = "TensorRT-LLM would load such a drafter without an error" if name == LM_HEAD else None
+            yield Problem(f"the drafter has no {name!r}", str(path), why, "use the complete drafter")
+        elif source.shape != shape:
+            why = f"its config.json implies {list(shape)}, the file has {list(source.shape)}"
+            yield Problem(f"the drafter's {name!r} has the wrong shape", str(path), why, "use the right config.json")
+        elif source.dtype not in ("F16", "BF16", "F32"):
+            why = f"it is {source.dtype}; F16, BF16 or F32 is needed"
+            yield Problem(f"the drafter's {name!r} is not a floating tensor", str(path), why, "save it as bfloat16")
+    allowed = {*expected, LM_HEAD} if tied else set(expected)
+    for name in sorted(set(tensors) - allowed):
+        why = "with rnn false or exit_dim twice the hidden size, some parts do not exist"
+        yield Problem(f"the drafter has {name!r}, its config.json has no place for it", str(path), why, "correct it")
+
+
+def _tied_problems(
+    config: DrafterConfig, tensors: Mapping[str, Source], factor: Source | None, path: Path
+) -> Iterator[Problem]:
+    if LM_HEAD in tensors:
+        yield Problem("tie_lm_head is true, but the file has an LM head", str(path), None, "remove one of the two")
+    width = (config.hidden_size, config.exit_dim)
+    if factor is None and config.hidden_size != config.exit_dim:
+        yield Problem(
+            f"tie_lm_head is true, but exit_dim {config.exit_dim} is not the hidden size {config.hidden_size}",
+            str(path),
+            f"the base's LM head has {config.hidden_size} columns, and there is no {FACTOR!r}",
+            "use the complete drafter",
+        )
+    elif factor is not None and (factor.shape != width or factor.dtype not in ("F16", "BF16", "F32")):
+        why = f"floating {list(width)} is needed, the file has {factor.dtype} {list(factor.shape)}"
+        yield Problem(f"{FACTOR!r} does not fit", str(path), why, "use the right config.json")
+
+
+def _draft_vocab_problems(path: Path, vocab_size: int) -> list[Problem]:
+    """`token_ids`, int32, distinct, inside the vocabulary."""
+    remedy = "write the file again, or remove it: it changes speed only"
+    file = SafetensorsFile.open(path)
+    info = file.header.get("token_ids")
+    if info is None or info.dtype != "I32" or len(info.shape) != 1 or info.shape[0] == 0:
+        return [Problem("the file has no int32 list `token_ids`", str(path), None, remedy)]
+    ids = file.load("token_ids")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        why = f"they run from {low} to {high}, the vocabulary has {vocab_size}"
+        return [Problem("`token_ids` are outside the vocabulary", str(path), why, remedy)]
+    if len(set(ids.tolist())) != ids.numel():
+        return [Problem("`token_ids` has a token twice", str(path), None, remedy)]
+    return []

@@ -1,0 +1,230 @@
+"""Plan a conversion: read headers and configs, check everything, decide every byte; write nothing.
+
+    plan = plan_conversion(ConvertOptions(base=..., drafter=..., output=..., dtype="auto", tp_size=2, ...))
+    print(plan.render())            # what will be read and written, and every derived value
+
+All problems of base, drafter, options and disk are collected and raised as one error.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trtllm_redrafter.checkpoint.config import ARCHITECTURES, CheckpointConfig
+from trtllm_redrafter.checkpoint.layout import DRAFTER, divisibility_problems, tensor_specs
+from trtllm_redrafter.convert.base import Base, open_base
+from trtllm_redrafter.convert.draft_shape import ResolvedShape, resolve_shape
+from trtllm_redrafter.convert.drafter_files import LM_HEAD, DrafterFiles
+from trtllm_redrafter.convert.options import ConvertOptions
+from trtllm_redrafter.convert.render import plan_dict, render_plan
+from trtllm_redrafter.convert.shards import RankPlan, plan_tensor
+from trtllm_redrafter.convert.sources import Folded, OpenFiles, Source
+from trtllm_redrafter.convert.validate import option_problems, pair_problems
+from trtllm_redrafter.errors import MismatchError, OutputError, Problem, RedrafterError
+from trtllm_redrafter.fsio import check_replaceable
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Everything a conversion will do. `ranks` hold the content of every rank file, block by block."""
+
+    options: ConvertOptions
+    config: CheckpointConfig
+    base: Base
+    drafter: DrafterFiles | None
+    shape: ResolvedShape | None
+    ranks: tuple[RankPlan, ...]
+    copies: tuple[tuple[Path, str], ...]
+    """(source, name below the output) of files that are copied as they are."""
+    notes: tuple[str, ...]
+    files: OpenFiles
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(rank.layout.file_size for rank in self.ranks)
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Files whose hashes go into the manifest."""
+        return (*self.base.files, *(self.drafter.files if self.drafter else ()))
+
+    @cached_property
+    def derived(self) -> dict[str, Any]:
+        """Values that follow from inputs and options."""
+        return derived_values(self)
+
+    def render(self) -> str:
+        """The plan for people."""
+        return render_plan(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan for programs."""
+        return plan_dict(self)
+
+
+class _Collector:
+    """Runs checks and keeps their problems, so that one bad input does not hide another."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.kinds: list[type[RedrafterError]] = []
+
+    def run(self, check: Callable[[], T]) -> T | None:
+        try:
+            return check()
+        except RedrafterError as e:
+            self.add(type(e), list(e.problems or (e.problem,)))
+        return None
+
+    def add(self, kind: type[RedrafterError], problems: list[Problem]) -> None:
+        self.problems += problems
+        self.kinds += [kind] * bool(problems)
+
+    def raise_all(self, where: Path) -> None:
+        if not self.problems:
+            return
+        kind = self.kinds[0] if len(set(self.kinds)) == 1 else MismatchError
+        if len(self.problems) == 1:
+            p = self.problems[0]
+            raise kind(p.what, where=p.where, why=p.why, remedy=p.remedy)
+        raise kind("the conversion cannot be done", where=where, problems=self.problems)
+
+
+def plan_conversion(options: ConvertOptions) -> ConversionPlan:
+    """Check everything that can be known before the first byte, and plan every file."""
+    found, files = _Collector(), OpenFiles()
+    found.add(*option_problems(options))
+    found.run(lambda: check_replaceable(options.output, overwrite=options.overwrite))
+    base = found.run(lambda: open_base(options, files))
+    drafter = None
+    if options.drafter is not None:
+        directory = options.drafter
+        drafter = found.run(lambda: DrafterFiles.open(directory, files))
+    shape = None
+    if drafter is not None:
+        shape, problems = resolve_shape(options, drafter)
+        found.add(MismatchError, problems)
+    if base is not None and drafter is not None:
+        found.add(MismatchError, pair_problems(base, drafter))
+    config = None if base is None else _target_config(base.config, drafter, shape, options)
+    if config is not None and options.tp_size >= 1:
+        found.add(MismatchError, divisibility_problems(config, str(options.base)))
+    found.raise_all(options.base)
+    assert base is not None and config is not None
+    ranks = tuple(_rank(base, drafter, config, rank) for rank in range(config.tp_size))
+    plan = ConversionPlan(
+        options, config, base, drafter, shape, ranks, _copies(base, drafter), _notes(base, drafter, shape, options), files
+    )
+    found.run(lambda: _check_space(plan))
+    found.raise_all(options.output)
+    return plan
+
+
+def _target_config(
+    base: CheckpointConfig, drafter: DrafterFiles | None, shape: ResolvedShape | None, options: ConvertOptions
+) -> CheckpointConfig:
+    if drafter is None or shape is None:
+        return base
+    return replace(
+        base,
+        architecture=ARCHITECTURES[base.base_architecture].redrafter,
+        drafter=drafter.config,
+        draft_shape=shape.shape,
+        greedy=options.greedy,
+    )
+
+
+def _rank(base: Base, drafter: DrafterFiles | None, config: CheckpointConfig, rank: int) -> RankPlan:
+    tensors = base.rank_tensors(rank)
+    if drafter is not None:
+        specs = tensor_specs(config)
+        for name, source in drafter_sources(drafter, base.head).items():
+            tensors[DRAFTER + name] = plan_tensor(specs[DRAFTER + name], source, config, rank)
+    return RankPlan.of(rank, tensors)
+
+
+def drafter_sources(drafter: DrafterFiles, head: Source | None) -> dict[str, Source]:
+    """The drafter's tensors; a tied LM head is the base's, or the base's times the factor."""
+    sources = dict(drafter.tensors)
+    if drafter.tie_lm_head:
+        assert head is not None
+        sources[LM_HEAD] = head if drafter.factor is None else Folded(head, drafter.factor)
+    return sources
+
+
+def _copies(base: Base, drafter: DrafterFiles | None) -> tuple[tuple[Path, str], ...]:
+    copies = [(path, f"tokenizer/{path.name}") for path in base.tokenizer]
+    copies += [(path, path.name) for path in base.copied]
+    if drafter is not None and drafter.draft_vocab is not None:
+        copies.append((drafter.draft_vocab, drafter.draft_vocab.name))
+    return tuple(copies)
+
+
+def _notes(
+    base: Base, drafter: DrafterFiles | None, shape: ResolvedShape | None, options: ConvertOptions
+) -> tuple[str, ...]:
+    notes = [*base.notes, *(shape.notes if shape else ())]
+    if not any(path.name.startswith(("tokenizer", "vocab")) for path in base.tokenizer):
+        notes.append("the base has no tokenizer files; pass --tokenizer to build")
+    if drafter is not None:
+        expected, actual = drafter.base_identity.get("tokenizer_sha256"), base.tokenizer_sha256
+        if expected and actual and expected != actual:
+            notes.append("the drafter was trained with another tokenizer file than the base's: check that they agree")
+        if not options.greedy:
+            notes.append(
+                "TensorRT-LLM's sampling rule for drafted tokens changes the distribution of the text; greedy does not"
+            )
+    return tuple(notes)
+
+
+def _check_space(plan: ConversionPlan) -> None:
+    """Refuse before writing when the disk is known to be too small."""
+    parent = Path(os.path.realpath(plan.options.output)).parent
+    while not parent.exists():
+        parent = parent.parent
+    needed = plan.weight_bytes + sum(path.stat().st_size for path, _ in plan.copies)
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise OutputError(
+            "the disk has not enough room for the checkpoint",
+            where=plan.options.output,
+            why=f"{needed:,} bytes are needed, {free:,} are free",
+            remedy="free some space or choose an --output on another disk",
+        )
+
+
+def derived_values(plan: ConversionPlan) -> dict[str, Any]:
+    """Everything that follows from inputs and options, for the plan's text and the manifest."""
+    config = plan.config
+    values: dict[str, Any] = {
+        "architecture": config.architecture,
+        "base_model_architecture": config.base_architecture,
+        "base_kind": plan.base.kind,
+        "dtype": config.dtype,
+        "tp_size": config.tp_size,
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": config.padded_vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "use_parallel_embedding": config.use_parallel_embedding,
+        "quant_algo": config.quant_algo,
+        "weight_bytes": plan.weight_bytes,
+        "tokenizer_sha256": plan.base.tokenizer_sha256,
+        "eos_token_ids": list(plan.base.eos_token_ids),
+    }
+    if plan.shape is not None and plan.drafter is not None:
+        values |= {
+            "num_beams": plan.shape.shape.num_beams,
+            "draft_len": plan.shape.shape.draft_len,
+            "max_tree_tokens": plan.shape.shape.max_tree_tokens,
+            "trained_draft_len": plan.drafter.horizon,
+            "tied_drafter_head": plan.drafter.tie_lm_head,
+        }
+    return values
