@@ -7,7 +7,6 @@ change the acceptance length, and never the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from trtllm_redrafter.backends.torch.executor import Executor
 from trtllm_redrafter.backends.torch.native.drafter import NativeDrafter
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.redrafter.beam_search import DraftHead, DraftModel, beam_search, draft_head
+from trtllm_redrafter.redrafter.beam_search import beam_search, draft_head
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
 from trtllm_redrafter.redrafter.token_tree import TokenTree, build_tree
@@ -60,22 +59,19 @@ class Drafting:
         max_batch_size: int,
     ) -> None:
         self.shape = shape
-        head = draft_head(drafter, rows)
-        self._model: DraftModel = drafter
-        self._embedding: Tensor | Callable[[Tensor], Tensor] = embedding
-        self._head = head
-        if isinstance(executor, NativeExecutor):
-            weight = drafter.lm_head.weight.detach()
-            cut = weight if head.rows is None else weight[head.rows]
-            self._model = NativeDrafter(executor, drafter, cut, max_batch_size * shape.num_beams)
-            self._embedding = _unchanged
-            self._head = DraftHead(_unchanged, head.vocab_size, head.rows)
+        self._native: NativeDrafter | None = None
+        if isinstance(executor, NativeExecutor) and NativeDrafter.supports(drafter, rows):
+            rows = None if rows is None else rows.sort().values
+            self._native = NativeDrafter(executor, drafter, rows, max_batch_size, shape.num_beams)
+            return
+        self._drafter = drafter
+        self._embedding = embedding
+        self._head = draft_head(drafter, rows)
 
     def propose(self, context: Tensor, tokens: Tensor, max_nodes: Tensor | None) -> TokenTree:
         """[B, H] contexts and [B] roots -> trees; `max_nodes` [B] limits a tree, 1 leaves its root alone."""
-        beams = beam_search(self._model, self._embedding, context, tokens, self.shape, head=self._head)
+        if self._native is not None:
+            beams = self._native.search(context, tokens, self.shape)
+        else:
+            beams = beam_search(self._drafter, self._embedding, context, tokens, self.shape, head=self._head)
         return build_tree(beams, max_nodes=max_nodes)
-
-
-def _unchanged(values: Tensor) -> Tensor:
-    return values

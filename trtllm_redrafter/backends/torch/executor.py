@@ -24,7 +24,8 @@ class TreeOutput:
     """One row per tree node; filler rows hold nothing meaningful."""
 
     hidden: Tensor  # [B, T, H] in the model's dtype, after the final norm
-    logits: Tensor  # [B, T, V]
+    best: Tensor  # [B, T] int64, token of the largest logit, the lowest of equals
+    logits: Tensor | None  # [B, T, V]; only when asked for
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,11 @@ class Executor(Protocol):
         """Compute a prompt from position 0 on and commit its keys and values."""
         ...
 
-    def forward(self, slots: Sequence[int], bases: Sequence[int], tree: TokenTree) -> TreeOutput:
-        """Run B trees at once. Node i of a tree is cached at position base + i, uncommitted."""
+    def forward(self, slots: Sequence[int], bases: Sequence[int], tree: TokenTree, *, logits: bool) -> TreeOutput:
+        """Run B trees at once. Node i of a tree is cached at position base + i, uncommitted.
+
+        Greedy decoding needs no `logits`: leaving them out spares writing T rows of a large vocabulary.
+        """
         ...
 
     def commit(self, slot: int, base: int, path: Sequence[int]) -> None:

@@ -25,7 +25,7 @@ from trtllm_redrafter.backends.torch.tokenizer import EngineTokenizer
 from trtllm_redrafter.errors import Problem, RequestError, raise_together
 from trtllm_redrafter.redrafter.sampling import SamplingSettings, draw, fresh_seed, uniform
 from trtllm_redrafter.redrafter.token_tree import TokenTree, root_tree
-from trtllm_redrafter.redrafter.verification import Step, Verdict, exact, node_uniforms
+from trtllm_redrafter.redrafter.verification import Step, Verdict, exact, node_uniforms, walk
 
 
 @dataclass
@@ -178,8 +178,10 @@ class TorchRunner(Runner):
         start = time.perf_counter()
         batch = list(self._active)
         tree = self._propose(batch)
-        output = self.executor.forward([a.slot for a in batch], [a.base for a in batch], tree)
-        verdict = self._verify(batch, tree, output)
+        settings = self._batch_settings(batch)
+        slots, bases = [a.slot for a in batch], [a.base for a in batch]
+        output = self.executor.forward(slots, bases, tree, logits=settings.any_sampled)
+        verdict = _verify(batch, tree, output, settings)
         emitted = self._accept(batch, tree, output, verdict)
         elapsed = time.perf_counter() - start
         for active in batch:
@@ -196,14 +198,11 @@ class TorchRunner(Runner):
         limit = None if all(drafts) else torch.where(torch.tensor(drafts), self._drafting.shape.max_tree_tokens, 1)
         return self._drafting.propose(context, roots, None if limit is None else limit.to(device))
 
-    def _verify(self, batch: list[_Active], tree: TokenTree, output: TreeOutput) -> Verdict:
+    def _batch_settings(self, batch: list[_Active]) -> SamplingSettings:
+        """Sampling parameters as tensors, made again only when the batch has changed."""
         if self._settings is None:
-            self._settings = SamplingSettings.of([a.request.sampling for a in batch], output.logits.device)
-        uniforms = None
-        if self._settings.any_sampled:
-            emitted = torch.tensor([len(a.result.token_ids) for a in batch])
-            uniforms = node_uniforms(tree, [a.seed for a in batch], emitted)
-        return exact(Step(tree, output.logits, self._settings, uniforms))
+            self._settings = SamplingSettings.of([a.request.sampling for a in batch], batch[0].context.device)
+        return self._settings
 
     def _accept(
         self, batch: list[_Active], tree: TokenTree, output: TreeOutput, verdict: Verdict
@@ -255,6 +254,15 @@ class TorchRunner(Runner):
         self._active.remove(active)
         self._free.append(active.slot)
         self._settings = None
+
+
+def _verify(batch: list[_Active], tree: TokenTree, output: TreeOutput, settings: SamplingSettings) -> Verdict:
+    """The exact rule. A greedy batch walks the executor's own maxima."""
+    if output.logits is None:
+        return walk(tree, output.best)
+    emitted = torch.tensor([len(a.result.token_ids) for a in batch])
+    uniforms = node_uniforms(tree, [a.seed for a in batch], emitted)
+    return exact(Step(tree, output.logits, settings, uniforms))
 
 
 @contextmanager

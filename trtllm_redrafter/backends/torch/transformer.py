@@ -19,6 +19,7 @@ from trtllm_redrafter.backends.torch.executor import PREFILL_CHUNK, PromptOutput
 from trtllm_redrafter.backends.torch.rope import rotary_tables
 from trtllm_redrafter.backends.torch.weights import LayerWeights, ModelWeights
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.redrafter.sampling import greedy
 from trtllm_redrafter.redrafter.token_tree import TokenTree
 
 _CACHE_BUCKET = 64
@@ -60,9 +61,10 @@ class TorchExecutor:
     def hidden_states(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         return torch.cat(self._chain(slot, token_ids))
 
-    def forward(self, slots: Sequence[int], bases: Sequence[int], tree: TokenTree) -> TreeOutput:
+    def forward(self, slots: Sequence[int], bases: Sequence[int], tree: TokenTree, *, logits: bool) -> TreeOutput:
         hidden = self._layers(slots, bases, tree.tokens, tree.depths, tree.mask)
-        return TreeOutput(hidden, F.linear(hidden, self._weights.head))
+        scores = F.linear(hidden, self._weights.head)
+        return TreeOutput(hidden, greedy(scores), scores if logits else None)
 
     def commit(self, slot: int, base: int, path: Sequence[int]) -> None:
         if all(node == place for place, node in enumerate(path)):

@@ -1,7 +1,7 @@
-"""The drafter through the compiled kernels: two calls per round of the beam search.
+"""The drafter and its beam search through the compiled kernels: one call per step.
 
-It offers what `beam_search` asks of a drafter, with token ids where the plain drafter takes embeddings (the
-kernels look them up) and finished logits where it gives features.
+It is `redrafter.beam_search` on the same weights; a test holds the two against each other. The plain one spends
+most of its time at batch 1 in the dispatch of some two hundred small operations.
 """
 
 from __future__ import annotations
@@ -9,32 +9,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.backends.torch.native.executor import LANES, NativeExecutor, Packer
+from trtllm_redrafter.backends.torch.native.executor import NativeExecutor, Packer
+from trtllm_redrafter.redrafter.beam_search import Beams
+from trtllm_redrafter.redrafter.config import TOP_CANDIDATES, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter, ResBlock
 
 
 class NativeDrafter:
-    """The drafter's weights packed, with its LM head cut to some rows. bfloat16."""
+    """The drafter's weights packed, with its LM head cut to `rows` of the vocabulary. bfloat16."""
 
-    def __init__(self, executor: NativeExecutor, drafter: Drafter, head_weight: Tensor, max_rows: int) -> None:
+    def __init__(
+        self, executor: NativeExecutor, drafter: Drafter, rows: Tensor | None, max_batch_size: int, num_beams: int
+    ) -> None:
+        head = drafter.lm_head.weight.detach()
+        head = head if rows is None else head[rows]
         self._executor = executor  # also keeps the threads and the embedding alive
+        self._rows = rows
         self._packer = Packer(executor.library)
-        self._head_rows = head_weight.shape[0]
-        self._width = -(-self._head_rows // LANES) * LANES
         config, packer = drafter.config, self._packer
         recurrent, projected = drafter.rnn_u, drafter.input_proj
         self._handle: int | None = executor.library.redrafter_drafter_create(
             config.hidden_size,
             config.exit_dim,
             config.num_layers,
-            max_rows,
+            max_batch_size * num_beams,
             None if recurrent is None else packer.matrix(recurrent.weight),
             None if recurrent is None else packer.floats(recurrent.bias),
             None if drafter.rnn_w is None else packer.matrix(drafter.rnn_w.weight),
             None if projected is None else packer.matrix(projected.weight),
             None if projected is None else packer.floats(projected.bias),
-            packer.matrix(head_weight),
-            self._head_rows,
+            packer.matrix(head),
+            head.shape[0],
+            None if rows is None else rows.data_ptr(),
         )
         if not self._handle:
             raise MemoryError("no memory for the drafter")
@@ -44,33 +50,32 @@ class NativeDrafter:
                 self._handle, index, packer.matrix(layer.linear.weight), packer.floats(layer.linear.bias)
             )
 
-    def next_state(self, state: Tensor, embedding: Tensor) -> Tensor:
-        """[B, R, H] states and [B, R] token ids -> [B, R, H]."""
-        tokens, state = embedding.contiguous(), state.contiguous()
-        result = torch.empty_like(state)
-        self._executor.library.redrafter_drafter_states(
-            self._executor.handle,
-            self._handle,
-            tokens.data_ptr(),
-            state.data_ptr(),
-            tokens.numel(),
-            result.data_ptr(),
-        )
-        return result
+    @staticmethod
+    def supports(drafter: Drafter, rows: Tensor | None) -> bool:
+        """The kernels always cut to the 50 best, so there must be more rows, and sizes in whole vectors."""
+        config = drafter.config
+        count = config.vocab_size if rows is None else len(rows)
+        sizes = (config.hidden_size, config.exit_dim)
+        return count > TOP_CANDIDATES and all(size % 2 == 0 for size in sizes)
 
-    def features(self, context: Tensor, state: Tensor) -> Tensor:
-        """[B, R, H], [B, R, H] -> logits [B, R, head rows]: the head is part of the call."""
-        context, state = context.contiguous(), state.contiguous()
-        logits = torch.empty(*state.shape[:-1], self._width)
-        self._executor.library.redrafter_drafter_logits(
+    def search(self, context: Tensor, first_token: Tensor, shape: DraftShape) -> Beams:
+        """[B, H] bfloat16 and [B] -> beams of falling score."""
+        context, first = context.contiguous(), first_token.contiguous()
+        batch = first.shape[0]
+        tokens = torch.empty(batch, shape.num_beams, shape.draft_len + 1, dtype=torch.int64)
+        paths = torch.empty(tokens.shape)
+        self._executor.library.redrafter_draft(
             self._executor.handle,
             self._handle,
             context.data_ptr(),
-            state.data_ptr(),
-            state.shape[:-1].numel(),
-            logits.data_ptr(),
+            first.data_ptr(),
+            batch,
+            shape.num_beams,
+            shape.draft_len,
+            tokens.data_ptr(),
+            paths.data_ptr(),
         )
-        return logits[..., : self._head_rows]
+        return Beams(tokens, paths, None)
 
     def close(self) -> None:
         if self._handle:

@@ -137,21 +137,23 @@ class NativeExecutor:
         )
 
     def prefill(self, slot: int, token_ids: Sequence[int]) -> PromptOutput:
-        hidden, logits = torch.empty(0), torch.empty(0)
+        hidden, logits = torch.empty(0), None
         for start in range(0, len(token_ids), PREFILL_CHUNK):
             rows = self._chain_rows(slot, start, token_ids[start : start + PREFILL_CHUNK])
             ends = start + PREFILL_CHUNK >= len(token_ids)
-            hidden, logits = self._call(rows, np.array([len(rows) - 1] if ends else [], dtype=np.int32))
+            wanted = np.array([len(rows) - 1] if ends else [], dtype=np.int32)
+            hidden, _, logits = self._call(rows, wanted, logits=True)
+        assert logits is not None
         return PromptOutput(hidden[-1], logits[-1])
 
     def hidden_states(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         states = []
         for start in range(0, len(token_ids), PREFILL_CHUNK):
             rows = self._chain_rows(slot, start, token_ids[start : start + PREFILL_CHUNK])
-            states.append(self._call(rows, np.array([], dtype=np.int32))[0])
+            states.append(self._call(rows, np.array([], dtype=np.int32), logits=False)[0])
         return torch.cat(states)
 
-    def forward(self, slots: Sequence[int], bases: Sequence[int], tree: TokenTree) -> TreeOutput:
+    def forward(self, slots: Sequence[int], bases: Sequence[int], tree: TokenTree, *, logits: bool) -> TreeOutput:
         batch, width = tree.tokens.shape
         lengths = tree.lengths.tolist()
         count = sum(lengths)
@@ -166,10 +168,14 @@ class NativeExecutor:
         kept = np.ascontiguousarray(paths[real])
         in_place = ((kept == np.arange(kept.shape[1])) | (kept < 0)).all(axis=1)
         rows["path"] = np.where(in_place, 0, kept.ctypes.data + np.arange(count) * kept.strides[0])
-        hidden, logits = self._call(rows, np.arange(count, dtype=np.int32))
-        if count == batch * width:
-            return TreeOutput(hidden.view(batch, width, -1), logits.view(batch, width, -1))
-        return TreeOutput(_spread(hidden, real, batch, width), _spread(logits, real, batch, width))
+        hidden, best, scores = self._call(rows, np.arange(count, dtype=np.int32), logits=logits)
+
+        def shaped(values: Tensor) -> Tensor:
+            if count == batch * width:
+                return values.view(batch, width, *values.shape[1:])
+            return _spread(values, real, batch, width)
+
+        return TreeOutput(shaped(hidden), shaped(best), None if scores is None else shaped(scores))
 
     def commit(self, slot: int, base: int, path: Sequence[int]) -> None:
         if any(node != place for place, node in enumerate(path)):
@@ -193,9 +199,12 @@ class NativeExecutor:
         rows["depth"] = rows["node"] = np.arange(len(token_ids))
         return rows
 
-    def _call(self, rows: NDArray[np.void], logit_rows: NDArray[np.int32]) -> tuple[Tensor, Tensor]:
+    def _call(
+        self, rows: NDArray[np.void], logit_rows: NDArray[np.int32], *, logits: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         hidden = torch.empty(len(rows), self._config.hidden_size, dtype=torch.bfloat16)
-        logits = torch.empty(len(logit_rows), self._config.vocab_size)
+        best = torch.empty(len(logit_rows), dtype=torch.int64)
+        scores = torch.empty(len(logit_rows), self._config.vocab_size) if logits else None
         self.library.redrafter_forward(
             self.handle,
             rows.ctypes.data,
@@ -203,9 +212,10 @@ class NativeExecutor:
             hidden.data_ptr(),
             logit_rows.ctypes.data,
             len(logit_rows),
-            logits.data_ptr(),
+            None if scores is None else scores.data_ptr(),
+            best.data_ptr(),
         )
-        return hidden, logits
+        return hidden, best, scores
 
 
 def tree_paths(tree: TokenTree) -> NDArray[np.int32]:
@@ -221,6 +231,6 @@ def tree_paths(tree: TokenTree) -> NDArray[np.int32]:
 
 def _spread(packed: Tensor, real: NDArray[np.int64], batch: int, width: int) -> Tensor:
     """Packed rows back to [B, T, ...]; filler rows are zero."""
-    out = packed.new_zeros(batch * width, packed.shape[1])
+    out = packed.new_zeros(batch * width, *packed.shape[1:])
     out[torch.from_numpy(real)] = packed
-    return out.view(batch, width, -1)
+    return out.view(batch, width, *packed.shape[1:])

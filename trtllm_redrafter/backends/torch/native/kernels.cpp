@@ -23,6 +23,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <new>
 #include <sched.h>
 #include <thread>
@@ -275,6 +276,17 @@ struct RedrafterRow {
 
 namespace {
 
+struct Best {
+  float value = -INFINITY;
+  int token = 0;
+  void offer(float v, int t) {
+    if (v > value) {
+      value = v;
+      token = t;
+    }
+  }
+};
+
 struct Model {
   RedrafterConfig c;
   Team team;
@@ -285,6 +297,7 @@ struct Model {
   bf16 *keys = nullptr, *values = nullptr;
   std::vector<float> residual, wide;  // [rows, hidden], [rows, widest output]
   std::vector<bf16> normed, mixed;    // [rows, hidden], [rows, max(heads * head_size, intermediate)]
+  std::vector<std::vector<Best>> best;     // per thread
   std::vector<std::vector<float>> scores;  // per thread: [group, positions]
   std::vector<std::vector<bf16>> scratch;  // per thread: gathered tail keys and values, queries, probabilities
 
@@ -417,7 +430,8 @@ struct Step {
   bf16 *hidden;               // [count, hidden], after the final norm
   const int32_t *logit_rows;  // which rows get logits
   int logit_count;
-  float *logits;  // [logit_count, vocab]
+  float *logits;    // [logit_count, vocab], or null when only the largest is wanted
+  int64_t *best;    // [logit_count] token of the largest logit, the lowest of equals
 };
 
 void split_heads(Model &m, int layer, const RedrafterRow &row, float *qkv, int first, int last) {
@@ -502,25 +516,44 @@ void run_layer(Step &s, int layer, int member) {
   m.team.barrier();
 }
 
+// Largest of 32 neighbouring logits. NaN is never larger, so a broken row gives token 0, not a crash.
+inline void scan(const float *x, int count, int first, Best &best) {
+  bool any = false;
+  for (int j = 0; j < count; ++j) any |= x[j] > best.value;
+  if (any)
+    for (int j = 0; j < count; ++j) best.offer(x[j], first + j);
+}
+
 void run_head(Step &s, int member) {
   Model &m = *s.m;
   const int h = m.c.hidden, vocab = m.c.vocab;
   const Range blocks = share(m.head.blocks(), member, m.team.size());
-  // Two blocks at a time, rows gathered through logit_rows; the last block may hang over the vocabulary's end.
+  std::vector<Best> &best = m.best[member];
+  best.assign(s.logit_count, Best{});
+  // Two blocks at a time; the last one may hang over the vocabulary's end.
   for (int b = blocks.begin; b < blocks.end; b += 2) {
-    const int wide = std::min(2, blocks.end - b);
+    const int wide = std::min(2, blocks.end - b), from = b * LANES, to = std::min(from + wide * LANES, vocab);
     for (int i = 0; i < s.logit_count; i += 8) {
       const int n = std::min(8, s.logit_count - i);
-      bf16 *x = m.normed.data() + size_t(i) * h;
+      const bf16 *x = m.normed.data() + size_t(i) * h;
       float out[8 * 2 * LANES];
       if (wide == 2)
         tiles<2>(x, h, n, m.head.block(b), size_t(h) * LANES, h, out, 2 * LANES);
       else
-        tiles<1>(x, h, n, m.head.block(b), 0, h, out, 2 * LANES);
-      const int from = b * LANES, to = std::min(from + wide * LANES, vocab);
-      for (int r = 0; r < n; ++r)
-        std::memcpy(s.logits + size_t(i + r) * vocab + from, out + size_t(r) * 2 * LANES, size_t(to - from) * 4);
+        tiles<1>(x, h, n, m.head.block(b), size_t(h) * LANES, h, out, 2 * LANES);
+      for (int r = 0; r < n; ++r) {
+        const float *row = out + size_t(r) * 2 * LANES;
+        if (s.logits) std::memcpy(s.logits + size_t(i + r) * vocab + from, row, size_t(to - from) * 4);
+        scan(row, to - from, from, best[i + r]);
+      }
     }
+  }
+  m.team.barrier();
+  if (member) return;
+  for (int i = 0; i < s.logit_count; ++i) {  // members hold rising token ranges
+    Best all;
+    for (const auto &part : m.best) all.offer(part[i].value, part[i].token);
+    s.best[i] = all.token;
   }
 }
 
@@ -545,88 +578,179 @@ void run_step(void *arg, int member) {
 
 // ---------------------------------------------------------------- the drafter
 
+struct Candidate {
+  float score;
+  int flat;  // row * head rows + column: the lower one wins a tie
+};
+
 struct Drafter {
   int hidden, width, layers;  // H, exit_dim
   Packed rnn_u, rnn_w, input_proj, head;
   const float *rnn_bias = nullptr, *input_bias = nullptr;
+  const int64_t *token_of_column = nullptr;  // null: column i is token i
   std::vector<Packed> blocks;
   std::vector<const float *> biases;
-  std::vector<float> wide, x;
-  std::vector<bf16> narrow, joined;
+  std::vector<float> wide, x, logits, scores;
+  std::vector<bf16> narrow, joined, states, next_states;
+  std::vector<int64_t> last;                      // token each row ends in
+  std::vector<std::vector<Candidate>> survivors;  // per row
+  std::vector<std::vector<Candidate>> merged;     // per thread
 };
 
-struct Round {
+struct Search {  // B sequences, R rows each (1 before the beams differ, then K), K beams of L drafted tokens
   Model *m;
   Drafter *d;
-  int rows;
-  const int64_t *tokens;  // [rows]
-  const bf16 *states;     // [rows, H]
-  bf16 *next_states;      // [rows, H]
-  const bf16 *context;    // [rows, H]
-  float *logits;          // [rows, padded(head.n)]
+  const bf16 *context;   // [B, H]
+  const int64_t *first;  // [B]
+  int batch, beams, length, per_sequence;
+  int64_t *tokens;  // [B, K, L + 1]
+  float *paths;     // [B, K, L + 1]
+  int rows() const { return batch * per_sequence; }
 };
 
 // next state = SiLU(W e(token) + U state + u), or e(token) + state without an RNN
-void run_states(void *arg, int member) {
-  Round &r = *static_cast<Round *>(arg);
-  Model &m = *r.m;
-  Drafter &d = *r.d;
-  const int threads = m.team.size(), h = d.hidden, hs = padded(h);
-  float *wide = d.wide.data(), *second = wide + size_t(r.rows) * hs;
+void next_states(Search &s, int member) {
+  Model &m = *s.m;
+  Drafter &d = *s.d;
+  const int threads = m.team.size(), h = d.hidden, hs = padded(h), rows = s.rows();
+  float *wide = d.wide.data(), *second = wide + size_t(rows) * hs;
   bf16 *embedded = d.narrow.data();
-  const Range mine = share(r.rows, member, threads);
+  const Range mine = share(rows, member, threads);
   for (int i = mine.begin; i < mine.end; ++i)
-    std::memcpy(embedded + size_t(i) * h, m.embedding + size_t(r.tokens[i]) * h, size_t(h) * sizeof(bf16));
+    std::memcpy(embedded + size_t(i) * h, m.embedding + size_t(d.last[i]) * h, size_t(h) * sizeof(bf16));
   m.team.barrier();
   const Range part = share(hs / LANES, member, threads);
   const int from = part.begin * LANES, to = std::min(part.end * LANES, h);
   if (d.rnn_w.data) {
-    product(embedded, h, r.rows, d.rnn_w, part, wide, hs);
-    product(r.states, h, r.rows, d.rnn_u, part, second, hs);
+    product(embedded, h, rows, d.rnn_w, part, wide, hs);
+    product(d.states.data(), h, rows, d.rnn_u, part, second, hs);
   }
-  for (int i = 0; i < r.rows; ++i)
+  for (int i = 0; i < rows; ++i)
     for (int j = from; j < to; ++j) {
       const size_t at = size_t(i) * hs + j, plain = size_t(i) * h + j;
-      r.next_states[plain] = to_bf16(d.rnn_w.data ? silu(wide[at] + second[at] + d.rnn_bias[j])
-                                                  : to_float(embedded[plain]) + to_float(r.states[plain]));
+      d.next_states[plain] = to_bf16(d.rnn_w.data ? silu(wide[at] + second[at] + d.rnn_bias[j])
+                                                  : to_float(embedded[plain]) + to_float(d.states[plain]));
     }
+  m.team.barrier();
 }
 
 // [context ; state] -> input_proj -> residual blocks -> LM head
-void run_logits(void *arg, int member) {
-  Round &r = *static_cast<Round *>(arg);
-  Model &m = *r.m;
-  Drafter &d = *r.d;
-  const int threads = m.team.size(), h = d.hidden, e = d.width, es = padded(e);
+void draft_logits(Search &s, int member) {
+  Model &m = *s.m;
+  Drafter &d = *s.d;
+  const int threads = m.team.size(), h = d.hidden, e = d.width, es = padded(e), rows = s.rows();
   float *wide = d.wide.data();
   bf16 *narrow = d.narrow.data();
-  const Range mine = share(r.rows, member, threads);
+  const Range mine = share(rows, member, threads);
   for (int i = mine.begin; i < mine.end; ++i) {
     bf16 *joined = d.joined.data() + size_t(i) * 2 * h;
-    std::memcpy(joined, r.context + size_t(i) * h, size_t(h) * sizeof(bf16));
-    std::memcpy(joined + h, r.states + size_t(i) * h, size_t(h) * sizeof(bf16));
+    std::memcpy(joined, s.context + size_t(i / s.per_sequence) * h, size_t(h) * sizeof(bf16));
+    std::memcpy(joined + h, d.next_states.data() + size_t(i) * h, size_t(h) * sizeof(bf16));
   }
   m.team.barrier();
   const Range columns = share(es / LANES, member, threads);
   const int first = columns.begin * LANES, last = std::min(columns.end * LANES, e);
-  if (d.input_proj.data) product(d.joined.data(), 2 * h, r.rows, d.input_proj, columns, wide, es);
-  for (int i = 0; i < r.rows; ++i)
+  if (d.input_proj.data) product(d.joined.data(), 2 * h, rows, d.input_proj, columns, wide, es);
+  for (int i = 0; i < rows; ++i)
     for (int j = first; j < last; ++j)
       d.x[size_t(i) * e + j] = d.input_proj.data ? wide[size_t(i) * es + j] + d.input_bias[j]
                                                  : to_float(d.joined[size_t(i) * 2 * h + j]);
   for (int layer = 0;; ++layer) {
-    for (int i = 0; i < r.rows; ++i)
+    for (int i = 0; i < rows; ++i)
       for (int j = first; j < last; ++j) narrow[size_t(i) * e + j] = to_bf16(d.x[size_t(i) * e + j]);
     m.team.barrier();
     if (layer == d.layers) break;
-    product(narrow, e, r.rows, d.blocks[layer], columns, wide, es);
+    product(narrow, e, rows, d.blocks[layer], columns, wide, es);
     m.team.barrier();
-    for (int i = 0; i < r.rows; ++i)
+    for (int i = 0; i < rows; ++i)
       for (int j = first; j < last; ++j) d.x[size_t(i) * e + j] += silu(wide[size_t(i) * es + j] + d.biases[layer][j]);
   }
-  const Range rows_of_head = share(d.head.blocks(), member, threads);
-  product(narrow, e, r.rows, d.head, rows_of_head, r.logits, padded(d.head.n));
+  product(narrow, e, rows, d.head, share(d.head.blocks(), member, threads), d.logits.data(), padded(d.head.n));
+  m.team.barrier();
 }
+
+constexpr int TOP = 50;
+
+// The columns of one row that survive the cut (the 50 largest and all that tie with the 50th), scored
+// running score + log-softmax over the survivors.
+void survive(const float *logits, int count, float running, int row, std::vector<Candidate> &out) {
+  float top[TOP];  // min-heap: top[0] is the smallest of the 50 largest so far
+  std::copy(logits, logits + TOP, top);
+  std::make_heap(top, top + TOP, std::greater<float>());
+  for (int c = TOP; c < count; c += LANES) {
+    const int n = std::min(LANES, count - c);
+    bool any = false;
+    for (int j = 0; j < n; ++j) any |= logits[c + j] > top[0];
+    if (!any) continue;
+    for (int j = 0; j < n; ++j) {
+      if (!(logits[c + j] > top[0])) continue;
+      std::pop_heap(top, top + TOP, std::greater<float>());
+      top[TOP - 1] = logits[c + j];
+      std::push_heap(top, top + TOP, std::greater<float>());
+    }
+  }
+  const float border = top[0], best = *std::max_element(top, top + TOP);
+  out.clear();
+  float mass = 0.0f;
+  for (int c = 0; c < count; ++c)
+    if (logits[c] >= border) {
+      out.push_back({logits[c] - best, row * count + c});
+      mass += std::exp(logits[c] - best);
+    }
+  const float offset = running - std::log(mass);
+  for (Candidate &candidate : out) candidate.score += offset;
+}
+
+// The K best continuations of one sequence become its beams.
+void choose(Search &s, int sequence, int round, int member) {
+  Drafter &d = *s.d;
+  std::vector<Candidate> &all = d.merged[member];
+  all.clear();
+  for (int r = 0; r < s.per_sequence; ++r) {
+    const auto &row = d.survivors[sequence * s.per_sequence + r];
+    all.insert(all.end(), row.begin(), row.end());
+  }
+  std::partial_sort(all.begin(), all.begin() + s.beams, all.end(), [](const Candidate &a, const Candidate &b) {
+    return a.score != b.score ? a.score > b.score : a.flat < b.flat;
+  });
+  const int width = s.length + 1, h = d.hidden;
+  int64_t *tokens = s.tokens + size_t(sequence) * s.beams * width;
+  float *paths = s.paths + size_t(sequence) * s.beams * width;
+  std::vector<int64_t> old_tokens(tokens, tokens + size_t(s.beams) * width);
+  std::vector<float> old_paths(paths, paths + size_t(s.beams) * width);
+  for (int k = 0; k < s.beams; ++k) {
+    const int parent = all[k].flat / d.head.n, column = all[k].flat % d.head.n;
+    std::copy_n(old_tokens.data() + size_t(parent) * width, round + 1, tokens + size_t(k) * width);
+    std::copy_n(old_paths.data() + size_t(parent) * width, round + 1, paths + size_t(k) * width);
+    const int64_t token = d.token_of_column ? d.token_of_column[column] : column;
+    tokens[size_t(k) * width + round + 1] = token;
+    paths[size_t(k) * width + round + 1] = all[k].score;
+    const size_t row = size_t(sequence) * s.beams + k;
+    d.last[row] = token;
+    d.scores[row] = all[k].score;
+    std::memcpy(d.states.data() + row * h, d.next_states.data() + (size_t(sequence) * s.per_sequence + parent) * h,
+                size_t(h) * sizeof(bf16));
+  }
+}
+
+void run_search(void *arg, int member) {
+  Search s = *static_cast<Search *>(arg);  // every member counts its own rounds
+  Drafter &d = *s.d;
+  Team &team = s.m->team;
+  for (int round = 0; round < s.length; ++round) {
+    next_states(s, member);
+    draft_logits(s, member);
+    const Range rows = share(s.rows(), member, team.size());
+    for (int i = rows.begin; i < rows.end; ++i)
+      survive(d.logits.data() + size_t(i) * padded(d.head.n), d.head.n, d.scores[i], i % s.per_sequence, d.survivors[i]);
+    team.barrier();
+    const Range sequences = share(s.batch, member, team.size());
+    for (int q = sequences.begin; q < sequences.end; ++q) choose(s, q, round, member);
+    s.per_sequence = s.beams;
+    team.barrier();
+  }
+}
+
 
 }  // namespace
 
@@ -660,6 +784,7 @@ Model *redrafter_create(const RedrafterConfig *config) {
   m->normed.resize(size_t(config->max_rows) * config->hidden);
   m->wide.resize(size_t(config->max_rows) * m->wide_stride());
   m->mixed.resize(size_t(config->max_rows) * m->mixed_stride());
+  m->best.resize(m->team.size());
   m->scores.resize(m->team.size());
   m->scratch.resize(m->team.size());
   return m;
@@ -695,8 +820,8 @@ void redrafter_set_ends(Model *m, const bf16 *embedding, const bf16 *final_norm,
 }
 
 void redrafter_forward(Model *m, const RedrafterRow *rows, int32_t count, bf16 *hidden, const int32_t *logit_rows,
-                       int32_t logit_count, float *logits) {
-  Step step{m, rows, count, hidden, logit_rows, logit_count, logits};
+                       int32_t logit_count, float *logits, int64_t *best) {
+  Step step{m, rows, count, hidden, logit_rows, logit_count, logits, best};
   m->team.run(run_step, &step);
 }
 
@@ -713,7 +838,8 @@ void redrafter_commit(Model *m, int32_t slot, int32_t base, const int32_t *path,
 // Biases float32; `input_proj`, `rnn_u` and `rnn_w` may be null. `head` has head_rows rows of the LM head.
 Drafter *redrafter_drafter_create(int32_t hidden, int32_t width, int32_t layers, int32_t max_rows, const bf16 *rnn_u,
                                   const float *rnn_bias, const bf16 *rnn_w, const bf16 *input_proj,
-                                  const float *input_bias, const bf16 *head, int32_t head_rows) {
+                                  const float *input_bias, const bf16 *head, int32_t head_rows,
+                                  const int64_t *token_of_column) {
   Drafter *d = new (std::nothrow) Drafter;
   if (!d) return nullptr;
   d->hidden = hidden;
@@ -728,10 +854,17 @@ Drafter *redrafter_drafter_create(int32_t hidden, int32_t width, int32_t layers,
   d->blocks.resize(layers);
   d->biases.resize(layers);
   const size_t widest = size_t(std::max(padded(hidden), padded(width)));
+  d->token_of_column = token_of_column;
   d->wide.resize(2 * max_rows * widest);
   d->x.resize(max_rows * widest);
   d->narrow.resize(max_rows * widest);
   d->joined.resize(max_rows * widest * 2);
+  d->states.resize(max_rows * widest);
+  d->next_states.resize(max_rows * widest);
+  d->logits.resize(size_t(max_rows) * padded(head_rows));
+  d->scores.resize(max_rows);
+  d->last.resize(max_rows);
+  d->survivors.resize(max_rows);
   return d;
 }
 
@@ -742,16 +875,18 @@ void redrafter_drafter_set_layer(Drafter *d, int32_t layer, const bf16 *weight, 
 
 void redrafter_drafter_destroy(Drafter *d) { delete d; }
 
-void redrafter_drafter_states(Model *m, Drafter *d, const int64_t *tokens, const bf16 *states, int32_t rows,
-                              bf16 *next_states) {
-  Round round{m, d, rows, tokens, states, next_states, nullptr, nullptr};
-  m->team.run(run_states, &round);
-}
-
-// logits [rows, padded(head_rows)]
-void redrafter_drafter_logits(Model *m, Drafter *d, const bf16 *context, const bf16 *states, int32_t rows,
-                              float *logits) {
-  Round round{m, d, rows, nullptr, states, nullptr, context, logits};
-  m->team.run(run_logits, &round);
+// Beam search for `batch` sequences: context [B, H], first [B] -> tokens and path scores [B, K, L + 1].
+void redrafter_draft(Model *m, Drafter *d, const bf16 *context, const int64_t *first, int32_t batch, int32_t beams,
+                     int32_t length, int64_t *tokens, float *paths) {
+  d->merged.resize(m->team.size());
+  std::fill_n(d->states.begin(), size_t(batch) * d->hidden, bf16(0));
+  std::fill_n(d->scores.begin(), batch, 0.0f);
+  std::copy_n(first, batch, d->last.begin());
+  for (int i = 0; i < batch * beams; ++i) {
+    tokens[size_t(i) * (length + 1)] = first[i / beams];
+    paths[size_t(i) * (length + 1)] = 0.0f;
+  }
+  Search search{m, d, context, first, batch, beams, length, 1, tokens, paths};
+  m->team.run(run_search, &search);
 }
 }
