@@ -22,7 +22,7 @@ from trtllm_redrafter.checkpoint.reader import Checkpoint, rank_file
 from trtllm_redrafter.convert.options import AUTO_DTYPE, ConvertOptions
 from trtllm_redrafter.convert.shards import TensorPlan, plan_tensor, whole
 from trtllm_redrafter.convert.sources import FileSource, OpenFiles, Source, stacked
-from trtllm_redrafter.errors import InputError, MismatchError, Problem, raise_together
+from trtllm_redrafter.errors import InputError, Problem
 from trtllm_redrafter.fsio import read_json
 
 QUANT_CFG = "quant_cfg.json"
@@ -30,7 +30,10 @@ QUANT_CFG = "quant_cfg.json"
 
 @dataclass(frozen=True)
 class Base:
-    """What both kinds of base offer. `head` is the joined LM head, for drafters that borrow it."""
+    """What both kinds of base offer. `head` is the joined LM head, for drafters that borrow it.
+
+    `problems` are those of a readable base that does not fit the options.
+    """
 
     path: Path
     kind: str
@@ -41,6 +44,7 @@ class Base:
     eos_token_ids: tuple[int, ...]
     notes: tuple[str, ...]
     head: Source | None
+    problems: tuple[Problem, ...]
     _specs: Mapping[str, TensorSpec]
     _sources: Mapping[str, Source]
     _ranks: tuple[Mapping[str, TensorPlan], ...]
@@ -60,7 +64,7 @@ class Base:
 
 
 def open_base(options: ConvertOptions, files: OpenFiles) -> Base:
-    """Open `options.base`, whichever kind it is; `InputError` or `MismatchError` with all that is wrong."""
+    """Open `options.base`, whichever kind it is; `InputError` when it cannot be used at all."""
     path = options.base
     if not path.is_dir():
         raise InputError("the base model directory does not exist", where=path, remedy="check --base")
@@ -93,6 +97,7 @@ def from_huggingface(model: HFModel, config: CheckpointConfig, files: OpenFiles)
         eos_token_ids=eos_token_ids(model.path, model.raw_config),
         notes=(*model.notes, *_cast_notes(model, plain)),
         head=sources[LM_HEAD],
+        problems=(),
         _specs=tensor_specs(plain),
         _sources=sources,
         _ranks=(),
@@ -112,7 +117,6 @@ def _from_checkpoint(options: ConvertOptions, files: OpenFiles) -> Base:
     """An existing checkpoint: its ranks, dtype and embedding layout are given and must be what is asked for."""
     checkpoint = Checkpoint.open(options.base)
     config, path = checkpoint.config, options.base
-    raise_together(MismatchError, _checkpoint_problems(checkpoint, options), "the base checkpoint does not fit")
     ranks = tuple(
         {name: whole(name, FileSource(file.path, info, files)) for name, info in file.header.items()}
         for file in checkpoint.ranks
@@ -132,6 +136,7 @@ def _from_checkpoint(options: ConvertOptions, files: OpenFiles) -> Base:
         eos_token_ids=eos_token_ids(tokenizer[0].parent, {}) if tokenizer else (),
         notes=tuple(notes),
         head=_checkpoint_head(checkpoint, files),
+        problems=tuple(_checkpoint_problems(checkpoint, options)),
         _specs={},
         _sources={},
         _ranks=ranks,

@@ -51,7 +51,7 @@ HORIZON_IN_NAME = re.compile(r"_n_(\d+)(?:_|$)")
 
 @dataclass(frozen=True)
 class DrafterFiles:
-    """An opened drafter: sizes, training horizon, and its tensors by TensorRT-LLM name."""
+    """An opened drafter: sizes, training horizon, its tensors by TensorRT-LLM name, and what is wrong with them."""
 
     path: Path
     config: DrafterConfig
@@ -64,10 +64,15 @@ class DrafterFiles:
     files: tuple[Path, ...]
     draft_vocab: Path | None
     base_identity: Mapping[str, Any]
+    problems: tuple[Problem, ...]
 
     @classmethod
     def open(cls, path: Path, files: OpenFiles) -> DrafterFiles:
-        """Read config and headers; every problem is reported in one `InputError`."""
+        """Read config and headers.
+
+        `InputError` when a file cannot be read; tensors that do not fit end up in `problems`, so that the caller can
+        report them beside what does not fit the base.
+        """
         if not path.is_dir():
             raise InputError("the drafter directory does not exist", where=path, remedy="check --drafter")
         raw = read_json(path / "config.json")
@@ -83,12 +88,11 @@ class DrafterFiles:
         beams, tied = fields.optional_size("num_beams"), fields.flag("tie_lm_head", False)
         raise_together(InputError, fields.problems, "the drafter's config.json is not usable", where=path)
         weights = _weight_file(path)
-        named = _rename(_load(weights, files), config, weights)
+        named, problems = _rename(_load(weights, files), config, weights)
         factor = named.pop(FACTOR, None)
-        problems = list(_tensor_problems(config, named, factor, tied, weights))
+        problems += _tensor_problems(config, named, factor, tied, weights)
         vocab = path / DRAFT_VOCAB if (path / DRAFT_VOCAB).exists() else None
         problems += [] if vocab is None else _draft_vocab_problems(vocab, config.vocab_size)
-        raise_together(InputError, problems, "the drafter's tensors do not fit its config.json", where=path)
         identity = raw.get("base_model")
         return cls(
             path=path,
@@ -102,6 +106,7 @@ class DrafterFiles:
             files=tuple(p for p in (path / "config.json", weights, vocab) if p is not None),
             draft_vocab=vocab,
             base_identity=identity if isinstance(identity, dict) else {},
+            problems=tuple(problems),
         )
 
 
@@ -158,8 +163,10 @@ def _load_pickle(path: Path) -> dict[str, Source]:
     return {name: TensorSource(name, path, tensor.detach()) for name, tensor in value.items()}
 
 
-def _rename(tensors: Mapping[str, Source], config: DrafterConfig, path: Path) -> dict[str, Source]:
-    """TensorRT-LLM's names; unknown tensors and two for one name are refused."""
+def _rename(
+    tensors: Mapping[str, Source], config: DrafterConfig, path: Path
+) -> tuple[dict[str, Source], list[Problem]]:
+    """TensorRT-LLM's names; unknown tensors and two for one name are problems."""
     renamed: dict[str, Source] = {}
     problems = []
     for name, source in tensors.items():
@@ -171,8 +178,7 @@ def _rename(tensors: Mapping[str, Source], config: DrafterConfig, path: Path) ->
             problems.append(Problem(f"tensor {name!r} is a second {target!r}", str(path), None, "remove one of them"))
         else:
             renamed[target] = source
-    raise_together(InputError, problems, "the drafter's tensors are not understood", where=path)
-    return renamed
+    return renamed, problems
 
 
 def _target_name(name: str, num_layers: int) -> str | None:

@@ -26,7 +26,7 @@ from trtllm_redrafter.convert.render import plan_dict, render_plan
 from trtllm_redrafter.convert.shards import RankPlan, plan_tensor
 from trtllm_redrafter.convert.sources import Folded, OpenFiles, Source
 from trtllm_redrafter.convert.validate import option_problems, pair_problems
-from trtllm_redrafter.errors import MismatchError, OutputError, Problem, RedrafterError
+from trtllm_redrafter.errors import InputError, MismatchError, OutputError, Problem, RedrafterError
 from trtllm_redrafter.fsio import check_replaceable
 
 T = TypeVar("T")
@@ -104,19 +104,13 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     found.add(*option_problems(options))
     found.run(lambda: check_replaceable(options.output, overwrite=options.overwrite))
     base = found.run(lambda: open_base(options, files))
-    drafter = None
-    if options.drafter is not None:
-        directory = options.drafter
-        drafter = found.run(lambda: DrafterFiles.open(directory, files))
-    shape = None
-    if drafter is not None:
-        shape, problems = resolve_shape(options, drafter)
-        found.add(MismatchError, problems)
-    if base is not None and drafter is not None:
-        found.add(MismatchError, pair_problems(base, drafter))
-    config = None if base is None else _target_config(base.config, drafter, shape, options)
-    if config is not None and options.tp_size >= 1:
-        found.add(MismatchError, divisibility_problems(config, str(options.base)))
+    drafter, shape = _open_drafter(options, files, found)
+    config = None
+    if base is not None:
+        config = _target_config(base.config, drafter, shape, options)
+        found.add(MismatchError, [*base.problems, *(pair_problems(base, drafter) if drafter else ())])
+        if options.tp_size >= 1:
+            found.add(MismatchError, divisibility_problems(config, str(options.base)))
     found.raise_all(options.base)
     assert base is not None and config is not None
     ranks = tuple(_rank(base, drafter, config, rank) for rank in range(config.tp_size))
@@ -126,6 +120,21 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     found.run(lambda: _check_space(plan))
     found.raise_all(options.output)
     return plan
+
+
+def _open_drafter(
+    options: ConvertOptions, files: OpenFiles, found: _Collector
+) -> tuple[DrafterFiles | None, ResolvedShape | None]:
+    if options.drafter is None:
+        return None, None
+    directory = options.drafter
+    drafter = found.run(lambda: DrafterFiles.open(directory, files))
+    if drafter is None:
+        return None, None
+    found.add(InputError, list(drafter.problems))
+    shape, problems = resolve_shape(options, drafter)
+    found.add(MismatchError, problems)
+    return drafter, shape
 
 
 def _target_config(
