@@ -55,9 +55,7 @@ class SamplingParams:
         if self.max_tokens < 1:
             found.append(Problem(f"max_tokens is {self.max_tokens}", remedy="ask for at least one token"))
         if not self.temperature >= 0.0 or self.temperature == float("inf"):
-            found.append(
-                Problem(f"temperature is {self.temperature}", remedy="use 0 for greedy, or a positive number")
-            )
+            found.append(Problem(f"temperature is {self.temperature}", remedy="use 0 for greedy, or a positive number"))
         if self.top_k < 0:
             found.append(Problem(f"top_k is {self.top_k}", remedy="use 0 to switch it off, or a positive number"))
         if not 0.0 < self.top_p <= 1.0:
@@ -214,6 +212,7 @@ class Runner(ABC):
         Under `chat` a string is one user turn, a sequence is the conversation's messages (`role`, `content`).
         """
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of the engine's memory."""
 
@@ -261,7 +260,8 @@ class BuildOptions:
 class BuildPlan(Protocol):
     """What a build will read, write and derive; computed without touching the output."""
 
-    options: BuildOptions
+    @property
+    def options(self) -> BuildOptions: ...
 
     def render(self) -> str: ...
 
@@ -277,8 +277,6 @@ class Backend(Protocol):
 
     def build(self, plan: BuildPlan, progress: Progress) -> Path: ...
 
-    def load(
-        self, engine: Path, *, device: str, verify_hashes: bool, draft_shape: DraftShape | None = None
-    ) -> Runner:
+    def load(self, engine: Path, *, device: str, verify_hashes: bool, draft_shape: DraftShape | None = None) -> Runner:
         """`draft_shape` overrides the engine's own where the backend can (a TensorRT engine has it baked in)."""
         ...

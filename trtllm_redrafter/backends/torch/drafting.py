@@ -42,7 +42,8 @@ def frequent_rows(folder: Path, count: int) -> Tensor | None:
     file = folder / DRAFT_VOCAB_FILE
     if count <= 0 or not file.exists():
         return None
-    return load_file(file)["token_ids"][:count].to(torch.int64)
+    token_ids: Tensor = load_file(file)["token_ids"]
+    return token_ids[:count].to(torch.int64)
 
 
 class Drafting:

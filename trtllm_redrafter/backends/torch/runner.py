@@ -204,9 +204,7 @@ class TorchRunner(Runner):
             self._settings = SamplingSettings.of([a.request.sampling for a in batch], batch[0].context.device)
         return self._settings
 
-    def _accept(
-        self, batch: list[_Active], tree: TokenTree, output: TreeOutput, verdict: Verdict
-    ) -> list[list[int]]:
+    def _accept(self, batch: list[_Active], tree: TokenTree, output: TreeOutput, verdict: Verdict) -> list[list[int]]:
         """Commit the accepted paths; the tokens each request gained."""
         emitted, paths = verdict.emitted.tolist(), verdict.path.tolist()
         accepted, last, sizes = verdict.accepted.tolist(), verdict.last_node.tolist(), tree.lengths.tolist()
@@ -224,12 +222,13 @@ class TorchRunner(Runner):
 
     def _emit(self, active: _Active, tokens: list[int]) -> Update:
         """Hand out tokens until one ends the request; what a step accepted beyond that is dropped."""
-        result, reason, count = active.result, None, 0
-        for count, token in enumerate(tokens, start=1):
+        result, reason, before = active.result, None, len(active.result.token_ids)
+        for token in tokens:
             result.token_ids.append(token)
             reason = self._reason_to_stop(active, token)
             if reason is not None:
                 break
+        count = len(result.token_ids) - before
         if result.steps:
             result.accepted_tokens += count - 1
             for depth in range(count - 1):

@@ -32,9 +32,7 @@ class TorchExecutor:
     name = "pytorch"
     row_invariant = False
 
-    def __init__(
-        self, config: CheckpointConfig, weights: ModelWeights, *, max_batch_size: int, capacity: int
-    ) -> None:
+    def __init__(self, config: CheckpointConfig, weights: ModelWeights, *, max_batch_size: int, capacity: int) -> None:
         self._config = config
         self._weights = weights
         self._capacity = -(-capacity // _CACHE_BUCKET) * _CACHE_BUCKET
@@ -93,7 +91,7 @@ class TorchExecutor:
         self, slots: Sequence[int], bases: Sequence[int], tokens: Tensor, depths: Tensor, tree_mask: Tensor
     ) -> Tensor:
         """[B, T] tokens -> [B, T, H] after the final norm."""
-        batch, width = tokens.shape
+        width = tokens.shape[1]
         base = torch.tensor(bases, device=self._device)
         places = base.unsqueeze(1) + torch.arange(width, device=self._device)  # [B, T] where keys go
         positions = base.unsqueeze(1) + depths.to(self._device)
@@ -131,7 +129,7 @@ class TorchExecutor:
         batch, width, _ = x.shape
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(batch, width, heads + 2 * kv_heads, config.head_size)
-        query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=2)
+        query, key, value = torch.split(qkv, [heads, kv_heads, kv_heads], dim=2)
         if layer.q_norm is not None and layer.k_norm is not None:
             query, key = self._norm(query, layer.q_norm), self._norm(key, layer.k_norm)
         query, key = _rotate(query, rotation), _rotate(key, rotation)

@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer. D head size, N heads, I intermediate; biases and head norms are None where a family has none."""
+    """One decoder layer. D head size, N heads, I intermediate; what a family does not have is None."""
 
     input_norm: Tensor  # [H]
     qkv: Tensor  # [(N + 2 N_kv) D, H], all queries, then keys, then values
