@@ -2,6 +2,17 @@
 
 from trtllm_redrafter.generation.batch import run_jobs
 from trtllm_redrafter.generation.jobs import Defaults, Job, Outcome, prompt_jobs, read_jobs
+from trtllm_redrafter.generation.session import defaults_for, open_runner
 from trtllm_redrafter.generation.summary import Summary
 
-__all__ = ["Defaults", "Job", "Outcome", "Summary", "prompt_jobs", "read_jobs", "run_jobs"]
+__all__ = [
+    "Defaults",
+    "Job",
+    "Outcome",
+    "Summary",
+    "defaults_for",
+    "open_runner",
+    "prompt_jobs",
+    "read_jobs",
+    "run_jobs",
+]

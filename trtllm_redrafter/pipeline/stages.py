@@ -67,11 +67,7 @@ class PipelinePlan:
     hashes: HashCache
 
     def render(self) -> str:
-        rows = self.resolved.rows()
-        key_width = max(len(key) for key, _, _ in rows)
-        value_width = min(48, max(len(value) for _, value, _ in rows))
-        lines = [f"{key:<{key_width}}  {value:<{value_width}}  {origin}" for key, value, origin in rows]
-        return "\n".join([*lines, "", *(stage.render() for stage in self.stages)])
+        return "\n".join([self.resolved.render(), "", *(stage.render() for stage in self.stages)])
 
     def as_dict(self) -> dict[str, Any]:
         return {"values": self.resolved.as_dict(), "stages": [stage.as_dict() for stage in self.stages]}

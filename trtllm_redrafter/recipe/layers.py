@@ -64,9 +64,20 @@ class Resolved:
         """The same with values filled in that nobody gave, marked as derived."""
         return resolve_more(self, [Layer(Origin("derived", why), nest(values))])
 
-    def rows(self) -> list[tuple[str, str, str]]:
-        """(key, value, origin) for every key, to be shown."""
-        return [(key, show(self.value(key)), origin.render()) for key, origin in self.origins.items()]
+    def rows(self, *sections: str) -> list[tuple[str, str, str]]:
+        """(key, value, origin) to be shown, for every key or those of some sections ("" is the top level)."""
+        return [
+            (key, show(self.value(key)), origin.render())
+            for key, origin in self.origins.items()
+            if not sections or key.rpartition(".")[0] in sections
+        ]
+
+    def render(self, *sections: str) -> str:
+        """The rows as aligned text."""
+        rows = self.rows(*sections)
+        key_width = max(len(key) for key, _, _ in rows)
+        value_width = min(48, max(len(value) for _, value, _ in rows))
+        return "\n".join(f"{key:<{key_width}}  {value:<{value_width}}  {origin}" for key, value, origin in rows)
 
     def as_dict(self) -> dict[str, Any]:
         return {

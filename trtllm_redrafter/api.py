@@ -1,0 +1,152 @@
+"""The Python API: what the commands do, as three functions and an engine.
+
+    from trtllm_redrafter import build, convert, load_engine
+
+    convert(base="vicuna-7b", drafter="redrafter-vicuna-7b", output="checkpoint")
+    build(checkpoint="checkpoint", output="engine")
+    with load_engine("engine") as engine:
+        print(engine.generate(["What is a tree?"], max_tokens=64)[0].text)
+
+An argument left None takes the recipe's default, the same one the command has. Errors are `RedrafterError`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trtllm_redrafter.backends import load_backend
+from trtllm_redrafter.backends.base import EngineInfo, Request, Result, Runner, Update
+from trtllm_redrafter.convert import convert as run_conversion
+from trtllm_redrafter.convert import plan_conversion
+from trtllm_redrafter.errors import RequestError
+from trtllm_redrafter.generation import defaults_for, open_runner
+from trtllm_redrafter.progress import Progress, no_progress
+from trtllm_redrafter.recipe import Resolved, flag_layers, resolve
+from trtllm_redrafter.recipe.options import build_options, convert_options, sampling_params
+
+AnyPath = str | Path
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+def convert(
+    base: AnyPath,
+    output: AnyPath,
+    *,
+    drafter: AnyPath | None = None,
+    dtype: str | None = None,
+    tp_size: int | None = None,
+    num_beams: int | None = None,
+    draft_len: int | None = None,
+    greedy: bool | None = None,
+    parallel_embedding: bool | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> Path:
+    """Write a TensorRT-LLM checkpoint of `base` and `drafter`; returns its directory."""
+    resolved = _resolved(
+        {"base": base, "checkpoint": output, "drafter": drafter},
+        convert={
+            "dtype": dtype, "tp_size": tp_size, "num_beams": num_beams, "draft_len": draft_len,
+            "greedy": greedy, "parallel_embedding": parallel_embedding, "workers": workers,
+        },
+    )  # fmt: skip
+    return run_conversion(plan_conversion(convert_options(resolved, overwrite=overwrite)), progress)
+
+
+def build(
+    checkpoint: AnyPath,
+    output: AnyPath,
+    *,
+    backend: str | None = None,
+    tokenizer: AnyPath | None = None,
+    max_batch_size: int | None = None,
+    max_input_len: int | None = None,
+    max_seq_len: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> Path:
+    """Build an engine from a checkpoint; returns its directory."""
+    resolved = _resolved(
+        {"checkpoint": checkpoint, "engine": output, "backend": backend},
+        build={
+            "tokenizer": tokenizer, "max_batch_size": max_batch_size,
+            "max_input_len": max_input_len, "max_seq_len": max_seq_len,
+        },
+    )  # fmt: skip
+    options = build_options(resolved, overwrite=overwrite)
+    chosen = load_backend(options.backend)
+    return chosen.build(chosen.plan(options), progress)
+
+
+def load_engine(
+    engine: AnyPath,
+    *,
+    device: str | None = None,
+    num_beams: int | None = None,
+    draft_len: int | None = None,
+    verify_hashes: bool = False,
+) -> Engine:
+    """Load an engine directory with the backend it was built for."""
+    run = {"device": device, "num_beams": num_beams, "draft_len": draft_len}
+    resolved = _resolved({"engine": engine}, run=run)
+    return Engine(open_runner(resolved, verify_hashes=verify_hashes), resolved)
+
+
+class Engine:
+    """A loaded engine for texts; `runner` is what steps, batches and servers work with."""
+
+    def __init__(self, runner: Runner, resolved: Resolved) -> None:
+        self.runner = runner
+        self._resolved = resolved
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.runner.info
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, draft: bool = True, chat: bool | None = None, **sampling: Any
+    ) -> list[Result]:
+        """Answer prompts (texts, or lists of messages) as one batch, in their order.
+
+        `sampling` takes the fields of `SamplingParams`: max_tokens, temperature, top_k, top_p, seed, stop, ignore_eos.
+        """
+        return self.runner.generate([self._request(p, draft, chat, sampling) for p in prompts])
+
+    def stream(
+        self, prompt: Prompt, *, draft: bool = True, chat: bool | None = None, **sampling: Any
+    ) -> Iterator[Update]:
+        """Updates of one prompt as they come."""
+        return self.runner.stream(self._request(prompt, draft, chat, sampling))
+
+    def _request(self, prompt: Prompt, draft: bool, chat: bool | None, sampling: Mapping[str, Any]) -> Request:
+        if isinstance(sampling.get("stop"), str):
+            sampling = {**sampling, "stop": (sampling["stop"],)}
+        try:
+            params = sampling_params(self._resolved, {k: tuple(v) if k == "stop" else v for k, v in sampling.items()})
+        except TypeError as e:
+            remedy = "use max_tokens, temperature, top_k, top_p, seed, stop or ignore_eos"
+            raise RequestError("unknown sampling parameter", why=str(e), remedy=remedy) from e
+        messages = not isinstance(prompt, str)
+        through_template = defaults_for(self._resolved, self.runner).chat if chat is None else chat
+        return Request(self.runner.encode_prompt(prompt, chat=through_template or messages), params, draft=draft)
+
+    def close(self) -> None:
+        self.runner.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _resolved(top: Mapping[str, Any], **sections: Mapping[str, Any]) -> Resolved:
+    """Arguments as a recipe layer, named as the caller named them."""
+    given = dict(top) | {f"{s}.{key}": value for s, values in sections.items() for key, value in values.items()}
+    return resolve(flag_layers({key: (key.rpartition(".")[2], value) for key, value in given.items()}))

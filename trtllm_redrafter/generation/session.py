@@ -1,0 +1,64 @@
+"""Open an engine as a recipe's `run` section asks for, and give prompts their defaults from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trtllm_redrafter.backends import engine_backend, load_backend
+from trtllm_redrafter.backends.base import Runner
+from trtllm_redrafter.errors import UsageError
+from trtllm_redrafter.fsio import read_json
+from trtllm_redrafter.generation.jobs import Defaults
+from trtllm_redrafter.recipe.layers import Resolved
+from trtllm_redrafter.recipe.options import draft_shape, require, sampling_params
+from trtllm_redrafter.redrafter.config import DraftShape
+
+AUTO_DEVICE = "auto"
+
+
+def open_runner(resolved: Resolved, *, verify_hashes: bool) -> Runner:
+    """Load the recipe's engine with the backend it was built for."""
+    require(resolved, ["engine"], "a run")
+    engine, run = resolved.recipe.engine, resolved.recipe.run
+    assert engine is not None
+    backend = engine_backend(engine)
+    if not resolved.is_default("backend") and resolved.recipe.backend != backend:
+        raise UsageError(
+            f"the engine was built for the {backend} backend",
+            where=engine,
+            why=f"{resolved.recipe.backend} was asked for ({resolved.origins['backend'].render()})",
+            remedy=f"use --backend {backend}, or build an engine for {resolved.recipe.backend}",
+        )
+    shape = draft_shape(resolved, built_shape(engine))
+    device = best_device() if run.device == AUTO_DEVICE else run.device
+    return load_backend(backend).load(engine, device=device, verify_hashes=verify_hashes, draft_shape=shape)
+
+
+def defaults_for(resolved: Resolved, runner: Runner) -> Defaults:
+    """What the recipe says for every prompt; chat follows the engine's template when nobody chose."""
+    run = resolved.recipe.run
+    return Defaults(
+        sampling=sampling_params(resolved),
+        draft=run.draft,
+        chat=runner.has_chat_template if run.chat is None else run.chat,
+    )
+
+
+def built_shape(engine: Path) -> DraftShape | None:
+    """The draft shape in an engine's config.json, of either backend; None: it has no drafter."""
+    config = read_json(engine / "config.json")
+    pretrained = config.get("pretrained_config")
+    source, beams, length = (
+        (pretrained, "redrafter_num_beams", "redrafter_draft_len_per_beam")
+        if isinstance(pretrained, dict)
+        else (config.get("draft"), "num_beams", "draft_len")
+    )
+    if not isinstance(source, dict) or beams not in source or length not in source:
+        return None
+    return DraftShape(int(source[beams]), int(source[length]))
+
+
+def best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
