@@ -116,15 +116,15 @@ def _sibling_prefix(target: Path, kind: str) -> str:
 def _put_in_place(work: Path, target: Path, *, overwrite: bool) -> None:
     """Rename `work` to `target`; an old `target` steps aside first and comes back if that fails."""
     if not target.exists():
-        os.rename(work, target)
+        work.rename(target)
         return
     check_replaceable(target, overwrite=overwrite)  # someone may have put it there in the meantime
     aside = target.with_name(_sibling(target, "old"))
-    os.rename(target, aside)
+    target.rename(aside)
     try:
-        os.rename(work, target)
+        work.rename(target)
     except BaseException:
-        os.rename(aside, target)
+        aside.rename(target)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -140,7 +140,7 @@ def _restore_and_sweep(target: Path) -> None:
             if not pid.isdigit() or _is_alive(int(pid)):
                 continue
             if kind == "old" and not target.exists():
-                os.rename(left, target)
+                left.rename(target)
             else:
                 shutil.rmtree(left, ignore_errors=True)
 
@@ -160,7 +160,7 @@ def sha256_file(path: Path, chunk_bytes: int = 2**20) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(chunk_bytes))
     try:
-        with open(path, "rb", buffering=0) as file:
+        with path.open("rb", buffering=0) as file:
             while n := file.readinto(buffer):
                 digest.update(buffer[:n])
     except OSError as e:

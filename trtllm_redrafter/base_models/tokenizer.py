@@ -31,6 +31,11 @@ def tokenizer_files(path: Path) -> list[Path]:
     return [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Can text be tokenized with what is in `path`? (generation_config.json alone is no tokenizer.)"""
+    return any((path / name).is_file() for name in IDENTITY_FILES)
+
+
 def tokenizer_sha256(path: Path) -> str | None:
     """SHA-256 of the file that defines the vocabulary; None for a directory without a tokenizer."""
     for name in IDENTITY_FILES:

@@ -1,7 +1,7 @@
 """Typed reading of JSON fields that collects every problem instead of stopping at the first.
 
-    fields = FieldReader({"hidden_size": "64"}, "config.json")
-    fields.size("hidden_size")      # 0, and fields.problems says: hidden_size is '64', a positive whole number is needed
+fields = FieldReader({"hidden_size": "64"}, "config.json")
+fields.size("hidden_size")      # 1, and fields.problems says that hidden_size is '64' and must be a number
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def read_header(path: Path) -> Header:
     """Read and check a file's header; `InputError` says what is wrong with which tensor."""
     try:
         size = path.stat().st_size
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             text = file.read(length) if 0 < length <= min(MAX_HEADER_BYTES, size - 8) else b""
@@ -204,7 +204,7 @@ class SafetensorsFile:
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.torch_dtype)
         if self._map is None:
-            with open(self.path, "rb") as file:
+            with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         count = info.nbytes // info.itemsize
         if info.begin % info.itemsize == 0:
@@ -249,7 +249,7 @@ class Layout:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors that are in memory anyway (drafters, tests). Conversions stream instead."""
     layout = Layout.of((name, STORED_DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items())
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
         file.write(layout.header_bytes)
         file.writelines(tensor_bytes(tensors[entry.name]) for entry in layout.entries)
 

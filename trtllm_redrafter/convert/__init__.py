@@ -12,11 +12,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from trtllm_redrafter.convert.against import verify
 from trtllm_redrafter.convert.execute import convert
 from trtllm_redrafter.convert.options import ConvertOptions
 from trtllm_redrafter.convert.plan import ConversionPlan, plan_conversion
 
-__all__ = ["ConversionPlan", "ConvertOptions", "convert", "plan_conversion"]
+__all__ = ["ConversionPlan", "ConvertOptions", "convert", "plan_conversion", "verify"]
 
 
 class _CallableModule(ModuleType):

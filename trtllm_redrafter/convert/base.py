@@ -82,9 +82,7 @@ def open_base(options: ConvertOptions, files: OpenFiles) -> Base:
 
 def from_huggingface(model: HFModel, config: CheckpointConfig, files: OpenFiles) -> Base:
     """A Hugging Face model, to be divided and cast as `config` says."""
-    located = {
-        name: FileSource(tensor.path, tensor.info, files) for name, tensor in model.tensors.items()
-    }
+    located = {name: FileSource(tensor.path, tensor.info, files) for name, tensor in model.tensors.items()}
     sources = {name: stacked([located[s] for s in names]) for name, names in tensor_sources(config).items()}
     plain = replace(config, drafter=None, quantization={})
     return Base(
@@ -171,9 +169,7 @@ def _checkpoint_head(checkpoint: Checkpoint, files: OpenFiles) -> Source | None:
     name = LM_HEAD if has_head else EMBEDDING
     divided = has_head or config.use_parallel_embedding
     ranks = checkpoint.ranks if divided else checkpoint.ranks[:1]
-    found: list[Source] = [
-        FileSource(file.path, file.header[name], files) for file in ranks if name in file.header
-    ]
+    found: list[Source] = [FileSource(file.path, file.header[name], files) for file in ranks if name in file.header]
     head = stacked(found) if len(found) == len(ranks) else None
     whole_shape = (config.vocab_size, config.hidden_size)
     return head if head is not None and head.shape == whole_shape and head.dtype in ("F16", "BF16", "F32") else None

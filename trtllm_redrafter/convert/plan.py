@@ -114,9 +114,8 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     found.raise_all(options.base)
     assert base is not None and config is not None
     ranks = tuple(_rank(base, drafter, config, rank) for rank in range(config.tp_size))
-    plan = ConversionPlan(
-        options, config, base, drafter, shape, ranks, _copies(base, drafter), _notes(base, drafter, shape, options), files
-    )
+    copies, notes = _copies(base, drafter), _notes(base, drafter, shape, options)
+    plan = ConversionPlan(options, config, base, drafter, shape, ranks, copies, notes, files)
     found.run(lambda: _check_space(plan))
     found.raise_all(options.output)
     return plan

@@ -29,10 +29,9 @@ def option_problems(options: ConvertOptions) -> tuple[type[RedrafterError], list
                 found.append(Problem(f"{flag} {value} has no meaning here", flag, why, "pass --drafter, or drop it"))
     for role, path in (("base", options.base), ("drafter", options.drafter)):
         if path is not None and _overlap(options.output, path):
+            what = f"the output overlaps the {role} directory"
             why = "replacing the output would delete the input, or mix with it"
-            found.append(
-                Problem(f"the output overlaps the {role} directory", str(options.output), why, "choose another --output")
-            )
+            found.append(Problem(what, str(options.output), why, "choose another --output"))
     return UsageError, found
 
 

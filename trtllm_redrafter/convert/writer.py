@@ -132,9 +132,7 @@ def _copy(fd: int, extent: Extent, at: int, files: OpenFiles, hasher: Hasher, me
     return extent.end - extent.begin
 
 
-def _write(
-    fd: int, data: memoryview, at: int, hasher: Hasher, meter: Meter, buffer: bytearray | None = None
-) -> None:
+def _write(fd: int, data: memoryview, at: int, hasher: Hasher, meter: Meter, buffer: bytearray | None = None) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done:], at + done)
@@ -148,7 +146,7 @@ def hash_inputs(paths: Sequence[Path], meter: Meter) -> dict[Path, FileRecord]:
     buffer = memoryview(bytearray(CHUNK_BYTES))
     for path in paths:
         digest, size = hashlib.sha256(), 0
-        with open(path, "rb", buffering=0) as file:
+        with path.open("rb", buffering=0) as file:
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
                 size += count

@@ -1,0 +1,135 @@
+"""Is a checkpoint or engine what its config and manifest say: hashes, names, shapes, dtypes?
+
+TensorRT-LLM's loader logs a wrong dtype, ignores extra tensors and does not miss the drafter's LM head; a build
+then fails hours later, or never. This finds all of it at once:
+
+    report = verify_files(Path("checkpoint"), hashes=True)
+    report.ok, report.render()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.checkpoint.inspect import ENGINE_CHECKPOINT
+from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, LM_HEAD, divisibility_problems, rank_slice
+from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.quantization import DRAFTER_EXCLUDE, is_excluded
+from trtllm_redrafter.checkpoint.reader import Checkpoint
+from trtllm_redrafter.checkpoint.safetensors_io import TensorInfo
+from trtllm_redrafter.errors import Problem, RedrafterError, VerificationError
+
+_REMEDY = "convert again, or restore the file from an intact copy"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was checked and what was found wrong."""
+
+    path: Path
+    checks: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def render(self) -> str:
+        verdict = "all checks passed" if self.ok else f"{len(self.problems)} problem(s)"
+        lines = [f"{self.path}: {verdict}", *(f"  checked: {check}" for check in self.checks)]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines + ["- " + p.render().replace("\n", "\n  ") for p in self.problems])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "ok": self.ok,
+            "checks": list(self.checks),
+            "problems": [p.as_dict() for p in self.problems],
+            "notes": list(self.notes),
+        }
+
+    def raise_if_failed(self) -> None:
+        """Raise `VerificationError` with all problems."""
+        if self.problems:
+            raise VerificationError("verification failed", where=self.path, problems=self.problems)
+
+
+def checkpoint_directory(path: Path) -> Path:
+    """The checkpoint itself: `path`, or the one inside an engine of the torch backend."""
+    inside = path / ENGINE_CHECKPOINT
+    return inside if (inside / "config.json").is_file() else path
+
+
+def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
+    """Manifest, names, shapes and dtypes. Unreadable files are problems like any other."""
+    checks: list[str] = []
+    notes: list[str] = []
+    problems: list[Problem] = []
+    try:
+        manifest = Manifest.find(path)
+        if manifest is None:
+            notes.append("no manifest.json: sizes and hashes are not known")
+        else:
+            problems += manifest.check_files(path, hashes=hashes)
+            what = "size and SHA-256" if hashes else "size"
+            checks.append(f"{what} of {len(manifest.files)} files against manifest.json")
+        checkpoint = Checkpoint.open(checkpoint_directory(path))
+        problems += structure_problems(checkpoint)
+        count = sum(len(rank.header) for rank in checkpoint.ranks)
+        checks.append(f"name, shape and dtype of {count} tensors in {len(checkpoint.ranks)} rank file(s)")
+        if any(not spec.checked for spec in checkpoint.specs.values()):
+            notes.append(f"shapes of layers quantized as {checkpoint.config.quant_algo} are not known here")
+    except RedrafterError as e:
+        problems += e.problems or (e.problem,)
+    return VerifyReport(path, tuple(checks), tuple(problems), tuple(notes))
+
+
+def structure_problems(checkpoint: Checkpoint) -> list[Problem]:
+    """Everything in the files that does not follow from config.json."""
+    config = checkpoint.config
+    problems = divisibility_problems(config, str(checkpoint.path))
+    if problems:
+        return problems
+    for rank in range(len(checkpoint.ranks)):
+        problems += _rank_problems(checkpoint, rank)
+    excludes = config.quantization.get("exclude_modules")
+    if config.drafter is not None and config.quant_algo is not None and not is_excluded("drafter.input_proj", excludes):
+        why = "TensorRT-LLM would build the drafter's 16-bit layers as quantized ones"
+        remedy = f"add {DRAFTER_EXCLUDE!r} to quantization.exclude_modules in config.json"
+        problems.append(Problem("the drafter is not excluded from quantization", str(checkpoint.path), why, remedy))
+    return problems
+
+
+def _rank_problems(checkpoint: Checkpoint, rank: int) -> Iterator[Problem]:
+    file = checkpoint.ranks[rank]
+    where = str(file.path)
+    for name, spec in checkpoint.specs.items():
+        info = file.header.get(name)
+        if info is None:
+            if not spec.optional:
+                why = "TensorRT-LLM's loader does not notice" if name.endswith("." + LM_HEAD) else None
+                yield Problem(f"tensor {name!r} is missing", where, why, _REMEDY)
+        elif spec.checked:
+            expected = rank_slice(spec, checkpoint.config, rank).shape(spec.shape)
+            yield from _tensor_problems(info, spec.dtype, expected, where)
+        elif info.dtype not in (*DTYPE_NAMES.values(), "I8", "U8", "F8_E4M3"):
+            yield Problem(f"tensor {name!r} has the dtype {info.dtype}", where, None, _REMEDY)
+    if all(spec.checked for spec in checkpoint.specs.values()):
+        for name in sorted(set(file.header) - set(checkpoint.specs)):
+            why = "TensorRT-LLM would ignore it"
+            yield Problem(f"tensor {name!r} does not belong into this checkpoint", where, why, _REMEDY)
+
+
+def _tensor_problems(info: TensorInfo, dtype: str, shape: tuple[int, ...], where: str) -> Iterator[Problem]:
+    fp8_as_int8 = dtype == "F8_E4M3" and info.dtype == "I8"
+    if info.dtype != dtype and not fp8_as_int8:
+        why = f"it is {info.dtype}, config.json implies {dtype}; TensorRT-LLM only logs this and fails later"
+        yield Problem(f"tensor {info.name!r} has the wrong dtype", where, why, _REMEDY)
+    if info.shape != shape:
+        why = f"it is {list(info.shape)}, config.json implies {list(shape)}"
+        yield Problem(f"tensor {info.name!r} has the wrong shape", where, why, _REMEDY)
