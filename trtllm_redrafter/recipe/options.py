@@ -81,7 +81,7 @@ def build_options(resolved: Resolved, *, overwrite: bool) -> BuildOptions:
     from trtllm_redrafter.backends.base import BuildOptions
 
     require(resolved, ["checkpoint", "engine"], "a build")
-    recipe = with_limits(resolved, context_length(resolved)).recipe
+    recipe = with_checkpoint_limits(resolved).recipe
     build = recipe.build
     assert recipe.checkpoint is not None and recipe.engine is not None
     assert build.max_seq_len is not None and build.max_input_len is not None
@@ -97,13 +97,14 @@ def build_options(resolved: Resolved, *, overwrite: bool) -> BuildOptions:
     )
 
 
-def context_length(resolved: Resolved) -> int:
-    """Positions the checkpoint's model was made for; a shorter `build.max_seq_len` makes this superfluous."""
+def with_checkpoint_limits(resolved: Resolved) -> Resolved:
+    """Fill in an engine's lengths from the checkpoint, which is opened only when they are needed."""
     from trtllm_redrafter.checkpoint import Checkpoint
 
-    checkpoint = resolved.recipe.checkpoint
-    assert checkpoint is not None
-    return Checkpoint.open(checkpoint).config.max_position_embeddings
+    recipe = resolved.recipe
+    if recipe.checkpoint is None or None not in (recipe.build.max_seq_len, recipe.build.max_input_len):
+        return resolved
+    return with_limits(resolved, Checkpoint.open(recipe.checkpoint).config.max_position_embeddings)
 
 
 def sampling_params(resolved: Resolved, changes: Mapping[str, Any] | None = None) -> SamplingParams:

@@ -1,0 +1,100 @@
+"""The only place that prints: results on stdout, everything about them (progress, warnings, errors) on stderr.
+
+With `--json` the last line of stdout is one JSON document, of a success or of an error alike:
+
+    {"command": "build", "ok": true, "output": "engine", ...}
+    {"command": "build", "ok": false, "error": {"kind": "input", "what": "...", ...}}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from trtllm_redrafter.errors import RedrafterError
+from trtllm_redrafter.progress import Progress
+
+INTERNAL_ERROR, INTERRUPTED = 70, 130
+
+
+def say(text: str = "") -> None:
+    """A result for people."""
+    typer.echo(text)
+
+
+def note(text: str) -> None:
+    """Something about the result, on stderr."""
+    typer.echo(text, err=True)
+
+
+def emit(command: str, **values: Any) -> None:
+    """The JSON document of a success."""
+    _document({"command": command, "ok": True, **values})
+
+
+def _document(values: Mapping[str, Any]) -> None:
+    typer.echo(json.dumps(values, ensure_ascii=False, default=str))
+
+
+def report_error(command: str, error: RedrafterError, *, as_json: bool, debug: bool) -> int:
+    """Render one of our errors; returns the exit code."""
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    typer.secho("error: ", err=True, fg="red", bold=True, nl=False)
+    note(error.render())
+    if as_json:
+        _document({"command": command, "ok": False, "error": error.as_dict()})
+    return error.exit_code
+
+
+def report_crash(command: str, error: BaseException, *, as_json: bool, debug: bool) -> int:
+    """An error nobody foresaw: our bug, most likely."""
+    what = f"{type(error).__name__}: {error}"
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    else:
+        note(f"internal error: {what}\n  remedy: run again with --debug, and report the traceback it shows")
+    if as_json:
+        kind = {"kind": "internal", "exit_code": INTERNAL_ERROR, "what": what}
+        _document({"command": command, "ok": False, "error": kind})
+    return INTERNAL_ERROR
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Bars on stderr, one per stage, that vanish when done; they appear with the first report."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
+    bars = Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    tasks: dict[str, Any] = {}
+
+    def report(stage: str, done: int, total: int | None, unit: str) -> None:
+        amount = f"{_amount(done, unit)} of {_amount(total, unit)}" if total else _amount(done, unit)
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total, amount=amount)
+        bars.update(tasks[stage], completed=done, total=total, amount=amount)
+
+    with bars:
+        yield report
+
+
+def _amount(count: int, unit: str) -> str:
+    return f"{count / 1e6:.1f} MB" if unit == "bytes" else f"{count} {unit}"
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner on stderr for work that cannot say how far it is."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield

@@ -1,0 +1,40 @@
+"""Options shared by the commands. What a setting means and its default are read from the recipe's schema."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from trtllm_redrafter.recipe import Resolved, flag_layers, resolve
+from trtllm_redrafter.recipe.layers import show
+from trtllm_redrafter.recipe.schema import keys
+
+_DESCRIPTIONS = keys()
+_NOTHING_GIVEN = resolve([])
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the plan and where every value comes from; write nothing.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of this program.")]
+
+
+def setting(key: str, *flags: str, metavar: str | None = None, required: bool = False) -> Any:
+    """A typer option for a recipe key. Not given means None here: the recipe fills in its default.
+
+    A required one is missed by the room that needs it, together with everything else that is wrong.
+    """
+    text, default = _DESCRIPTIONS[key], _NOTHING_GIVEN.value(key)
+    if required:
+        text = text.partition(";")[0] + " (required)"
+    elif default is not None and default != ():
+        text += f" (default: {show(default)})"
+    return typer.Option(*flags, help=text, metavar=metavar, show_default=False)
+
+
+def from_flags(flags: Mapping[str, tuple[str, Any]]) -> Resolved:
+    """Flags over defaults; an empty list counts as not given."""
+    given = {key: (flag, None if value == [] else value) for key, (flag, value) in flags.items()}
+    return resolve(flag_layers(given))

@@ -1,0 +1,52 @@
+"""`pipeline`: a recipe from base model to text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trtllm_redrafter.cli.console import emit, note, progress_bar, say
+from trtllm_redrafter.cli.options import DryRun, Json
+
+
+def pipeline(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, as configs/smollm2-demo.yaml.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Convert, build and run as a recipe says, skipping stages whose inputs and options are unchanged."""
+    from trtllm_redrafter.cli.run_prompts import RunReport, RunRequest, run_prompts
+    from trtllm_redrafter.pipeline import plan_pipeline, record_run, run_pipeline
+    from trtllm_redrafter.recipe import file_layers, resolve, set_layer
+
+    resolved = resolve([*file_layers(recipe), *([set_layer(changes)] if changes else [])])
+    plan = plan_pipeline(resolved, name=recipe.stem)
+    if dry_run:
+        say(plan.render())
+        if as_json:
+            emit("pipeline", dry_run=True, **plan.as_dict())
+        return
+    done, report = [], None
+    with progress_bar() as progress:
+        for stage in run_pipeline(plan, progress):
+            note(stage.render())
+            done.append(stage)
+    last = done[-1]
+    if last.name == "run" and last.status == "miss":
+        wanted = RunRequest(
+            plan.resolved, verify_hashes=False, stream=False, stats=not as_json,
+            overwrite=last.verdict is not None and last.verdict.ours, quiet=as_json,
+        )  # fmt: skip
+        report = run_prompts(wanted)
+        if not report.summary.exit_code:
+            record_run(plan, last)
+    if as_json:
+        stages = [stage.as_dict() for stage in done]
+        emit("pipeline", dry_run=False, stages=stages, run=None if report is None else report.as_dict())
+    if isinstance(report, RunReport) and report.summary.exit_code:
+        raise typer.Exit(report.summary.exit_code)

@@ -1,0 +1,73 @@
+"""`run`: prompts through an engine, to the terminal, to a JSONL file, or both."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trtllm_redrafter.cli.console import emit
+from trtllm_redrafter.cli.options import Json, from_flags, setting
+
+
+def run(
+    engine: Annotated[Path | None, setting("engine", "--engine", required=True)] = None,
+    prompt: Annotated[list[str] | None, setting("run.prompts", "--prompt")] = None,
+    input_file: Annotated[Path | None, setting("run.input", "--input")] = None,
+    output_file: Annotated[Path | None, setting("run.output", "--output")] = None,
+    chat: Annotated[bool | None, setting("run.chat", "--chat/--no-chat")] = None,
+    max_tokens: Annotated[int | None, setting("run.max_tokens", "--max-tokens")] = None,
+    temperature: Annotated[float | None, setting("run.temperature", "--temperature")] = None,
+    top_k: Annotated[int | None, setting("run.top_k", "--top-k")] = None,
+    top_p: Annotated[float | None, setting("run.top_p", "--top-p")] = None,
+    seed: Annotated[int | None, setting("run.seed", "--seed")] = None,
+    stop: Annotated[list[str] | None, setting("run.stop", "--stop")] = None,
+    num_beams: Annotated[int | None, setting("run.num_beams", "--num-beams")] = None,
+    draft_len: Annotated[int | None, setting("run.draft_len", "--draft-len")] = None,
+    no_draft: Annotated[bool, typer.Option("--no-draft", help="Decode without the drafter.")] = False,
+    device: Annotated[str | None, setting("run.device", "--device")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the hashes of the engine's files first.")] = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Show text as it is written, prompt by prompt. (default: one prompt, on a terminal)",
+            show_default=False,
+        ),
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Show speed and acceptance afterwards.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run prompts on an engine."""
+    from trtllm_redrafter.cli.run_prompts import RunRequest, run_prompts
+
+    resolved = from_flags(
+        {
+            "engine": ("--engine", engine),
+            "run.prompts": ("--prompt", prompt),
+            "run.input": ("--input", input_file),
+            "run.output": ("--output", output_file),
+            "run.chat": ("--[no-]chat", chat),
+            "run.max_tokens": ("--max-tokens", max_tokens),
+            "run.temperature": ("--temperature", temperature),
+            "run.top_k": ("--top-k", top_k),
+            "run.top_p": ("--top-p", top_p),
+            "run.seed": ("--seed", seed),
+            "run.stop": ("--stop", stop),
+            "run.num_beams": ("--num-beams", num_beams),
+            "run.draft_len": ("--draft-len", draft_len),
+            "run.draft": ("--no-draft", False if no_draft else None),
+            "run.device": ("--device", device),
+        }
+    )
+    if stream is None:
+        stream = len(prompt or ()) == 1 and input_file is None and not as_json and sys.stdout.isatty()
+    wanted = RunRequest(resolved, verify_hashes=verify, stream=stream, stats=stats, overwrite=overwrite, quiet=as_json)
+    report = run_prompts(wanted)
+    if as_json:
+        emit("run", **report.as_dict())
+    if report.summary.exit_code:
+        raise typer.Exit(report.summary.exit_code)
