@@ -17,8 +17,10 @@ from trtllm_redrafter import __version__
 from trtllm_redrafter.cli import console
 from trtllm_redrafter.cli.build import build
 from trtllm_redrafter.cli.convert import convert
+from trtllm_redrafter.cli.inspect import inspect
 from trtllm_redrafter.cli.pipeline import pipeline
 from trtllm_redrafter.cli.run import run
+from trtllm_redrafter.cli.verify import verify
 from trtllm_redrafter.errors import RedrafterError, UsageError
 
 PROGRAM = "trtllm-redrafter"
@@ -30,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (convert, build, run, pipeline):
+for command in (convert, build, run, pipeline, inspect, verify):
     app.command()(command)
 
 
@@ -65,7 +67,7 @@ def run_app(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
         return 1
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the edge: a bug must end in a message and an exit code too
         message = getattr(error, "format_message", None)  # typer's own, of an option it cannot parse
         if message is None:
             return console.report_crash(command, error, **how)

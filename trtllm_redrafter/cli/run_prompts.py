@@ -132,7 +132,7 @@ def _sink(path: Path) -> Iterator[IO[str]]:
     """Results are appended as they come, so that a killed run leaves what it had finished."""
     with as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
+        with path.open("w", encoding="utf-8") as file:
             yield file
 
 

@@ -81,7 +81,7 @@ def prompt_jobs(prompts: Sequence[str], defaults: Defaults) -> list[Job]:
 def read_jobs(path: Path, defaults: Defaults) -> Iterator[Job | Outcome]:
     """Jobs of a JSONL file, line by line; a line that is none becomes an outcome with its error. Blank lines pass."""
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _read_line(line, f"{path}, line {number}", f"line-{number}", defaults)
