@@ -29,7 +29,7 @@ from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.tokenizer import TOKENIZER_DIRECTORY, EngineTokenizer, eos_token_ids
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import ModelWeights, load_weights
-from trtllm_redrafter.base_models.tokenizer import tokenizer_files
+from trtllm_redrafter.base_models.tokenizer import has_tokenizer, tokenizer_files
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.reader import Checkpoint, rank_file
@@ -96,7 +96,7 @@ class TorchBackend:
                 max_batch_size=int(limits["max_batch_size"]),
             )
         folder = engine / TOKENIZER_DIRECTORY
-        tokenizer = EngineTokenizer(folder) if folder.is_dir() else None
+        tokenizer = EngineTokenizer(folder) if has_tokenizer(folder) else None
         info = EngineInfo(
             path=engine,
             backend=BACKEND,

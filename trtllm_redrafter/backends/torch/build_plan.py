@@ -14,7 +14,7 @@ from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.torch.native.library import NativeUnavailable, load_library
 from trtllm_redrafter.backends.torch.rope import SUPPORTED_SCALINGS, scaling_kind
 from trtllm_redrafter.backends.torch.tokenizer import TOKENIZER_DIRECTORY
-from trtllm_redrafter.base_models.tokenizer import tokenizer_files
+from trtllm_redrafter.base_models.tokenizer import has_tokenizer, tokenizer_files
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, raise_together
@@ -44,6 +44,10 @@ class TorchBuildPlan:
         positions = self.options.max_batch_size * (self.options.max_seq_len + tree)
         element = 4 if config.dtype == "float32" else 2
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size * positions * element
+
+    @property
+    def takes_text(self) -> bool:
+        return self.tokenizer is not None and has_tokenizer(self.tokenizer)
 
     @property
     def weight_bytes(self) -> int:
@@ -97,7 +101,7 @@ class TorchBuildPlan:
             f"drafts  {drafting}",
             f"limits  {values['max_batch_size']} requests, {values['max_input_len']} prompt tokens, "
             f"{values['max_seq_len']} in all; KV cache {self.kv_cache_bytes / 1e6:.0f} MB when full",
-            f"text    {values['tokenizer'] or 'no tokenizer: the engine will take token ids only'}",
+            f"text    {self.tokenizer if self.takes_text else 'no tokenizer: the engine will take token ids only'}",
             f"runs    {self.executor} on this machine{reason}",
         ]
         return "\n".join(lines)
@@ -160,7 +164,7 @@ def _problems(checkpoint: Checkpoint, options: BuildOptions) -> list[Problem]:
 def _tokenizer_source(options: BuildOptions) -> Path | None:
     """`--tokenizer`, or what `convert` put into the checkpoint."""
     if options.tokenizer is not None:
-        if not options.tokenizer.is_dir() or not tokenizer_files(options.tokenizer):
+        if not has_tokenizer(options.tokenizer):
             raise InputError(
                 "there is no tokenizer here",
                 where=options.tokenizer,
@@ -168,4 +172,4 @@ def _tokenizer_source(options: BuildOptions) -> Path | None:
             )
         return options.tokenizer
     inside = options.checkpoint / TOKENIZER_DIRECTORY
-    return inside if inside.is_dir() and tokenizer_files(inside) else None
+    return inside if tokenizer_files(inside) else None

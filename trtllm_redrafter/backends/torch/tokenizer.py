@@ -16,15 +16,13 @@ class EngineTokenizer:
     """What runners and the CLI need of a transformers tokenizer."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            self._tokenizer: Any = _load(folder)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 "the tokenizer cannot be loaded",
                 where=folder,
-                why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+                why=(str(error) or type(error).__name__)[:200],
                 remedy="build the engine again with --tokenizer DIR",
             ) from error
 
@@ -67,6 +65,16 @@ class EngineTokenizer:
         except Exception as error:  # a template is a program of its own: whatever it raises is about these messages
             raise RequestError("the chat template refused the messages", why=str(error)) from error
         return tuple(self.encode(rendered, add_special_tokens=False))
+
+
+def _load(folder: Path) -> Any:
+    """A tokenizer.json alone is enough; what names its class beside it is used when it is there."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    settings = folder / "tokenizer_config.json"
+    if settings.exists() and read_json(settings).get("tokenizer_class"):
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
 
 
 def eos_token_ids(folder: Path, tokenizer: EngineTokenizer | None) -> frozenset[int]:

@@ -55,7 +55,7 @@ class Packer:
 
     def matrix(self, weight: Tensor) -> int:
         """Address of [n, k] in the kernels' layout."""
-        weight = weight.detach().contiguous()
+        weight = weight.detach().to(torch.bfloat16).contiguous()
         rows, columns = weight.shape
         packed = torch.empty(-(-rows // LANES) * LANES * columns, dtype=torch.bfloat16)
         self._library.redrafter_pack(weight.data_ptr(), rows, columns, packed.data_ptr())

@@ -1,0 +1,156 @@
+"""The compiled kernels: the same function as plain PyTorch, and rows that do not feel their neighbours."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engines import build_engine, load, make_runner, with_oracle, write_checkpoint
+from trtllm_redrafter.backends.base import Request, SamplingParams
+from trtllm_redrafter.backends.torch.backend import CHECKPOINT_DIRECTORY
+from trtllm_redrafter.backends.torch.drafting import load_drafter
+from trtllm_redrafter.backends.torch.native import library
+from trtllm_redrafter.backends.torch.native.drafter import NativeDrafter
+from trtllm_redrafter.backends.torch.native.executor import NativeExecutor, tree_paths
+from trtllm_redrafter.backends.torch.runner import TorchRunner
+from trtllm_redrafter.backends.torch.transformer import TorchExecutor
+from trtllm_redrafter.backends.torch.weights import load_weights
+from trtllm_redrafter.checkpoint.reader import Checkpoint
+from trtllm_redrafter.redrafter.beam_search import Beams, beam_search, draft_head
+from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.redrafter.token_tree import build_tree
+
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(c) for c in ("c++", "g++", "clang++")), reason="no C++ compiler: the PyTorch executor serves"
+)
+pytestmark = needs_compiler
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "torch_dtype": "bfloat16",
+    "head_dim": 16,
+}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+PROMPTS = ((5, 9, 23, 7), (3,), tuple(range(10, 60)))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TorchRunner:
+    folder = tmp_path_factory.mktemp(request.param)
+    made = make_runner(folder, request.param, num_beams=5, **SIZES)
+    assert made.executor.name == "native"
+    return made
+
+
+def plain_executor(runner: TorchRunner, dtype: torch.dtype) -> TorchExecutor:
+    """The PyTorch executor on the same weights, in another dtype."""
+    checkpoint = Checkpoint.open(runner.info.path / CHECKPOINT_DIRECTORY)
+    weights = load_weights(checkpoint, torch.device("cpu"))
+
+    def cast(value: object) -> object:
+        return value.to(dtype) if isinstance(value, Tensor) else value
+
+    layers = tuple(type(x)(**{k: cast(v) for k, v in vars(x).items()}) for x in weights.layers)
+    fields = {k: cast(v) for k, v in vars(weights).items()} | {"layers": layers}
+    return TorchExecutor(checkpoint.config, type(weights)(**fields), max_batch_size=4, capacity=256)
+
+
+def test_logits_are_as_near_to_float32_as_pytorchs(runner: TorchRunner) -> None:
+    prompt = list(range(3, 63))
+    exact = plain_executor(runner, torch.float32).prefill(0, prompt).logits
+    pytorch = plain_executor(runner, torch.bfloat16).prefill(0, prompt).logits.float()
+    native = runner.executor.prefill(0, prompt).logits
+    assert (native - exact).norm() < 1.5 * (pytorch - exact).norm()
+    assert (native - exact).norm() < 0.06 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(max_tokens=120, ignore_eos=True),
+        SamplingParams(max_tokens=60, temperature=0.8, top_k=20, top_p=0.95, seed=7, ignore_eos=True),
+    ],
+    ids=["greedy", "sampled"],
+)
+def test_drafting_and_autoregression_agree_in_bfloat16(runner: TorchRunner, sampling: SamplingParams) -> None:
+    plain = [runner.generate([Request(p, sampling, draft=False)])[0].token_ids for p in PROMPTS]
+    real, shape = runner._drafting, DraftShape(5, 3)
+    assert [r.token_ids for r in runner.generate([Request(p, sampling) for p in PROMPTS])] == plain
+    try:
+        with_oracle(runner, dict(zip(PROMPTS, plain, strict=True)), shape)
+        good = runner.generate([Request(p, sampling) for p in PROMPTS])
+    finally:
+        runner._drafting = real
+    assert [r.token_ids for r in good] == plain
+    assert all(r.accepted_tokens > 20 for r in good)
+
+
+def test_a_row_does_not_depend_on_its_company(runner: TorchRunner) -> None:
+    """Bits of every node of a branching tree, against the same tokens computed one at a time."""
+    executor = runner.executor
+    prompt, base = list(range(20, 45)), 25
+    tokens = torch.tensor([[[9, 4, 7, 1], [9, 4, 8, 2], [9, 5, 7, 1]]])
+    tree = build_tree(Beams(tokens, torch.zeros(tokens.shape), None))
+    executor.prefill(0, prompt)
+    whole = executor.forward([0], [base], tree, logits=True)
+    assert whole.logits is not None
+    for beam in range(3):
+        executor.prefill(1, prompt)
+        for depth in range(4):
+            single = build_tree(Beams(tokens[:, beam : beam + 1, depth : depth + 1], torch.zeros(1, 1, 1), None))
+            alone = executor.forward([1], [base + depth], single, logits=True)
+            node = int(tree.draft_indices[0, beam, depth])
+            assert alone.logits is not None
+            assert torch.equal(alone.logits[0, 0], whole.logits[0, node])
+            assert torch.equal(alone.hidden[0, 0], whole.hidden[0, node])
+            assert int(alone.best[0, 0]) == int(alone.logits[0, 0].argmax())
+
+
+def test_beams_are_the_plain_searchs(runner: TorchRunner) -> None:
+    checkpoint = Checkpoint.open(runner.info.path / CHECKPOINT_DIRECTORY)
+    config = checkpoint.config.drafter
+    assert config is not None
+    drafter = load_drafter(checkpoint, config, torch.device("cpu"))
+    executor = runner.executor
+    assert isinstance(executor, NativeExecutor)
+    shape = DraftShape(5, 3)
+    generator = torch.Generator().manual_seed(3)
+    context = torch.randn(3, 64, generator=generator).to(torch.bfloat16)
+    first = torch.tensor([4, 9, 33])
+    for rows in (None, torch.arange(0, 64, 1)[:60]):
+        native = NativeDrafter(executor, drafter, rows, 3, shape.num_beams).search(context, first, shape)
+        embedding = checkpoint.load("transformer.vocab_embedding.weight")
+        wide = copy.deepcopy(drafter).float()
+        expected = beam_search(
+            wide, embedding.float(), context.float(), first, shape, head=draft_head(wide, rows), keep_log_probs=False
+        )
+        same = (native.tokens == expected.tokens).float().mean()
+        assert same > 0.9  # bf16 rounding may swap near-equal beams
+        torch.testing.assert_close(native.path_scores, expected.path_scores, atol=0.1, rtol=0.02)
+
+
+def test_without_compiler_pytorch_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = write_checkpoint(tmp_path, "llama", **SIZES)
+    engine = build_engine(checkpoint, tmp_path / "engine")
+    native = load(engine).generate([Request(PROMPTS[0], SamplingParams(max_tokens=5))])[0]
+    monkeypatch.setenv("REDRAFTER_NATIVE", "0")
+    library.load_library.cache_clear()
+    try:
+        runner = load(engine)
+        assert runner.executor.name == "pytorch"
+        assert runner.generate([Request(PROMPTS[0], SamplingParams(max_tokens=5))])[0].token_ids == native.token_ids
+    finally:
+        library.load_library.cache_clear()
+
+
+def test_tree_paths_by_hand() -> None:
+    tokens = torch.tensor([[[9, 5, 9], [9, 5, 7], [9, 6, 9]]])
+    tree = build_tree(Beams(tokens, torch.zeros(tokens.shape), None))
+    assert tree_paths(tree).tolist() == [[0, -1, -1], [0, 1, -1], [0, 1, 2], [0, 1, 3], [0, 4, -1], [0, 4, 5]]

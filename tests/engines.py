@@ -1,0 +1,133 @@
+"""Tiny engines for tests: write a base and a drafter, convert, build, load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from tests.tiny_models import write_base, write_drafter
+from trtllm_redrafter.backends.base import BuildOptions
+from trtllm_redrafter.backends.torch.backend import TorchBackend
+from trtllm_redrafter.backends.torch.drafting import Drafting
+from trtllm_redrafter.backends.torch.runner import TorchRunner
+from trtllm_redrafter.convert import ConvertOptions, convert, plan_conversion
+from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.redrafter.beam_search import Beams
+from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.redrafter.token_tree import TokenTree, build_tree
+
+VOCAB = 64
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+
+
+def write_tokenizer(path: Path) -> Path:
+    """A byte-level tokenizer of 259 tokens (0 unknown, 1 begin, 2 end, then the bytes), with a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    from transformers import PreTrainedTokenizerFast
+
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(path)
+    return path
+
+
+def write_checkpoint(
+    folder: Path,
+    family: str = "llama",
+    *,
+    drafter: bool = True,
+    tp_size: int = 1,
+    dtype: str = "auto",
+    num_beams: int = 4,
+    draft_len: int = 3,
+    drafter_changes: dict[str, Any] | None = None,
+    **base_changes: Any,
+) -> Path:
+    """A converted checkpoint `folder/checkpoint`, its sources beside it."""
+    base_changes = {"vocab_size": VOCAB} | base_changes
+    base = write_base(folder / "base", family, **base_changes)
+    hidden, vocab = base_changes.get("hidden_size", 32), base_changes["vocab_size"]
+    source = None
+    if drafter:
+        sizes = {"hidden_size": hidden, "exit_dim": 2 * hidden, "vocab_size": vocab} | (drafter_changes or {})
+        source = write_drafter(folder / "drafter", **sizes)
+    options = ConvertOptions(
+        base=base,
+        drafter=source,
+        output=folder / "checkpoint",
+        dtype=dtype,
+        tp_size=tp_size,
+        num_beams=num_beams if drafter else None,
+        draft_len=draft_len if drafter else None,
+        greedy=True,
+        parallel_embedding=False,
+        workers=1,
+        overwrite=False,
+    )
+    convert(plan_conversion(options), no_progress)
+    return options.output
+
+
+def build_options(checkpoint: Path, output: Path, tokenizer: Path | None = None, **changes: Any) -> BuildOptions:
+    values: dict[str, Any] = {"max_batch_size": 4, "max_input_len": 100, "max_seq_len": 200, "overwrite": False}
+    return BuildOptions(
+        checkpoint=checkpoint, output=output, backend="torch", tokenizer=tokenizer, **(values | changes)
+    )
+
+
+def build_engine(checkpoint: Path, output: Path, tokenizer: Path | None = None, **changes: Any) -> Path:
+    backend = TorchBackend()
+    return backend.build(backend.plan(build_options(checkpoint, output, tokenizer, **changes)), no_progress)
+
+
+def load(engine: Path, shape: DraftShape | None = None) -> TorchRunner:
+    return TorchBackend().load(engine, device="cpu", verify_hashes=True, draft_shape=shape)
+
+
+def make_runner(folder: Path, family: str = "llama", *, tokenizer: bool = False, **changes: Any) -> TorchRunner:
+    """From nothing to a runner in one call."""
+    checkpoint = write_checkpoint(folder, family, **changes)
+    text = write_tokenizer(folder / "tokenizer") if tokenizer else None
+    return load(build_engine(checkpoint, folder / "engine", text))
+
+
+class Oracle(Drafting):
+    """A drafter that knows each request's continuation and spoils it at a random depth, in a random beam.
+
+    Random weights are hardly ever right; with this one, steps accept anything from nothing to a whole beam.
+    """
+
+    def __init__(self, runner: TorchRunner, shape: DraftShape, truth: dict[tuple[int, ...], list[int]]) -> None:
+        self.shape = shape
+        self._runner = runner
+        self._truth = truth
+        self._random = torch.Generator().manual_seed(5)
+
+    def _below(self, limit: int) -> int:
+        return int(torch.randint(limit, (1,), generator=self._random))
+
+    def propose(self, context: Tensor, tokens: Tensor, max_nodes: Tensor | None) -> TokenTree:
+        count, length = self.shape.num_beams, self.shape.draft_len
+        beams = torch.randint(3, VOCAB, (len(tokens), count, length + 1), generator=self._random)
+        for row, active in enumerate(self._runner._active):
+            done = len(active.result.token_ids)
+            right = self._truth[active.request.token_ids][done : done + length]
+            right = right[: self._below(length + 1)]
+            beam, shared = self._below(count), self._below(count)
+            beams[row, beam, 1 : len(right) + 1] = torch.tensor(right, dtype=torch.int64)
+            beams[row, shared, 1 : len(right)] = torch.tensor(right[:-1], dtype=torch.int64)
+        beams[:, :, 0] = tokens.unsqueeze(1)
+        return build_tree(Beams(beams, torch.zeros(beams.shape), None), max_nodes=max_nodes)
+
+
+def with_oracle(runner: TorchRunner, truth: dict[tuple[int, ...], list[int]], shape: DraftShape) -> TorchRunner:
+    runner._drafting = Oracle(runner, shape, truth)
+    return runner
