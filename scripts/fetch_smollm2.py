@@ -245,7 +245,10 @@ def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
         "chat_template": template,
     }
     write_json(folder / "tokenizer_config.json", config)
-    write_json(folder / "special_tokens_map.json", {k: v for k, v in config.items() if k.endswith("_token") and isinstance(v, str)})
+    write_json(
+        folder / "special_tokens_map.json",
+        {k: v for k, v in config.items() if k.endswith("_token") and isinstance(v, str)},
+    )
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 

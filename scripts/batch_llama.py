@@ -1,0 +1,172 @@
+"""Write thousands of answers at a time with a small LLaMA model, and keep the hidden states on the way.
+
+Self-distillation needs tens of millions of tokens of the base model's own text, with the state behind every token.
+A decoding step over 4,096 sequences costs a GPU little more than one over 64, so this is a plain fixed-width loop:
+left-padded prompts, one key/value cache, finished sequences dropped from the batch as it empties. Greedy or sampled at
+one temperature. It is for models without biases and with tied embeddings, like SmolLM2.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+PREFILL_ROWS = 512
+"""Prompts run through the model together before decoding; bounds the attention scores' memory."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """tokens [B, T], hidden [B, T, H] (the state before each token), lengths [B], the end token included."""
+
+    tokens: Tensor
+    hidden: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
+class _Layer:
+    norm_in: Tensor
+    qkv: Tensor
+    out: Tensor
+    norm_mlp: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class BatchLlama:
+    """The model's weights, fused where that saves kernels."""
+
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        weights = {k: v.to(device, dtype) for k, v in load_file(folder / "model.safetensors").items()}
+        self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self.head_dim, self.eps = config["head_dim"], config["rms_norm_eps"]
+        self.end = config["eos_token_id"]
+        self.embedding = weights["model.embed_tokens.weight"]
+        self.norm = weights["model.norm.weight"]
+        self.device, self.dtype = torch.device(device), dtype
+        self.layers = [self._layer(weights, f"model.layers.{i}.") for i in range(config["num_hidden_layers"])]
+        steps = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
+        angles = torch.arange(4096, device=device, dtype=torch.float32).unsqueeze(1) / config["rope_theta"] ** steps
+        angles = torch.cat([angles, angles], dim=-1)
+        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    @staticmethod
+    def _layer(weights: dict[str, Tensor], prefix: str) -> _Layer:
+        def take(*names: str) -> Tensor:
+            return torch.cat([weights[f"{prefix}{name}.weight"] for name in names])
+
+        return _Layer(
+            norm_in=take("input_layernorm"),
+            qkv=take("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            out=take("self_attn.o_proj"),
+            norm_mlp=take("post_attention_layernorm"),
+            gate_up=take("mlp.gate_proj", "mlp.up_proj"),
+            down=take("mlp.down_proj"),
+        )
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+    def _heads(self, x: Tensor, layer: _Layer, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries, rotated keys and values. [B, S, H] -> [B, heads, S, D] each."""
+        b, s, _ = x.shape
+        mixed = F.linear(self._norm(x, layer.norm_in), layer.qkv).view(b, s, -1, self.head_dim).transpose(1, 2)
+        turned, value = mixed[:, : -self.kv_heads], mixed[:, -self.kv_heads :]
+        half = self.head_dim // 2
+        swapped = torch.cat([-turned[..., half:], turned[..., :half]], dim=-1)
+        turned = turned * self.cos[position].unsqueeze(1) + swapped * self.sin[position].unsqueeze(1)
+        return turned[:, : self.heads], turned[:, self.heads :], value
+
+    def _mlp(self, x: Tensor, layer: _Layer) -> Tensor:
+        gate, up = F.linear(self._norm(x, layer.norm_mlp), layer.gate_up).chunk(2, dim=-1)
+        return x + F.linear(F.silu(gate) * up, layer.down)
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Grouped attention: the queries that share a key/value head stand beside each other as rows."""
+        b, _, s, d = query.shape
+        grouped = query.reshape(b, self.kv_heads, -1, d)  # [B, KV, group * S, D]
+        wide = mask.repeat(1, self.heads // self.kv_heads, 1).unsqueeze(1)  # [B, 1, group * S, T]
+        scores = (grouped @ keys.transpose(-1, -2)).float() * d**-0.5
+        weights = scores.masked_fill(~wide, float("-inf")).softmax(dim=-1).to(query.dtype)
+        return (weights @ values).view(b, self.heads, s, d).transpose(1, 2).reshape(b, s, -1)
+
+    def _forward(
+        self, tokens: Tensor, position: Tensor, mask: Tensor, caches: list[Tensor], at: int, row: slice
+    ) -> Tensor:
+        """Final-norm hidden states; keys and values go to the cache at `at`. [B, S] -> [B, S, H]."""
+        x = self.embedding[tokens]
+        end = at + tokens.shape[1]
+        for layer, cache in zip(self.layers, caches, strict=True):
+            query, key, value = self._heads(x, layer, position)
+            cache[0, row, :, at:end], cache[1, row, :, at:end] = key, value
+            keys, values = cache[0, row, :, :end], cache[1, row, :, :end]
+            x = x + F.linear(self._attend(query, keys, values, mask), layer.out)
+            x = self._mlp(x, layer)
+        return self._norm(x, self.norm)
+
+    def _prefill(self, prompts: list[list[int]], caches: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
+        """Hidden state of each prompt's last token [B, H], and the number of filler tokens before it [B]."""
+        fill = torch.tensor([width - len(p) for p in prompts], device=self.device)
+        tokens = torch.tensor([[self.end] * (width - len(p)) + p for p in prompts], device=self.device)
+        slots = torch.arange(width, device=self.device)
+        last = []
+        for start in range(0, len(prompts), PREFILL_ROWS):
+            row = slice(start, min(start + PREFILL_ROWS, len(prompts)))
+            position = (slots - fill[row, None]).clamp(min=0)
+            real = slots >= fill[row, None]
+            mask = (slots.unsqueeze(0) <= slots.unsqueeze(1)) & real.unsqueeze(1)
+            mask = mask | torch.eye(width, dtype=torch.bool, device=self.device)  # filler rows see themselves
+            last.append(self._forward(tokens[row], position, mask, caches, 0, row)[:, -1])
+        return torch.cat(last), fill
+
+    def _choose(self, hidden: Tensor, temperature: float, top_k: int) -> Tensor:
+        logits = F.linear(hidden, self.embedding)
+        if temperature == 0.0:
+            return logits.argmax(dim=-1)
+        scaled = logits.float() / temperature
+        if top_k:
+            scaled = scaled.masked_fill(scaled < scaled.topk(top_k, dim=-1).values[:, -1:], float("-inf"))
+        # The largest of p / exponential noise is a draw from p.
+        return (scaled.softmax(dim=-1) / torch.empty_like(scaled).exponential_().clamp_(min=1e-20)).argmax(dim=-1)
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], max_tokens: int, temperature: float, top_k: int = 0) -> Answers:
+        count, width = len(prompts), max(len(p) for p in prompts)
+        shape = (2, count, self.kv_heads, width + max_tokens, self.head_dim)
+        caches = [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in self.layers]
+        hidden, fill = self._prefill(prompts, caches, width)
+        tokens = torch.full((count, max_tokens), self.end, device=self.device)
+        states = torch.zeros(count, max_tokens, hidden.shape[-1], device=self.device, dtype=self.dtype)
+        lengths = torch.full((count,), max_tokens, device=self.device)
+        active = torch.arange(count, device=self.device)
+        alive = torch.ones(count, dtype=torch.bool, device=self.device)
+        slots = torch.arange(width + max_tokens, device=self.device)
+        for t in range(max_tokens):
+            chosen = self._choose(hidden, temperature, top_k)
+            tokens[active, t], states[active, t] = chosen, hidden
+            ended = (chosen == self.end) & alive
+            lengths[active[ended]] = t + 1
+            alive = alive & ~ended
+            if t % 16 == 15 and int(alive.sum()) < 0.8 * alive.numel():  # the check waits for the GPU: not every step
+                keep = alive.nonzero().flatten()
+                if keep.numel() == 0:
+                    break
+                for i, cache in enumerate(caches):
+                    caches[i] = cache[:, keep]
+                active, fill, chosen, alive = active[keep], fill[keep], chosen[keep], alive[keep]
+            if t + 1 == max_tokens:
+                break
+            at = width + t
+            mask = (slots[: at + 1] >= fill[:, None]).unsqueeze(1)
+            position = (at - fill).unsqueeze(1)
+            hidden = self._forward(chosen.unsqueeze(1), position, mask, caches, at, slice(None))[:, 0]
+        return Answers(tokens, states, lengths)

@@ -1,0 +1,189 @@
+"""How many tokens a step will bring, without decoding: acceptance measured along recorded trajectories.
+
+Under greedy decoding the base model writes the same text whatever the drafter proposes. So each prompt is decoded
+once, its hidden states and tokens kept (as `TrainingRows`), and the drafter then proposes from every row in large
+batches. A setting's accepted length at a row is the longest beam prefix that the text continues with. From that,
+
+    walk     row 0, then on by accepted + 1 tokens each step: exactly the steps real decoding takes
+    smooth   the mean over every row: the same quantity with less noise
+
+One search with K beams serves every draft length: its beams after l rounds are those of the K x l setting.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.redrafter.beam_search import DraftHead, beam_search
+from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.training.model import TrainableDrafter
+from trtllm_redrafter.training.rows import TrainingRows, cut_windows
+from trtllm_redrafter.training.trainer import BaseTensors
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """One setting's figures. `at_least[j]` is the share of steps that accept more than j drafts."""
+
+    shape: DraftShape
+    walk: float
+    walk_low: float
+    walk_high: float
+    smooth: float
+    steps: int
+    at_least: list[float]
+    per_category: dict[str, float]
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "setting": f"{self.shape.num_beams}x{self.shape.draft_len}",
+            "walk": round(self.walk, 4),
+            "walk_95": [round(self.walk_low, 4), round(self.walk_high, 4)],
+            "smooth": round(self.smooth, 4),
+            "steps": self.steps,
+            "at_least": [round(x, 4) for x in self.at_least],
+            "per_category": {name: round(x, 4) for name, x in self.per_category.items()},
+        }
+
+
+class _Searched:
+    """`TrainableDrafter` as the beam search sees it."""
+
+    def __init__(self, model: TrainableDrafter) -> None:
+        self._model = model
+
+    def next_state(self, state: Tensor, embedding: Tensor) -> Tensor:
+        return self._model.core.next_state(state, embedding)
+
+    def features(self, context: Tensor, state: Tensor) -> Tensor:
+        return self._model.project(context, state)
+
+
+def borrowed_head(model: TrainableDrafter, base_head: Tensor, rows: Tensor | None = None) -> DraftHead:
+    """The drafter's head over the whole vocabulary or some token ids."""
+    weight = model.head_of(base_head)
+    vocab_size = weight.shape[0]
+    if rows is not None:
+        rows = rows.to(device=weight.device, dtype=torch.int64).sort().values
+        weight = weight[rows].contiguous()
+    return DraftHead(lambda features: F.linear(features, weight), vocab_size, rows)
+
+
+@torch.no_grad()
+def accepted_everywhere(
+    model: TrainableDrafter,
+    base: BaseTensors,
+    rows: TrainingRows,
+    shape: DraftShape,
+    *,
+    head: DraftHead,
+    batch: int,
+) -> Tensor:
+    """Drafts accepted if a step began at each row, [N]. The row's own token is the guaranteed one."""
+    accepted = []
+    for start in range(0, len(rows), batch):
+        index = torch.arange(start, min(start + batch, len(rows)), device=rows.tokens.device)
+        window = cut_windows(rows, index, 1, shape.draft_len)
+        context = rows.hidden[index].to(base.head.dtype)
+        beams = beam_search(_Searched(model), base.embedding, context, window.tokens[:, 0], shape, head=head)
+        same = (beams.tokens[:, :, 1:] == window.tokens[:, None, 1:]) & window.valid[:, :, 0].unsqueeze(1)
+        accepted.append(same.long().cumprod(dim=-1).sum(dim=-1).amax(dim=-1))
+    return torch.cat(accepted).cpu()
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Steps of one text: how many drafts each accepted."""
+
+    accepted: list[int]
+
+    @property
+    def emitted(self) -> int:
+        return len(self.accepted) + sum(self.accepted)
+
+
+def walk_text(accepted: Sequence[int]) -> Walk:
+    """Follow one text from its first row; a step at row i leads to row i + accepted + 1."""
+    steps, row = [], 0
+    while row < len(accepted) - 1:  # the last row's token is out already: nothing is left to decode
+        steps.append(int(accepted[row]))
+        row += steps[-1] + 1
+    return Walk(steps)
+
+
+def summarize(
+    accepted: Tensor, rows: TrainingRows, shape: DraftShape, categories: Sequence[str] | None = None
+) -> Acceptance:
+    """Both means, with a 95 % interval for the walk from the spread between texts (ratio estimator)."""
+    bounds = [*rows.starts, len(rows)]
+    walks = [walk_text(accepted[a:b].tolist()) for a, b in zip(bounds, bounds[1:], strict=False)]
+    scored = torch.ones(len(rows), dtype=torch.bool)
+    scored[torch.tensor(bounds[1:]) - 1] = False  # no step begins at a text's last row
+    steps = sum(len(w.accepted) for w in walks)
+    mean = sum(w.emitted for w in walks) / max(1, steps)
+    half = 1.96 * _ratio_error(walks, mean)
+    at_least = [sum(n > j for w in walks for n in w.accepted) / max(1, steps) for j in range(shape.draft_len)]
+    groups: dict[str, list[Walk]] = {}
+    for name, walk in zip(categories or [], walks, strict=categories is not None):
+        groups.setdefault(name, []).append(walk)
+    per_category = {n: sum(w.emitted for w in g) / max(1, sum(len(w.accepted) for w in g)) for n, g in groups.items()}
+    smooth = 1.0 + float(accepted[scored].float().mean())
+    return Acceptance(shape, mean, mean - half, mean + half, smooth, steps, at_least, per_category)
+
+
+def _ratio_error(walks: Sequence[Walk], mean: float) -> float:
+    """Standard error of sum(emitted) / sum(steps) with texts as the unit of sampling."""
+    n, steps = len(walks), sum(len(w.accepted) for w in walks)
+    if n < 2 or steps == 0:
+        return 0.0
+    spread = sum((w.emitted - mean * len(w.accepted)) ** 2 for w in walks)
+    return math.sqrt(spread * n / (n - 1)) / steps
+
+
+def evaluate_grid(
+    model: TrainableDrafter,
+    base: BaseTensors,
+    rows: TrainingRows,
+    grid: Sequence[DraftShape],
+    *,
+    head: DraftHead,
+    batch: int,
+    categories: Sequence[str] | None,
+    progress: Progress,
+) -> list[Acceptance]:
+    """Every setting of the grid on the same trajectories."""
+    found = []
+    for done, shape in enumerate(grid):
+        progress("evaluate", done, len(grid), "settings")
+        accepted = accepted_everywhere(model, base, rows, shape, head=head, batch=batch)
+        found.append(summarize(accepted, rows, shape, categories))
+    progress("evaluate", len(grid), len(grid), "settings")
+    return found
+
+
+@torch.no_grad()
+def token_accuracy(
+    model: TrainableDrafter, base: BaseTensors, rows: TrainingRows, *, head: DraftHead, batch: int
+) -> list[dict[str, float]]:
+    """Teacher-forced top-1 and top-5 accuracy of every future position over all rows."""
+    length = model.spec.draft_len
+    hits = torch.zeros(length, 3, dtype=torch.float64)
+    for start in range(0, len(rows), batch):
+        index = torch.arange(start, min(start + batch, len(rows)), device=rows.tokens.device)
+        window = cut_windows(rows, index, 1, length)
+        context = rows.hidden[index].unsqueeze(1).to(base.head.dtype)
+        features = model(context, base.embedding[window.tokens])[:, :, 0]  # [n, L, D]
+        for j in range(length):
+            top = head.project(features[:, j]).topk(5, dim=-1).indices
+            top = top if head.rows is None else head.rows[top]
+            valid = window.valid[:, j, 0]
+            right = (top == window.tokens[:, j + 1, None]) & valid.unsqueeze(1)
+            hits[j] += torch.stack([right[:, 0].sum(), right.any(dim=1).sum(), valid.sum()]).double().cpu()
+    return [{"top1": float(a / n), "top5": float(b / n)} for a, b, n in hits.clamp(min=1e-9).tolist()]

@@ -1,0 +1,188 @@
+"""A trained drafter as a directory that any converter reads: Apple's names and config keys, and where it came from.
+
+    config.json                sizes, horizon, base model's identity, provenance
+    model.safetensors          input_proj.*, lm_head.{i}.linear.*, rnn_u.*, rnn_w.weight, and the head
+    draft_vocab.safetensors    token_ids: the answer tokens by frequency, for runtimes that draft from a part of them
+
+The head is `lm_head.{K}.weight` [V, E] when it was trained in full; with `tie_lm_head` it is left out, and is the base
+model's head [V, H], times `lm_head_factor.weight` [H, E] where that exists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trtllm_redrafter.errors import InputError, MismatchError, OutputError
+from trtllm_redrafter.redrafter.config import DrafterConfig
+from trtllm_redrafter.training.model import DrafterSpec, HeadKind, TrainableDrafter
+
+MODEL_TYPE = "recurrent_drafting_drafter"
+FACTOR_NAME = "lm_head_factor.weight"
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Enough of the base model to notice a wrong one."""
+
+    name: str
+    hidden_size: int
+    vocab_size: int
+    tokenizer_sha256: str | None
+
+
+def weight_names(spec: DrafterSpec) -> dict[str, str]:
+    """Apple's name → `TrainableDrafter` attribute path of every tensor in the file."""
+    config = spec.config
+    names = {}
+    if config.has_input_proj:
+        names |= {f"input_proj.{part}": f"core.input_proj.{part}" for part in ("weight", "bias")}
+    for i in range(config.num_layers):
+        names |= {f"lm_head.{i}.linear.{part}": f"core.layers.{i}.linear.{part}" for part in ("weight", "bias")}
+    if spec.head is HeadKind.FULL:
+        names[f"lm_head.{config.num_layers}.weight"] = "full_head.weight"
+    if spec.head is HeadKind.FACTOR:
+        names[FACTOR_NAME] = "factor.weight"
+    if config.rnn:
+        names |= {f"rnn_u.{part}": f"core.rnn_u.{part}" for part in ("weight", "bias")}
+        names["rnn_w.weight"] = "core.rnn_w.weight"
+    return names
+
+
+def _attribute(model: torch.nn.Module, path: str) -> Tensor:
+    module, _, leaf = path.rpartition(".")
+    value = getattr(model.get_submodule(module), leaf)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def export_weights(model: TrainableDrafter, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of the file; input scales are folded in, since the weights in use are read."""
+    with torch.no_grad():
+        names = weight_names(model.spec)
+        return {name: _attribute(model, path).detach().to("cpu", dtype).contiguous() for name, path in names.items()}
+
+
+def load_weights(spec: DrafterSpec, weights: dict[str, Tensor]) -> TrainableDrafter:
+    """A drafter with exactly these weights, for evaluation or for training on."""
+    model = TrainableDrafter(spec, seed=0)
+    with torch.no_grad():
+        for name, path in weight_names(spec).items():
+            _attribute(model, path).copy_(weights[name])
+    return model
+
+
+def drafter_config(spec: DrafterSpec, base: BaseIdentity, provenance: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model_type": MODEL_TYPE,
+        "vocab_size": spec.config.vocab_size,
+        "hidden_size": spec.config.hidden_size,
+        "exit_dim": spec.config.exit_dim,
+        "num_draft_layers": spec.config.num_layers,
+        "rnn": spec.config.rnn,
+        "draft_len": spec.draft_len,
+        "tie_lm_head": spec.head is not HeadKind.FULL,
+        "base_model": asdict(base),
+        "provenance": provenance,
+    }
+
+
+def frequent_tokens(tokens: Tensor, vocab_size: int, count: int) -> Tensor:
+    """The `count` most frequent token ids, most frequent first; equal counts by rising id. int32."""
+    counts = torch.bincount(tokens.flatten().long().cpu(), minlength=vocab_size)
+    return counts.sort(descending=True, stable=True).indices[:count].to(torch.int32)
+
+
+def write_drafter(
+    output: Path,
+    model: TrainableDrafter,
+    base: BaseIdentity,
+    *,
+    dtype: torch.dtype,
+    provenance: dict[str, Any],
+    metrics: dict[str, Any],
+    draft_vocab: Tensor | None,
+    overwrite: bool,
+) -> None:
+    """Write the directory beside its place and rename it there."""
+    if output.exists() and not overwrite:
+        raise OutputError("exists already", where=output, remedy="name another directory, or pass --overwrite")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".drafter-", suffix=".tmp", dir=output.parent) as scratch:
+        staging = Path(scratch) / "drafter"
+        staging.mkdir()
+        _write_json(staging / "config.json", drafter_config(model.spec, base, provenance))
+        _write_json(staging / "metrics.json", metrics)
+        _write_tensors(staging / "model.safetensors", export_weights(model, dtype))
+        if draft_vocab is not None:
+            _write_tensors(staging / "draft_vocab.safetensors", {"token_ids": draft_vocab})
+        if output.exists():
+            shutil.rmtree(output)
+        os.replace(staging, output)
+
+
+def read_spec(folder: Path) -> DrafterSpec:
+    """Sizes, head and horizon from a drafter directory of this layout."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        sizes = DrafterConfig(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            exit_dim=config["exit_dim"],
+            num_layers=config["num_draft_layers"],
+            rnn=config["rnn"],
+        )
+        tied, draft_len = bool(config.get("tie_lm_head", False)), int(config["draft_len"])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            "not a drafter config", where=path, why=repr(error), remedy="pass a directory that `train` wrote"
+        ) from error
+    if not tied:
+        return DrafterSpec(sizes, HeadKind.FULL, draft_len)
+    factored = sizes.exit_dim != sizes.hidden_size or FACTOR_NAME in _names(folder / "model.safetensors")
+    return DrafterSpec(sizes, HeadKind.FACTOR if factored else HeadKind.TIED, draft_len)
+
+
+def read_drafter(folder: Path) -> TrainableDrafter:
+    """Load a drafter directory of this layout in float32."""
+    spec = read_spec(folder)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    missing = sorted(set(weight_names(spec)) - set(weights))
+    if missing:
+        raise MismatchError(
+            f"tensors are missing: {', '.join(missing)}",
+            where=path,
+            why="config.json promises them",
+            remedy="export the drafter again",
+        )
+    return load_weights(spec, weights)
+
+
+def _names(path: Path) -> set[str]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except (OSError, RuntimeError) as error:
+        raise InputError("cannot be read", where=path, why=str(error), remedy="export the drafter again") from error
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors creates files for the owner alone

@@ -1,0 +1,222 @@
+"""The training loop: AdamW over windows of cached rows; the base model itself never runs here.
+
+Everything a step does follows from (options, step): which windows, which learning rate. So a resumed run repeats the
+interrupted one exactly, losses included, and only the weights and AdamW's two moments are kept in between (as
+safetensors; no pickles). Under `torchrun` every process takes its share of a step's windows and the gradients are
+averaged; with one process nothing of that exists.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch import distributed as dist
+
+from trtllm_redrafter.errors import InputError, Problem
+from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.training.loss import LossOptions, LossResult, distillation_loss
+from trtllm_redrafter.training.model import TrainableDrafter
+from trtllm_redrafter.training.rows import TrainingRows, WindowOrder, cut_windows
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How to train. `window` rows x `windows` make a step's batch, in `accumulation` parts."""
+
+    loss: LossOptions
+    max_steps: int
+    window: int
+    windows: int
+    accumulation: int
+    learning_rate: float
+    final_lr_ratio: float
+    schedule: str
+    warmup_steps: int
+    weight_decay: float
+    beta1: float
+    beta2: float
+    clip_norm: float
+    autocast: bool
+    seed: int
+    log_every: int
+
+    def problems(self) -> list[Problem]:
+        found = list(self.loss.problems())
+        counts = {"max_steps": self.max_steps, "window": self.window, "windows": self.windows}
+        counts |= {"accumulation": self.accumulation, "log_every": self.log_every}
+        found += [Problem(f"{name} is {n}", remedy="use 1 or more") for name, n in counts.items() if n < 1]
+        if self.schedule not in SCHEDULES:
+            found.append(Problem(f"schedule is {self.schedule!r}", remedy=f"use one of {', '.join(SCHEDULES)}"))
+        if self.learning_rate <= 0:
+            found.append(Problem(f"learning_rate is {self.learning_rate}", remedy="use a positive number"))
+        if self.accumulation > 0 and self.windows % self.accumulation:
+            found.append(
+                Problem(
+                    f"{self.windows} windows cannot be split in {self.accumulation} equal parts",
+                    remedy="make windows a multiple of accumulation",
+                )
+            )
+        return found
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, ...: linear warm-up, then down to the final ratio at the last step."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
+        if self.schedule == "constant":
+            return self.learning_rate
+        fall = 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
+        return self.learning_rate * (self.final_lr_ratio + (1 - self.final_lr_ratio) * fall)
+
+
+@dataclass(frozen=True)
+class BaseTensors:
+    """What training needs of the base model: input embedding [V, H] and LM head [V, H] (the same tensor when tied)."""
+
+    embedding: Tensor
+    head: Tensor
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """One line of the metrics file."""
+
+    step: int
+    loss: float
+    per_position: list[float]
+    learning_rate: float
+    gradient_norm: float
+    rows_per_second: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "loss": round(self.loss, 6),
+            "per_position": [round(x, 6) for x in self.per_position],
+            "learning_rate": self.learning_rate,
+            "gradient_norm": round(self.gradient_norm, 4),
+            "rows_per_second": round(self.rows_per_second, 1),
+        }
+
+
+class Trainer:
+    """Model, optimizer and position in the run. `run()` goes to the end, or to `until`."""
+
+    def __init__(self, model: TrainableDrafter, rows: TrainingRows, base: BaseTensors, options: FitOptions) -> None:
+        self.model, self.rows, self.base, self.options = model, rows, base, options
+        self.step = 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        vectors = [p for p in model.parameters() if p.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        on_gpu = base.head.is_cuda
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(options.beta1, options.beta2), fused=on_gpu)
+        self.order = WindowOrder(len(rows), options.window, options.windows * self.world, options.seed)
+
+    def run(
+        self, log: Callable[[StepLog], None], progress: Progress, *, until: int | None = None, drop_first: int = 0
+    ) -> None:
+        """Train to step `until` (default: all). `drop_first` leaves that many steps out of the speed figures."""
+        last = self.options.max_steps if until is None else min(until, self.options.max_steps)
+        first, started = self.step, time.perf_counter()
+        while self.step < last:
+            result, norm, rate = self.advance()
+            if self.step - first == drop_first:
+                first, started = self.step, _now(self.base.head)
+            if self.step % self.options.log_every == 0 or self.step == last:
+                rows = (self.step - first) * self.options.windows * self.options.window * self.world
+                speed = rows / max(1e-9, _now(self.base.head) - started)
+                log(StepLog(self.step, float(result.total), result.per_position.tolist(), rate, float(norm), speed))
+                progress("train", self.step, self.options.max_steps, "steps")
+
+    def advance(self) -> tuple[LossResult, Tensor, float]:
+        """One optimizer step: its mean loss, the gradient's norm before clipping, the learning rate."""
+        rate = self.options.rate_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        starts = self.order.starts(self.step)[self.rank :: self.world]
+        results = []
+        for part in starts.chunk(self.options.accumulation):
+            result = self.loss(part)
+            (result.total / self.options.accumulation).backward()  # type: ignore[no-untyped-call]
+            results.append(result)
+        if self.world > 1:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad, op=dist.ReduceOp.SUM)
+                    parameter.grad /= self.world
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        total = torch.stack([r.total.detach() for r in results]).mean()
+        return LossResult(total, torch.stack([r.per_position for r in results]).mean(dim=0)), norm, rate
+
+    def loss(self, starts: Tensor) -> LossResult:
+        """Loss of the windows beginning at `starts`."""
+        device, dtype = self.base.head.device, self.base.head.dtype
+        batch = cut_windows(self.rows, starts, self.options.window, self.model.spec.draft_len)
+        hidden, tokens = batch.hidden.to(device, dtype), batch.tokens.to(device)
+        following = self.base.embedding[tokens]
+        context = hidden[:, : self.options.window]
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.options.autocast):
+            features = self.model(context, following)
+        features = features.to(dtype) if self.options.autocast else features
+        head = self.model.head_of(self.base.head)
+        valid = batch.valid.to(device)
+        return distillation_loss(features, head, hidden, self.base.head, tokens, valid, self.options.loss)
+
+    def save(self, path: Path) -> None:
+        """Weights, moments and the step in one file, by rename."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"adam.{name}.{key}"] = value
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        scratch = path.with_suffix(".tmp")
+        save_file(tensors, scratch, metadata={"step": str(self.step), "options": json.dumps(repr(self.options))})
+        os.replace(scratch, path)
+
+    def load(self, path: Path) -> None:
+        """Go on where `save` was called; the options must be the same, or the rest would be another run."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        if json.loads(metadata["options"]) != repr(self.options):
+            raise InputError(
+                "was saved by a run with other options",
+                where=path,
+                why=f"there {json.loads(metadata['options'])}, here {self.options!r}",
+                remedy="resume with the options it began with, or start over in another directory",
+            )
+        tensors = load_file(path)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[f"model.{name}"])
+                prefix = f"adam.{name}."
+                moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                self.optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
+                }
+        self.step = int(metadata["step"])
+
+
+def _now(tensor: Tensor) -> float:
+    """Wall clock once the device has done all it was given."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
