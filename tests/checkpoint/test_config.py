@@ -1,0 +1,133 @@
+"""config.json in and out, from every writer we know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trtllm_redrafter.checkpoint import CheckpointConfig
+from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.fsio import read_json
+
+PEER = Path(__file__).parents[1] / "data" / "peer" / "expected"
+
+LLAMA: dict[str, Any] = {
+    "architecture": "LlamaForCausalLM",
+    "dtype": "bfloat16",
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hidden_size": 64,
+    "vocab_size": 96,
+    "max_position_embeddings": 256,
+}
+REDRAFTER = LLAMA | {
+    "architecture": "ReDrafterForLLaMALM",
+    "base_model_architecture": "LlamaForCausalLM",
+    "redrafter_num_layers": 2,
+    "redrafter_hidden_size": 64,
+    "redrafter_exit_dim": 128,
+    "redrafter_is_rnn": True,
+    "redrafter_num_beams": 4,
+    "redrafter_draft_len_per_beam": 3,
+    "redrafter_greedy_search": False,
+}
+
+
+def parse(values: dict[str, Any], **kwargs: Any) -> CheckpointConfig:
+    return CheckpointConfig.from_dict(values, where="config.json", **kwargs)
+
+
+def test_defaults_are_tensorrt_llms() -> None:
+    config = parse(LLAMA)
+    assert (config.num_key_value_heads, config.head_size, config.intermediate_size) == (4, 16, 256)
+    assert (config.norm_epsilon, config.rotary_base, config.rotary_scaling) == (1e-5, 10000.0, None)
+    assert (config.tp_size, config.pp_size, config.use_parallel_embedding) == (1, 1, False)
+    assert config.drafter is None and config.draft_shape is None and config.quant_algo is None
+
+
+@pytest.mark.parametrize("values", [LLAMA, REDRAFTER, LLAMA | {"architecture": "Qwen3ForCausalLM"}])
+def test_round_trip_keeps_every_value_and_unknown_keys(values: dict[str, Any]) -> None:
+    values = values | {"chunk_length": 17, "runtime_defaults": {"a": 1}, "logits_dtype": "float16"}
+    once = parse(values).to_dict()
+    assert {key: once[key] for key in values} == values
+    assert parse(once) == parse(parse(once).to_dict())
+    assert parse(once).to_dict() == once
+
+
+def test_redrafter_fields() -> None:
+    config = parse(REDRAFTER)
+    assert config.drafter is not None and config.draft_shape is not None
+    assert (config.drafter.exit_dim, config.drafter.num_layers, config.drafter.rnn) == (128, 2, True)
+    assert config.draft_shape.max_tree_tokens == 13
+    assert config.greedy is False
+    assert config.base_architecture == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("name", "attn_bias", "qk_norm", "dense_bias"),
+    [("Qwen2ForCausalLM", True, False, False), ("Qwen3ForCausalLM", False, True, False)],
+)
+def test_qwen_is_understood_without_qwen_type(name: str, attn_bias: bool, qk_norm: bool, dense_bias: bool) -> None:
+    config = parse(LLAMA | {"architecture": name})
+    assert (config.attn_bias, config.has_qk_norm, config.dense_bias) == (attn_bias, qk_norm, dense_bias)
+    written = config.to_dict()
+    assert written["qwen_type"] == name[:5].lower()
+    assert written["seq_length"] == 8192 and written["moe_intermediate_size"] == 0
+
+
+def test_qwen_type_decides_where_the_class_name_is_shared() -> None:
+    config = parse(REDRAFTER | {"architecture": "ReDrafterForQWenLM", "base_model_architecture": "QWenForCausalLM"}
+                   | {"qwen_type": "qwen3"})  # fmt: skip
+    assert config.base_architecture == "Qwen3ForCausalLM" and config.has_qk_norm
+
+
+def test_missing_bias_flags_are_settled_by_the_tensors() -> None:
+    names = ["transformer.layers.0.attention.qkv.bias", "transformer.layers.0.mlp.fc.bias"]
+    assert parse(LLAMA).attn_bias is False
+    config = parse(LLAMA, tensor_names=names)
+    assert config.attn_bias and config.mlp_bias and config.dense_bias
+    assert parse(LLAMA | {"attn_bias": False}, tensor_names=names).attn_bias is False
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in PEER.iterdir()))
+def test_the_exporters_configs(name: str) -> None:
+    raw = read_json(PEER / name / "config.json")
+    written = parse(raw).to_dict()
+    assert {key: written[key] for key in raw if key != "quantization"} == {
+        key: value for key, value in raw.items() if key != "quantization"
+    }
+    assert written["quantization"] == raw["quantization"]
+
+
+def test_excludes_are_completed_when_a_drafter_joins_a_quantized_base() -> None:
+    quantized = REDRAFTER | {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    excludes = parse(quantized).to_dict()["quantization"]["exclude_modules"]
+    assert excludes[0] == "lm_head"
+    assert {"drafter*", "*lm_head", "*vocab_embedding"} <= set(excludes)
+    without_list = REDRAFTER | {"quantization": {"quant_algo": "FP8"}}
+    assert "drafter*" in parse(without_list).to_dict()["quantization"]["exclude_modules"]
+
+
+def test_all_problems_in_one_message() -> None:
+    broken = LLAMA | {"dtype": "int8", "hidden_size": "64", "vocab_size": 0, "attn_bias": "no", "rotary_scaling": 3}
+    broken |= {"mapping": {"tp_size": 0}, "rotary_base": float("nan")}
+    del broken["num_hidden_layers"]
+    with pytest.raises(InputError) as e:
+        parse(broken)
+    for part in ("dtype is 'int8'", "hidden_size is '64'", "vocab_size is 0", "attn_bias is 'no'",
+                 "rotary_scaling is 3", "mapping.tp_size is 0", "rotary_base is nan",
+                 "num_hidden_layers is missing"):  # fmt: skip
+        assert part in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["ReDrafterForCausalLM", "GPTForCausalLM"])
+def test_unknown_architectures(name: str) -> None:
+    with pytest.raises(InputError, match=f"architecture {name!r} is not supported"):
+        parse(LLAMA | {"architecture": name})
+
+
+def test_drafter_of_another_width() -> None:
+    with pytest.raises(InputError, match="redrafter_hidden_size is 32, hidden_size is 64"):
+        parse(REDRAFTER | {"redrafter_hidden_size": 32})
