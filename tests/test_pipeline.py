@@ -1,0 +1,193 @@
+"""The pipeline on tiny models: what is planned, what is skipped, and why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.tiny import write_models
+from trtllm_redrafter.errors import InputError, OutputError, RedrafterError, UsageError
+from trtllm_redrafter.pipeline import PipelinePlan, plan_pipeline, run_pipeline
+from trtllm_redrafter.pipeline.cache import Fingerprint, HashCache
+from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.recipe import resolve, set_layer
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def plan(*changes: str) -> PipelinePlan:
+    base = ["base=base", "drafter=drafter", "build.max_seq_len=128", "run.max_tokens=8"]
+    return plan_pipeline(resolve([set_layer([*base, *changes])]), name="demo")
+
+
+def run(*changes: str) -> dict[str, str]:
+    return {stage.name: stage.status for stage in run_pipeline(plan(*changes), no_progress)}
+
+
+def reasons(planned: PipelinePlan, stage: str) -> str:
+    return next(s.render() for s in planned.stages if s.name == stage)
+
+
+def test_a_plan_writes_nothing_and_waits_for_what_it_cannot_know(place: Path) -> None:
+    planned = plan("run.prompts=[hi]")
+    assert [(s.name, s.status, s.waits_for) for s in planned.stages] == [
+        ("convert", "miss", None),
+        ("build", "later", "convert"),
+        ("run", "later", "convert"),
+    ]
+    text = planned.render()
+    assert "it has not run before" in text and "rank0.safetensors" in text
+    assert "build.max_input_len" in text and "derived from max_seq_len" in text
+    assert sorted(p.name for p in place.iterdir()) == ["base", "drafter"]
+    json.dumps(planned.as_dict())
+
+
+def test_unchanged_stages_are_skipped(place: Path) -> None:
+    assert run() == {"convert": "miss", "build": "miss"}
+    made = (place / "runs/demo/checkpoint/rank0.safetensors").stat().st_mtime_ns
+    assert run() == {"convert": "hit", "build": "hit"}
+    assert (place / "runs/demo/checkpoint/rank0.safetensors").stat().st_mtime_ns == made
+    assert run("convert.workers=2") == {"convert": "hit", "build": "hit"}
+
+
+def test_an_option_of_one_stage_runs_that_stage(place: Path) -> None:
+    run()
+    planned = plan("build.max_batch_size=2")
+    assert [s.status for s in planned.stages] == ["hit", "miss"]
+    assert "build.max_batch_size was 8, is 2" in reasons(planned, "build")
+    assert run("build.max_batch_size=2") == {"convert": "hit", "build": "miss"}
+
+
+def test_a_change_of_the_checkpoint_reaches_the_engine(place: Path) -> None:
+    run()
+    planned = plan("convert.num_beams=2")
+    assert "convert.num_beams was null, is 2" in reasons(planned, "convert")
+    assert run("convert.num_beams=2") == {"convert": "miss", "build": "miss"}
+    assert json.loads((place / "runs/demo/engine/config.json").read_text())["draft"]["num_beams"] == 2
+
+
+def test_an_equal_checkpoint_written_again_needs_no_new_engine(place: Path) -> None:
+    """The engine follows from the checkpoint's content, not from when it was written."""
+    run()
+    shutil.rmtree(place / "runs/demo/checkpoint")
+    planned = plan()
+    assert "does not exist" in reasons(planned, "convert")
+    assert run() == {"convert": "miss", "build": "hit"}
+
+
+def test_other_input_content_is_a_miss_and_other_dates_are_not(place: Path) -> None:
+    run()
+    weights = place / "base/model.safetensors"
+    os.utime(weights, (time.time() - 100, time.time() - 100))
+    assert run() == {"convert": "hit", "build": "hit"}
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert "base/model.safetensors has other content" in reasons(plan(), "convert")
+    (place / "base/extra.json").write_text("{}")
+    assert "base/extra.json is new" in reasons(plan(), "convert")
+
+
+def test_a_drafter_taken_away(place: Path) -> None:
+    run()
+    assert "drafter/config.json is gone" in reasons(plan("drafter=null"), "convert")
+
+
+@pytest.mark.parametrize("damage", ["cut", "lose", "edit"])
+def test_a_damaged_output_is_made_again(place: Path, damage: str) -> None:
+    run()
+    weights = place / "runs/demo/checkpoint/rank0.safetensors"
+    if damage == "cut":
+        data = weights.read_bytes()
+        weights.unlink()  # the engine holds a hard link to it
+        weights.write_bytes(data[:-1])
+    elif damage == "lose":
+        weights.unlink()
+    else:
+        manifest = weights.parent / "manifest.json"
+        manifest.write_text(manifest.read_text().replace("trtllm-redrafter", "trtllm-redrafter", 1) + "\n")
+    assert plan().stages[0].status == "miss"
+    assert run()["convert"] == "miss"
+    assert run() == {"convert": "hit", "build": "hit"}
+
+
+def test_a_stranger_in_the_outputs_place_is_not_replaced(place: Path) -> None:
+    (place / "runs/demo/checkpoint").mkdir(parents=True)
+    (place / "runs/demo/checkpoint/letter.txt").write_text("keep me")
+    with pytest.raises(OutputError, match="exists already"):
+        plan()
+    assert (place / "runs/demo/checkpoint/letter.txt").read_text() == "keep me"
+
+
+def test_a_failed_stage_leaves_no_record(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise InputError("no more electricity")
+
+    planned = plan()
+    with monkeypatch.context() as patch:
+        patch.setattr("trtllm_redrafter.pipeline.stages.convert", fail)
+        with pytest.raises(InputError):
+            list(run_pipeline(planned, no_progress))
+    assert not (place / "runs").exists()
+    assert run() == {"convert": "miss", "build": "miss"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        (["base=null"], UsageError, "'base' is not given"),
+        (["base=nowhere"], InputError, "directory does not exist"),
+        (["base=drafter", "build.max_seq_len=null"], InputError, "max_position_embeddings"),
+        (["drafter=nowhere"], InputError, "nowhere"),
+        (["run.input=none.jsonl"], InputError, "none.jsonl"),
+        (["run.max_tokens=128"], UsageError, "leaves no room for a prompt"),
+        (["drafter=null", "run.num_beams=2"], UsageError, "there is no drafter"),
+        (["convert.num_beams=51"], RedrafterError, "num_beams is 51"),
+        (["convert.draft_len=9"], RedrafterError, "draft_len is 9"),
+    ],
+)
+def test_refused_before_anything_is_written(
+    place: Path, changes: list[str], error: type[RedrafterError], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        plan(*changes)
+    assert not (place / "runs").exists()
+
+
+def test_broken_records_are_a_miss_not_an_error(place: Path) -> None:
+    run()
+    for file in (place / "runs/demo/.stages").iterdir():
+        file.write_text("{")
+    with pytest.raises(OutputError):  # without its record the output could be anyone's
+        plan()
+
+
+def test_hash_cache_reads_a_settled_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.json"
+    file.write_text("{}")
+    os.utime(file, (1.0e9, 1.0e9))
+    cache = HashCache(tmp_path / "cache" / "hashes.json")
+    first = cache.sha256(file)
+    cache.save()
+    monkeypatch.setattr("trtllm_redrafter.pipeline.cache.sha256_file", lambda _: "read again")
+    again = HashCache(tmp_path / "cache" / "hashes.json")
+    assert again.sha256(file) == first
+    file.write_text("[]")  # same size, fresh date
+    assert again.sha256(file) == "read again"
+
+
+def test_fingerprints_ignore_order() -> None:
+    one = Fingerprint({"a": 1, "b": 2}, {"x": "1", "y": "2"})
+    two = Fingerprint({"b": 2, "a": 1}, {"y": "2", "x": "1"})
+    assert one.key == two.key and not one.changes_since(two.options, two.inputs)
+    assert one.changes_since({"a": 1, "b": 3}, {"x": "1"}) == ["b was 3, is 2", "y is new"]
