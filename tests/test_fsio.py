@@ -50,7 +50,7 @@ def test_nothing_is_left_after_a_failure(tmp_path: Path, failure: type[BaseExcep
 def test_existing_output_needs_overwrite(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with (
-        pytest.raises(OutputError, match="exists already.*\n.*--overwrite"),
+        pytest.raises(OutputError, match="exists already"),
         atomic_directory(tmp_path / "out", overwrite=False),
     ):
         pass

@@ -32,9 +32,7 @@ DIFFERENT = {"logits_dtype"}
 def test_hugging_face_to_checkpoint(name: str, run: Convert) -> None:
     entry = INDEX[name]
     assert entry["pp_size"] == 1
-    ours = run(
-        PEER / "hf" / entry["hf"], dtype=entry["dtype"], tp_size=entry["tp_size"], parallel_embedding=True
-    ).path
+    ours = run(PEER / "hf" / entry["hf"], dtype=entry["dtype"], tp_size=entry["tp_size"], parallel_embedding=True).path
     for rank in range(entry["tp_size"]):
         file = f"rank{rank}.safetensors"
         compare_tensors(ours / file, PEER / "expected" / name / file)

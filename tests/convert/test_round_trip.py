@@ -56,7 +56,9 @@ def assert_equals_model(checkpoint: Checkpoint, family: str, changes: dict[str, 
         for kind in ("weight", "bias"):
             parts = [hf.pop(f"model.layers.{i}.self_attn.{x}_proj.{kind}", None) for x in "qkv"]
             if parts[0] is not None:
-                expected[f"transformer.layers.{i}.attention.qkv.{kind}"] = torch.cat([p for p in parts if p is not None])
+                expected[f"transformer.layers.{i}.attention.qkv.{kind}"] = torch.cat(
+                    [p for p in parts if p is not None]
+                )
             for theirs, name in ours.items():
                 tensor = hf.pop(f"model.layers.{i}.{theirs}.{kind}", None)
                 if tensor is not None:

@@ -73,7 +73,7 @@ def open_base(options: ConvertOptions, files: OpenFiles) -> Base:
     model = HFModel.open(path)
     config = replace(
         model.config,
-        dtype=model.config.dtype if options.dtype == AUTO_DTYPE else options.dtype,
+        dtype=options.dtype if options.dtype in DTYPES else model.config.dtype,
         tp_size=options.tp_size,
         use_parallel_embedding=options.parallel_embedding,
     )
