@@ -62,8 +62,7 @@ def run_app(arguments: Sequence[str]) -> int:
     except RedrafterError as error:
         return console.report_error(command, error, **how)
     except (KeyboardInterrupt, typer.Abort):
-        console.note("interrupted")
-        return console.INTERRUPTED
+        code = console.INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
         return 1
@@ -73,6 +72,8 @@ def run_app(arguments: Sequence[str]) -> int:
             return console.report_crash(command, error, **how)
         remedy = f"`{PROGRAM} {command} --help` lists the options"
         return console.report_error(command, UsageError(str(message()), remedy=remedy), **how)
+    if code == console.INTERRUPTED:  # typer returns this for Ctrl-C instead of raising
+        console.note("interrupted")
     return code if isinstance(code, int) else 0
 
 

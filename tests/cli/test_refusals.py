@@ -1,0 +1,140 @@
+"""What the program says to bad input: file or option, cause, remedy; an exit code by kind; no traceback, no output."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.cli.tiny import Program
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: Path, artefacts: Path) -> Path:
+    """An empty working directory with links to the tiny models and artefacts beside it."""
+    work = tmp_path / "work"
+    work.mkdir()
+    for target in (models / "base", models / "drafter", artefacts / "checkpoint", artefacts / "engine"):
+        (tmp_path / target.name).symlink_to(target)
+    monkeypatch.chdir(work)
+    return work
+
+
+CONVERT = "convert --base ../base --drafter ../drafter --output out"
+BUILD = "build --checkpoint ../checkpoint --output out"
+RUN = "run --engine ../engine"
+
+REFUSALS = [
+    # command line, exit code, what must be said
+    ("convert", 2, ["'base' is not given", "'checkpoint' is not given", "--base", "--output"]),
+    ("build", 2, ["'checkpoint' is not given", "'engine' is not given"]),
+    ("run --prompt x", 2, ["'engine' is not given", "--engine"]),
+    (f"{CONVERT} --num-beam 3", 2, ["No such option", "--num-beam", "convert --help"]),
+    (f"{CONVERT} --tp-size two", 2, ["--tp-size", "integer", "convert --help"]),
+    (f"{CONVERT} --tp-size 0", 2, ["flag --tp-size", "convert.tp_size is 0", "greater than or equal to 1"]),
+    (f"{CONVERT} --dtype bf16", 2, ["flag --dtype", "convert.dtype is bf16", "'bfloat16'"]),
+    (f"{CONVERT} --num-beams 51", 4, ["num_beams is 51", "--num-beams"]),
+    (f"{CONVERT} --draft-len 4", 4, ["draft_len is 4", "trained for 3", "use at most 3"]),
+    (f"{CONVERT} --num-beams 60 --draft-len 9", 4, ["num_beams is 60", "draft_len is 9"]),
+    ("convert --base ../nowhere --output out", 3, ["../nowhere"]),
+    (f"{BUILD} --backend onnx", 2, ["flag --backend", "backend is onnx"]),
+    (f"{BUILD} --max-seq-len 5000", 4, ["max_seq_len 5000", "256 positions", "--max-seq-len 256"]),
+    (f"{BUILD} --max-seq-len 64 --max-input-len 64", 4, ["max_input_len 64", "leaves no room"]),
+    (f"{BUILD} --tokenizer ../drafter", 3, ["no tokenizer", "../drafter"]),
+    ("build --checkpoint ../base --output out", 3, ["../base", "not a checkpoint"]),
+    ("build --checkpoint ../nowhere --output out", 3, ["../nowhere", "does not exist"]),
+    (RUN, 7, ["the list of prompts is empty", "--prompt TEXT or --input FILE.jsonl"]),
+    ("run --engine ../checkpoint --prompt x", 3, ["this is a checkpoint, not an engine", "build --checkpoint"]),
+    ("run --engine ../nowhere --prompt x", 3, ["does not exist", "../nowhere"]),
+    ("run --engine ../base --prompt x", 3, ["not an engine", "../base"]),
+    (f"{RUN} --prompt x --temperature -1", 2, ["flag --temperature", "run.temperature is -1.0"]),
+    (f"{RUN} --prompt x --temperature nan", 2, ["run.temperature is nan"]),
+    (f"{RUN} --prompt x --top-p 1.5", 2, ["flag --top-p", "less than or equal to 1"]),
+    (f"{RUN} --prompt x --max-tokens 0", 2, ["flag --max-tokens", "run.max_tokens is 0"]),
+    (f"{RUN} --prompt x --num-beams 51", 2, ["num_beams is 51, more than 50"]),
+    (f"{RUN} --prompt x --max-tokens 500", 7, ["exceed the engine's 128", "prompt 1"]),
+    (f"{RUN} --prompt {'x' * 150}", 7, ["prompt tokens"]),
+    (f"{RUN} --prompt= --no-chat", 2, ["flag --prompt", "run.prompts"]),
+    (f"{RUN} --input none.jsonl", 3, ["none.jsonl", "does not exist"]),
+    (f"{RUN} --prompt x --device abacus", 2, ["'abacus' is not a device"]),
+    (f"{RUN} --prompt x --output ../engine", 5, ["exists already", "--overwrite"]),
+    ("pipeline none.yaml", 3, ["none.yaml", "cannot read the recipe"]),
+    ("inspect ../nowhere", 3, ["../nowhere", "no such directory"]),
+    ("verify ../nowhere", 8, ["../nowhere", "does not exist"]),
+    ("verify ../checkpoint --against ../nowhere", 8, ["../nowhere"]),
+    ("convertt", 2, ["No such command", "convertt"]),
+]
+
+
+@pytest.mark.parametrize(("line", "code", "texts"), REFUSALS, ids=[line for line, _, _ in REFUSALS])
+def test_refused(here: Path, program: Program, line: str, code: int, texts: list[str]) -> None:
+    assert program(*line.split(" "), "--json") == code, program.err
+    said = " ".join(program.err.split())
+    assert all(text in said for text in texts), said
+    assert "Traceback" not in said
+    document = program.document
+    if "ok" in document and not document["ok"] and "error" in document:
+        assert document["error"]["exit_code"] == code and document["error"]["what"] in said
+    assert list(here.iterdir()) == []
+
+
+def test_everything_wrong_with_a_recipe_comes_in_one_message(here: Path, program: Program) -> None:
+    Path("demo.yaml").write_text("base: ../base\nconvert: {num_beam: 4, dtype: bf16}\nrun: {top_k: many}\n")
+    assert program("pipeline", "demo.yaml", "--set", "bild.max_seq_len=1", "--json") == 2
+    for text in ("did you mean 'convert.num_beams'", "dtype is bf16", "run.top_k is many", "unknown key 'bild'"):
+        assert text in program.err
+    assert len(program.document["error"]["problems"]) == 4
+    assert [p.name for p in here.iterdir()] == ["demo.yaml"]
+
+
+def test_an_engine_of_the_other_backend(here: Path, program: Program) -> None:
+    Path("engine").mkdir()
+    Path("engine/config.json").write_text(json.dumps({"pretrained_config": {}, "build_config": {}}))
+    assert program("run", "--engine", "engine", "--prompt", "x") in (2, 6)
+    assert "tensorrt-llm" in program.err and "remedy" in program.err
+
+
+@pytest.mark.parametrize("damage", ["cut", "lost", "bits"])
+def test_a_damaged_engine(here: Path, program: Program, damage: str) -> None:
+    shutil.copytree("../engine", "engine")
+    weights = Path("engine/checkpoint/rank0.safetensors")
+    data = bytearray(weights.read_bytes())
+    if damage == "lost":
+        weights.unlink()
+    elif damage == "cut":
+        weights.write_bytes(data[:-7])
+    else:
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    flags = ["--verify"] if damage == "bits" else []
+    assert program("run", "--engine", "engine", "--prompt", "x", *flags) == 3
+    assert "rank0.safetensors" in program.err and "remedy" in program.err
+    if damage == "bits":  # sizes are always checked, contents on request
+        assert program("run", "--engine", "engine", "--prompt", "x", "--max-tokens", "2") == 0
+
+
+def test_debug_shows_where_it_happened(here: Path, program: Program) -> None:
+    assert program("inspect", "../nowhere", "--debug") == 3
+    assert "Traceback" in program.err and "error: " in program.err
+
+
+def test_a_bug_ends_in_a_message_too(here: Path, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Path) -> None:
+        raise ZeroDivisionError("one over nothing")
+
+    monkeypatch.setattr("trtllm_redrafter.checkpoint.inspect.inspect", broken)
+    assert program("inspect", "../engine", "--json") == 70
+    assert "internal error: ZeroDivisionError: one over nothing" in program.err and "--debug" in program.err
+    assert program.document["error"]["kind"] == "internal"
+    assert program("inspect", "../engine", "--debug") == 70 and "Traceback" in program.err
+
+
+def test_interrupted(here: Path, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trtllm_redrafter.convert.convert", stop)
+    assert program(*CONVERT.split()) == 130
+    assert "interrupted" in program.err and list(here.iterdir()) == []
