@@ -34,9 +34,12 @@ def complete_excludes(given: Collection[str] | None) -> list[str]:
     """The base's own patterns, TensorRT-LLM's defaults, and the drafter, each once.
 
     NVIDIA's ReDrafter converter adds the drafter only when a list exists and forgets `input_proj`; a drafter
-    layer that is missed is built as a quantized one from 16-bit weights.
+    layer that is missed is built as a quantized one from 16-bit weights. A list without `lm_head` means that the
+    base's LM head *is* quantized, which must stay so.
     """
-    return list(dict.fromkeys([*(given or ()), *DEFAULT_EXCLUDES, DRAFTER_EXCLUDE]))
+    head_is_quantized = not is_excluded("lm_head", given)
+    defaults = [p for p in DEFAULT_EXCLUDES if not (head_is_quantized and p == "*lm_head")]
+    return list(dict.fromkeys([*(given or ()), *defaults, DRAFTER_EXCLUDE]))
 
 
 def is_excluded(module: str, patterns: Collection[str] | None) -> bool:
