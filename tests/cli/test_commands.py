@@ -203,6 +203,7 @@ def test_inspect_all_kinds(program: Program, models: Path, artefacts: Path) -> N
 def test_verify_whole_and_broken(program: Program, models: Path, artefacts: Path, tmp_path: Path) -> None:
     assert program("verify", artefacts / "checkpoint", "--against", models / "base", "--json") == 0
     assert program.document["ok"] and any("bit for bit" in check for check in program.document["checks"])
+    assert f"{4 * 32} greedy tokens after 4 prompts are the base model's" in program.document["checks"]
     assert program("verify", artefacts / "engine") == 0 and "all checks passed" in program.out
     broken = tmp_path / "checkpoint"
     broken.mkdir()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trtllm_redrafter.cli.console import emit, note, progress_bar, say
+from trtllm_redrafter.cli.console import emit, note, progress_bar, say, working
 from trtllm_redrafter.cli.options import Json
 from trtllm_redrafter.errors import VerificationError
+
+if TYPE_CHECKING:
+    from trtllm_redrafter.checkpoint.verify import VerifyReport
 
 
 def verify(
@@ -24,6 +28,8 @@ def verify(
 
     with progress_bar() as progress:
         report = run_checks(path, against=against, hashes=True, progress=progress)
+    if against is not None and report.ok:
+        report = _with_greedy_tokens(report, path, against)
     if report.ok:
         say(report.render())
     else:
@@ -32,3 +38,15 @@ def verify(
         emit("verify", **report.as_dict())
     if not report.ok:
         raise typer.Exit(VerificationError.exit_code)
+
+
+def _with_greedy_tokens(report: VerifyReport, path: Path, against: Path) -> VerifyReport:
+    """Add what decoding a few prompts shows; only worth it when files and values are right."""
+    from trtllm_redrafter.generation.parity import can_compare, greedy_parity
+
+    reason = can_compare(path)
+    if reason is not None:
+        return replace(report, notes=(*report.notes, reason))
+    with working("comparing greedy tokens with transformers"):
+        parity = greedy_parity(path, against)
+    return replace(report, checks=(*report.checks, parity.render()), problems=(*report.problems, *parity.problems))
