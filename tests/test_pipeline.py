@@ -129,6 +129,14 @@ def test_a_stranger_in_the_outputs_place_is_not_replaced(place: Path) -> None:
     assert (place / "runs/demo/checkpoint/letter.txt").read_text() == "keep me"
 
 
+def test_a_stranger_who_comes_after_the_plan_is_not_replaced_either(place: Path) -> None:
+    planned = plan()
+    (place / "runs/demo/checkpoint").mkdir(parents=True)
+    (place / "runs/demo/checkpoint/manifest.json").write_text('{"creator": {"name": "trtllm-redrafter"}}')
+    with pytest.raises(OutputError, match="exists already"):
+        list(run_pipeline(planned, no_progress))
+
+
 def test_a_failed_stage_leaves_no_record(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise InputError("no more electricity")

@@ -105,7 +105,7 @@ def test_equals_the_plain_search(vocab: int, beams: int, length: int, seed: int,
 
 @pytest.mark.parametrize("tied", [0, 5, 20, 100])
 def test_all_tokens_that_tie_with_the_fiftieth_stay(tied: int) -> None:
-    logits = torch.arange(49, 0, -1.0).tolist() + [0.0] * (1 + tied) + [-1.0] * 100
+    logits = (torch.arange(49, 0, -1.0) / 64).tolist() + [0.0] * (1 + tied) + [-1.0] * 100
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
     row = torch.tensor(logits)[order]
     head = DraftHead(lambda state: row.expand(*state.shape[:-1], -1), len(logits))

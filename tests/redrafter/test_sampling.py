@@ -67,6 +67,14 @@ def test_laws_are_transformers(table: list[Row], vocab: int, seed: int) -> None:
         assert torch.equal(alone[0], found[i])
 
 
+def test_one_rows_top_k_does_not_narrow_anothers_top_p() -> None:
+    logits = torch.zeros(2, 2000)
+    logits[:, :3] = 0.1
+    table = [Row(top_k=3, top_p=0.9), Row(top_p=0.9)]
+    kept = (filtered_logits(logits, SamplingSettings.of(table)) > -torch.inf).sum(dim=1)
+    assert kept.tolist() == [3, 2000]
+
+
 def test_ties_at_a_border_all_stay() -> None:
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
     kept = filtered_logits(logits, SamplingSettings.of([Row(top_k=2)])) > -torch.inf

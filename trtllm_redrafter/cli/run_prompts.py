@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -73,7 +72,7 @@ def run_prompts(wanted: RunRequest) -> RunReport:
         jobs = chain(prompt_jobs(run.prompts, defaults), () if run.input is None else read_jobs(run.input, defaults))
         report = RunReport(runner.info, Summary(), run.output)
         with ExitStack() as stack:
-            sink = None if run.output is None else stack.enter_context(_sink(run.output))
+            sink = None if run.output is None else stack.enter_context(_open_sink(run.output))
             show_bar = not wanted.stream and not wanted.quiet
             progress = stack.enter_context(progress_bar()) if show_bar else None
             on_update = _stream_text if wanted.stream and not wanted.quiet else None
@@ -93,8 +92,10 @@ def _keep(outcome: Outcome, report: RunReport, sink: IO[str] | None) -> None:
     if sink is None:
         report.outcomes.append(outcome)
     else:
-        sink.write(json.dumps(outcome.as_dict(), ensure_ascii=False) + "\n")
-        sink.flush()
+        assert report.output is not None
+        with as_output_error(report.output):
+            sink.write(json.dumps(outcome.as_dict(), ensure_ascii=False) + "\n")
+            sink.flush()
     if outcome.error is not None:
         note(f"{outcome.job_id}: {outcome.error.render()}")
 
@@ -127,13 +128,11 @@ def _stream_text(job: Job, update: Update) -> None:
     typer.echo(update.text, nl=update.result is not None)
 
 
-@contextmanager
-def _sink(path: Path) -> Iterator[IO[str]]:
-    """Results are appended as they come, so that a killed run leaves what it had finished."""
+def _open_sink(path: Path) -> IO[str]:
+    """Results are written as they come, so that a killed run leaves what it had finished."""
     with as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            yield file
+        return path.open("w", encoding="utf-8")
 
 
 def stats_table(report: RunReport) -> str:

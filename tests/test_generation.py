@@ -1,0 +1,140 @@
+"""Jobs through a runner that only counts, and the figures over their results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trtllm_redrafter.backends.base import EngineInfo, Request, Result, Runner, SamplingParams, Update
+from trtllm_redrafter.errors import InputError, RequestError
+from trtllm_redrafter.generation import Defaults, Job, Outcome, Summary, prompt_jobs, read_jobs, run_jobs
+
+DEFAULTS = Defaults(SamplingParams(max_tokens=2), draft=True, chat=False)
+
+
+class CountingRunner(Runner):
+    """Takes one step per token, two requests at a time; a prompt of "bad" is refused."""
+
+    def __init__(self) -> None:
+        self.info = EngineInfo(Path("engine"), "none", "none", "none", 9, 2, 9, 9, None)
+        self.requests: dict[str, tuple[Request, Result]] = {}
+        self.most = 0
+
+    def submit(self, request: Request) -> str:
+        if request.token_ids == (0,):
+            raise RequestError("this one is bad", why="the test says so", remedy="write another")
+        name = f"r{len(self.requests)}-{id(request)}"
+        self.requests[name] = (request, Result(name, len(request.token_ids)))
+        self.most = max(self.most, len(self.requests))
+        return name
+
+    def step(self) -> list[Update]:
+        updates = []
+        for name, (request, result) in list(self.requests.items())[: self.info.max_batch_size]:
+            result.token_ids.append(len(result.token_ids))
+            done = len(result.token_ids) == request.sampling.max_tokens
+            updates.append(Update(name, (0,), "x", result if done else None))
+            if done:
+                del self.requests[name]
+        return updates
+
+    def cancel(self, request_id: str) -> Result | None:
+        return None
+
+    def close(self) -> None:
+        self.requests.clear()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return False
+
+    def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]], *, chat: bool) -> tuple[int, ...]:
+        return (0,) if prompt == "bad" else (1, 2)
+
+
+def jobs(*prompts: str) -> Iterator[Job]:
+    yield from prompt_jobs(prompts, DEFAULTS)
+
+
+def test_jobs_are_read_no_further_ahead_than_the_batch_can_use() -> None:
+    runner, read = CountingRunner(), 0
+
+    def counted() -> Iterator[Job]:
+        nonlocal read
+        for job in jobs(*["x"] * 50):
+            read += 1
+            yield job
+
+    outcomes = run_jobs(runner, counted(), one_by_one=False)
+    next(outcomes)
+    assert read <= 4
+    assert len(list(outcomes)) == 49 and runner.most == 4
+
+
+def test_one_by_one_never_overlaps() -> None:
+    runner, seen = CountingRunner(), []
+    for outcome in run_jobs(runner, jobs("a", "b"), one_by_one=True, on_update=lambda job, _: seen.append(job.job_id)):
+        seen.append("end of " + outcome.job_id)
+    assert seen == ["prompt-1", "prompt-1", "end of prompt-1", "prompt-2", "prompt-2", "end of prompt-2"]
+    assert runner.most == 1
+
+
+def test_refused_prompts_are_outcomes_with_their_own_place() -> None:
+    outcomes = list(run_jobs(CountingRunner(), jobs("a", "bad", "b"), one_by_one=False))
+    assert [o.job_id for o in outcomes] == ["prompt-2", "prompt-1", "prompt-3"]
+    error = outcomes[0].error
+    assert error is not None and error.exit_code == 7
+    assert error.problem.as_dict() == {
+        "what": "this one is bad",
+        "where": "prompt 2",
+        "why": "the test says so",
+        "remedy": "write another",
+    }
+
+
+def test_nothing_to_do() -> None:
+    assert list(run_jobs(CountingRunner(), [], one_by_one=False)) == []
+
+
+def test_lines_are_read_lazily_and_blank_ones_pass(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('\n{"prompt": "a", "top_p": 0.5}\n   \n{"prompt": "b", "id": 7, "seed": null}\n{')
+    found = read_jobs(path, DEFAULTS)
+    first, second, third = found
+    assert isinstance(first, Job) and (first.job_id, first.sampling.top_p) == ("line-2", 0.5)
+    assert isinstance(second, Job) and (second.job_id, second.sampling) == ("7", DEFAULTS.sampling)
+    assert isinstance(third, Outcome) and "line 5" in third.where
+    with pytest.raises(InputError, match="cannot read the prompts"):
+        list(read_jobs(tmp_path, DEFAULTS))
+
+
+def test_figures() -> None:
+    summary = Summary()
+    one = Result("1", prompt_tokens=5, token_ids=[1] * 7, steps=3, drafted_tokens=12, accepted_tokens=3)
+    one.accepted_at, one.decode_seconds, one.prefill_seconds = [2, 1], 2.0, 0.5
+    two = Result("2", prompt_tokens=2, token_ids=[1] * 2, steps=1, drafted_tokens=4, accepted_tokens=0)
+    two.accepted_at, two.decode_seconds = [0, 0, 0], 1.0
+    summary.add(Outcome("1", "here", result=one))
+    summary.add(Outcome("2", "here", result=two))
+    assert summary.exit_code == 0
+    summary.add(Outcome("3", "here", error=InputError("no")))
+    summary.add(Outcome("4", "here", error=RequestError("no")))
+    assert (summary.prompts, summary.failed, summary.exit_code) == (4, 2, 3)
+    assert (summary.prompt_tokens, summary.completion_tokens, summary.steps) == (7, 9, 4)
+    assert summary.acceptance_length == 1 + 3 / 4 and summary.acceptance_rate == 3 / 16
+    assert summary.accepted_at == [2, 1, 0] and summary.accepted_share == [0.5, 0.25, 0.0]
+    assert summary.decode_tokens_per_second == pytest.approx((6 + 1) / 3.0)
+    assert summary.tokens_per_second == pytest.approx(9 / summary.wall_seconds)
+
+
+def test_figures_of_nothing() -> None:
+    values = Summary().as_dict()
+    assert values["acceptance_length"] is None and values["tokens_per_second"] is None
+    assert values["accepted_share"] == []
