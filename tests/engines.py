@@ -53,15 +53,35 @@ def write_checkpoint(
 ) -> Path:
     """A converted checkpoint `folder/checkpoint`, its sources beside it."""
     base_changes = {"vocab_size": VOCAB} | base_changes
-    base = write_base(folder / "base", family, **base_changes)
+    write_base(folder / "base", family, **base_changes)
     hidden, vocab = base_changes.get("hidden_size", 32), base_changes["vocab_size"]
     source = None
     if drafter:
         sizes = {"hidden_size": hidden, "exit_dim": 2 * hidden, "vocab_size": vocab} | (drafter_changes or {})
         source = write_drafter(folder / "drafter", **sizes)
+    return convert_pair(
+        folder,
+        drafter=source is not None,
+        tp_size=tp_size,
+        dtype=dtype,
+        num_beams=num_beams,
+        draft_len=draft_len,
+    )
+
+
+def convert_pair(
+    folder: Path,
+    *,
+    drafter: bool = True,
+    tp_size: int = 1,
+    dtype: str = "auto",
+    num_beams: int = 4,
+    draft_len: int = 3,
+) -> Path:
+    """Convert `folder/base` and `folder/drafter` to `folder/checkpoint`."""
     options = ConvertOptions(
-        base=base,
-        drafter=source,
+        base=folder / "base",
+        drafter=folder / "drafter" if drafter else None,
         output=folder / "checkpoint",
         dtype=dtype,
         tp_size=tp_size,

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engines import build_engine, load, make_runner, with_oracle, write_checkpoint
+from tests.engines import build_engine, convert_pair, load, make_runner, with_oracle, write_checkpoint
+from tests.tiny_models import write_base, write_tied_drafter
 from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.torch.backend import CHECKPOINT_DIRECTORY
 from trtllm_redrafter.backends.torch.drafting import load_drafter
@@ -125,7 +126,7 @@ def test_beams_are_the_plain_searchs(runner: TorchRunner) -> None:
     context = torch.randn(3, 64, generator=generator).to(torch.bfloat16)
     first = torch.tensor([4, 9, 33])
     for rows in (None, torch.arange(0, 64, 1)[:60]):
-        native = NativeDrafter(executor, drafter, rows, 3, shape.num_beams).search(context, first, shape)
+        native = NativeDrafter(executor, drafter, rows, max_batch_size=3, num_beams=5).search(context, first, shape)
         embedding = checkpoint.load("transformer.vocab_embedding.weight")
         wide = copy.deepcopy(drafter).float()
         expected = beam_search(
@@ -154,3 +155,32 @@ def test_tree_paths_by_hand() -> None:
     tokens = torch.tensor([[[9, 5, 9], [9, 5, 7], [9, 6, 9]]])
     tree = build_tree(Beams(tokens, torch.zeros(tokens.shape), None))
     assert tree_paths(tree).tolist() == [[0, -1, -1], [0, 1, -1], [0, 1, 2], [0, 1, 3], [0, 4, -1], [0, 4, 5]]
+
+
+def test_a_low_rank_head_is_found_and_drafts_the_same(tmp_path: Path) -> None:
+    """The trainer's tied head: base head times a factor, which the checkpoint holds multiplied out."""
+    from trtllm_redrafter.backends.torch.low_rank import FACTOR_FILE, find_factor, load_factor
+
+    folder = tmp_path / "tied"
+    write_base(folder / "base", "llama", vocab_size=400, **SIZES)
+    write_tied_drafter(folder / "drafter", hidden_size=64, exit_dim=128, vocab_size=400)
+    checkpoint = convert_pair(folder)
+    engine = build_engine(checkpoint, folder / "engine")
+    assert (engine / FACTOR_FILE).exists()
+    opened = Checkpoint.open(checkpoint)
+    runner = load(engine)
+    executor, config = runner.executor, opened.config.drafter
+    assert isinstance(executor, NativeExecutor) and config is not None
+    drafter = load_drafter(opened, config, torch.device("cpu"))
+    context = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    low_rank = load_factor(engine, opened.load("lm_head.weight"))
+    shape, first = DraftShape(3, 3), torch.tensor([5, 7])
+    beams = [
+        NativeDrafter(executor, drafter, None, max_batch_size=2, num_beams=3, low_rank=head).search(
+            context, first, shape
+        )
+        for head in (None, low_rank)
+    ]
+    assert (beams[0].tokens == beams[1].tokens).float().mean() > 0.8
+    torch.testing.assert_close(beams[0].path_scores, beams[1].path_scores, atol=0.1, rtol=0.03)
+    assert find_factor(Checkpoint.open(write_checkpoint(tmp_path / "free", "llama", **SIZES))) is None

@@ -8,6 +8,7 @@ was built for. Nothing in it depends on the machine; what does (the compiled ker
       manifest.json     what made it, from what, hashes
       tokenizer/        tokenizer, chat template, generation_config.json
       checkpoint/       config.json, rank{N}.safetensors, draft_vocab.safetensors
+      draft_head_factor.safetensors   only where the drafter's LM head turned out to be of low rank
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from trtllm_redrafter.backends.base import BuildOptions, BuildPlan, EngineInfo
 from trtllm_redrafter.backends.torch.build_plan import BACKEND, ENGINE_FORMAT, TorchBuildPlan, plan_build
 from trtllm_redrafter.backends.torch.drafting import DRAFT_VOCAB_FILE, Drafting, frequent_rows, load_drafter
 from trtllm_redrafter.backends.torch.executor import Executor
+from trtllm_redrafter.backends.torch.low_rank import find_factor, load_factor, save_factor
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor, unsupported_reason
 from trtllm_redrafter.backends.torch.native.library import NativeUnavailable
 from trtllm_redrafter.backends.torch.runner import TorchRunner
@@ -69,6 +71,9 @@ class TorchBackend:
                 link_or_copy(source / name, target)
             if plan.tokenizer is not None:
                 _copy_tokenizer(plan.tokenizer, work / TOKENIZER_DIRECTORY)
+            factor = find_factor(plan.checkpoint) if plan.checkpoint.config.dtype == "bfloat16" else None
+            if factor is not None:
+                save_factor(factor, work)
             write_json(work / "config.json", plan.engine_config())
             _manifest(plan, work).write(work)
             progress("build", len(files), len(files), "files")
@@ -94,6 +99,7 @@ class TorchBackend:
                 shape,
                 rows=frequent_rows(checkpoint.path, int(config["draft"]["head_rows"])),
                 max_batch_size=int(limits["max_batch_size"]),
+                low_rank=load_factor(engine, weights.head),
             )
         folder = engine / TOKENIZER_DIRECTORY
         tokenizer = EngineTokenizer(folder) if has_tokenizer(folder) else None

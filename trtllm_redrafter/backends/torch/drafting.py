@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trtllm_redrafter.backends.torch.executor import Executor
+from trtllm_redrafter.backends.torch.low_rank import LowRankHead
 from trtllm_redrafter.backends.torch.native.drafter import NativeDrafter
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.checkpoint.reader import Checkpoint
@@ -58,12 +59,20 @@ class Drafting:
         *,
         rows: Tensor | None,
         max_batch_size: int,
+        low_rank: LowRankHead | None,
     ) -> None:
         self.shape = shape
         self._native: NativeDrafter | None = None
         if isinstance(executor, NativeExecutor) and NativeDrafter.supports(drafter, rows):
             rows = None if rows is None else rows.sort().values
-            self._native = NativeDrafter(executor, drafter, rows, max_batch_size, shape.num_beams)
+            self._native = NativeDrafter(
+                executor,
+                drafter,
+                rows,
+                max_batch_size=max_batch_size,
+                num_beams=shape.num_beams,
+                low_rank=low_rank,
+            )
             return
         self._drafter = drafter
         self._embedding = embedding

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trtllm_redrafter.backends.torch.low_rank import LowRankHead
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor, Packer
 from trtllm_redrafter.redrafter.beam_search import Beams
 from trtllm_redrafter.redrafter.config import TOP_CANDIDATES, DraftShape
@@ -16,12 +17,22 @@ from trtllm_redrafter.redrafter.drafter import Drafter, ResBlock
 
 
 class NativeDrafter:
-    """The drafter's weights packed, with its LM head cut to `rows` of the vocabulary. bfloat16."""
+    """The drafter's weights packed, with its LM head cut to `rows` of the vocabulary. bfloat16.
+
+    With `low_rank`, the head is computed as base-model head times factor.
+    """
 
     def __init__(
-        self, executor: NativeExecutor, drafter: Drafter, rows: Tensor | None, max_batch_size: int, num_beams: int
+        self,
+        executor: NativeExecutor,
+        drafter: Drafter,
+        rows: Tensor | None,
+        *,
+        max_batch_size: int,
+        num_beams: int,
+        low_rank: LowRankHead | None = None,
     ) -> None:
-        head = drafter.lm_head.weight.detach()
+        head = drafter.lm_head.weight.detach() if low_rank is None else low_rank.base_head
         head = head if rows is None else head[rows]
         self._executor = executor  # also keeps the threads and the embedding alive
         self._rows = rows
@@ -38,6 +49,7 @@ class NativeDrafter:
             None if drafter.rnn_w is None else packer.matrix(drafter.rnn_w.weight),
             None if projected is None else packer.matrix(projected.weight),
             None if projected is None else packer.floats(projected.bias),
+            None if low_rank is None else packer.matrix(low_rank.factor),
             packer.matrix(head),
             head.shape[0],
             None if rows is None else rows.data_ptr(),

@@ -585,7 +585,8 @@ struct Candidate {
 
 struct Drafter {
   int hidden, width, layers;  // H, exit_dim
-  Packed rnn_u, rnn_w, input_proj, head;
+  Packed rnn_u, rnn_w, input_proj;
+  Packed factor, head;  // LM head [R, exit_dim], or [R, H] behind a factor [H, exit_dim]
   const float *rnn_bias = nullptr, *input_bias = nullptr;
   const int64_t *token_of_column = nullptr;  // null: column i is token i
   std::vector<Packed> blocks;
@@ -665,7 +666,18 @@ void draft_logits(Search &s, int member) {
     for (int i = 0; i < rows; ++i)
       for (int j = first; j < last; ++j) d.x[size_t(i) * e + j] += silu(wide[size_t(i) * es + j] + d.biases[layer][j]);
   }
-  product(narrow, e, rows, d.head, share(d.head.blocks(), member, threads), d.logits.data(), padded(d.head.n));
+  const bf16 *features = narrow;
+  if (d.factor.data) {
+    const Range part = share(padded(h) / LANES, member, threads);
+    product(narrow, e, rows, d.factor, part, wide, padded(h));
+    for (int i = 0; i < rows; ++i)
+      for (int j = part.begin * LANES; j < std::min(part.end * LANES, h); ++j)
+        d.joined[size_t(i) * h + j] = to_bf16(wide[size_t(i) * padded(h) + j]);
+    m.team.barrier();
+    features = d.joined.data();
+  }
+  const Range mine_of_head = share(d.head.blocks(), member, threads);
+  product(features, d.head.k, rows, d.head, mine_of_head, d.logits.data(), padded(d.head.n));
   m.team.barrier();
 }
 
@@ -835,11 +847,11 @@ void redrafter_commit(Model *m, int32_t slot, int32_t base, const int32_t *path,
     }
 }
 
-// Biases float32; `input_proj`, `rnn_u` and `rnn_w` may be null. `head` has head_rows rows of the LM head.
+// Biases float32; `input_proj`, `rnn_u`, `rnn_w` and `factor` may be null. `head` has head_rows rows.
 Drafter *redrafter_drafter_create(int32_t hidden, int32_t width, int32_t layers, int32_t max_rows, const bf16 *rnn_u,
                                   const float *rnn_bias, const bf16 *rnn_w, const bf16 *input_proj,
-                                  const float *input_bias, const bf16 *head, int32_t head_rows,
-                                  const int64_t *token_of_column) {
+                                  const float *input_bias, const bf16 *factor, const bf16 *head,
+                                  int32_t head_rows, const int64_t *token_of_column) {
   Drafter *d = new (std::nothrow) Drafter;
   if (!d) return nullptr;
   d->hidden = hidden;
@@ -848,7 +860,8 @@ Drafter *redrafter_drafter_create(int32_t hidden, int32_t width, int32_t layers,
   d->rnn_u = {rnn_u, hidden, hidden};
   d->rnn_w = {rnn_w, hidden, hidden};
   d->input_proj = {input_proj, width, 2 * hidden};
-  d->head = {head, head_rows, width};
+  d->factor = {factor, hidden, width};
+  d->head = {head, head_rows, factor ? hidden : width};
   d->rnn_bias = rnn_bias;
   d->input_bias = input_bias;
   d->blocks.resize(layers);

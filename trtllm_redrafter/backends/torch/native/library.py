@@ -45,7 +45,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "redrafter_set_ends": (None, [p] * 6),
     "redrafter_forward": (None, [p, p, i32, p, p, i32, p, p]),
     "redrafter_commit": (None, [p, i32, i32, p, i32]),
-    "redrafter_drafter_create": (p, [i32, i32, i32, i32, *[p] * 6, i32, p]),
+    "redrafter_drafter_create": (p, [i32, i32, i32, i32, *[p] * 7, i32, p]),
     "redrafter_drafter_set_layer": (None, [p, i32, p, p]),
     "redrafter_drafter_destroy": (None, [p]),
     "redrafter_draft": (None, [p, p, p, p, i32, i32, i32, p, p]),
