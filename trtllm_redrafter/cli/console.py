@@ -18,7 +18,7 @@ from typing import Any
 import typer
 
 from trtllm_redrafter.errors import RedrafterError
-from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.progress import Progress, no_progress
 
 INTERNAL_ERROR, INTERRUPTED = 70, 130
 
@@ -68,13 +68,17 @@ def report_crash(command: str, error: BaseException, *, as_json: bool, debug: bo
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Bars on stderr, one per stage, that vanish when done; they appear with the first report."""
+    """Bars on stderr, one per stage, that vanish when done; none where stderr is a file or a pipe."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
-    bars = Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield no_progress
+        return
+    bars = Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
     tasks: dict[str, Any] = {}
 
     def report(stage: str, done: int, total: int | None, unit: str) -> None:
@@ -96,5 +100,9 @@ def working(what: str) -> Iterator[None]:
     """A spinner on stderr for work that cannot say how far it is."""
     from rich.console import Console
 
-    with Console(stderr=True).status(what):
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
         yield

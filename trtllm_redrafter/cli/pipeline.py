@@ -34,7 +34,7 @@ def pipeline(
     done, report = [], None
     with progress_bar() as progress:
         for stage in run_pipeline(plan, progress):
-            note(stage.render())
+            note(stage.headline)
             done.append(stage)
     last = done[-1]
     if last.name == "run" and last.status == "miss":

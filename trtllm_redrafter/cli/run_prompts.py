@@ -141,7 +141,10 @@ def stats_table(report: RunReport) -> str:
     shape = info.draft_shape
     lines = [
         ("engine", f"{info.backend}, {info.device}, {info.dtype}"),
-        ("drafts", "none" if shape is None or not s.drafted_tokens else f"{shape.num_beams} beams x {shape.draft_len}"),
+        (
+            "drafts",
+            "none" if shape is None or not s.drafted_tokens else f"{shape.num_beams} beams x {shape.draft_len} tokens",
+        ),
         ("prompts", f"{s.prompts}" + _failures(s)),
         ("tokens", f"{s.prompt_tokens} read, {s.completion_tokens} written in {s.wall_seconds:.2f} s"),
         ("speed", _rate(s.tokens_per_second, "tokens/s over everything")),

@@ -41,11 +41,13 @@ class StagePlan:
             return "later"
         return "hit" if self.verdict.hit else "miss"
 
-    def render(self) -> str:
+    @property
+    def headline(self) -> str:
         why = f"decided after {self.waits_for}" if self.verdict is None else "; ".join(self.verdict.reasons)
-        lines = [f"{self.name:<8} {self.status}: {why}"]
-        lines += [f"         {line}" for line in self.details.splitlines()]
-        return "\n".join(lines)
+        return f"{self.name:<8} {self.status}: {why}"
+
+    def render(self) -> str:
+        return "\n".join([self.headline, *(f"         {line}" for line in self.details.splitlines())])
 
     def as_dict(self) -> dict[str, Any]:
         return {
