@@ -12,24 +12,28 @@ import pytest
 from tests.tiny_models import write_base
 
 MEASURE = """
-    import resource, sys
+    import sys
     from pathlib import Path
     from trtllm_redrafter.convert.execute import convert
     from trtllm_redrafter.convert.options import ConvertOptions
     from trtllm_redrafter.convert.plan import plan_conversion
     from trtllm_redrafter.progress import no_progress
     base, out, dtype, tp = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    def memory(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak restarts here, after the imports
+    before = memory("VmRSS")
     options = ConvertOptions(base=base, drafter=None, output=out, dtype=dtype, tp_size=tp, num_beams=None,
                              draft_len=None, greedy=True, parallel_embedding=False, workers=2, overwrite=False)
     convert(plan_conversion(options), no_progress)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print(memory("VmHWM") - before)
 """
 
 
 @pytest.mark.parametrize(("dtype", "tp_size"), [("auto", 1), ("float32", 2)])
 def test_peak_memory_is_far_below_the_model(dtype: str, tp_size: int, tmp_path: Path) -> None:
-    """A 150 MB model, with one tensor of 67 MB, adds less than 80 MB; loading it would add all of it."""
+    """A 150 MB model, with one tensor of 67 MB, adds less than 120 MB, most of it code."""
     base = write_base(
         tmp_path / "base", torch_dtype="bfloat16", vocab_size=32768, hidden_size=1024, intermediate_size=2048,
         num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=1,
@@ -40,4 +44,4 @@ def test_peak_memory_is_far_below_the_model(dtype: str, tp_size: int, tmp_path: 
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2], timeout=300
     )
-    assert int(done.stdout) < 80_000, done.stdout
+    assert 0 < int(done.stdout) < 120_000, done.stdout

@@ -190,6 +190,7 @@ def test_the_manifest_knows_inputs_and_outputs(tmp_path: Path, run: Convert) -> 
             assert record["sha256"] == hashlib.sha256((directory / name).read_bytes()).hexdigest()
     assert set(raw["inputs"]["base"]["files"]) == {
         "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
     }  # fmt: skip
     written = {p.relative_to(checkpoint.path).as_posix() for p in checkpoint.path.rglob("*") if p.is_file()}
     assert set(raw["files"]) == written - {"manifest.json"}

@@ -38,7 +38,7 @@ class LocatedTensor:
 
 @dataclass(frozen=True)
 class HFModel:
-    """An opened model. `config` is for one rank and has the model's own dtype."""
+    """An opened model. `config` is for one rank and has the model's own dtype; `files` are all that were read."""
 
     path: Path
     config: CheckpointConfig
@@ -81,7 +81,7 @@ def _locate(path: Path) -> tuple[tuple[Path, ...], dict[str, LocatedTensor]]:
     """All weight files and the tensors in them."""
     single, index = path / SINGLE_FILE, path / INDEX_FILE
     if single.exists():
-        return (single,), _tensors_of(single)
+        return (path / "config.json", single), _tensors_of(single)
     if not index.exists():
         others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pth", ".gguf"))
         raise InputError(
@@ -114,7 +114,7 @@ def _sharded(path: Path, index: Path) -> tuple[tuple[Path, ...], dict[str, Locat
             if name not in tensors or tensors[name].path.name != Path(file).name
         ]
     raise_together(InputError, limited(problems), "the model's weight files are not complete", where=path)
-    return tuple(files), tensors
+    return (path / "config.json", index, *files), tensors
 
 
 def _tensors_of(file: Path) -> dict[str, LocatedTensor]:

@@ -79,7 +79,7 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
             what = "size and SHA-256" if hashes else "size"
             checks.append(f"{what} of {len(manifest.files)} files against manifest.json")
         checkpoint = Checkpoint.open(checkpoint_directory(path))
-        problems += structure_problems(checkpoint)
+        problems += structure_problems(checkpoint, surplus=True)
         count = sum(len(rank.header) for rank in checkpoint.ranks)
         checks.append(f"name, shape and dtype of {count} tensors in {len(checkpoint.ranks)} rank file(s)")
         if any(not spec.checked for spec in checkpoint.specs.values()):
@@ -89,14 +89,15 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
     return VerifyReport(path, tuple(checks), tuple(problems), tuple(notes))
 
 
-def structure_problems(checkpoint: Checkpoint) -> list[Problem]:
-    """Everything in the files that does not follow from config.json."""
+def structure_problems(checkpoint: Checkpoint, *, surplus: bool) -> list[Problem]:
+    """Everything in the files that does not follow from config.json; `surplus` tensors only when asked for."""
     config = checkpoint.config
     problems = divisibility_problems(config, str(checkpoint.path))
     if problems:
         return problems
     for rank in range(len(checkpoint.ranks)):
         problems += _rank_problems(checkpoint, rank)
+        problems += _surplus_problems(checkpoint, rank) if surplus else ()
     excludes = config.quantization.get("exclude_modules")
     if config.drafter is not None and config.quant_algo is not None and not is_excluded("drafter.input_proj", excludes):
         why = "TensorRT-LLM would build the drafter's 16-bit layers as quantized ones"
@@ -119,6 +120,11 @@ def _rank_problems(checkpoint: Checkpoint, rank: int) -> Iterator[Problem]:
             yield from _tensor_problems(info, spec.dtype, expected, where)
         elif info.dtype not in (*DTYPE_NAMES.values(), "I8", "U8", "F8_E4M3"):
             yield Problem(f"tensor {name!r} has the dtype {info.dtype}", where, None, _REMEDY)
+
+
+def _surplus_problems(checkpoint: Checkpoint, rank: int) -> Iterator[Problem]:
+    file = checkpoint.ranks[rank]
+    where = str(file.path)
     if all(spec.checked for spec in checkpoint.specs.values()):
         for name in sorted(set(file.header) - set(checkpoint.specs)):
             why = "TensorRT-LLM would ignore it"

@@ -19,6 +19,7 @@ from trtllm_redrafter.base_models.tokenizer import eos_token_ids, tokenizer_file
 from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
 from trtllm_redrafter.checkpoint.layout import EMBEDDING, LM_HEAD, TensorSpec, tensor_specs
 from trtllm_redrafter.checkpoint.reader import Checkpoint, rank_file
+from trtllm_redrafter.checkpoint.verify import structure_problems
 from trtllm_redrafter.convert.options import AUTO_DTYPE, ConvertOptions
 from trtllm_redrafter.convert.shards import TensorPlan, plan_tensor, whole
 from trtllm_redrafter.convert.sources import FileSource, OpenFiles, Source, stacked
@@ -89,7 +90,7 @@ def from_huggingface(model: HFModel, config: CheckpointConfig, files: OpenFiles)
         path=model.path,
         kind="huggingface",
         config=plain,
-        files=(model.path / "config.json", *model.files),
+        files=model.files,
         copied=(),
         tokenizer=tuple(tokenizer_files(model.path)),
         eos_token_ids=eos_token_ids(model.path, model.raw_config),
@@ -156,10 +157,7 @@ def _checkpoint_problems(checkpoint: Checkpoint, options: ConvertOptions) -> lis
         remedy = "pass --dtype auto, or export the base again"
         what = f"the base checkpoint is {config.dtype}, {options.dtype} is asked for"
         problems.append(Problem(what, where, "its tensors are copied as they are", remedy))
-    for name, spec in checkpoint.specs.items():
-        if not spec.optional and name not in checkpoint.ranks[0].header:
-            problems.append(Problem(f"the base checkpoint has no tensor {name!r}", where, None, "export it again"))
-    return problems
+    return problems + structure_problems(checkpoint, surplus=False)
 
 
 def _checkpoint_head(checkpoint: Checkpoint, files: OpenFiles) -> Source | None:

@@ -8,6 +8,7 @@ A failure or an interrupt anywhere stops every thread at its next block and leav
 from __future__ import annotations
 
 import shutil
+import threading
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,9 @@ def _write_ranks(
     plan: ConversionPlan, work: Path, progress: Progress
 ) -> tuple[dict[int, FileRecord], dict[Path, FileRecord]]:
     """All rank files, and the hashes of the inputs computed beside them."""
-    written = Meter(progress, "convert", plan.weight_bytes)
-    hashed = Meter(progress, "hash inputs", sum(path.stat().st_size for path in plan.inputs))
+    lock = threading.Lock()
+    written = Meter(progress, "convert", plan.weight_bytes, lock)
+    hashed = Meter(progress, "hash inputs", sum(path.stat().st_size for path in plan.inputs), lock)
     workers = min(plan.options.workers, len(plan.ranks))
     with ThreadPoolExecutor(workers + 1, thread_name_prefix="convert") as pool:
         inputs = pool.submit(hash_inputs, plan.inputs, hashed)
@@ -77,14 +79,14 @@ def _manifest(plan: ConversionPlan, records: dict[str, FileRecord], inputs: dict
             "path": str(plan.options.base),
             "kind": plan.base.kind,
             "tokenizer_sha256": plan.base.tokenizer_sha256,
-            "files": {path.name: inputs[path].as_dict() for path in plan.base.files},
+            "files": _relative(plan.options.base, plan.base.files, inputs),
         }
     }
     if plan.drafter is not None:
         sections["drafter"] = {
             "path": str(plan.drafter.path),
             "trained_for": dict(plan.drafter.base_identity),
-            "files": {path.name: inputs[path].as_dict() for path in plan.drafter.files},
+            "files": _relative(plan.drafter.path, plan.drafter.files, inputs),
         }
     return Manifest(
         kind="checkpoint",
@@ -94,3 +96,7 @@ def _manifest(plan: ConversionPlan, records: dict[str, FileRecord], inputs: dict
         files=dict(sorted(records.items())),
         notes=plan.notes,
     )
+
+
+def _relative(directory: Path, files: tuple[Path, ...], records: dict[Path, FileRecord]) -> dict[str, Any]:
+    return {path.relative_to(directory).as_posix(): records[path].as_dict() for path in files}

@@ -24,7 +24,7 @@ from trtllm_redrafter.checkpoint.safetensors_io import TORCH_DTYPES, Layout
 from trtllm_redrafter.convert.sources import Source
 from trtllm_redrafter.errors import MismatchError
 
-BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 2 * 2**20
 """Size of a computed block: large enough to hide Python, small enough that memory stays flat."""
 
 
@@ -135,6 +135,6 @@ def _check_range(values: Tensor, cast: Tensor, plan: TensorPlan, source: Source)
         raise MismatchError(
             f"{lost} value(s) of {plan.name!r} do not fit float16",
             where=source.where,
-            why=f"the largest is {values.abs().max().item():.6g}, float16 ends at 65504",
+            why=f"the largest is {values[torch.isfinite(values)].abs().max().item():.6g}, float16 ends at 65504",
             remedy="convert with --dtype bfloat16",
         )

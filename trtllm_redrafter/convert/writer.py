@@ -34,11 +34,14 @@ class Cancelled(Exception):
 
 
 class Meter:
-    """Counts bytes from several threads for one progress bar, and carries the order to stop."""
+    """Counts bytes from several threads for one progress bar, and carries the order to stop.
 
-    def __init__(self, progress: Progress, stage: str, total: int) -> None:
+    Meters that share `lock` never call `progress` at the same time; it need not be thread-safe.
+    """
+
+    def __init__(self, progress: Progress, stage: str, total: int, lock: threading.Lock) -> None:
         self._progress, self._stage, self._total = progress, stage, total
-        self._lock = threading.Lock()
+        self._lock = lock
         self._done = 0
         self._shown = 0
         self._stop = threading.Event()
@@ -57,33 +60,36 @@ class Meter:
 
 
 class Hasher:
-    """SHA-256 in its own thread, fed through a bounded queue."""
+    """SHA-256 in its own thread. Data goes through a fixed set of buffers: take one, fill it, hand it in."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
-        self._queue: queue.Queue[tuple[memoryview, bytearray | None] | None] = queue.Queue(RING)
-        self.free: queue.Queue[bytearray] = queue.Queue()
+        self._filled: queue.Queue[tuple[bytearray, int] | None] = queue.Queue()
+        self._free: queue.Queue[bytearray] = queue.Queue()
         for _ in range(RING):
-            self.free.put(bytearray(CHUNK_BYTES))
+            self._free.put(bytearray(CHUNK_BYTES))
         self._thread = threading.Thread(target=self._run, name="sha256", daemon=True)
         self._thread.start()
 
-    def update(self, data: memoryview, buffer: bytearray | None = None) -> None:
-        """Hash `data`; `buffer`, which holds it, goes back to `free` afterwards."""
-        self._queue.put((data, buffer))
+    def take(self) -> bytearray:
+        """A buffer of `CHUNK_BYTES` that is not in use; waits when the hash is behind."""
+        return self._free.get()
+
+    def hand_in(self, buffer: bytearray, count: int) -> None:
+        """Hash the first `count` bytes of a taken buffer."""
+        self._filled.put((buffer, count))
 
     def finish(self) -> str:
         """The hex digest of everything; ends the thread."""
-        self._queue.put(None)
+        self._filled.put(None)
         self._thread.join()
         return self._digest.hexdigest()
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            data, buffer = item
-            self._digest.update(data)
-            if buffer is not None:
-                self.free.put(buffer)
+        while (item := self._filled.get()) is not None:
+            buffer, count = item
+            self._digest.update(memoryview(buffer)[:count])
+            self._free.put(buffer)
 
 
 def write_rank(plan: RankPlan, path: Path, files: OpenFiles, meter: Meter) -> FileRecord:
@@ -92,9 +98,7 @@ def write_rank(plan: RankPlan, path: Path, files: OpenFiles, meter: Meter) -> Fi
     hasher = Hasher()
     try:
         reserve(fd, plan.layout.file_size)
-        header = memoryview(plan.layout.header_bytes)
-        _write(fd, header, 0, hasher, meter)
-        at = len(header)
+        at = _write_data(fd, memoryview(plan.layout.header_bytes), 0, hasher, meter)
         for entry in plan.layout.entries:
             assert entry.begin == at
             for block in blocks(plan.tensors[entry.name]):
@@ -116,28 +120,37 @@ def reserve(fd: int, size: int) -> None:
 
 
 def _write_block(fd: int, block: Block, at: int, files: OpenFiles, hasher: Hasher, meter: Meter) -> int:
+    """Write a block at its place and return its size."""
     if isinstance(block, Extent):
-        return _copy(fd, block, at, files, hasher, meter)
-    data = tensor_bytes(block)
-    _write(fd, data, at, hasher, meter)
+        return _write_extent(fd, block, at, files, hasher, meter)
+    return _write_data(fd, tensor_bytes(block), at, hasher, meter)
+
+
+def _write_extent(fd: int, extent: Extent, at: int, files: OpenFiles, hasher: Hasher, meter: Meter) -> int:
+    size = extent.end - extent.begin
+    for done in range(0, size, CHUNK_BYTES):
+        count = min(CHUNK_BYTES, size - done)
+        buffer = hasher.take()
+        files.read_into(extent.path, memoryview(buffer)[:count], extent.begin + done)
+        _write_chunk(fd, buffer, count, at + done, hasher, meter)
+    return size
+
+
+def _write_data(fd: int, data: memoryview, at: int, hasher: Hasher, meter: Meter) -> int:
+    for done in range(0, len(data), CHUNK_BYTES):
+        count = min(CHUNK_BYTES, len(data) - done)
+        buffer = hasher.take()
+        buffer[:count] = data[done : done + count]
+        _write_chunk(fd, buffer, count, at + done, hasher, meter)
     return len(data)
 
 
-def _copy(fd: int, extent: Extent, at: int, files: OpenFiles, hasher: Hasher, meter: Meter) -> int:
-    for begin in range(extent.begin, extent.end, CHUNK_BYTES):
-        buffer = hasher.free.get()
-        chunk = memoryview(buffer)[: min(CHUNK_BYTES, extent.end - begin)]
-        files.read_into(extent.path, chunk, begin)
-        _write(fd, chunk, at + begin - extent.begin, hasher, meter, buffer)
-    return extent.end - extent.begin
-
-
-def _write(fd: int, data: memoryview, at: int, hasher: Hasher, meter: Meter, buffer: bytearray | None = None) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], at + done)
-    hasher.update(data, buffer)
-    meter.add(len(data))
+def _write_chunk(fd: int, buffer: bytearray, count: int, at: int, hasher: Hasher, meter: Meter) -> None:
+    chunk, done = memoryview(buffer)[:count], 0
+    while done < count:
+        done += os.pwrite(fd, chunk[done:], at + done)
+    hasher.hand_in(buffer, count)
+    meter.add(count)
 
 
 def hash_inputs(paths: Sequence[Path], meter: Meter) -> dict[Path, FileRecord]:
