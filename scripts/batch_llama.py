@@ -9,6 +9,8 @@ one temperature. It is for models without biases and with tied embeddings, like 
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +59,26 @@ class BatchLlama:
         angles = torch.arange(4096, device=device, dtype=torch.float32).unsqueeze(1) / config["rope_theta"] ** steps
         angles = torch.cat([angles, angles], dim=-1)
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        self._stream = self._streaming_kernel() if self.device.type == "cuda" else None
+
+    def _streaming_kernel(self) -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor] | None:
+        """The fused decoding attention, once it has agreed with the plain one on this GPU; None where it does not."""
+        try:
+            from decode_attention import decode_attention
+        except ImportError as problem:
+            warnings.warn(f"decoding without the fused kernel: {problem}", stacklevel=2)
+            return None
+        query = torch.randn(8, self.heads, 1, self.head_dim, device=self.device, dtype=self.dtype)
+        cache = torch.randn(2, 8, self.kv_heads, 80, self.head_dim, device=self.device, dtype=self.dtype)
+        fill = torch.arange(8, device=self.device)
+        mask = (torch.arange(70, device=self.device) >= fill[:, None]).unsqueeze(1)
+        plain = self._attend(query, cache[0, :, :, :70], cache[1, :, :, :70], mask)[:, 0]
+        fused = decode_attention(query[:, :, 0], cache[0], cache[1], fill, 70).flatten(1)
+        error = float((plain - fused).float().norm() / plain.float().norm())
+        if not error < 2e-2:
+            warnings.warn(f"decoding without the fused kernel: it is off by {error:.2e}", stacklevel=2)
+            return None
+        return decode_attention
 
     @staticmethod
     def _layer(weights: dict[str, Tensor], prefix: str) -> _Layer:
@@ -100,16 +122,29 @@ class BatchLlama:
         return (weights @ values).view(b, self.heads, s, d).transpose(1, 2).reshape(b, s, -1)
 
     def _forward(
-        self, tokens: Tensor, position: Tensor, mask: Tensor, caches: list[Tensor], at: int, row: slice
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        mask: Tensor,
+        caches: list[Tensor],
+        at: int,
+        row: slice,
+        fill: Tensor | None = None,
     ) -> Tensor:
-        """Final-norm hidden states; keys and values go to the cache at `at`. [B, S] -> [B, S, H]."""
+        """Final-norm hidden states; keys and values go to the cache at `at`. [B, S] -> [B, S, H].
+
+        `fill` says that this is a decoding step (S = 1) and how many slots to leave out.
+        """
         x = self.embedding[tokens]
         end = at + tokens.shape[1]
         for layer, cache in zip(self.layers, caches, strict=True):
             query, key, value = self._heads(x, layer, position)
             cache[0, row, :, at:end], cache[1, row, :, at:end] = key, value
-            keys, values = cache[0, row, :, :end], cache[1, row, :, :end]
-            x = x + F.linear(self._attend(query, keys, values, mask), layer.out)
+            if self._stream is not None and fill is not None:
+                mixed = self._stream(query[:, :, 0], cache[0], cache[1], fill, end).flatten(1).unsqueeze(1)
+            else:
+                mixed = self._attend(query, cache[0, row, :, :end], cache[1, row, :, :end], mask)
+            x = x + F.linear(mixed, layer.out)
             x = self._mlp(x, layer)
         return self._norm(x, self.norm)
 
@@ -168,5 +203,5 @@ class BatchLlama:
             at = width + t
             mask = (slots[: at + 1] >= fill[:, None]).unsqueeze(1)
             position = (at - fill).unsqueeze(1)
-            hidden = self._forward(chosen.unsqueeze(1), position, mask, caches, at, slice(None))[:, 0]
+            hidden = self._forward(chosen.unsqueeze(1), position, mask, caches, at, slice(None), fill)[:, 0]
         return Answers(tokens, states, lengths)

@@ -6,6 +6,9 @@ Three kinds of prompts, all answered by the base model itself, greedily and samp
     template   data/templates.txt x data/topics.txt
     own        user turns that the base model writes when only the chat header is given
 
+The settings can name a list made by an earlier run instead (`data/smollm2_train_prompts.jsonl.xz` is the shipped
+drafter's).
+
 `data/eval_prompts.jsonl` is for measuring alone: its prompts are dropped wherever they turn up, and prompts from the
 templates or the model's own hand that mention one of its topics are dropped too.
 """
@@ -13,8 +16,10 @@ templates or the model's own hand that mention one of its topics are dropped too
 from __future__ import annotations
 
 import json
+import lzma
 import random
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +64,12 @@ def read_prompts(name: str) -> list[str]:
     return [json.loads(line)["prompt"] for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
 
 
+def answered_prompts(name: str) -> list[str]:
+    """The list of an earlier run, in its order; the model's own prompts come out differently on other hardware."""
+    with lzma.open(DATA / name, "rt", encoding="utf-8") as file:
+        return [json.loads(line)["prompt"] for line in file]
+
+
 def template_prompts() -> list[str]:
     topics = [t.strip() for t in re.split(r"[;\n]", (DATA / "topics.txt").read_text(encoding="utf-8")) if t.strip()]
     templates = (DATA / "templates.txt").read_text(encoding="utf-8").splitlines()
@@ -70,7 +81,7 @@ def own_prompts(model: BatchLlama, tokenizer: Tokenizer, count: int, batch: int)
     header = tokenizer.encode(HEADER, add_special_tokens=False).ids
     found: dict[str, None] = {}
     for _ in range(-(-count // batch)):
-        turns = model.generate([header] * batch, max_tokens=96, temperature=1.0, top_k=50)
+        turns = model.generate([header] * batch, max_tokens=96, temperature=0.85)
         ended = turns.tokens.gather(1, (turns.lengths - 1).unsqueeze(1))[:, 0] == model.end
         for tokens, length, done in zip(turns.tokens.tolist(), turns.lengths.tolist(), ended.tolist(), strict=True):
             text = tokenizer.decode(tokens[: length - 1]).strip()
@@ -96,17 +107,25 @@ def chat_ids(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def answer(
-    model: BatchLlama, prompts: Sequence[list[int]], work: Pass, batch: int, say: Callable[[str], None]
+    model: BatchLlama,
+    prompts: Sequence[list[int]],
+    passes: Sequence[Pass],
+    batch: int,
+    max_seconds: float,
+    say: Callable[[str], None],
 ) -> TrainingRows:
-    """Rows of one answer per prompt, texts in the prompts' order of length."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    parts, base = [], 0
-    for start in range(0, len(order), batch):
-        chosen = [prompts[i] for i in order[start : start + batch]]
-        part = flatten(model.generate(chosen, work.max_tokens, work.temperature), first_document=base)
-        parts.append(part)
-        base += len(chosen)
-        say(f"T={work.temperature}: {base}/{len(order)} prompts, {sum(map(len, parts))} tokens")
+    """Rows of every pass's answers, batch after batch of prompts, until all are answered or the time is up.
+
+    The prompts' order is random, so that a run cut short by time has seen a fair part of every kind.
+    """
+    started, parts = time.perf_counter(), []
+    for start in range(0, len(prompts), batch):
+        chosen = prompts[start : start + batch]
+        parts += [flatten(model.generate(chosen, work.max_tokens, work.temperature), 0) for work in passes]
+        spent = time.perf_counter() - started
+        say(f"{start + len(chosen)}/{len(prompts)} prompts, {sum(map(len, parts))} tokens, {spent:.0f} s")
+        if spent > max_seconds:
+            break
     return concatenate(parts)
 
 
@@ -134,11 +153,13 @@ def concatenate(parts: Sequence[TrainingRows]) -> TrainingRows:
 def training_prompts(
     model: BatchLlama, tokenizer: Tokenizer, own: int, template: int, batch: int, seed: int
 ) -> list[str]:
-    """All prompts to answer, each once: given ones, a draw from the templates, and the model's own."""
+    """All prompts to answer, each once, in random order: given ones, a draw from the templates, the model's own."""
     torch.manual_seed(seed)
+    draw = random.Random(seed)
     drawn = template_prompts()
-    random.Random(seed).shuffle(drawn)
+    draw.shuffle(drawn)
     written = own_prompts(model, tokenizer, own, batch) if own else []
-    return list(
-        dict.fromkeys([*read_prompts("train_prompts.jsonl"), *without_evaluation([*drawn[:template], *written])])
-    )
+    added = without_evaluation([*drawn[:template], *written])
+    prompts = list(dict.fromkeys([*read_prompts("train_prompts.jsonl"), *added]))
+    draw.shuffle(prompts)
+    return prompts

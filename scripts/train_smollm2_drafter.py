@@ -27,9 +27,9 @@ from batch_llama import BatchLlama
 from smollm2_data import (
     Pass,
     answer,
+    answered_prompts,
     category,
     chat_ids,
-    concatenate,
     flatten,
     own_prompts,
     read_prompts,
@@ -73,6 +73,7 @@ class Material:
     rows: TrainingRows
     measured: dict[str, Measured]
     facts: dict[str, Any]
+    prompts: list[str]
 
 
 def say(text: str) -> None:
@@ -88,19 +89,31 @@ def prepare(model_dir: Path, settings: dict[str, Any], device: str) -> Material:
     batch, limit = data["batch"], data["max_prompt_tokens"]
     measured = record_measured(model, tokenizer, data)
     held_out = set(measured.pop("prompts"))
-    prompts = training_prompts(model, tokenizer, data["own_prompts"], data["template_prompts"], batch, data["seed"])
-    ids = [p for p in chat_ids(tokenizer, [p for p in prompts if p not in held_out]) if len(p) <= limit]
+    prompts = listed_prompts(model, tokenizer, data)
+    prompts = [p for p in prompts if p not in held_out]
+    ids = [p for p in chat_ids(tokenizer, prompts) if len(p) <= limit]
     say(f"{len(ids)} prompts after {time.perf_counter() - started:.1f} s")
-    parts = [answer(model, ids, Pass(**work), batch, say) for work in data["passes"]]
-    rows = concatenate(parts)
+    passes = [Pass(**work) for work in data["passes"]]
+    rows = answer(model, ids, passes, batch, data["max_seconds"], say)
     facts = {
-        "prompts": len(ids),
-        "answers": len(ids) * len(data["passes"]),
+        "prompts": (int(rows.document[-1]) + 1) // len(passes),
+        "answers": int(rows.document[-1]) + 1,
         "answer_tokens": len(rows),
         "generation_seconds": round(time.perf_counter() - started, 1),
     }
     say(f"rows: {facts}")
-    return Material(BaseTensors(model.embedding, model.embedding), rows, measured, facts)
+    vocab = frequent_tokens(rows.tokens, model.embedding.shape[0], settings["draft_vocab"])
+    base = BaseTensors(model.embedding, model.embedding, vocab.to(device).long())
+    return Material(base, rows, measured, facts, prompts)
+
+
+def listed_prompts(model: BatchLlama, tokenizer: Tokenizer, data: dict[str, Any]) -> list[str]:
+    """The prompts of an earlier run if the settings name a list, a new list otherwise."""
+    if data.get("prompts"):
+        return answered_prompts(data["prompts"])
+    return training_prompts(
+        model, tokenizer, data["own_prompts"], data["template_prompts"], data["batch"], data["seed"]
+    )
 
 
 def record_measured(model: BatchLlama, tokenizer: Tokenizer, data: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +231,7 @@ def ship(
     output: Path,
 ) -> None:
     """Measure the final drafter in full and write its directory."""
-    vocab = frequent_tokens(material.rows.tokens, material.base.head.shape[0], settings["draft_vocab"])
+    vocab = material.base.loss_vocab.to("cpu", torch.int32)
     sets = tuple(material.measured)
     metrics = {
         "data": material.facts,

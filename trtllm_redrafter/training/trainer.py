@@ -33,12 +33,18 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How to train. `window` rows x `windows` make a step's batch, in `accumulation` parts."""
+    """How to train. `window` rows x `windows` make a step's batch, in `accumulation` parts.
+
+    Of each part's windows, `full_windows` take their loss over the whole vocabulary and the others over
+    `BaseTensors.loss_vocab` alone, with the teacher renormalised on it: a quarter of the work for the tokens that
+    nearly all text is made of, while the rest still learn to stay low.
+    """
 
     loss: LossOptions
     max_steps: int
     window: int
     windows: int
+    full_windows: int
     accumulation: int
     learning_rate: float
     final_lr_ratio: float
@@ -83,10 +89,14 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class BaseTensors:
-    """What training needs of the base model: input embedding [V, H] and LM head [V, H] (the same tensor when tied)."""
+    """What training needs of the base model: input embedding [V, H] and LM head [V, H] (the same tensor when tied).
+
+    `loss_vocab` [R] holds the token ids that most windows' losses are restricted to (see `FitOptions.full_windows`).
+    """
 
     embedding: Tensor
     head: Tensor
+    loss_vocab: Tensor
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,10 @@ class Trainer:
         groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         on_gpu = base.head.is_cuda
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(options.beta1, options.beta2), fused=on_gpu)
+        restricted = base.loss_vocab.to(base.head.device)
+        self._small_head = base.head[restricted].contiguous()
+        self._column = torch.full((base.head.shape[0],), -1, device=base.head.device)
+        self._column[restricted] = torch.arange(len(restricted), device=base.head.device)
         self.order = WindowOrder(len(rows), options.window, options.windows * self.world, options.seed)
 
     def run(
@@ -131,10 +145,10 @@ class Trainer:
     ) -> None:
         """Train to step `until` (default: all). `drop_first` leaves that many steps out of the speed figures."""
         last = self.options.max_steps if until is None else min(until, self.options.max_steps)
-        first, started = self.step, time.perf_counter()
+        first, started, begin = self.step, time.perf_counter(), self.step + drop_first
         while self.step < last:
             result, norm, rate = self.advance()
-            if self.step - first == drop_first:
+            if self.step == begin and drop_first:
                 first, started = self.step, _now(self.base.head)
             if self.step % self.options.log_every == 0 or self.step == last:
                 rows = (self.step - first) * self.options.windows * self.options.window * self.world
@@ -175,9 +189,30 @@ class Trainer:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.options.autocast):
             features = self.model(context, following)
         features = features.to(dtype) if self.options.autocast else features
-        head = self.model.head_of(self.base.head)
-        valid = batch.valid.to(device)
-        return distillation_loss(features, head, hidden, self.base.head, tokens, valid, self.options.loss)
+        valid, full = batch.valid.to(device), self.options.full_windows
+        parts = []
+        if full > 0:
+            head = self.model.head_of(self.base.head)
+            parts.append(
+                distillation_loss(
+                    features[:full], head, hidden[:full], self.base.head, tokens[:full], valid[:full], self.options.loss
+                )
+            )
+        if full < len(starts):
+            parts.append(self._restricted(features[full:], hidden[full:], tokens[full:], valid[full:]))
+        shares = torch.tensor([min(full, len(starts)), max(0, len(starts) - full)], device=device) / len(starts)
+        shares = shares[shares > 0]
+        total = torch.stack([p.total for p in parts]) @ shares
+        return LossResult(total, shares @ torch.stack([p.per_position for p in parts]))
+
+    def _restricted(self, features: Tensor, hidden: Tensor, tokens: Tensor, valid: Tensor) -> LossResult:
+        """The loss over `loss_vocab`; rows whose token lies outside teach nothing here."""
+        head, rows = self.model.head_of(self.base.head), features.shape[2]
+        small = self._small_head if head is self.base.head else head[self.base.loss_vocab.to(head.device)]
+        column = self._column[tokens]
+        known = torch.stack([column[:, j : j + rows] >= 0 for j in range(1, features.shape[1] + 1)], dim=1)
+        options = self.options.loss
+        return distillation_loss(features, small, hidden, self._small_head, column, valid & known, options)
 
     def save(self, path: Path) -> None:
         """Weights, moments and the step in one file, by rename."""
