@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -226,6 +227,26 @@ def test_values_beyond_float16(case: Case) -> None:
     case.edit_tensors(change, base / "model.safetensors")
     case.base = base
     case.refused(MismatchError, "'transformer.ln_f.weight' do not fit float16", "bfloat16", dtype="float16")
+
+
+def test_a_flipped_bit_in_a_hub_cache(case: Case) -> None:
+    """Their large files are named by their SHA-256, so that damage anywhere in the data is found."""
+    hub = case.tmp_path / "models--x--y"
+    snapshot, blobs = hub / "snapshots" / "rev", hub / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in sorted(case.base.iterdir()):
+        blob = blobs / hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    case.base = snapshot
+    plan = plan_conversion(case.options(case.base, case.drafter))
+    shutil.rmtree(convert(plan, no_progress))
+    victim = (snapshot / "model-00002-of-00002.safetensors").resolve()
+    raw = bytearray(victim.read_bytes())
+    raw[-9] ^= 2
+    victim.write_bytes(raw)
+    case.refused(InputError, "not what was downloaded", "model-00002-of-00002.safetensors")
 
 
 # ---- division over ranks

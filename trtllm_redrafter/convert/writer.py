@@ -12,6 +12,7 @@ import errno
 import hashlib
 import os
 import queue
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +21,13 @@ from trtllm_redrafter.checkpoint.manifest import FileRecord
 from trtllm_redrafter.checkpoint.safetensors_io import tensor_bytes
 from trtllm_redrafter.convert.shards import Block, Extent, RankPlan, blocks
 from trtllm_redrafter.convert.sources import OpenFiles
+from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.progress import Progress
 
 CHUNK_BYTES = 2**20
 """One read and write; it stays in the CPU's cache between the two and the hash."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 RING = 8
 """Chunks between the writer and the hasher."""
@@ -165,4 +169,17 @@ def hash_inputs(paths: Sequence[Path], meter: Meter) -> dict[Path, FileRecord]:
                 size += count
                 meter.add(count)
         found[path] = FileRecord(size, digest.hexdigest())
+        _check_hub_blob(path, found[path])
     return found
+
+
+def _check_hub_blob(path: Path, record: FileRecord) -> None:
+    """A Hugging Face cache names large files by their SHA-256: a flipped bit shows here, before the rename."""
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) and blob.name != record.sha256:
+        raise InputError(
+            "the file is not what was downloaded",
+            where=path,
+            why=f"the cache expects SHA-256 {blob.name[:16]}…, it has {record.sha256[:16]}…",
+            remedy="delete it from the cache and download it again",
+        )
