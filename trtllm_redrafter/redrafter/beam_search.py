@@ -14,7 +14,8 @@ works on a few dozen candidates from there. All beams are equal in the first rou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -162,6 +163,26 @@ def beam_search(
     drafter's own. `score_dtype` None keeps laws and running scores in the model's dtype, as TensorRT-LLM does: in
     bf16 exact ties are then common. Raises `UsageError` for a shape that cannot be drafted.
     """
+    rounds = search_rounds(
+        drafter, embedding, context, first_token, shape,
+        head=head, keep_log_probs=keep_log_probs, score_dtype=score_dtype,
+    )  # fmt: skip
+    return deque(rounds, maxlen=1)[0]
+
+
+@torch.no_grad()
+def search_rounds(
+    drafter: DraftModel,
+    embedding: Tensor | Callable[[Tensor], Tensor],
+    context: Tensor,
+    first_token: Tensor,
+    shape: DraftShape,
+    *,
+    head: DraftHead | None = None,
+    keep_log_probs: bool = False,
+    score_dtype: torch.dtype | None = torch.float32,
+) -> Iterator[Beams]:
+    """The same search, round by round: after round l come the beams that a search of draft_len l returns."""
     shape.check()
     embed = embedding if callable(embedding) else _lookup(embedding)
     head = head or draft_head(_require_drafter(drafter))
@@ -188,7 +209,7 @@ def beam_search(
         tokens = torch.cat([_pick(tokens, rows), chosen], dim=-1)
         paths = torch.cat([_pick(paths, parents), scores.unsqueeze(-1)], dim=-1)
         state = _pick(state, rows)
-    return Beams(tokens, paths, history)
+        yield Beams(tokens, paths, history)
 
 
 def _lookup(weight: Tensor) -> Callable[[Tensor], Tensor]:
