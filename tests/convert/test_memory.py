@@ -31,6 +31,7 @@ MEASURE = """
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's memory accounting")
 @pytest.mark.parametrize(("dtype", "tp_size"), [("auto", 1), ("float32", 2)])
 def test_peak_memory_is_far_below_the_model(dtype: str, tp_size: int, tmp_path: Path) -> None:
     """A 150 MB model, with one tensor of 67 MB, adds less than 120 MB, most of it code."""

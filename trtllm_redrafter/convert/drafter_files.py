@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.checkpoint.fields import FieldReader
-from trtllm_redrafter.checkpoint.safetensors_io import STORED_DTYPES, SafetensorsFile, read_header
+from trtllm_redrafter.checkpoint.safetensors_io import STORED_DTYPES, read_header
+from trtllm_redrafter.convert.drafter_checks import FACTOR, LM_HEAD, draft_vocab_problems, tensor_problems
 from trtllm_redrafter.convert.sources import FileSource, OpenFiles, Source, TensorSource
 from trtllm_redrafter.errors import InputError, Problem, raise_together
 from trtllm_redrafter.fsio import read_json
@@ -31,8 +32,6 @@ from trtllm_redrafter.redrafter.config import DrafterConfig
 
 WEIGHT_FILES = ("model.safetensors", "model.pt", "pytorch_model.bin")
 DRAFT_VOCAB = "draft_vocab.safetensors"
-FACTOR = "lm_head_factor.weight"
-LM_HEAD = "lm_head.weight"
 
 _STEM = r"(?:lm_heads?|0)"
 NAME_PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -90,9 +89,9 @@ class DrafterFiles:
         weights = _weight_file(path)
         named, problems = _rename(_load(weights, files), config, weights)
         factor = named.pop(FACTOR, None)
-        problems += _tensor_problems(config, named, factor, tied, weights)
+        problems += tensor_problems(config, named, factor, tied, weights)
         vocab = path / DRAFT_VOCAB if (path / DRAFT_VOCAB).exists() else None
-        problems += [] if vocab is None else _draft_vocab_problems(vocab, config.vocab_size)
+        problems += [] if vocab is None else draft_vocab_problems(vocab, config.vocab_size)
         identity = raw.get("base_model")
         return cls(
             path=path,
@@ -198,65 +197,3 @@ def _target_name(name: str, num_layers: int) -> str | None:
                 return target
             return LM_HEAD if target == f"head.{num_layers}" else None
     return None
-
-
-def _tensor_problems(
-    config: DrafterConfig, tensors: Mapping[str, Source], factor: Source | None, tied: bool, path: Path
-) -> Iterator[Problem]:
-    expected = config.parameter_shapes()
-    if tied:
-        del expected[LM_HEAD]
-        yield from _tied_problems(config, tensors, factor, path)
-    elif factor is not None:
-        remedy = "set tie_lm_head to true in its config.json"
-        yield Problem(f"{FACTOR!r} is there, but tie_lm_head is not true", str(path), None, remedy)
-    for name, shape in expected.items():
-        source = tensors.get(name)
-        if source is None:
-            why = "TensorRT-LLM would load such a drafter without an error" if name == LM_HEAD else None
-            yield Problem(f"the drafter has no {name!r}", str(path), why, "use the complete drafter")
-        elif source.shape != shape:
-            why = f"its config.json implies {list(shape)}, the file has {list(source.shape)}"
-            yield Problem(f"the drafter's {name!r} has the wrong shape", str(path), why, "use the right config.json")
-        elif source.dtype not in ("F16", "BF16", "F32"):
-            why = f"it is {source.dtype}; F16, BF16 or F32 is needed"
-            yield Problem(f"the drafter's {name!r} is not a floating tensor", str(path), why, "save it as bfloat16")
-    allowed = {*expected, LM_HEAD} if tied else set(expected)
-    for name in sorted(set(tensors) - allowed):
-        why = "with rnn false or exit_dim twice the hidden size, some parts do not exist"
-        yield Problem(f"the drafter has {name!r}, its config.json has no place for it", str(path), why, "correct it")
-
-
-def _tied_problems(
-    config: DrafterConfig, tensors: Mapping[str, Source], factor: Source | None, path: Path
-) -> Iterator[Problem]:
-    if LM_HEAD in tensors:
-        yield Problem("tie_lm_head is true, but the file has an LM head", str(path), None, "remove one of the two")
-    width = (config.hidden_size, config.exit_dim)
-    if factor is None and config.hidden_size != config.exit_dim:
-        yield Problem(
-            f"tie_lm_head is true, but exit_dim {config.exit_dim} is not the hidden size {config.hidden_size}",
-            str(path),
-            f"the base's LM head has {config.hidden_size} columns, and there is no {FACTOR!r}",
-            "use the complete drafter",
-        )
-    elif factor is not None and (factor.shape != width or factor.dtype not in ("F16", "BF16", "F32")):
-        why = f"floating {list(width)} is needed, the file has {factor.dtype} {list(factor.shape)}"
-        yield Problem(f"{FACTOR!r} does not fit", str(path), why, "use the right config.json")
-
-
-def _draft_vocab_problems(path: Path, vocab_size: int) -> list[Problem]:
-    """`token_ids`, int32, distinct, inside the vocabulary."""
-    remedy = "write the file again, or remove it: it changes speed only"
-    file = SafetensorsFile.open(path)
-    info = file.header.get("token_ids")
-    if info is None or info.dtype != "I32" or len(info.shape) != 1 or info.shape[0] == 0:
-        return [Problem("the file has no int32 list `token_ids`", str(path), None, remedy)]
-    ids = file.load("token_ids")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        why = f"they run from {low} to {high}, the vocabulary has {vocab_size}"
-        return [Problem("`token_ids` are outside the vocabulary", str(path), why, remedy)]
-    if len(set(ids.tolist())) != ids.numel():
-        return [Problem("`token_ids` has a token twice", str(path), None, remedy)]
-    return []

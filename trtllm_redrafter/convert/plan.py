@@ -20,7 +20,8 @@ from trtllm_redrafter.checkpoint.config import ARCHITECTURES, CheckpointConfig
 from trtllm_redrafter.checkpoint.layout import DRAFTER, divisibility_problems, tensor_specs
 from trtllm_redrafter.convert.base import Base, open_base
 from trtllm_redrafter.convert.draft_shape import ResolvedShape, resolve_shape
-from trtllm_redrafter.convert.drafter_files import LM_HEAD, DrafterFiles
+from trtllm_redrafter.convert.drafter_checks import LM_HEAD
+from trtllm_redrafter.convert.drafter_files import DrafterFiles
 from trtllm_redrafter.convert.options import ConvertOptions
 from trtllm_redrafter.convert.render import plan_dict, render_plan
 from trtllm_redrafter.convert.shards import RankPlan, plan_tensor
