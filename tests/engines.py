@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ from trtllm_redrafter.backends.torch.drafting import Drafting
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.convert import ConvertOptions, convert, plan_conversion
 from trtllm_redrafter.progress import no_progress
-from trtllm_redrafter.redrafter.beam_search import Beams
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.redrafter.token_tree import TokenTree, build_tree
+from trtllm_redrafter.redrafter.token_tree import Tree
 
 VOCAB = 64
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
@@ -134,18 +134,20 @@ class Oracle(Drafting):
     def _below(self, limit: int) -> int:
         return int(torch.randint(limit, (1,), generator=self._random))
 
-    def propose(self, context: Tensor, tokens: Tensor, max_nodes: Tensor | None) -> TokenTree:
+    def propose(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[Tree]:
+        drafting = [a for a in self._runner._active if a.request.draft and a.remaining > 1]
+        assert [a.root for a in drafting] == list(roots)
+        return [self._tree(self._truth[a.request.token_ids][len(a.result.token_ids) :], a.root) for a in drafting]
+
+    def _tree(self, truth: list[int], root: int) -> Tree:
         count, length = self.shape.num_beams, self.shape.draft_len
-        beams = torch.randint(3, VOCAB, (len(tokens), count, length + 1), generator=self._random)
-        for row, active in enumerate(self._runner._active):
-            done = len(active.result.token_ids)
-            right = self._truth[active.request.token_ids][done : done + length]
-            right = right[: self._below(length + 1)]
-            beam, shared = self._below(count), self._below(count)
-            beams[row, beam, 1 : len(right) + 1] = torch.tensor(right, dtype=torch.int64)
-            beams[row, shared, 1 : len(right)] = torch.tensor(right[:-1], dtype=torch.int64)
-        beams[:, :, 0] = tokens.unsqueeze(1)
-        return build_tree(Beams(beams, torch.zeros(beams.shape), None), max_nodes=max_nodes)
+        beams = torch.randint(3, VOCAB, (count, length + 1), generator=self._random)
+        right = truth[: self._below(length + 1)]
+        beam, shared = self._below(count), self._below(count)
+        beams[beam, 1 : len(right) + 1] = torch.tensor(right, dtype=torch.int64)
+        beams[shared, 1 : len(right)] = torch.tensor(right[:-1], dtype=torch.int64)
+        beams[:, 0] = root
+        return Tree.merge(beams.tolist())
 
 
 def with_oracle(runner: TorchRunner, truth: dict[tuple[int, ...], list[int]], shape: DraftShape) -> TorchRunner:

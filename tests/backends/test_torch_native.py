@@ -17,14 +17,14 @@ from trtllm_redrafter.backends.torch.backend import CHECKPOINT_DIRECTORY
 from trtllm_redrafter.backends.torch.drafting import load_drafter
 from trtllm_redrafter.backends.torch.native import library
 from trtllm_redrafter.backends.torch.native.drafter import NativeDrafter
-from trtllm_redrafter.backends.torch.native.executor import NativeExecutor, tree_paths
+from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import load_weights
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.redrafter.beam_search import Beams, beam_search, draft_head
+from trtllm_redrafter.redrafter.beam_search import beam_search, draft_head
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.redrafter.token_tree import build_tree
+from trtllm_redrafter.redrafter.token_tree import Tree
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(c) for c in ("c++", "g++", "clang++")), reason="no C++ compiler: the PyTorch executor serves"
@@ -97,21 +97,19 @@ def test_a_row_does_not_depend_on_its_company(runner: TorchRunner) -> None:
     """Bits of every node of a branching tree, against the same tokens computed one at a time."""
     executor = runner.executor
     prompt, base = list(range(20, 45)), 25
-    tokens = torch.tensor([[[9, 4, 7, 1], [9, 4, 8, 2], [9, 5, 7, 1]]])
-    tree = build_tree(Beams(tokens, torch.zeros(tokens.shape), None))
+    beams = [[9, 4, 7, 1], [9, 4, 8, 2], [9, 5, 7, 1]]
+    tree = Tree.merge(beams)
     executor.prefill(0, prompt)
-    whole = executor.forward([0], [base], tree, logits=True)
+    whole = executor.forward([0], [base], [tree], logits=True)
     assert whole.logits is not None
-    for beam in range(3):
+    for node, path in enumerate(tree.paths()):
         executor.prefill(1, prompt)
-        for depth in range(4):
-            single = build_tree(Beams(tokens[:, beam : beam + 1, depth : depth + 1], torch.zeros(1, 1, 1), None))
-            alone = executor.forward([1], [base + depth], single, logits=True)
-            node = int(tree.draft_indices[0, beam, depth])
-            assert alone.logits is not None
-            assert torch.equal(alone.logits[0, 0], whole.logits[0, node])
-            assert torch.equal(alone.hidden[0, 0], whole.hidden[0, node])
-            assert int(alone.best[0, 0]) == int(alone.logits[0, 0].argmax())
+        for depth, ancestor in enumerate(path):
+            alone = executor.forward([1], [base + depth], [Tree.root(tree.tokens[ancestor])], logits=True)
+        assert alone.logits is not None
+        assert torch.equal(alone.logits[0], whole.logits[node])
+        assert torch.equal(alone.hidden[0], whole.hidden[node])
+        assert int(alone.best[0]) == int(alone.logits[0].argmax()) == int(whole.best[node])
 
 
 def test_beams_are_the_plain_searchs(runner: TorchRunner) -> None:
@@ -149,12 +147,6 @@ def test_without_compiler_pytorch_serves(tmp_path: Path, monkeypatch: pytest.Mon
         assert runner.generate([Request(PROMPTS[0], SamplingParams(max_tokens=5))])[0].token_ids == native.token_ids
     finally:
         library.load_library.cache_clear()
-
-
-def test_tree_paths_by_hand() -> None:
-    tokens = torch.tensor([[[9, 5, 9], [9, 5, 7], [9, 6, 9]]])
-    tree = build_tree(Beams(tokens, torch.zeros(tokens.shape), None))
-    assert tree_paths(tree).tolist() == [[0, -1, -1], [0, 1, -1], [0, 1, 2], [0, 1, 3], [0, 4, -1], [0, 4, 5]]
 
 
 def test_a_low_rank_head_is_found_and_drafts_the_same(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.redrafter.toy import make_beams
-from trtllm_redrafter.redrafter.token_tree import TokenTree, build_tree, pack, pack_bits, root_tree
+from trtllm_redrafter.redrafter.beam_search import Beams
+from trtllm_redrafter.redrafter.token_tree import TokenTree, Tree, build_tree, pack, pack_bits, pad, root_tree
+from trtllm_redrafter.redrafter.verification import walk
 
 G = 9  # the guaranteed token
 
@@ -125,3 +127,25 @@ def test_every_tree(table: list[list[list[int]]], limit: int | None, seed: int) 
             for j, node in enumerate(tree.draft_indices[row, k].tolist()):
                 path = tuple(beam[: j + 1])
                 assert (kept[node] == path) if node >= 0 else (path in dropped)
+
+
+@given(st.data())
+def test_plain_trees_are_the_tensors_trees(data: st.DataObject) -> None:
+    """`Tree` merges, lists paths and walks exactly as `build_tree`, its mask, and `walk` do."""
+    count, length = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
+    beams = [[1] + [data.draw(st.integers(0, 2)) for _ in range(length)] for _ in range(count)]
+    tensors = build_tree(Beams(torch.tensor([beams]), torch.zeros(1, count, length + 1), None))
+    tree = Tree.merge(beams)
+    assert tree.tokens == tensors.tokens[0].tolist()
+    assert tree.parents == tensors.parents[0].tolist()
+    assert tree.depths == tensors.depths[0].tolist()
+    assert tree.paths() == [row.nonzero().flatten().tolist() for row in tensors.mask[0]]
+    draws = [data.draw(st.integers(0, 2)) for _ in range(len(tree))]
+    verdict = walk(tensors, torch.tensor([draws]))
+    path = tree.walk(draws)
+    assert path == [node for node in verdict.path[0].tolist() if node >= 0]
+    assert [draws[node] for node in path] == [t for t in verdict.emitted[0].tolist() if t >= 0]
+    tokens, depths, mask = pad([tree, Tree.root(7)], torch.device("cpu"))
+    assert torch.equal(tokens[0], tensors.tokens[0]) and torch.equal(depths[0], tensors.depths[0])
+    assert torch.equal(mask[0], tensors.mask[0])
+    assert tokens[1, 0] == 7 and mask[1, 0].sum() == 1

@@ -66,11 +66,16 @@ class SamplingSettings:
         )
 
     def repeat(self, times: int) -> SamplingSettings:
-        """Each row `times` times in a row: the settings of every node of a batch of trees."""
+        """Each row `times` times in a row: the settings of every node of a batch of trees of one size."""
+        return self.repeat_each([times] * len(self.top_k))
+
+    def repeat_each(self, times: Sequence[int]) -> SamplingSettings:
+        """Row i `times[i]` times in a row."""
+        counts = torch.tensor(times, device=self.top_k.device)
         return SamplingSettings(
-            self.temperature.repeat_interleave(times),
-            self.top_k.repeat_interleave(times),
-            self.top_p.repeat_interleave(times),
+            self.temperature.repeat_interleave(counts),
+            self.top_k.repeat_interleave(counts),
+            self.top_p.repeat_interleave(counts),
             self.any_sampled,
             self.max_top_k,
             self.every_top_k,

@@ -14,6 +14,7 @@ Slots past a sequence's last node are filler: token 0, parent -1, depth 0, seein
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +88,68 @@ def root_tree(tokens: Tensor, *, width: int = 1) -> TokenTree:
         draft_indices=zeros[:, :1].unsqueeze(1),
         lengths=torch.ones_like(tokens),
     )
+
+
+@dataclass(frozen=True)
+class Tree:
+    """One sequence's tree in plain lists: at a handful of nodes, a tensor operation costs more than all the work."""
+
+    tokens: list[int]
+    parents: list[int]  # -1 for the root
+    depths: list[int]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def root(cls, token: int) -> Tree:
+        return cls([token], [-1], [0])
+
+    @classmethod
+    def merge(cls, beams: Sequence[Sequence[int]]) -> Tree:
+        """What `build_tree` makes of one sequence's beams [K][L+1]: same nodes, same numbers."""
+        tokens, parents, depths = [beams[0][0]], [-1], [0]
+        child: dict[tuple[int, int], int] = {}
+        for beam in beams:
+            node = 0
+            for depth, token in enumerate(beam[1:], start=1):
+                key = (node, token)
+                if key not in child:
+                    child[key] = len(tokens)
+                    tokens.append(token)
+                    parents.append(node)
+                    depths.append(depth)
+                node = child[key]
+        return cls(tokens, parents, depths)
+
+    def paths(self) -> list[list[int]]:
+        """For each node its ancestors from the root on, itself last."""
+        found = [[0]]
+        for node in range(1, len(self.tokens)):
+            found.append([*found[self.parents[node]], node])
+        return found
+
+    def walk(self, draws: Sequence[int]) -> list[int]:
+        """`verification.walk` for one sequence: the nodes from the root on that the draws go through."""
+        path = [0]
+        for node in range(1, len(self.tokens)):  # a node comes after its parent
+            last = path[-1]
+            if self.parents[node] == last and self.tokens[node] == draws[last]:
+                path.append(node)
+        return path
+
+
+def pad(trees: Sequence[Tree], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, depths [B, T] and mask [B, T, T] of a batch, as in `TokenTree`."""
+    width = max(len(tree) for tree in trees)
+
+    def padded(rows: list[list[int]], fill: int) -> Tensor:
+        return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)
+
+    parents = padded([tree.parents for tree in trees], -1)
+    depths = padded([tree.depths for tree in trees], 0)
+    deepest = max(max(tree.depths) for tree in trees)
+    return padded([tree.tokens for tree in trees], 0), depths, ancestor_mask(parents, deepest)
 
 
 def ancestor_mask(parents: Tensor, max_depth: int) -> Tensor:

@@ -7,6 +7,7 @@ change the acceptance length, and never the output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.redrafter.beam_search import beam_search, draft_head
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
-from trtllm_redrafter.redrafter.token_tree import TokenTree, build_tree
+from trtllm_redrafter.redrafter.token_tree import Tree
 
 DRAFT_VOCAB_FILE = "draft_vocab.safetensors"
 _PREFIX = "drafter."
@@ -78,10 +79,12 @@ class Drafting:
         self._embedding = embedding
         self._head = draft_head(drafter, rows)
 
-    def propose(self, context: Tensor, tokens: Tensor, max_nodes: Tensor | None) -> TokenTree:
-        """[B, H] contexts and [B] roots -> trees; `max_nodes` [B] limits a tree, 1 leaves its root alone."""
+    def propose(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[Tree]:
+        """Contexts [H] and last tokens of B sequences -> their trees."""
+        context = torch.stack(list(contexts))
+        tokens = torch.tensor(roots, device=context.device)
         if self._native is not None:
             beams = self._native.search(context, tokens, self.shape)
         else:
             beams = beam_search(self._drafter, self._embedding, context, tokens, self.shape, head=self._head)
-        return build_tree(beams, max_nodes=max_nodes)
+        return [Tree.merge(rows) for rows in beams.tokens.tolist()]

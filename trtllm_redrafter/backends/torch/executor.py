@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from trtllm_redrafter.redrafter.token_tree import TokenTree
+from trtllm_redrafter.redrafter.token_tree import Tree
 
 PREFILL_CHUNK = 256
 """Prompt tokens computed at once; bounds the activations of a long prompt."""
@@ -21,11 +21,11 @@ PREFILL_CHUNK = 256
 
 @dataclass(frozen=True)
 class TreeOutput:
-    """One row per tree node; filler rows hold nothing meaningful."""
+    """One row per tree node, N in all: the first tree's nodes, then the second's, ..."""
 
-    hidden: Tensor  # [B, T, H] in the model's dtype, after the final norm
-    best: Tensor  # [B, T] int64, token of the largest logit, the lowest of equals
-    logits: Tensor | None  # [B, T, V]; only when asked for
+    hidden: Tensor  # [N, H] in the model's dtype, after the final norm
+    best: Tensor  # [N] int64, token of the largest logit, the lowest of equals
+    logits: Tensor | None  # [N, V]; only when asked for
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Executor(Protocol):
         """Compute a prompt from position 0 on and commit its keys and values."""
         ...
 
-    def forward(self, slots: Sequence[int], bases: Sequence[int], tree: TokenTree, *, logits: bool) -> TreeOutput:
+    def forward(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], *, logits: bool) -> TreeOutput:
         """Run B trees at once. Node i of a tree is cached at position base + i, uncommitted.
 
-        Greedy decoding needs no `logits`: leaving them out spares writing T rows of a large vocabulary.
+        Greedy decoding needs no `logits`: leaving them out spares writing N rows of a large vocabulary.
         """
         ...
 

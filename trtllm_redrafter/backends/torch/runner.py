@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +25,7 @@ from trtllm_redrafter.backends.torch.executor import Executor, TreeOutput
 from trtllm_redrafter.backends.torch.tokenizer import EngineTokenizer
 from trtllm_redrafter.errors import Problem, RequestError, raise_together
 from trtllm_redrafter.redrafter.sampling import SamplingSettings, draw, fresh_seed, uniform
-from trtllm_redrafter.redrafter.token_tree import TokenTree, root_tree
-from trtllm_redrafter.redrafter.verification import Step, Verdict, exact, node_uniforms, walk
+from trtllm_redrafter.redrafter.token_tree import Tree
 
 
 @dataclass
@@ -177,26 +177,27 @@ class TorchRunner(Runner):
         """One step of the whole batch."""
         start = time.perf_counter()
         batch = list(self._active)
-        tree = self._propose(batch)
+        trees = self._propose(batch)
         settings = self._batch_settings(batch)
         slots, bases = [a.slot for a in batch], [a.base for a in batch]
-        output = self.executor.forward(slots, bases, tree, logits=settings.any_sampled)
-        verdict = _verify(batch, tree, output, settings)
-        emitted = self._accept(batch, tree, output, verdict)
+        output = self.executor.forward(slots, bases, trees, logits=settings.any_sampled)
+        emitted = self._accept(batch, trees, output, _draw(batch, trees, output, settings))
         elapsed = time.perf_counter() - start
         for active in batch:
             active.result.decode_seconds += elapsed
         return [self._emit(active, tokens) for active, tokens in zip(batch, emitted, strict=True)]
 
-    def _propose(self, batch: list[_Active]) -> TokenTree:
-        device = batch[0].context.device
-        roots = torch.tensor([a.root for a in batch], device=device)
-        drafts = [a.request.draft and a.remaining > 1 for a in batch]
-        if self._drafting is None or not any(drafts):
-            return root_tree(roots)
-        context = torch.stack([a.context for a in batch])
-        limit = None if all(drafts) else torch.where(torch.tensor(drafts), self._drafting.shape.max_tree_tokens, 1)
-        return self._drafting.propose(context, roots, None if limit is None else limit.to(device))
+    def _propose(self, batch: list[_Active]) -> list[Tree]:
+        """A tree for every request; one that does not draft, or has one token left to write, gets its root alone."""
+        trees = [Tree.root(a.root) for a in batch]
+        if self._drafting is not None:
+            rows = [i for i, a in enumerate(batch) if a.request.draft and a.remaining > 1]
+            drafted = [batch[i] for i in rows]
+            if rows:
+                found = self._drafting.propose([a.context for a in drafted], [a.root for a in drafted])
+                for row, tree in zip(rows, found, strict=True):
+                    trees[row] = tree
+        return trees
 
     def _batch_settings(self, batch: list[_Active]) -> SamplingSettings:
         """Sampling parameters as tensors, made again only when the batch has changed."""
@@ -204,20 +205,20 @@ class TorchRunner(Runner):
             self._settings = SamplingSettings.of([a.request.sampling for a in batch], batch[0].context.device)
         return self._settings
 
-    def _accept(self, batch: list[_Active], tree: TokenTree, output: TreeOutput, verdict: Verdict) -> list[list[int]]:
-        """Commit the accepted paths; the tokens each request gained."""
-        emitted, paths = verdict.emitted.tolist(), verdict.path.tolist()
-        accepted, last, sizes = verdict.accepted.tolist(), verdict.last_node.tolist(), tree.lengths.tolist()
-        gained = []
-        for row, active in enumerate(batch):
-            count = accepted[row] + 1
-            self.executor.commit(active.slot, active.base, paths[row][:count])
-            active.base += count
-            active.root = emitted[row][count - 1]
-            active.context = output.hidden[row, last[row]]
+    def _accept(self, batch: list[_Active], trees: list[Tree], output: TreeOutput, draws: list[int]) -> list[list[int]]:
+        """Walk each tree with its nodes' draws and commit the path; the tokens each request gained."""
+        gained, first = [], 0
+        for active, tree in zip(batch, trees, strict=True):
+            own = draws[first : first + len(tree)]
+            path = tree.walk(own)
+            self.executor.commit(active.slot, active.base, path)
+            active.base += len(path)
+            active.root = own[path[-1]]
+            active.context = output.hidden[first + path[-1]]
             active.result.steps += 1
-            active.result.drafted_tokens += sizes[row] - 1
-            gained.append(emitted[row][:count])
+            active.result.drafted_tokens += len(tree) - 1
+            gained.append([own[node] for node in path])
+            first += len(tree)
         return gained
 
     def _emit(self, active: _Active, tokens: list[int]) -> Update:
@@ -255,13 +256,18 @@ class TorchRunner(Runner):
         self._settings = None
 
 
-def _verify(batch: list[_Active], tree: TokenTree, output: TreeOutput, settings: SamplingSettings) -> Verdict:
-    """The exact rule. A greedy batch walks the executor's own maxima."""
+def _draw(batch: list[_Active], trees: list[Tree], output: TreeOutput, settings: SamplingSettings) -> list[int]:
+    """The base model's own next token at every node, drawn with the uniform of its output position.
+
+    This and the walk are the `exact` rule of `redrafter.verification`, without padding.
+    """
     if output.logits is None:
-        return walk(tree, output.best)
-    emitted = torch.tensor([len(a.result.token_ids) for a in batch])
-    uniforms = node_uniforms(tree, [a.seed for a in batch], emitted)
-    return exact(Step(tree, output.logits, settings, uniforms))
+        return output.best.tolist()
+    sizes = [len(tree) for tree in trees]
+    seeds = np.repeat([a.seed for a in batch], sizes)
+    positions = [len(a.result.token_ids) + d for a, tree in zip(batch, trees, strict=True) for d in tree.depths]
+    uniforms = uniform(seeds, positions).to(output.logits.device)
+    return draw(output.logits, settings.repeat_each(sizes), uniforms).tolist()
 
 
 @contextmanager

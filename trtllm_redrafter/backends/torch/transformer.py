@@ -20,7 +20,7 @@ from trtllm_redrafter.backends.torch.rope import rotary_tables
 from trtllm_redrafter.backends.torch.weights import LayerWeights, ModelWeights
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.redrafter.sampling import greedy
-from trtllm_redrafter.redrafter.token_tree import TokenTree
+from trtllm_redrafter.redrafter.token_tree import Tree, pad
 
 _CACHE_BUCKET = 64
 """Attention reads the cache in multiples of this many positions, so that shapes repeat."""
@@ -59,8 +59,11 @@ class TorchExecutor:
     def hidden_states(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         return torch.cat(self._chain(slot, token_ids))
 
-    def forward(self, slots: Sequence[int], bases: Sequence[int], tree: TokenTree, *, logits: bool) -> TreeOutput:
-        hidden = self._layers(slots, bases, tree.tokens, tree.depths, tree.mask)
+    @torch.no_grad()
+    def forward(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], *, logits: bool) -> TreeOutput:
+        tokens, depths, mask = pad(trees, self._device)
+        padded = self._layers(slots, bases, tokens, depths, mask)
+        hidden = torch.cat([rows[: len(tree)] for rows, tree in zip(padded, trees, strict=True)])
         scores = F.linear(hidden, self._weights.head)
         return TreeOutput(hidden, greedy(scores), scores if logits else None)
 
@@ -94,12 +97,12 @@ class TorchExecutor:
         width = tokens.shape[1]
         base = torch.tensor(bases, device=self._device)
         places = base.unsqueeze(1) + torch.arange(width, device=self._device)  # [B, T] where keys go
-        positions = base.unsqueeze(1) + depths.to(self._device)
+        positions = base.unsqueeze(1) + depths
         span = min(self._capacity, -(-(max(bases) + width) // _CACHE_BUCKET) * _CACHE_BUCKET)
-        mask = self._attention_mask(base, places, tree_mask.to(self._device), span)
+        mask = self._attention_mask(base, places, tree_mask, span)
         slot_index = torch.tensor(slots, device=self._device)
         rotation = self._cosine[positions].unsqueeze(2), self._sine[positions].unsqueeze(2)  # [B, T, 1, D]
-        x = F.embedding(tokens.to(self._device), self._weights.embedding)
+        x = F.embedding(tokens, self._weights.embedding)
         for index, layer in enumerate(self._weights.layers):
             normed = self._norm(x, layer.input_norm)
             x = x + self._attention(index, layer, normed, rotation, slot_index, places, mask, span)

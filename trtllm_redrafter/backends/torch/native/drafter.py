@@ -91,7 +91,7 @@ class NativeDrafter:
 
     def close(self) -> None:
         if self._handle:
-            self._executor.library.redrafter_drafter_destroy(self._handle)
+            self._executor.library.redrafter_drafter_destroy(self._executor.handle, self._handle)
         self._handle = None
 
     def __del__(self) -> None:

@@ -24,7 +24,7 @@ from trtllm_redrafter.backends.torch.native.library import (
 from trtllm_redrafter.backends.torch.rope import rotary_tables
 from trtllm_redrafter.backends.torch.weights import LayerWeights, ModelWeights
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.redrafter.token_tree import TokenTree
+from trtllm_redrafter.redrafter.token_tree import Tree
 
 LANES = 16
 _ROW = np.dtype(
@@ -153,29 +153,21 @@ class NativeExecutor:
             states.append(self._call(rows, np.array([], dtype=np.int32), logits=False)[0])
         return torch.cat(states)
 
-    def forward(self, slots: Sequence[int], bases: Sequence[int], tree: TokenTree, *, logits: bool) -> TreeOutput:
-        batch, width = tree.tokens.shape
-        lengths = tree.lengths.tolist()
-        count = sum(lengths)
-        rows = np.zeros(count, dtype=_ROW)
-        paths = tree_paths(tree)  # [B * T, D + 1]
-        real = np.concatenate([b * width + np.arange(n) for b, n in enumerate(lengths)])
-        rows["token"] = tree.tokens.reshape(-1).numpy()[real]
-        rows["slot"] = np.repeat(np.asarray(slots, dtype=np.int32), lengths)
-        rows["base"] = np.repeat(np.asarray(bases, dtype=np.int32), lengths)
-        rows["depth"] = tree.depths.reshape(-1).numpy()[real]
-        rows["node"] = real % width
-        kept = np.ascontiguousarray(paths[real])
-        in_place = ((kept == np.arange(kept.shape[1])) | (kept < 0)).all(axis=1)
-        rows["path"] = np.where(in_place, 0, kept.ctypes.data + np.arange(count) * kept.strides[0])
-        hidden, best, scores = self._call(rows, np.arange(count, dtype=np.int32), logits=logits)
-
-        def shaped(values: Tensor) -> Tensor:
-            if count == batch * width:
-                return values.view(batch, width, *values.shape[1:])
-            return _spread(values, real, batch, width)
-
-        return TreeOutput(shaped(hidden), shaped(best), None if scores is None else shaped(scores))
+    def forward(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], *, logits: bool) -> TreeOutput:
+        sizes = [len(tree) for tree in trees]
+        rows = np.zeros(sum(sizes), dtype=_ROW)
+        rows["token"] = [token for tree in trees for token in tree.tokens]
+        rows["slot"] = np.repeat(np.asarray(slots, dtype=np.int32), sizes)
+        rows["base"] = np.repeat(np.asarray(bases, dtype=np.int32), sizes)
+        rows["depth"] = depths = [depth for tree in trees for depth in tree.depths]
+        rows["node"] = [node for size in sizes for node in range(size)]
+        paths = np.full((len(rows), max(depths) + 1), -1, dtype=np.int32)
+        for row, path in enumerate(path for tree in trees for path in tree.paths()):
+            if path[-1] != len(path) - 1:  # else every ancestor lies where its depth says, and is read in place
+                paths[row, : len(path)] = path
+                rows["path"][row] = paths.ctypes.data + row * paths.strides[0]
+        hidden, best, scores = self._call(rows, np.arange(len(rows), dtype=np.int32), logits=logits)
+        return TreeOutput(hidden, best, scores)
 
     def commit(self, slot: int, base: int, path: Sequence[int]) -> None:
         if any(node != place for place, node in enumerate(path)):
@@ -216,21 +208,3 @@ class NativeExecutor:
             best.data_ptr(),
         )
         return hidden, best, scores
-
-
-def tree_paths(tree: TokenTree) -> NDArray[np.int32]:
-    """[B * T, D + 1]: for each node its ancestors by depth, itself last; -1 past it."""
-    mask = tree.mask.reshape(-1, tree.width).numpy()
-    depths = tree.depths.numpy()
-    paths = np.full((len(mask), int(depths.max()) + 1), -1, dtype=np.int32)
-    rows, nodes = np.nonzero(mask)
-    own = depths.reshape(-1, tree.width)[rows // tree.width, nodes]
-    paths[rows, own] = nodes
-    return paths
-
-
-def _spread(packed: Tensor, real: NDArray[np.int64], batch: int, width: int) -> Tensor:
-    """Packed rows back to [B, T, ...]; filler rows are zero."""
-    out = packed.new_zeros(batch * width, *packed.shape[1:])
-    out[torch.from_numpy(real)] = packed
-    return out.view(batch, width, *packed.shape[1:])

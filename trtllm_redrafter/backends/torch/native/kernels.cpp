@@ -3,7 +3,7 @@
 // Why it exists. At batch 1 a step is one read of all weights: 269 MB for a 135M model. Through separate operators most
 // of the time goes to dispatch and to waking the second thread (about 120 matrix products a step), and a
 // row's last bits depend on how many rows are computed beside it. Here one call runs all layers; threads
-// meet at spinning barriers that yield on a busy machine.
+// take pieces of each phase and never wait for one that the operating system has put aside.
 //
 // Batch invariance. Every number of a row is computed by the same sequence of operations whatever else is
 // in the call: a matrix product is one accumulator per output over k in order; attention walks the row's own
@@ -24,6 +24,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <new>
 #include <sched.h>
 #include <thread>
@@ -117,42 +118,79 @@ inline float silu(float x) {  // both branches of the exponential stay in range
 
 // ---------------------------------------------------------------- threads
 
-class Team {  // a fixed team; `run` gives every member the same function and its number
+// A fixed team that works through a job's phases together. A phase is a number of pieces; whoever is running takes
+// the next one, and the phase is over when all pieces are done, not when all members have come by. A member that
+// the operating system has put aside holds up the others by one piece at most, which is what keeps a step's time
+// sane beside another busy process; it runs after them through phases that are over, or gives up when the
+// next job has begun. So what a job's argument points to must live on until then (`settle` waits for it).
+class Team {
  public:
   explicit Team(int size) : size_(std::max(1, size)) {
     for (int i = 1; i < size_; ++i) workers_.emplace_back([this, i] { work(i); });
   }
   ~Team() {
     stop_ = true;
-    round_.fetch_add(1);
-    round_.notify_all();
+    job_.fetch_add(1);
+    job_.notify_all();
     for (auto &w : workers_) w.join();
   }
   int size() const { return size_; }
 
-  void run(void (*task)(void *, int), void *arg) {
-    task_ = task;
-    arg_ = arg;
-    round_.fetch_add(1, std::memory_order_release);
-    if (size_ > 1) round_.notify_all();
+  // Runs `task(arg, member)` on every member; it must call `phase` equally often on each. `phases` bounds how often.
+  void run(void (*task)(void *, int), void *arg, int phases) {
+    if (size_ > 1) {
+      settle();
+      if (phases > capacity_) {
+        counters_.reset(new Counter[phases]);
+        capacity_ = phases;
+      }
+      for (int i = 0; i < phases; ++i) {
+        counters_[i].next.store(0, std::memory_order_relaxed);
+        counters_[i].done.store(0, std::memory_order_relaxed);
+      }
+      task_ = task;
+      arg_ = arg;
+      open_.store(true, std::memory_order_release);
+      job_.fetch_add(1, std::memory_order_release);
+      job_.notify_all();
+    }
+    members_[0].phase = 0;
     task(arg, 0);
-    barrier();
+    open_.store(false, std::memory_order_release);
   }
 
-  void barrier() {
-    if (size_ == 1) return;
-    const uint32_t phase = phase_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-      arrived_.store(0, std::memory_order_relaxed);
-      phase_.fetch_add(1, std::memory_order_release);
+  // Waits until no member is inside a job any more.
+  void settle() const {
+    while (inside_.load(std::memory_order_acquire)) sched_yield();
+  }
+
+  // Does `work(piece)` for all `pieces`, shared with the other members; returns when all are done.
+  template <class Work>
+  void phase(int member, int pieces, Work work) {
+    if (size_ == 1) {
+      for (int i = 0; i < pieces; ++i) work(i);
       return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) pause(spins);
+    Counter &c = counters_[members_[member].phase++];
+    int finished = 0;
+    for (int i; c.next.load(std::memory_order_relaxed) < pieces &&
+                (i = c.next.fetch_add(1, std::memory_order_acq_rel)) < pieces;
+         ++finished)
+      work(i);
+    if (finished) c.done.fetch_add(finished, std::memory_order_acq_rel);
+    for (int spins = 0; c.done.load(std::memory_order_acquire) < pieces; ++spins) pause(spins);
   }
 
  private:
+  struct alignas(64) Counter {
+    std::atomic<int> next{0}, done{0};
+  };
+  struct alignas(64) Member {
+    int phase = 0;
+  };
+
   static void pause(int spins) {  // spin while the wait is short, then let another process have the core
-    if (spins < 4000) {
+    if (spins < 2000) {
 #if defined(__x86_64__)
       _mm_pause();
 #endif
@@ -163,21 +201,27 @@ class Team {  // a fixed team; `run` gives every member the same function and it
   void work(int member) {
     uint32_t seen = 0;
     for (;;) {
-      for (int spins = 0; round_.load(std::memory_order_acquire) == seen && spins < 4000; ++spins) pause(spins);
-      round_.wait(seen, std::memory_order_acquire);
-      if (round_.load(std::memory_order_acquire) == seen) continue;
-      seen = round_.load(std::memory_order_acquire);
+      for (int spins = 0; job_.load(std::memory_order_acquire) == seen && spins < 4000; ++spins) pause(spins % 2000);
+      job_.wait(seen, std::memory_order_acquire);
+      seen = job_.load(std::memory_order_acquire);
       if (stop_) return;
-      task_(arg_, member);
-      barrier();
+      inside_.fetch_add(1, std::memory_order_acq_rel);
+      if (open_.load(std::memory_order_acquire)) {  // too late for this job otherwise
+        members_[member].phase = 0;
+        task_(arg_, member);
+      }
+      inside_.fetch_sub(1, std::memory_order_acq_rel);
     }
   }
 
   const int size_;
   std::vector<std::thread> workers_;
-  std::atomic<uint32_t> round_{0}, phase_{0};
-  std::atomic<int> arrived_{0};
-  std::atomic<bool> stop_{false};
+  std::unique_ptr<Counter[]> counters_;
+  int capacity_ = 0;
+  Member members_[256];
+  std::atomic<uint32_t> job_{0};
+  std::atomic<int> inside_{0};
+  std::atomic<bool> open_{false}, stop_{false};
   void (*task_)(void *, int) = nullptr;
   void *arg_ = nullptr;
 };
@@ -185,8 +229,8 @@ class Team {  // a fixed team; `run` gives every member the same function and it
 struct Range {
   int begin, end;
 };
-inline Range share(int total, int member, int members) {
-  return {int(int64_t(total) * member / members), int(int64_t(total) * (member + 1) / members)};
+inline Range share(int total, int piece, int pieces) {
+  return {int(int64_t(total) * piece / pieces), int(int64_t(total) * (piece + 1) / pieces)};
 }
 
 // ---------------------------------------------------------------- matrix product
@@ -276,6 +320,17 @@ struct RedrafterRow {
 
 namespace {
 
+struct Step {
+  struct Model *m;
+  const RedrafterRow *rows;
+  int count;
+  bf16 *hidden;               // [count, hidden], after the final norm
+  const int32_t *logit_rows;  // which rows get logits
+  int logit_count;
+  float *logits;    // [logit_count, vocab], or null when only the largest is wanted
+  int64_t *best;    // [logit_count] token of the largest logit, the lowest of equals
+};
+
 struct Best {
   float value = -INFINITY;
   int token = 0;
@@ -295,9 +350,10 @@ struct Model {
   const float *cosine = nullptr, *sine = nullptr;  // [max_seq, head_size / 2]
   Packed head;
   bf16 *keys = nullptr, *values = nullptr;
+  Step step{};                        // of the last call; a straggler may still look at it
   std::vector<float> residual, wide;  // [rows, hidden], [rows, widest output]
   std::vector<bf16> normed, mixed;    // [rows, hidden], [rows, max(heads * head_size, intermediate)]
-  std::vector<std::vector<Best>> best;     // per thread
+  std::vector<Best> best;                  // [pieces of the head, rows]
   std::vector<std::vector<float>> scores;  // per thread: [group, positions]
   std::vector<std::vector<bf16>> scratch;  // per thread: gathered tail keys and values, queries, probabilities
 
@@ -423,21 +479,10 @@ void attend(Model &m, int layer, const RedrafterRow &row, int kv_head, const flo
   }
 }
 
-struct Step {
-  Model *m;
-  const RedrafterRow *rows;
-  int count;
-  bf16 *hidden;               // [count, hidden], after the final norm
-  const int32_t *logit_rows;  // which rows get logits
-  int logit_count;
-  float *logits;    // [logit_count, vocab], or null when only the largest is wanted
-  int64_t *best;    // [logit_count] token of the largest logit, the lowest of equals
-};
-
-void split_heads(Model &m, int layer, const RedrafterRow &row, float *qkv, int first, int last) {
+void split_heads(Model &m, int layer, const RedrafterRow &row, float *qkv, int heads) {
   const Layer &l = m.layers[layer];
   const int d = m.c.head_size, position = row.base + row.depth, to = row.base + row.node;
-  for (int h = first; h < last; ++h) {
+  for (int h = 0; h < heads; ++h) {
     float *x = qkv + size_t(h) * d;
     if (l.qkv_bias)
       for (int i = 0; i < d; ++i) x[i] += l.qkv_bias[size_t(h) * d + i];
@@ -454,66 +499,78 @@ void split_heads(Model &m, int layer, const RedrafterRow &row, float *qkv, int f
   }
 }
 
-void norm_rows(Model &m, const bf16 *weight, int count, int member, bf16 *out) {
-  const Range r = share(count, member, m.team.size());
-  for (int i = r.begin; i < r.end; ++i)
-    rms_norm(m.residual.data() + size_t(i) * m.c.hidden, weight, m.c.hidden, m.c.epsilon, out + size_t(i) * m.c.hidden);
+// Pieces that a product over `blocks` blocks of 16 columns is cut into; even block counts keep the two-block tiles.
+inline int pieces(const Model &m, int blocks) { return std::max(1, std::min(4 * m.team.size(), blocks / 2)); }
+inline Range blocks_of(int blocks, int piece, int count) {
+  const Range halves = share((blocks + 1) / 2, piece, count);
+  return {halves.begin * 2, std::min(halves.end * 2, blocks)};
 }
 
-void add_to_residual(Model &m, const float *bias, int count, Range blocks) {
-  const int from = blocks.begin * LANES, to = std::min(blocks.end * LANES, m.c.hidden), stride = m.wide_stride();
-  for (int i = 0; i < count; ++i) {
-    float *x = m.residual.data() + size_t(i) * m.c.hidden;
-    const float *y = m.wide.data() + size_t(i) * stride;
-    for (int j = from; j < to; ++j) x[j] += y[j] + (bias ? bias[j] : 0.0f);
+void norm_rows(Model &m, const bf16 *weight, int count, int member, bf16 *out) {
+  const int h = m.c.hidden;
+  m.team.phase(member, count, [&](int i) {
+    rms_norm(m.residual.data() + size_t(i) * h, weight, h, m.c.epsilon, out + size_t(i) * h);
+  });
+}
+
+// residual += x W^T + bias
+void add_product(Model &m, const bf16 *x, int x_stride, int count, const Packed &w, const float *bias, int member) {
+  const int stride = m.wide_stride(), n = pieces(m, w.blocks());
+  m.team.phase(member, n, [&](int piece) {
+    const Range blocks = blocks_of(w.blocks(), piece, n);
+    product(x, x_stride, count, w, blocks, m.wide.data(), stride);
+    const int from = blocks.begin * LANES, to = std::min(blocks.end * LANES, w.n);
+    for (int i = 0; i < count; ++i) {
+      float *r = m.residual.data() + size_t(i) * m.c.hidden;
+      const float *y = m.wide.data() + size_t(i) * stride;
+      for (int j = from; j < to; ++j) r[j] += y[j] + (bias ? bias[j] : 0.0f);
+    }
+  });
+}
+
+// SiLU(x A^T) * (x B^T) for one block of columns of both.
+void gated_block(Model &m, const Layer &l, int count, int block) {
+  const int h = m.c.hidden, mixed = m.mixed_stride();
+  float gate[LANES * 8], up[LANES * 8];
+  for (int i = 0; i < count; i += 8) {
+    const int n = std::min(8, count - i);
+    const bf16 *x = m.normed.data() + size_t(i) * h;
+    tiles<1>(x, h, n, l.gate.block(block), size_t(h) * LANES, h, gate, LANES);
+    tiles<1>(x, h, n, l.up.block(block), size_t(h) * LANES, h, up, LANES);
+    for (int r = 0; r < n; ++r) {
+      bf16 *out = m.mixed.data() + size_t(i + r) * mixed + block * LANES;
+      for (int j = 0; j < LANES; ++j) out[j] = to_bf16(silu(gate[r * LANES + j]) * up[r * LANES + j]);
+    }
   }
 }
+
+constexpr int LAYER_PHASES = 8;
 
 void run_layer(Step &s, int layer, int member) {
   Model &m = *s.m;
   const Layer &l = m.layers[layer];
-  const int threads = m.team.size(), stride = m.wide_stride(), mixed = m.mixed_stride(), h = m.c.hidden;
+  Team &team = m.team;
+  const int stride = m.wide_stride(), mixed = m.mixed_stride(), h = m.c.hidden;
   norm_rows(m, l.input_norm, s.count, member, m.normed.data());
-  m.team.barrier();
-  product(m.normed.data(), h, s.count, l.qkv, share(l.qkv.blocks(), member, threads), m.wide.data(), stride);
-  m.team.barrier();
-  const int all_heads = m.c.heads + 2 * m.c.kv_heads;
-  const Range units = share(s.count * all_heads, member, threads);
-  for (int u = units.begin; u < units.end; ++u)
-    split_heads(m, layer, s.rows[u / all_heads], m.wide.data() + size_t(u / all_heads) * stride, u % all_heads,
-                u % all_heads + 1);
-  m.team.barrier();
-  const Range pairs = share(s.count * m.c.kv_heads, member, threads);
-  for (int u = pairs.begin; u < pairs.end; ++u) {
-    const int i = u / m.c.kv_heads;
-    attend(m, layer, s.rows[i], u % m.c.kv_heads, m.wide.data() + size_t(i) * stride,
+  const int n = pieces(m, l.qkv.blocks());
+  team.phase(member, n, [&](int piece) {
+    product(m.normed.data(), h, s.count, l.qkv, blocks_of(l.qkv.blocks(), piece, n), m.wide.data(), stride);
+  });
+  const int heads = m.c.heads + 2 * m.c.kv_heads;
+  team.phase(member, s.count, [&](int i) { split_heads(m, layer, s.rows[i], m.wide.data() + size_t(i) * stride, heads); });
+  team.phase(member, s.count * m.c.kv_heads, [&](int unit) {
+    const int i = unit / m.c.kv_heads;
+    attend(m, layer, s.rows[i], unit % m.c.kv_heads, m.wide.data() + size_t(i) * stride,
            m.mixed.data() + size_t(i) * mixed, member);
-  }
-  m.team.barrier();
-  const Range out = share(l.dense.blocks(), member, threads);
-  product(m.mixed.data(), mixed, s.count, l.dense, out, m.wide.data(), stride);
-  add_to_residual(m, l.dense_bias, s.count, out);
-  m.team.barrier();
+  });
+  add_product(m, m.mixed.data(), mixed, s.count, l.dense, l.dense_bias, member);
   norm_rows(m, l.post_norm, s.count, member, m.normed.data());
-  m.team.barrier();
-  const Range inner = share(l.gate.blocks(), member, threads);
-  for (int b = inner.begin; b < inner.end; ++b) {
-    float gate[LANES * 8], up[LANES * 8];
-    for (int i = 0; i < s.count; i += 8) {
-      const int n = std::min(8, s.count - i);
-      const bf16 *x = m.normed.data() + size_t(i) * h;
-      tiles<1>(x, h, n, l.gate.block(b), size_t(h) * LANES, h, gate, LANES);
-      tiles<1>(x, h, n, l.up.block(b), size_t(h) * LANES, h, up, LANES);
-      for (int r = 0; r < n; ++r)
-        for (int j = 0; j < LANES; ++j)
-          m.mixed[size_t(i + r) * mixed + b * LANES + j] = to_bf16(silu(gate[r * LANES + j]) * up[r * LANES + j]);
-    }
-  }
-  m.team.barrier();
-  const Range back = share(l.down.blocks(), member, threads);
-  product(m.mixed.data(), mixed, s.count, l.down, back, m.wide.data(), stride);
-  add_to_residual(m, nullptr, s.count, back);
-  m.team.barrier();
+  const int blocks = l.gate.blocks(), parts = pieces(m, blocks);
+  team.phase(member, parts, [&](int piece) {
+    const Range mine = share(blocks, piece, parts);
+    for (int b = mine.begin; b < mine.end; ++b) gated_block(m, l, s.count, b);
+  });
+  add_product(m, m.mixed.data(), mixed, s.count, l.down, nullptr, member);
 }
 
 // Largest of 32 neighbouring logits. NaN is never larger, so a broken row gives token 0, not a crash.
@@ -524,55 +581,64 @@ inline void scan(const float *x, int count, int first, Best &best) {
     for (int j = 0; j < count; ++j) best.offer(x[j], first + j);
 }
 
-void run_head(Step &s, int member) {
+void head_block_pair(Step &s, int b, int end, Best *best) {
   Model &m = *s.m;
   const int h = m.c.hidden, vocab = m.c.vocab;
-  const Range blocks = share(m.head.blocks(), member, m.team.size());
-  std::vector<Best> &best = m.best[member];
-  best.assign(s.logit_count, Best{});
-  // Two blocks at a time; the last one may hang over the vocabulary's end.
-  for (int b = blocks.begin; b < blocks.end; b += 2) {
-    const int wide = std::min(2, blocks.end - b), from = b * LANES, to = std::min(from + wide * LANES, vocab);
-    for (int i = 0; i < s.logit_count; i += 8) {
-      const int n = std::min(8, s.logit_count - i);
-      const bf16 *x = m.normed.data() + size_t(i) * h;
-      float out[8 * 2 * LANES];
-      if (wide == 2)
-        tiles<2>(x, h, n, m.head.block(b), size_t(h) * LANES, h, out, 2 * LANES);
-      else
-        tiles<1>(x, h, n, m.head.block(b), size_t(h) * LANES, h, out, 2 * LANES);
-      for (int r = 0; r < n; ++r) {
-        const float *row = out + size_t(r) * 2 * LANES;
-        if (s.logits) std::memcpy(s.logits + size_t(i + r) * vocab + from, row, size_t(to - from) * 4);
-        scan(row, to - from, from, best[i + r]);
-      }
+  const int wide = std::min(2, end - b), from = b * LANES, to = std::min(from + wide * LANES, vocab);
+  for (int i = 0; i < s.logit_count; i += 8) {
+    const int n = std::min(8, s.logit_count - i);
+    const bf16 *x = m.normed.data() + size_t(i) * h;
+    float out[8 * 2 * LANES];
+    if (wide == 2)
+      tiles<2>(x, h, n, m.head.block(b), size_t(h) * LANES, h, out, 2 * LANES);
+    else
+      tiles<1>(x, h, n, m.head.block(b), size_t(h) * LANES, h, out, 2 * LANES);
+    for (int r = 0; r < n; ++r) {
+      const float *row = out + size_t(r) * 2 * LANES;
+      if (s.logits) std::memcpy(s.logits + size_t(i + r) * vocab + from, row, size_t(to - from) * 4);
+      scan(row, to - from, from, best[i + r]);
     }
   }
-  m.team.barrier();
-  if (member) return;
-  for (int i = 0; i < s.logit_count; ++i) {  // members hold rising token ranges
-    Best all;
-    for (const auto &part : m.best) all.offer(part[i].value, part[i].token);
-    s.best[i] = all.token;
-  }
 }
+
+int head_pieces(const Model &m) { return std::min(16 * m.team.size(), std::max(1, m.head.blocks() / 2)); }
+
+void run_head(Step &s, int member) {
+  Model &m = *s.m;
+  const int count = head_pieces(m), blocks = m.head.blocks();
+  m.team.phase(member, count, [&](int piece) {
+    const Range mine = blocks_of(blocks, piece, count);
+    Best *best = m.best.data() + size_t(piece) * m.c.max_rows;
+    std::fill_n(best, s.logit_count, Best{});
+    for (int b = mine.begin; b < mine.end; b += 2) head_block_pair(s, b, mine.end, best);
+  });
+  m.team.phase(member, 1, [&](int) {
+    for (int i = 0; i < s.logit_count; ++i) {  // pieces hold rising token ranges: the lowest of equals stays
+      Best all;
+      for (int piece = 0; piece < count; ++piece) {
+        const Best &part = m.best[size_t(piece) * m.c.max_rows + i];
+        all.offer(part.value, part.token);
+      }
+      s.best[i] = all.token;
+    }
+  });
+}
+
+int step_phases(const Model &m) { return LAYER_PHASES * m.c.layers + 5; }
 
 void run_step(void *arg, int member) {
   Step &s = *static_cast<Step *>(arg);
   Model &m = *s.m;
   const int h = m.c.hidden;
-  const Range mine = share(s.count, member, m.team.size());
-  for (int i = mine.begin; i < mine.end; ++i)
-    for (int j = 0; j < h; ++j)
-      m.residual[size_t(i) * h + j] = to_float(m.embedding[size_t(s.rows[i].token) * h + j]);
-  m.team.barrier();
+  m.team.phase(member, s.count, [&](int i) {
+    const bf16 *embedded = m.embedding + size_t(s.rows[i].token) * h;
+    for (int j = 0; j < h; ++j) m.residual[size_t(i) * h + j] = to_float(embedded[j]);
+  });
   for (int layer = 0; layer < m.c.layers; ++layer) run_layer(s, layer, member);
   norm_rows(m, m.final_norm, s.count, member, s.hidden);
-  m.team.barrier();
-  const Range heads = share(s.logit_count, member, m.team.size());
-  for (int i = heads.begin; i < heads.end; ++i)
+  m.team.phase(member, s.logit_count, [&](int i) {
     std::memcpy(m.normed.data() + size_t(i) * h, s.hidden + size_t(s.logit_rows[i]) * h, size_t(h) * sizeof(bf16));
-  m.team.barrier();
+  });
   run_head(s, member);
 }
 
@@ -583,24 +649,9 @@ struct Candidate {
   int flat;  // row * head rows + column: the lower one wins a tie
 };
 
-struct Drafter {
-  int hidden, width, layers;  // H, exit_dim
-  Packed rnn_u, rnn_w, input_proj;
-  Packed factor, head;  // LM head [R, exit_dim], or [R, H] behind a factor [H, exit_dim]
-  const float *rnn_bias = nullptr, *input_bias = nullptr;
-  const int64_t *token_of_column = nullptr;  // null: column i is token i
-  std::vector<Packed> blocks;
-  std::vector<const float *> biases;
-  std::vector<float> wide, x, logits, scores;
-  std::vector<bf16> narrow, joined, states, next_states;
-  std::vector<int64_t> last;                      // token each row ends in
-  std::vector<std::vector<Candidate>> survivors;  // per row
-  std::vector<std::vector<Candidate>> merged;     // per thread
-};
-
 struct Search {  // B sequences, R rows each (1 before the beams differ, then K), K beams of L drafted tokens
   Model *m;
-  Drafter *d;
+  struct Drafter *d;
   const bf16 *context;   // [B, H]
   const int64_t *first;  // [B]
   int batch, beams, length, per_sequence;
@@ -609,76 +660,101 @@ struct Search {  // B sequences, R rows each (1 before the beams differ, then K)
   int rows() const { return batch * per_sequence; }
 };
 
+struct Drafter {
+  int hidden, width, layers;  // H, exit_dim
+  Packed rnn_u, rnn_w, input_proj;
+  Packed factor, head;  // LM head [R, exit_dim], or [R, H] behind a factor [H, exit_dim]
+  const float *rnn_bias = nullptr, *input_bias = nullptr;
+  const int64_t *token_of_column = nullptr;  // null: column i is token i
+  Search search{};  // of the last call; a straggler may still look at it
+  std::vector<Packed> blocks;
+  std::vector<const float *> biases;
+  std::vector<float> wide, x, logits, scores;
+  std::vector<bf16> narrow, spare, joined, states, next_states;
+  std::vector<int64_t> last;                      // token each row ends in
+  std::vector<std::vector<Candidate>> survivors;  // per row
+  std::vector<std::vector<Candidate>> merged;     // per thread
+};
+
 // next state = SiLU(W e(token) + U state + u), or e(token) + state without an RNN
 void next_states(Search &s, int member) {
   Model &m = *s.m;
   Drafter &d = *s.d;
-  const int threads = m.team.size(), h = d.hidden, hs = padded(h), rows = s.rows();
+  const int h = d.hidden, hs = padded(h), rows = s.rows(), blocks = hs / LANES, n = pieces(m, blocks);
   float *wide = d.wide.data(), *second = wide + size_t(rows) * hs;
   bf16 *embedded = d.narrow.data();
-  const Range mine = share(rows, member, threads);
-  for (int i = mine.begin; i < mine.end; ++i)
+  m.team.phase(member, rows, [&](int i) {
     std::memcpy(embedded + size_t(i) * h, m.embedding + size_t(d.last[i]) * h, size_t(h) * sizeof(bf16));
-  m.team.barrier();
-  const Range part = share(hs / LANES, member, threads);
-  const int from = part.begin * LANES, to = std::min(part.end * LANES, h);
-  if (d.rnn_w.data) {
-    product(embedded, h, rows, d.rnn_w, part, wide, hs);
-    product(d.states.data(), h, rows, d.rnn_u, part, second, hs);
-  }
-  for (int i = 0; i < rows; ++i)
-    for (int j = from; j < to; ++j) {
-      const size_t at = size_t(i) * hs + j, plain = size_t(i) * h + j;
-      d.next_states[plain] = to_bf16(d.rnn_w.data ? silu(wide[at] + second[at] + d.rnn_bias[j])
-                                                  : to_float(embedded[plain]) + to_float(d.states[plain]));
+  });
+  m.team.phase(member, n, [&](int piece) {
+    const Range part = blocks_of(blocks, piece, n);
+    const int from = part.begin * LANES, to = std::min(part.end * LANES, h);
+    if (d.rnn_w.data) {
+      product(embedded, h, rows, d.rnn_w, part, wide, hs);
+      product(d.states.data(), h, rows, d.rnn_u, part, second, hs);
     }
-  m.team.barrier();
+    for (int i = 0; i < rows; ++i)
+      for (int j = from; j < to; ++j) {
+        const size_t at = size_t(i) * hs + j, plain = size_t(i) * h + j;
+        d.next_states[plain] = to_bf16(d.rnn_w.data ? silu(wide[at] + second[at] + d.rnn_bias[j])
+                                                    : to_float(embedded[plain]) + to_float(d.states[plain]));
+      }
+  });
 }
 
-// [context ; state] -> input_proj -> residual blocks -> LM head
+// [context ; state] -> input_proj -> residual blocks -> LM head. `x` holds the residual stream, `narrow` and `spare` its
+// bfloat16 copies in turn: a block reads one while the next one's input is written to the other.
 void draft_logits(Search &s, int member) {
   Model &m = *s.m;
   Drafter &d = *s.d;
-  const int threads = m.team.size(), h = d.hidden, e = d.width, es = padded(e), rows = s.rows();
+  const int h = d.hidden, e = d.width, es = padded(e), hs = padded(h), rows = s.rows();
+  const int blocks = es / LANES, n = pieces(m, blocks);
   float *wide = d.wide.data();
-  bf16 *narrow = d.narrow.data();
-  const Range mine = share(rows, member, threads);
-  for (int i = mine.begin; i < mine.end; ++i) {
+  m.team.phase(member, rows, [&](int i) {
     bf16 *joined = d.joined.data() + size_t(i) * 2 * h;
     std::memcpy(joined, s.context + size_t(i / s.per_sequence) * h, size_t(h) * sizeof(bf16));
     std::memcpy(joined + h, d.next_states.data() + size_t(i) * h, size_t(h) * sizeof(bf16));
-  }
-  m.team.barrier();
-  const Range columns = share(es / LANES, member, threads);
-  const int first = columns.begin * LANES, last = std::min(columns.end * LANES, e);
-  if (d.input_proj.data) product(d.joined.data(), 2 * h, rows, d.input_proj, columns, wide, es);
-  for (int i = 0; i < rows; ++i)
-    for (int j = first; j < last; ++j)
-      d.x[size_t(i) * e + j] = d.input_proj.data ? wide[size_t(i) * es + j] + d.input_bias[j]
-                                                 : to_float(d.joined[size_t(i) * 2 * h + j]);
-  for (int layer = 0;; ++layer) {
+  });
+  m.team.phase(member, n, [&](int piece) {
+    const Range part = blocks_of(blocks, piece, n);
+    if (d.input_proj.data) product(d.joined.data(), 2 * h, rows, d.input_proj, part, wide, es);
     for (int i = 0; i < rows; ++i)
-      for (int j = first; j < last; ++j) narrow[size_t(i) * e + j] = to_bf16(d.x[size_t(i) * e + j]);
-    m.team.barrier();
-    if (layer == d.layers) break;
-    product(narrow, e, rows, d.blocks[layer], columns, wide, es);
-    m.team.barrier();
-    for (int i = 0; i < rows; ++i)
-      for (int j = first; j < last; ++j) d.x[size_t(i) * e + j] += silu(wide[size_t(i) * es + j] + d.biases[layer][j]);
+      for (int j = part.begin * LANES; j < std::min(part.end * LANES, e); ++j) {
+        const size_t at = size_t(i) * e + j;
+        d.x[at] = d.input_proj.data ? wide[size_t(i) * es + j] + d.input_bias[j] : to_float(d.joined[at]);
+        d.narrow[at] = to_bf16(d.x[at]);
+      }
+  });
+  const bf16 *features = d.narrow.data();
+  for (int layer = 0; layer < d.layers; ++layer) {
+    bf16 *next = layer % 2 ? d.narrow.data() : d.spare.data();
+    m.team.phase(member, n, [&](int piece) {
+      const Range part = blocks_of(blocks, piece, n);
+      product(features, e, rows, d.blocks[layer], part, wide, es);
+      for (int i = 0; i < rows; ++i)
+        for (int j = part.begin * LANES; j < std::min(part.end * LANES, e); ++j) {
+          const size_t at = size_t(i) * e + j;
+          d.x[at] += silu(wide[size_t(i) * es + j] + d.biases[layer][j]);
+          next[at] = to_bf16(d.x[at]);
+        }
+    });
+    features = next;
   }
-  const bf16 *features = narrow;
   if (d.factor.data) {
-    const Range part = share(padded(h) / LANES, member, threads);
-    product(narrow, e, rows, d.factor, part, wide, padded(h));
-    for (int i = 0; i < rows; ++i)
-      for (int j = part.begin * LANES; j < std::min(part.end * LANES, h); ++j)
-        d.joined[size_t(i) * h + j] = to_bf16(wide[size_t(i) * padded(h) + j]);
-    m.team.barrier();
+    const int parts = pieces(m, hs / LANES);
+    m.team.phase(member, parts, [&](int piece) {
+      const Range part = blocks_of(hs / LANES, piece, parts);
+      product(features, e, rows, d.factor, part, wide, hs);
+      for (int i = 0; i < rows; ++i)
+        for (int j = part.begin * LANES; j < std::min(part.end * LANES, h); ++j)
+          d.joined[size_t(i) * h + j] = to_bf16(wide[size_t(i) * hs + j]);
+    });
     features = d.joined.data();
   }
-  const Range mine_of_head = share(d.head.blocks(), member, threads);
-  product(features, d.head.k, rows, d.head, mine_of_head, d.logits.data(), padded(d.head.n));
-  m.team.barrier();
+  const int head = d.head.blocks(), parts = std::min(16 * m.team.size(), std::max(1, head / 2));
+  m.team.phase(member, parts, [&](int piece) {
+    product(features, d.head.k, rows, d.head, blocks_of(head, piece, parts), d.logits.data(), padded(d.head.n));
+  });
 }
 
 constexpr int TOP = 50;
@@ -745,6 +821,8 @@ void choose(Search &s, int sequence, int round, int member) {
   }
 }
 
+int search_phases(const Drafter &d, int length) { return length * (d.layers + 8); }
+
 void run_search(void *arg, int member) {
   Search s = *static_cast<Search *>(arg);  // every member counts its own rounds
   Drafter &d = *s.d;
@@ -752,17 +830,13 @@ void run_search(void *arg, int member) {
   for (int round = 0; round < s.length; ++round) {
     next_states(s, member);
     draft_logits(s, member);
-    const Range rows = share(s.rows(), member, team.size());
-    for (int i = rows.begin; i < rows.end; ++i)
+    team.phase(member, s.rows(), [&](int i) {
       survive(d.logits.data() + size_t(i) * padded(d.head.n), d.head.n, d.scores[i], i % s.per_sequence, d.survivors[i]);
-    team.barrier();
-    const Range sequences = share(s.batch, member, team.size());
-    for (int q = sequences.begin; q < sequences.end; ++q) choose(s, q, round, member);
+    });
+    team.phase(member, s.batch, [&](int sequence) { choose(s, sequence, round, member); });
     s.per_sequence = s.beams;
-    team.barrier();
   }
 }
-
 
 }  // namespace
 
@@ -796,7 +870,6 @@ Model *redrafter_create(const RedrafterConfig *config) {
   m->normed.resize(size_t(config->max_rows) * config->hidden);
   m->wide.resize(size_t(config->max_rows) * m->wide_stride());
   m->mixed.resize(size_t(config->max_rows) * m->mixed_stride());
-  m->best.resize(m->team.size());
   m->scores.resize(m->team.size());
   m->scratch.resize(m->team.size());
   return m;
@@ -827,14 +900,16 @@ void redrafter_set_ends(Model *m, const bf16 *embedding, const bf16 *final_norm,
   m->embedding = embedding;
   m->final_norm = final_norm;
   m->head = {head, m->c.vocab, m->c.hidden};
+  m->best.resize(size_t(head_pieces(*m)) * m->c.max_rows);
   m->cosine = cosine;
   m->sine = sine;
 }
 
 void redrafter_forward(Model *m, const RedrafterRow *rows, int32_t count, bf16 *hidden, const int32_t *logit_rows,
                        int32_t logit_count, float *logits, int64_t *best) {
-  Step step{m, rows, count, hidden, logit_rows, logit_count, logits, best};
-  m->team.run(run_step, &step);
+  m->team.settle();
+  m->step = {m, rows, count, hidden, logit_rows, logit_count, logits, best};
+  m->team.run(run_step, &m->step, step_phases(*m));
 }
 
 // Moves the keys and values of accepted nodes (increasing, path[j] >= j) behind `base`, in order.
@@ -871,6 +946,7 @@ Drafter *redrafter_drafter_create(int32_t hidden, int32_t width, int32_t layers,
   d->wide.resize(2 * max_rows * widest);
   d->x.resize(max_rows * widest);
   d->narrow.resize(max_rows * widest);
+  d->spare.resize(max_rows * widest);
   d->joined.resize(max_rows * widest * 2);
   d->states.resize(max_rows * widest);
   d->next_states.resize(max_rows * widest);
@@ -886,11 +962,16 @@ void redrafter_drafter_set_layer(Drafter *d, int32_t layer, const bf16 *weight, 
   d->biases[layer] = bias;
 }
 
-void redrafter_drafter_destroy(Drafter *d) { delete d; }
+// `m` may be null when it was destroyed before.
+void redrafter_drafter_destroy(Model *m, Drafter *d) {
+  if (m) m->team.settle();
+  delete d;
+}
 
 // Beam search for `batch` sequences: context [B, H], first [B] -> tokens and path scores [B, K, L + 1].
 void redrafter_draft(Model *m, Drafter *d, const bf16 *context, const int64_t *first, int32_t batch, int32_t beams,
                      int32_t length, int64_t *tokens, float *paths) {
+  m->team.settle();
   d->merged.resize(m->team.size());
   std::fill_n(d->states.begin(), size_t(batch) * d->hidden, bf16(0));
   std::fill_n(d->scores.begin(), batch, 0.0f);
@@ -899,7 +980,7 @@ void redrafter_draft(Model *m, Drafter *d, const bf16 *context, const int64_t *f
     tokens[size_t(i) * (length + 1)] = first[i / beams];
     paths[size_t(i) * (length + 1)] = 0.0f;
   }
-  Search search{m, d, context, first, batch, beams, length, 1, tokens, paths};
-  m->team.run(run_search, &search);
+  d->search = {m, d, context, first, batch, beams, length, 1, tokens, paths};
+  m->team.run(run_search, &d->search, search_phases(*d, length));
 }
 }

@@ -47,7 +47,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "redrafter_commit": (None, [p, i32, i32, p, i32]),
     "redrafter_drafter_create": (p, [i32, i32, i32, i32, *[p] * 7, i32, p]),
     "redrafter_drafter_set_layer": (None, [p, i32, p, p]),
-    "redrafter_drafter_destroy": (None, [p]),
+    "redrafter_drafter_destroy": (None, [p, p]),
     "redrafter_draft": (None, [p, p, p, p, i32, i32, i32, p, p]),
 }
 
