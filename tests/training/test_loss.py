@@ -58,7 +58,7 @@ def test_loss_and_gradients_equal_the_plain_reference(chunk: int, kd: float, ce:
     found.total.backward()  # type: ignore[no-untyped-call]
     expected = plain(reference, o)
     expected.backward()  # type: ignore[no-untyped-call]
-    assert float(found.total) == pytest.approx(float(expected), rel=1e-5)
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-5)
     for name in ("features", "head"):
         torch.testing.assert_close(ours[name].grad, reference[name].grad, rtol=1e-4, atol=1e-6)
 
@@ -68,14 +68,14 @@ def test_rows_that_are_not_valid_weigh_nothing() -> None:
     before = distillation_loss(**data, options=options()).total
     changed = data | {"features": data["features"].detach().masked_fill(~data["valid"].unsqueeze(-1), 99.0)}
     after = distillation_loss(**changed, options=options()).total
-    assert float(before) == float(after)
+    assert before.item() == after.item()
 
 
 def test_a_batch_without_a_single_target_is_zero_not_nan() -> None:
     data = batch() | {"valid": torch.zeros(W, L, S, dtype=torch.bool)}
     found = distillation_loss(**data, options=options())
     found.total.backward()  # type: ignore[no-untyped-call]
-    assert float(found.total) == 0.0
+    assert found.total.item() == 0.0
     assert data["features"].grad is not None and not data["features"].grad.any()
 
 

@@ -12,6 +12,7 @@ One search with K beams serves every draft length: its beams after l rounds are 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trtllm_redrafter.progress import Progress
-from trtllm_redrafter.redrafter.beam_search import DraftHead, beam_search
+from trtllm_redrafter.progress import Progress, no_progress
+from trtllm_redrafter.redrafter.beam_search import DraftHead, search_rounds
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.training.model import TrainableDrafter
 from trtllm_redrafter.training.rows import TrainingRows, cut_windows
@@ -85,17 +86,27 @@ def accepted_everywhere(
     *,
     head: DraftHead,
     batch: int,
+    progress: Progress = no_progress,
 ) -> Tensor:
-    """Drafts accepted if a step began at each row, [N]. The row's own token is the guaranteed one."""
-    accepted = []
+    """Drafts accepted if a step began at each row, for every length up to the shape's: [L, N].
+
+    The row's own token is the guaranteed one. Entry [l - 1] is that of the setting with draft_len l.
+    """
+    found = []
     for start in range(0, len(rows), batch):
         index = torch.arange(start, min(start + batch, len(rows)), device=rows.tokens.device)
         window = cut_windows(rows, index, 1, shape.draft_len)
-        context = rows.hidden[index].to(base.head.dtype)
-        beams = beam_search(_Searched(model), base.embedding, context, window.tokens[:, 0], shape, head=head)
-        same = (beams.tokens[:, :, 1:] == window.tokens[:, None, 1:]) & window.valid[:, :, 0].unsqueeze(1)
-        accepted.append(same.long().cumprod(dim=-1).sum(dim=-1).amax(dim=-1))
-    return torch.cat(accepted).cpu()
+        tokens, valid = window.tokens.to(base.head.device), window.valid[:, :, 0].to(base.head.device)
+        context = rows.hidden[index].to(base.head.device, base.head.dtype)
+        lengths = []
+        for beams in search_rounds(_Searched(model), base.embedding, context, tokens[:, 0], shape, head=head):
+            drafts = beams.tokens[:, :, 1:]
+            length = drafts.shape[-1]
+            same = (drafts == tokens[:, None, 1 : length + 1]) & valid[:, None, :length]
+            lengths.append(same.long().cumprod(dim=-1).sum(dim=-1).amax(dim=-1))
+        found.append(torch.stack(lengths).cpu())
+        progress(f"draft with {shape.num_beams} beams", start + len(index), len(rows), "positions")
+    return torch.cat(found, dim=1)
 
 
 @dataclass(frozen=True)
@@ -110,10 +121,14 @@ class Walk:
 
 
 def walk_text(accepted: Sequence[int]) -> Walk:
-    """Follow one text from its first row; a step at row i leads to row i + accepted + 1."""
-    steps, row = [], 0
-    while row < len(accepted) - 1:  # the last row's token is out already: nothing is left to decode
-        steps.append(int(accepted[row]))
+    """Follow one text from its first row; a step at row i leads to row i + accepted + 1.
+
+    A step that accepts all the rest would also emit a token beyond the recorded text; decoding with this limit drops
+    it, so it is not counted.
+    """
+    steps, row, last = [], 0, len(accepted) - 1
+    while row < last:  # the last row's token is out already: nothing is left to decode
+        steps.append(min(int(accepted[row]), last - row - 1))
         row += steps[-1] + 1
     return Walk(steps)
 
@@ -123,7 +138,7 @@ def summarize(
 ) -> Acceptance:
     """Both means, with a 95 % interval for the walk from the spread between texts (ratio estimator)."""
     bounds = [*rows.starts, len(rows)]
-    walks = [walk_text(accepted[a:b].tolist()) for a, b in zip(bounds, bounds[1:], strict=False)]
+    walks = [walk_text(accepted[a:b].tolist()) for a, b in itertools.pairwise(bounds)]
     scored = torch.ones(len(rows), dtype=torch.bool)
     scored[torch.tensor(bounds[1:]) - 1] = False  # no step begins at a text's last row
     steps = sum(len(w.accepted) for w in walks)
@@ -158,14 +173,17 @@ def evaluate_grid(
     categories: Sequence[str] | None,
     progress: Progress,
 ) -> list[Acceptance]:
-    """Every setting of the grid on the same trajectories."""
-    found = []
-    for done, shape in enumerate(grid):
-        progress("evaluate", done, len(grid), "settings")
-        accepted = accepted_everywhere(model, base, rows, shape, head=head, batch=batch)
-        found.append(summarize(accepted, rows, shape, categories))
-    progress("evaluate", len(grid), len(grid), "settings")
-    return found
+    """Every setting of the grid on the same trajectories; one search per number of beams."""
+    longest: dict[int, int] = {}
+    for shape in grid:
+        longest[shape.num_beams] = max(shape.draft_len, longest.get(shape.num_beams, 0))
+    accepted = {
+        beams: accepted_everywhere(
+            model, base, rows, DraftShape(beams, length), head=head, batch=batch, progress=progress
+        )
+        for beams, length in longest.items()
+    }
+    return [summarize(accepted[s.num_beams][s.draft_len - 1], rows, s, categories) for s in grid]
 
 
 @torch.no_grad()
@@ -178,12 +196,13 @@ def token_accuracy(
     for start in range(0, len(rows), batch):
         index = torch.arange(start, min(start + batch, len(rows)), device=rows.tokens.device)
         window = cut_windows(rows, index, 1, length)
-        context = rows.hidden[index].unsqueeze(1).to(base.head.dtype)
-        features = model(context, base.embedding[window.tokens])[:, :, 0]  # [n, L, D]
+        tokens = window.tokens.to(base.head.device)
+        context = rows.hidden[index].unsqueeze(1).to(base.head.device, base.head.dtype)
+        features = model(context, base.embedding[tokens])[:, :, 0]  # [n, L, D]
         for j in range(length):
             top = head.project(features[:, j]).topk(5, dim=-1).indices
             top = top if head.rows is None else head.rows[top]
-            valid = window.valid[:, j, 0]
-            right = (top == window.tokens[:, j + 1, None]) & valid.unsqueeze(1)
+            valid = window.valid[:, j, 0].to(base.head.device)
+            right = (top == tokens[:, j + 1, None]) & valid.unsqueeze(1)
             hits[j] += torch.stack([right[:, 0].sum(), right.any(dim=1).sum(), valid.sum()]).double().cpu()
     return [{"top1": float(a / n), "top5": float(b / n)} for a, b, n in hits.clamp(min=1e-9).tolist()]

@@ -10,10 +10,6 @@ model's head [V, H], times `lm_head_factor.weight` [H, E] where that exists.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trtllm_redrafter.errors import InputError, MismatchError, OutputError
+from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
+from trtllm_redrafter.errors import InputError, MismatchError
+from trtllm_redrafter.fsio import atomic_directory, read_json, write_json
 from trtllm_redrafter.redrafter.config import DrafterConfig
 from trtllm_redrafter.training.model import DrafterSpec, HeadKind, TrainableDrafter
 
@@ -43,7 +41,7 @@ class BaseIdentity:
 def weight_names(spec: DrafterSpec) -> dict[str, str]:
     """Apple's name → `TrainableDrafter` attribute path of every tensor in the file."""
     config = spec.config
-    names = {}
+    names: dict[str, str] = {}
     if config.has_input_proj:
         names |= {f"input_proj.{part}": f"core.input_proj.{part}" for part in ("weight", "bias")}
     for i in range(config.num_layers):
@@ -113,28 +111,22 @@ def write_drafter(
     draft_vocab: Tensor | None,
     overwrite: bool,
 ) -> None:
-    """Write the directory beside its place and rename it there."""
-    if output.exists() and not overwrite:
-        raise OutputError("exists already", where=output, remedy="name another directory, or pass --overwrite")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".drafter-", suffix=".tmp", dir=output.parent) as scratch:
-        staging = Path(scratch) / "drafter"
-        staging.mkdir()
-        _write_json(staging / "config.json", drafter_config(model.spec, base, provenance))
-        _write_json(staging / "metrics.json", metrics)
-        _write_tensors(staging / "model.safetensors", export_weights(model, dtype))
+    """Write the directory, whole or not at all."""
+    with atomic_directory(output, overwrite=overwrite) as work:
+        write_json(work / "config.json", drafter_config(model.spec, base, provenance))
+        write_json(work / "metrics.json", metrics)
+        _write_tensors(work / "model.safetensors", export_weights(model, dtype))
         if draft_vocab is not None:
-            _write_tensors(staging / "draft_vocab.safetensors", {"token_ids": draft_vocab})
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(staging, output)
+            _write_tensors(work / "draft_vocab.safetensors", {"token_ids": draft_vocab})
+        inputs, files = {"base": asdict(base)}, record_tree(work)
+        Manifest("drafter", inputs=inputs, options=provenance, derived={}, files=files).write(work)
 
 
 def read_spec(folder: Path) -> DrafterSpec:
     """Sizes, head and horizon from a drafter directory of this layout."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         sizes = DrafterConfig(
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
@@ -143,7 +135,7 @@ def read_spec(folder: Path) -> DrafterSpec:
             rnn=config["rnn"],
         )
         tied, draft_len = bool(config.get("tie_lm_head", False)), int(config["draft_len"])
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             "not a drafter config", where=path, why=repr(error), remedy="pass a directory that `train` wrote"
         ) from error
@@ -177,10 +169,6 @@ def _names(path: Path) -> set[str]:
             return set(file.keys())
     except (OSError, RuntimeError) as error:
         raise InputError("cannot be read", where=path, why=str(error), remedy="export the drafter again") from error
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

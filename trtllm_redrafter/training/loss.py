@@ -81,7 +81,7 @@ class _Distillation(torch.autograd.Function):
     """The weighted sum of all rows' losses; backward only scales gradients that forward already formed."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         features: Tensor,
         head: Tensor,
@@ -125,7 +125,7 @@ class _Distillation(torch.autograd.Function):
         return sums.sum(), sums
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _sums: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _sums: Tensor) -> tuple[Tensor | None, ...]:
         feature_grad, head_grad = ctx.saved_tensors
         scaled_head = None if head_grad is None else head_grad * grad
         return feature_grad * grad.to(feature_grad.dtype), scaled_head, None, None, None, None, None
@@ -159,6 +159,7 @@ def distillation_loss(
     weights = valid.float() * (importance / counts).view(1, -1, 1)
     # Weights of order one inside, the mean outside: small numbers would be lost in bfloat16 gradients.
     scale = float(valid.shape[0] * valid.shape[2])
-    total, sums = _Distillation.apply(features, head, hidden, teacher_head, tokens, weights * scale, options)
+    apply: Any = _Distillation.apply
+    total, sums = apply(features, head, hidden, teacher_head, tokens, weights * scale, options)
     per_position = sums / scale / importance.clamp(min=1e-12)
     return LossResult(total / scale, per_position)

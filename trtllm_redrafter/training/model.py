@@ -124,10 +124,10 @@ class TrainableDrafter(nn.Module):
         if self.core.input_proj is not None:
             readers.append((self.core.input_proj, wide))
         else:  # the residual stream itself starts with the hidden state
-            readers += [(layer.linear, wide) for layer in self.core.layers]
-            readers.append((self.factor, wide))
+            blocks = [module for module in self.core.layers.modules() if isinstance(module, nn.Linear)]
+            readers += [(module, wide) for module in (*blocks, self.factor, self.full_head)]
         for module, factor in readers:
-            if module is not None:
+            if isinstance(module, nn.Linear):
                 started = module.weight.detach().clone()
                 parametrize.register_parametrization(module, "weight", _ColumnScale(factor), unsafe=True)
                 module.weight = started * factor

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -223,7 +222,7 @@ class Trainer:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         scratch = path.with_suffix(".tmp")
         save_file(tensors, scratch, metadata={"step": str(self.step), "options": json.dumps(repr(self.options))})
-        os.replace(scratch, path)
+        scratch.replace(path)
 
     def load(self, path: Path) -> None:
         """Go on where `save` was called; the options must be the same, or the rest would be another run."""

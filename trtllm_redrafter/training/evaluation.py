@@ -1,0 +1,185 @@
+"""Will this drafter pay? Acceptance for every setting of a grid, before any conversion or GPU is paid for.
+
+Each prompt is decoded once, greedily, by the base model; the drafter then proposes along the recorded texts (see
+`evaluate.py` for why that is exact).
+
+    report = evaluate(options, progress)
+    print(report.render())
+    report.passes            # False when no setting reaches options.min_acceptance
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from trtllm_redrafter.errors import Problem, UsageError, raise_together
+from trtllm_redrafter.fsio import CREATOR, atomic_directory, check_replaceable, write_json
+from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.training.data import TokenizedText, read_prompts
+from trtllm_redrafter.training.evaluate import Acceptance, borrowed_head, evaluate_grid, token_accuracy
+from trtllm_redrafter.training.export import read_drafter
+from trtllm_redrafter.training.frozen_base import DTYPES, FrozenBase, base_identity, load_tokenizer
+from trtllm_redrafter.training.model import TrainableDrafter
+from trtllm_redrafter.training.options import EvaluateOptions
+from trtllm_redrafter.training.rows import TrainingRows
+from trtllm_redrafter.training.self_distill import AnswerWriter, TransformersWriter
+from trtllm_redrafter.training.trainer import BaseTensors
+
+DRAFT_VOCAB = "draft_vocab.safetensors"
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What was measured. `compute`, `render` and `write` are apart."""
+
+    options: EvaluateOptions
+    texts: int
+    tokens: int
+    acceptance: list[Acceptance]
+    accuracy: list[dict[str, float]]
+    drafted_from: int
+    """Token ids the head was computed on."""
+
+    @property
+    def best(self) -> Acceptance:
+        return max(self.acceptance, key=lambda a: a.walk)
+
+    @property
+    def passes(self) -> bool:
+        floor = self.options.min_acceptance
+        return floor is None or self.best.walk >= floor
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "base": self.options.base.name,
+            "drafter": self.options.drafter.name,
+            "prompts": self.texts,
+            "tokens": self.tokens,
+            "max_tokens": self.options.writing.max_tokens,
+            "dtype": self.options.dtype,
+            "drafted_from_tokens": self.drafted_from,
+            "min_acceptance": self.options.min_acceptance,
+            "passes": self.passes,
+            "best": f"{self.best.shape.num_beams}x{self.best.shape.draft_len}",
+            "acceptance": [a.as_dict() for a in self.acceptance],
+            "accuracy": self.accuracy,
+        }
+
+    def render(self) -> str:
+        """A Markdown table and what it means."""
+        lines = [
+            f"{self.texts} prompts, {self.tokens} tokens, greedy, {self.options.dtype}; tokens per base-model step",
+            "",
+            "| beams x length | walked | 95 % interval | every position | accepted at least 1, 2, ... drafts |",
+            "|---|---|---|---|---|",
+        ]
+        for a in self.acceptance:
+            shares = " ".join(f"{share:.2f}" for share in a.at_least)
+            setting = f"{a.shape.num_beams}x{a.shape.draft_len}"
+            lines.append(
+                f"| {setting} | {a.walk:.2f} | {a.walk_low:.2f}–{a.walk_high:.2f} | {a.smooth:.2f} | {shares} |"
+            )
+        top1 = " ".join(f"{a['top1']:.3f}" for a in self.accuracy)
+        top5 = " ".join(f"{a['top5']:.3f}" for a in self.accuracy)
+        return "\n".join([*lines, "", f"right token per position: top-1 {top1}; top-5 {top5}"])
+
+    def write(self, folder: Path) -> None:
+        with atomic_directory(folder, overwrite=self.options.overwrite) as work:
+            write_json(work / "report.json", self.as_dict())
+            (work / "report.md").write_text(self.render() + "\n", encoding="utf-8")
+            write_json(work / "manifest.json", {"kind": "report", "creator": {"name": CREATOR}})
+
+
+def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWriter | None = None) -> EvaluationReport:
+    """Measure, and write the report if one is asked for. Refusals come before the base model is loaded."""
+    options.check()
+    if options.report is not None:
+        check_replaceable(options.report, overwrite=options.overwrite)
+    drafter = read_drafter(options.drafter)
+    check_fits(drafter, options)
+    prompts = read_prompts(options.prompts, load_tokenizer(options.base), max_tokens=options.max_text_tokens)
+    base = FrozenBase.load(options.base, device=options.device, dtype=options.dtype)
+    answers = _answers(writer or TransformersWriter(base), [p.token_ids for p in prompts], options, progress)
+    texts = [TokenizedText.answer(p.token_ids, a) for p, a in zip(prompts, answers, strict=True)]
+    rows = record(base, texts, options.batch_tokens, progress)
+    tensors = BaseTensors(base.embedding, base.head, torch.arange(base.head.shape[0]))
+    drafter = drafter.to(options.device, DTYPES[options.dtype])
+    vocab = draft_vocab(options.drafter) if options.use_draft_vocab else None
+    head = borrowed_head(drafter, base.head, vocab)
+    batch, categories = options.batch_rows, [p.category for p in prompts]
+    found = evaluate_grid(
+        drafter, tensors, rows, options.grid, head=head, batch=batch, categories=categories, progress=progress
+    )
+    accuracy = token_accuracy(drafter, tensors, rows, head=head, batch=batch)
+    size = base.head.shape[0] if vocab is None else len(vocab)
+    report = EvaluationReport(options, len(texts), len(rows), found, accuracy, size)
+    if options.report is not None:
+        report.write(options.report)
+    return report
+
+
+def _answers(
+    writer: AnswerWriter, prompts: Sequence[Sequence[int]], options: EvaluateOptions, progress: Progress
+) -> list[list[int]]:
+    answers: list[list[int]] = []
+    while len(answers) < len(prompts):
+        part = prompts[len(answers) : len(answers) + options.writing.batch]
+        answers += writer.write(part, options.writing, len(answers))
+        progress("decode prompts", len(answers), len(prompts), "prompts")
+    return answers
+
+
+def record(base: FrozenBase, texts: Sequence[TokenizedText], batch_tokens: int, progress: Progress) -> TrainingRows:
+    """Rows of the texts in their order, held in memory."""
+    parts = []
+    for i, text in enumerate(texts):
+        [states] = base.hidden([text.token_ids])
+        for start, end in text.spans:
+            parts.append((states[start - 1 : end - 1].cpu(), torch.tensor(text.token_ids[start:end])))
+        progress("hidden states", i + 1, len(texts), "texts")
+    return TrainingRows.join(parts)
+
+
+def draft_vocab(drafter: Path) -> torch.Tensor | None:
+    path = drafter / DRAFT_VOCAB
+    return load_file(path)["token_ids"] if path.exists() else None
+
+
+def check_fits(drafter: TrainableDrafter, options: EvaluateOptions) -> None:
+    """The drafter was trained for a base of these sizes, and for drafts this long."""
+    base, config = base_identity(options.base), drafter.spec.config
+    found = []
+    for name, theirs, ours in (
+        ("hidden_size", base.hidden_size, config.hidden_size),
+        ("vocab_size", base.vocab_size, config.vocab_size),
+    ):
+        if theirs != ours:
+            found.append(
+                Problem(
+                    f"{name} is {ours} in the drafter and {theirs} in the base model",
+                    str(options.drafter),
+                    remedy="pass the base model the drafter was trained for",
+                )
+            )
+    for shape in options.grid:
+        if shape.draft_len > drafter.spec.draft_len:
+            found.append(
+                Problem(
+                    f"{shape.num_beams}x{shape.draft_len} drafts further than the {drafter.spec.draft_len} tokens "
+                    "the drafter was trained on",
+                    remedy=f"use lengths up to {drafter.spec.draft_len}",
+                )
+            )
+    raise_together(UsageError, found, "the drafter cannot be evaluated like this")
+
+
+def report_json(report: EvaluationReport) -> str:
+    """The one-line document of `--json`."""
+    return json.dumps(report.as_dict())

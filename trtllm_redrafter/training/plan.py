@@ -1,0 +1,132 @@
+"""What a training run will read, compute and write, known before the base model is loaded.
+
+plan = plan_training(options)
+print(plan.render())          # rows, cache size, parameters, steps; nothing has been written
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trtllm_redrafter.base_models.tokenizer import eos_token_ids
+from trtllm_redrafter.errors import UsageError, raise_together
+from trtllm_redrafter.fsio import check_replaceable, read_json
+from trtllm_redrafter.redrafter.config import DrafterConfig
+from trtllm_redrafter.training.cache import CachePlan, check_space, plan_cache
+from trtllm_redrafter.training.data import Prompt, TokenizedText, read_prompts, read_texts
+from trtllm_redrafter.training.export import BaseIdentity
+from trtllm_redrafter.training.frozen_base import base_identity, load_tokenizer
+from trtllm_redrafter.training.model import DrafterSpec, HeadKind
+from trtllm_redrafter.training.options import TrainOptions
+from trtllm_redrafter.training.rows import WindowOrder
+from trtllm_redrafter.training.trainer import FitOptions
+
+EXPORT_BYTES = 2
+"""Drafters are written in bfloat16."""
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Everything decided before the run. With prompts, rows and sizes are upper limits: answers may end early."""
+
+    options: TrainOptions
+    base: BaseIdentity
+    spec: DrafterSpec
+    texts: tuple[TokenizedText, ...]
+    prompts: tuple[Prompt, ...]
+    eos: tuple[int, ...]
+    cache: CachePlan
+
+    @property
+    def exact(self) -> bool:
+        return not self.prompts
+
+    @property
+    def parameters(self) -> int:
+        """Trained parameters; a borrowed head is not among them."""
+        shapes = dict(self.spec.config.parameter_shapes())
+        del shapes["lm_head.weight"]
+        count = sum(math.prod(shape) for shape in shapes.values())
+        config = self.spec.config
+        heads = {HeadKind.FULL: config.vocab_size, HeadKind.FACTOR: config.hidden_size, HeadKind.TIED: 0}
+        return count + heads[self.spec.head] * config.exit_dim
+
+    @property
+    def drafter_bytes(self) -> int:
+        return EXPORT_BYTES * self.parameters
+
+    def fit_for(self, rows: int) -> FitOptions:
+        """The loop's options once the number of training rows is known."""
+        fit, epochs = self.options.fit, self.options.epochs
+        if epochs is None:
+            return fit
+        order = WindowOrder(rows, fit.window, fit.windows, fit.seed)
+        return replace(fit, max_steps=max(1, math.ceil(epochs * order.steps_per_epoch)))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "base": str(self.options.base),
+            "output": str(self.options.output),
+            "work_dir": str(self.options.work_dir),
+            "texts": len(self.texts) or len(self.prompts),
+            "written_by_the_base": not self.exact,
+            "rows": self.cache.rows,
+            "rows_are_exact": self.exact,
+            "forward_tokens": self.cache.forward_tokens,
+            "cache_bytes": self.cache.total_bytes,
+            "parameters": self.parameters,
+            "drafter_bytes": self.drafter_bytes,
+            "exit_dim": self.spec.config.exit_dim,
+            "num_layers": self.spec.config.num_layers,
+            "draft_len": self.spec.draft_len,
+            "head": self.spec.head.value,
+            "steps": self.fit_for(round(self.cache.rows * (1 - self.options.held_out))).max_steps,
+            "rows_per_step": self.options.fit.windows * self.options.fit.window,
+        }
+
+    def render(self) -> str:
+        facts, most = self.as_dict(), "" if self.exact else "at most "
+        answers = "" if self.exact else ", answers written by the base model"
+        return "\n".join(
+            [
+                f"train a drafter for {facts['base']}",
+                f"  text      {facts['texts']} texts{answers}; {most}{facts['rows']:,} tokens to learn",
+                f"  cache     {most}{facts['cache_bytes'] / 1e6:,.1f} MB of hidden states in {facts['work_dir']}",
+                f"  drafter   {facts['num_layers']} layers, exit_dim {facts['exit_dim']}, {facts['head']} head, "
+                f"{facts['draft_len']} tokens ahead: {facts['parameters']:,} parameters, "
+                f"{facts['drafter_bytes'] / 1e6:,.1f} MB",
+                f"  training  {most}{facts['steps']:,} steps of {facts['rows_per_step']:,} tokens",
+                f"  output    {facts['output']}",
+            ]
+        )
+
+
+def plan_training(options: TrainOptions) -> TrainPlan:
+    """Check options, read and tokenize the text, size everything; writes nothing."""
+    options.check()
+    check_replaceable(options.output, overwrite=options.overwrite)
+    identity = base_identity(options.base)
+    spec = drafter_spec(options, identity)
+    raise_together(UsageError, spec.problems(), "the drafter's sizes do not fit")
+    tokenizer = load_tokenizer(options.base)
+    eos = eos_token_ids(options.base, read_json(options.base / "config.json"))
+    texts: list[TokenizedText] = []
+    prompts: list[Prompt] = []
+    if options.data is not None:
+        texts = read_texts(options.data, tokenizer, max_tokens=options.max_text_tokens, eos=eos)
+    elif options.prompts is not None:
+        prompts = read_prompts(options.prompts, tokenizer, max_tokens=options.max_text_tokens)
+    longest = [TokenizedText.answer(p.token_ids, (0,) * options.writing.max_tokens) for p in prompts]
+    cache = plan_cache(texts or longest, identity.hidden_size, options.dtype)
+    check_space(options.work_dir, cache)
+    return TrainPlan(options, identity, spec, tuple(texts), tuple(prompts), eos, cache)
+
+
+def drafter_spec(options: TrainOptions, base: BaseIdentity) -> DrafterSpec:
+    chosen = options.drafter
+    usual = base.hidden_size if chosen.head is HeadKind.TIED else 2 * base.hidden_size
+    exit_dim = usual if chosen.exit_dim is None else chosen.exit_dim
+    config = DrafterConfig(base.vocab_size, base.hidden_size, exit_dim, chosen.num_layers, chosen.rnn)
+    return DrafterSpec(config, chosen.head, chosen.draft_len)

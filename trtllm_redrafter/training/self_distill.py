@@ -1,0 +1,167 @@
+"""Let the base model write the answers it will be drafted for, as lines on disk that survive an interruption.
+
+A drafter predicts one model's habits, so that model's own answers are the best text to learn from. Answers are
+appended to a JSON-lines file batch by batch; a later call with the same prompts and options goes on behind the last
+complete line. Who writes is an interface: transformers here, or any backend's runner.
+
+    answers = write_answers(prompts, TransformersWriter(base), options, Path("work/answers.jsonl"), no_progress)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
+from trtllm_redrafter.errors import InputError, Problem
+from trtllm_redrafter.fsio import as_output_error
+from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.training.frozen_base import FrozenBase
+
+
+@dataclass(frozen=True)
+class WritingOptions:
+    """How answers are written. `temperature` 0 is greedy; `batch` prompts are answered together."""
+
+    max_tokens: int
+    temperature: float
+    seed: int
+    batch: int
+
+    def problems(self) -> list[Problem]:
+        found = []
+        if self.max_tokens < 2:
+            found.append(Problem(f"answers of {self.max_tokens} tokens", remedy="a drafter learns from 2 tokens up"))
+        if self.temperature < 0:
+            found.append(Problem(f"temperature is {self.temperature}", remedy="use 0 for greedy, or a positive number"))
+        if self.batch < 1:
+            found.append(Problem(f"batch is {self.batch}", remedy="use 1 or more"))
+        return found
+
+
+class AnswerWriter(Protocol):
+    """Writes one answer per prompt, the end token included where the model ended. `first` numbers the prompts."""
+
+    def write(self, prompts: Sequence[Sequence[int]], options: WritingOptions, first: int) -> list[list[int]]: ...
+
+
+class TransformersWriter:
+    """Answers through transformers' generate: works for every base model, not fast."""
+
+    def __init__(self, base: FrozenBase) -> None:
+        self._base = base
+
+    @torch.no_grad()
+    def write(self, prompts: Sequence[Sequence[int]], options: WritingOptions, first: int) -> list[list[int]]:
+        answers: list[list[int]] = [[] for _ in prompts]
+        by_length: dict[int, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            by_length.setdefault(len(prompt), []).append(i)
+        for length, members in sorted(by_length.items()):  # equal lengths: no padding, so no mask to get wrong
+            torch.manual_seed(options.seed * 1_000_003 + first + members[0])
+            tokens = torch.tensor([list(prompts[i]) for i in members], device=self._base.head.device)
+            sampling = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
+            written = self._base.model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=options.max_tokens,
+                eos_token_id=list(self._base.eos) or None,
+                pad_token_id=self._base.eos[0] if self._base.eos else 0,
+                **(sampling if options.temperature > 0 else {"do_sample": False}),
+            )
+            for i, row in zip(members, written[:, length:].tolist(), strict=True):
+                answers[i] = until_end(row, self._base.eos)
+        return answers
+
+
+class RunnerWriter:
+    """Answers through a backend's engine; several times faster where one is at hand."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def write(self, prompts: Sequence[Sequence[int]], options: WritingOptions, first: int) -> list[list[int]]:
+        requests = [
+            Request(
+                tuple(prompt),
+                SamplingParams(options.max_tokens, temperature=options.temperature, seed=options.seed + first + i),
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        return [list(result.token_ids) for result in self._runner.generate(requests)]
+
+
+def until_end(tokens: Sequence[int], eos: Sequence[int]) -> list[int]:
+    """Tokens up to the first end token, it included."""
+    for i, token in enumerate(tokens):
+        if token in eos:
+            return list(tokens[: i + 1])
+    return list(tokens)
+
+
+def write_answers(
+    prompts: Sequence[Sequence[int]], writer: AnswerWriter, options: WritingOptions, path: Path, progress: Progress
+) -> list[list[int]]:
+    """All answers, in the prompts' order; only those not yet in `path` are written."""
+    key = answers_key(prompts, options)
+    answers, good_bytes = _read_answers(path, key)
+    with as_output_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("r+b" if good_bytes else "wb") as file:
+            file.truncate(good_bytes)  # an interruption can leave half a line
+            file.seek(good_bytes)
+            if not good_bytes:
+                file.write(_line({"key": key, "options": asdict(options)}))
+            while len(answers) < len(prompts):
+                progress("write answers", len(answers), len(prompts), "prompts")
+                part = prompts[len(answers) : len(answers) + options.batch]
+                written = writer.write(part, options, len(answers))
+                file.write(b"".join(_line({"answer": answer}) for answer in written))
+                file.flush()
+                answers += written
+    progress("write answers", len(prompts), len(prompts), "prompts")
+    return answers
+
+
+def answers_key(prompts: Sequence[Sequence[int]], options: WritingOptions) -> str:
+    """Changes when prompts or options do; `batch` does not decide what is written in greedy mode, but may else."""
+    content = json.dumps([[list(p) for p in prompts], asdict(options)])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _line(content: object) -> bytes:
+    return (json.dumps(content) + "\n").encode()
+
+
+def _read_answers(path: Path, key: str) -> tuple[list[list[int]], int]:
+    """Complete answers of this very run, and how many bytes of the file they take; ([], 0) to begin anew."""
+    if not path.exists():
+        return [], 0
+    answers: list[list[int]] = []
+    good_bytes = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file):
+            try:
+                record = json.loads(raw)
+                ended = raw.endswith(b"\n")
+            except ValueError:
+                break
+            if not ended:
+                break
+            if number == 0:
+                if record.get("key") != key:
+                    raise InputError(
+                        "holds the answers to other prompts or options",
+                        where=path,
+                        remedy="give this run another work directory, or remove the file",
+                    )
+            else:
+                answers.append(record["answer"])
+            good_bytes += len(raw)
+    return answers, good_bytes
