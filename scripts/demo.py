@@ -62,23 +62,28 @@ def build_engine(console: Console) -> tuple[Path, list[str]]:
 
 def compare(console: Console, folder: Path, prompts: list[str]) -> None:
     """Each prompt with and without drafting: the texts, and what drafting brought."""
-    table = Table("prompt", "tokens", "tokens/step", "plain tok/s", "drafted tok/s", "speed-up", "same text")
-    for column in table.columns[1:]:
+    table = Table("", "tokens", "per step", "plain tok/s", "drafted tok/s", "speed-up", "same text")
+    for column in table.columns:
         column.justify = "right"
     with load_engine(folder) as engine:
         info = engine.info
         shape = info.draft_shape
         assert shape is not None
-        console.print(f"engine   {info.dtype} on {info.device}, drafting {shape.num_beams} x {shape.draft_len} tokens\n")
+        console.print(
+            f"engine   {info.dtype} on {info.device}, drafting {shape.num_beams} x {shape.draft_len} tokens\n"
+        )
         answer(engine, prompts[0], draft=True, max_tokens=16)  # the first run pays for touching the weights
         pairs = [(answer(engine, p, draft=False), answer(engine, p, draft=True)) for p in prompts]
-    for prompt, (plain, drafted) in zip(prompts, pairs, strict=True):
-        show(console, prompt, plain, drafted)
-        table.add_row(prompt[:34] + "…", *figures(plain, drafted))
+    for number, (prompt, (plain, drafted)) in enumerate(zip(prompts, pairs, strict=True), start=1):
+        show(console, f"{number}. {prompt}", plain, drafted)
+        table.add_row(str(number), *figures(plain, drafted))
     console.print(table)
     total = sum(p.decode_seconds for p, _ in pairs) / sum(d.decode_seconds for _, d in pairs)
     same = all(p.token_ids == d.token_ids for p, d in pairs)
     console.print(f"Over all: {total:.2f} x as fast, {'identical' if same else 'DIFFERENT'} output.")
+    console.print(
+        f"Your turn: .venv/bin/trtllm-redrafter run --engine {folder} --prompt 'What is a tree?' --stats", style="dim"
+    )
     if not same:
         raise RedrafterError("drafting changed the output", remedy="please report this with your machine's details")
 
@@ -88,7 +93,7 @@ def answer(engine: Engine, prompt: str, *, draft: bool, max_tokens: int = 128) -
 
 
 def show(console: Console, prompt: str, plain: Result, drafted: Result) -> None:
-    console.print(f"> {prompt}", style="bold", markup=False)
+    console.print(prompt, style="bold", markup=False)
     for name, result in (("plain  ", plain), ("drafted", drafted)):
         text = " ".join(result.text.split())
         console.print(f"{name}  {text if len(text) < 240 else text[:240] + ' …'}", markup=False)
