@@ -144,7 +144,29 @@ def test_without_compiler_pytorch_serves(tmp_path: Path, monkeypatch: pytest.Mon
     try:
         runner = load(engine)
         assert runner.executor.name == "pytorch"
+        assert runner.info.device == "cpu (pytorch: REDRAFTER_NATIVE=0)"
         assert runner.generate([Request(PROMPTS[0], SamplingParams(max_tokens=5))])[0].token_ids == native.token_ids
+    finally:
+        library.load_library.cache_clear()
+
+
+def test_the_portable_kernels_compute_the_same(
+    runner: TorchRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines without AVX512-BF16 run the same source through plain C++."""
+    prompt = list(range(3, 63))
+    expected = runner.executor.prefill(0, prompt).logits
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-DREDRAFTER_PORTABLE"))
+    library.load_library.cache_clear()
+    try:
+        portable = load(runner.info.path)
+        assert portable.executor.detail == "portable"
+        logits = portable.executor.prefill(0, prompt).logits
+        torch.testing.assert_close(logits, expected, atol=0.1, rtol=0.05)
+        sampling = SamplingParams(max_tokens=40, ignore_eos=True)
+        both = portable.generate([Request(PROMPTS[0], sampling, draft=draft) for draft in (True, False)])
+        assert both[0].token_ids == both[1].token_ids
     finally:
         library.load_library.cache_clear()
 

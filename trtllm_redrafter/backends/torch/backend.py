@@ -13,7 +13,6 @@ was built for. Nothing in it depends on the machine; what does (the compiled ker
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from trtllm_redrafter.backends.torch.build_plan import BACKEND, ENGINE_FORMAT, T
 from trtllm_redrafter.backends.torch.drafting import DRAFT_VOCAB_FILE, Drafting, frequent_rows, load_drafter
 from trtllm_redrafter.backends.torch.executor import Executor
 from trtllm_redrafter.backends.torch.low_rank import find_factor, load_factor, save_factor
-from trtllm_redrafter.backends.torch.native.executor import NativeExecutor, unsupported_reason
+from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.native.library import NativeUnavailable
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.tokenizer import TOKENIZER_DIRECTORY, EngineTokenizer, eos_token_ids
@@ -106,7 +105,7 @@ class TorchBackend:
         info = EngineInfo(
             path=engine,
             backend=BACKEND,
-            device=f"{target} ({executor.name})",
+            device=f"{target} ({executor.name}: {executor.detail})",
             dtype=checkpoint.config.dtype,
             vocab_size=checkpoint.config.vocab_size,
             max_batch_size=int(limits["max_batch_size"]),
@@ -199,12 +198,18 @@ def _device(name: str) -> torch.device:
 def _make_executor(
     config: CheckpointConfig, weights: ModelWeights, limits: dict[str, Any], shape: DraftShape | None
 ) -> Executor:
+    """The kernels where they serve, else PyTorch, which says why it was taken."""
     batch, tree = int(limits["max_batch_size"]), 1 if shape is None else shape.max_tree_tokens
     capacity = int(limits["max_seq_len"]) + tree
-    config = replace(config, max_position_embeddings=max(config.max_position_embeddings, capacity))
-    if unsupported_reason(config, weights) is None:
-        try:
-            return NativeExecutor(config, weights, max_batch_size=batch, capacity=capacity, max_rows=batch * tree)
-        except NativeUnavailable:
-            pass  # `build` and `run --stats` say which executor runs; the result is the same, only slower
-    return TorchExecutor(config, weights, max_batch_size=batch, capacity=capacity)
+    try:
+        return NativeExecutor(config, weights, max_batch_size=batch, capacity=capacity, max_rows=batch * tree)
+    except NativeUnavailable as unavailable:
+        reason = str(unavailable)
+    try:
+        return TorchExecutor(config, weights, max_batch_size=batch, capacity=capacity, detail=reason)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise BackendError(
+            "there is not enough memory for the KV cache",
+            why=f"{batch} requests of {capacity} positions",
+            remedy="build with a smaller --max-batch-size or --max-seq-len",
+        ) from error

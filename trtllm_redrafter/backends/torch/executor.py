@@ -40,6 +40,8 @@ class Executor(Protocol):
     """A base model with its KV cache. A request lives in a slot; `base` is how many positions are committed there."""
 
     name: str
+    detail: str
+    """What instructions it runs on, or why it was taken and not the faster one; for people."""
     device: str
     row_invariant: bool
     """Are a row's bits independent of what is computed beside it?"""

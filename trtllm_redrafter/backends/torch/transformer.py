@@ -32,7 +32,10 @@ class TorchExecutor:
     name = "pytorch"
     row_invariant = False
 
-    def __init__(self, config: CheckpointConfig, weights: ModelWeights, *, max_batch_size: int, capacity: int) -> None:
+    def __init__(
+        self, config: CheckpointConfig, weights: ModelWeights, *, max_batch_size: int, capacity: int, detail: str = ""
+    ) -> None:
+        self.detail = detail
         self._config = config
         self._weights = weights
         self._capacity = -(-capacity // _CACHE_BUCKET) * _CACHE_BUCKET

@@ -88,6 +88,7 @@ class NativeExecutor:
         if reason:
             raise NativeUnavailable(reason)
         self.library = load_library()
+        self.detail = self.library.redrafter_isa().decode()
         self._config = config
         self._packer = Packer(self.library)
         positions = -(-capacity // LANES) * LANES

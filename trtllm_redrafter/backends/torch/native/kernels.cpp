@@ -55,7 +55,7 @@ inline bf16 to_bf16(float f) {  // round to nearest even; NaN stays NaN
 
 // ---------------------------------------------------------------- sixteen float32 lanes
 
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#if defined(__AVX512BF16__) && defined(__AVX512F__) && !defined(REDRAFTER_PORTABLE)
 #define REDRAFTER_ISA "avx512-bf16"
 struct Vec {
   __m512 v;
@@ -327,8 +327,8 @@ struct Step {
   bf16 *hidden;               // [count, hidden], after the final norm
   const int32_t *logit_rows;  // which rows get logits
   int logit_count;
-  float *logits;    // [logit_count, vocab], or null when only the largest is wanted
-  int64_t *best;    // [logit_count] token of the largest logit, the lowest of equals
+  float *logits;  // [logit_count, vocab], or null when only the largest is wanted
+  int64_t *best;  // [logit_count] token of the largest logit, the lowest of equals
 };
 
 struct Best {
@@ -350,9 +350,9 @@ struct Model {
   const float *cosine = nullptr, *sine = nullptr;  // [max_seq, head_size / 2]
   Packed head;
   bf16 *keys = nullptr, *values = nullptr;
-  Step step{};                        // of the last call; a straggler may still look at it
-  std::vector<float> residual, wide;  // [rows, hidden], [rows, widest output]
-  std::vector<bf16> normed, mixed;    // [rows, hidden], [rows, max(heads * head_size, intermediate)]
+  Step step{};                             // of the last call; a straggler may still look at it
+  std::vector<float> residual, wide;       // [rows, hidden], [rows, widest output]
+  std::vector<bf16> normed, mixed;         // [rows, hidden], [rows, max(heads * head_size, intermediate)]
   std::vector<Best> best;                  // [pieces of the head, rows]
   std::vector<std::vector<float>> scores;  // per thread: [group, positions]
   std::vector<std::vector<bf16>> scratch;  // per thread: gathered tail keys and values, queries, probabilities
@@ -435,9 +435,8 @@ void attend(Model &m, int layer, const RedrafterRow &row, int kv_head, const flo
   const bf16 *keys = m.keys + m.lane(layer, row.slot, kv_head);
   const bf16 *values = m.values + m.lane(layer, row.slot, kv_head);
   const int shared = row.path ? row.base / LANES : blocks;  // blocks read in place
+  const int tail = blocks - shared, stride = blocks * LANES;
   std::vector<bf16> &scratch = m.scratch[member];
-  const int tail = blocks - shared;
-  const int stride = blocks * LANES;
   scratch.resize(size_t(2 * tail) * LANES * d + size_t(group) * d + stride);
   bf16 *tail_keys = scratch.data(), *tail_values = tail_keys + size_t(tail) * LANES * d;
   bf16 *query = tail_values + size_t(tail) * LANES * d, *weights = query + size_t(group) * d;
