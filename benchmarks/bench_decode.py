@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.torch.backend import TorchBackend
 from trtllm_redrafter.backends.torch.native.library import usable_cores
@@ -45,6 +46,27 @@ def measure_bandwidth(size: int) -> float:
         buffer.sum()
         best = min(best, time.perf_counter() - start)
     return size / best
+
+
+def count_weights(config: dict[str, Any]) -> int:
+    """Weights one step of the base model reads: its layers and one vocabulary matrix."""
+    h, inter, d = config["hidden_size"], config["intermediate_size"], config["head_size"]
+    heads = config["num_attention_heads"] * 2 + config["num_key_value_heads"] * 2
+    per_layer: int = heads * d * h + 3 * inter * h
+    return int(config["num_hidden_layers"]) * per_layer + int(config["vocab_size"]) * int(h)
+
+
+def machine(runner: TorchRunner) -> dict[str, Any]:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.processor(),
+        "cores": usable_cores(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": runner.info.device,
+    }
 
 
 def decode(runner: TorchRunner, prompt: tuple[int, ...], count: int, draft: bool) -> dict[str, Any]:
@@ -123,9 +145,7 @@ def main() -> None:
     shapes = [DraftShape(*(int(n) for n in s.split("x"))) for s in options.shapes.split(",")]
     backend = TorchBackend()
     runners = {
-        f"{s.num_beams}x{s.draft_len}": backend.load(
-            options.engine, device="cpu", verify_hashes=False, draft_shape=s
-        )
+        f"{s.num_beams}x{s.draft_len}": backend.load(options.engine, device="cpu", verify_hashes=False, draft_shape=s)
         for s in shapes
     }
     first = next(iter(runners.values()))
@@ -133,9 +153,7 @@ def main() -> None:
     step = max(1, len(lines) // options.count)
     prompts = [first.encode_prompt(json.loads(line)["prompt"], chat=True) for line in lines[::step][: options.count]]
     reference = Transformers(options.base, min(first._eos)) if options.base else None
-    weight_bytes = sum(
-        parameter.numel() * 2 for parameter in (reference._model.parameters() if reference else [])
-    ) or sum(f.stat().st_size for f in (options.engine / "checkpoint").glob("rank*.safetensors"))
+    weight_bytes = 2 * count_weights(json.loads((options.engine / "checkpoint" / "config.json").read_text()))
     bandwidth = measure_bandwidth(weight_bytes)
     roof = bandwidth / weight_bytes
 
@@ -157,12 +175,7 @@ def main() -> None:
     report = {
         "what": "greedy decoding at batch 1, bfloat16",
         "command": " ".join(["python", "benchmarks/bench_decode.py", *sys.argv[1:]]),
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": usable_cores(),
-            "torch": torch.__version__,
-            "executor": first.executor.name,
-        },
+        "machine": machine(first),
         "weight_bytes": weight_bytes,
         "bandwidth_gb_per_second": bandwidth / 1e9,
         "roof_tokens_per_second": roof,
