@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.checkpoint.config import REDRAFTER_ARCHITECTURES, CheckpointConfig
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.checkpoint.config_reader import read_raw_config
 from trtllm_redrafter.checkpoint.layout import DRAFTER, EMBEDDING, LM_HEAD, TensorSpec, rank_slice, tensor_specs
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, TensorInfo
 from trtllm_redrafter.errors import BackendError, InputError
-from trtllm_redrafter.fsio import read_json
 
 FP8_SCALE = "weights_scaling_factor"
 _FLOATING = ("F16", "BF16", "F32")
@@ -46,11 +46,7 @@ class Checkpoint:
     def open(cls, path: Path) -> Checkpoint:
         """Open a directory with config.json and rank{N}.safetensors; `InputError` says what is missing."""
         path = Path(path)
-        if not path.is_dir():
-            raise InputError("the checkpoint directory does not exist", where=path, remedy="check the path")
-        raw = read_json(path / "config.json")
-        if "architecture" not in raw:
-            raise _not_a_checkpoint(path, raw)
+        raw = read_raw_config(path)
         mapping = raw.get("mapping")
         world_size = mapping.get("world_size", 1) if isinstance(mapping, dict) else 1
         count = world_size if type(world_size) is int and world_size >= 1 else 1
@@ -182,13 +178,3 @@ class Checkpoint:
 
 def rank_file(path: Path, rank: int) -> Path:
     return path / f"rank{rank}.safetensors"
-
-
-def _not_a_checkpoint(path: Path, raw: Mapping[str, object]) -> InputError:
-    is_hf = "architectures" in raw or "model_type" in raw
-    return InputError(
-        "this is a Hugging Face model, not a checkpoint" if is_hf else "this is not a TensorRT-LLM checkpoint",
-        where=path,
-        why=f"its config.json has no `architecture` such as {next(iter(REDRAFTER_ARCHITECTURES))}",
-        remedy="run `trtllm-redrafter convert --base` on it first" if is_hf else "check the path",
-    )

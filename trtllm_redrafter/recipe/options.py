@@ -99,12 +99,12 @@ def build_options(resolved: Resolved, *, overwrite: bool) -> BuildOptions:
 
 def with_checkpoint_limits(resolved: Resolved) -> Resolved:
     """Fill in an engine's lengths from the checkpoint, which is opened only when they are needed."""
-    from trtllm_redrafter.checkpoint import Checkpoint
+    from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
 
     recipe = resolved.recipe
     if recipe.checkpoint is None or None not in (recipe.build.max_seq_len, recipe.build.max_input_len):
         return resolved
-    return with_limits(resolved, Checkpoint.open(recipe.checkpoint).config.max_position_embeddings)
+    return with_limits(resolved, read_checkpoint_config(recipe.checkpoint).max_position_embeddings)
 
 
 def sampling_params(resolved: Resolved, changes: Mapping[str, Any] | None = None) -> SamplingParams:

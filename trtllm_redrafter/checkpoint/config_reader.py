@@ -1,0 +1,42 @@
+"""Open a checkpoint's `config.json` alone: no weights, no torch.
+
+What a plan needs (sizes, ranks, quantization, drafter) is all in the config, so that planning for a GPU host answers
+within the first second. `Checkpoint.open` builds on it and adds the tensors.
+
+    config = read_checkpoint_config(Path("checkpoint"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.checkpoint.config import REDRAFTER_ARCHITECTURES, CheckpointConfig
+from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.fsio import read_json
+
+
+def read_raw_config(path: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint directory; `InputError` when it is missing or of something else."""
+    if not path.is_dir():
+        raise InputError("the checkpoint directory does not exist", where=path, remedy="check the path")
+    raw = read_json(path / "config.json")
+    if "architecture" not in raw:
+        raise _not_a_checkpoint(path, raw)
+    return raw
+
+
+def read_checkpoint_config(path: Path) -> CheckpointConfig:
+    """The parsed config of a checkpoint directory."""
+    return CheckpointConfig.from_dict(read_raw_config(path), where=path / "config.json")
+
+
+def _not_a_checkpoint(path: Path, raw: Mapping[str, object]) -> InputError:
+    is_hf = "architectures" in raw or "model_type" in raw
+    return InputError(
+        "this is a Hugging Face model, not a checkpoint" if is_hf else "this is not a TensorRT-LLM checkpoint",
+        where=path,
+        why=f"its config.json has no `architecture` such as {next(iter(REDRAFTER_ARCHITECTURES))}",
+        remedy="run `trtllm-redrafter convert --base` on it first" if is_hf else "check the path",
+    )
