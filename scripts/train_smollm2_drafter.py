@@ -19,10 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from batch_llama import BatchLlama
 from smollm2_data import (
     Pass,
@@ -53,6 +49,7 @@ from trtllm_redrafter.training.model import DrafterSpec, HeadKind, InputScales, 
 from trtllm_redrafter.training.rows import TrainingRows
 from trtllm_redrafter.training.trainer import BaseTensors, FitOptions, StepLog, Trainer
 
+ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 256
 GRID = "1x3,1x4,1x5,2x3,2x4,2x5,3x3,3x5,4x4,5x5,8x3,8x5"
 

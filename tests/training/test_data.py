@@ -68,7 +68,7 @@ def test_bad_lines_are_named_together(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(InputError) as caught:
         read_texts(path, tokenizer, max_tokens=100, eos=[EOS])
     assert caught.value.problem.where == str(path)
-    found = {p.where: p.what for p in caught.value.problems}
+    found = {str(p.where): p.what for p in caught.value.problems}
     assert sorted(found) == [f"line {n}" for n in (2, 3, 4, 5, 6, 7)]
     assert found["line 3"] == "the line is not a JSON object"
     assert "role" in found["line 4"] and "nothing to learn" in found["line 5"]

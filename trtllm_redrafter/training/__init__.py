@@ -1,0 +1,35 @@
+"""Train a drafter for a frozen base model, and measure what one will bring.
+
+    from trtllm_redrafter.training import evaluate, plan_training, train
+
+    plan = plan_training(options)            # TrainOptions; writes nothing
+    result = train(plan, progress)
+    report = evaluate(options, progress)     # EvaluateOptions
+
+transformers is imported only by what runs or tokenizes with it.
+"""
+
+from trtllm_redrafter.training.evaluation import EvaluationReport, evaluate
+from trtllm_redrafter.training.loss import LossOptions
+from trtllm_redrafter.training.model import HeadKind
+from trtllm_redrafter.training.options import DrafterOptions, EvaluateOptions, TrainOptions
+from trtllm_redrafter.training.plan import TrainPlan, plan_training
+from trtllm_redrafter.training.self_distill import WritingOptions
+from trtllm_redrafter.training.train import TrainResult, train
+from trtllm_redrafter.training.trainer import FitOptions
+
+__all__ = [
+    "DrafterOptions",
+    "EvaluateOptions",
+    "EvaluationReport",
+    "FitOptions",
+    "HeadKind",
+    "LossOptions",
+    "TrainOptions",
+    "TrainPlan",
+    "TrainResult",
+    "WritingOptions",
+    "evaluate",
+    "plan_training",
+    "train",
+]

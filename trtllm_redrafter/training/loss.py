@@ -139,6 +139,11 @@ class LossResult:
     """[L], detached: mean loss of each position over its valid rows (no position weights)."""
 
 
+def count_targets(valid: Tensor) -> Tensor:
+    """Targets of each position. [W, L, S] -> [L]."""
+    return valid.sum(dim=(0, 2)).float()
+
+
 def distillation_loss(
     features: Tensor,
     head: Tensor,
@@ -147,13 +152,15 @@ def distillation_loss(
     tokens: Tensor,
     valid: Tensor,
     options: LossOptions,
+    counts: Tensor | None = None,
 ) -> LossResult:
     """Mean loss over a batch of windows.
 
     features [W, L, S, D], head [V, D]; hidden [W, S + L, H], teacher_head [V, H]; tokens [W, S + L];
     valid [W, L, S] bool: does row i + j exist in row i's text? Position j of row i is scored against row i + j.
+    `counts` [L] are the targets to divide by when these windows are part of a larger batch: the parts then add up.
     """
-    counts = valid.sum(dim=(0, 2)).clamp(min=1).float()
+    counts = (count_targets(valid) if counts is None else counts).clamp(min=1)
     importance = torch.tensor(options.position_weights, device=features.device)
     importance = importance / importance.sum()
     weights = valid.float() * (importance / counts).view(1, -1, 1)

@@ -56,15 +56,25 @@ class WindowBatch:
 
 def cut_windows(rows: TrainingRows, starts: Tensor, window: int, draft_len: int) -> WindowBatch:
     """Windows of `window` rows beginning at `starts` [W]; rows before the first and after the last are void."""
-    device = rows.tokens.device
-    index = starts.to(device).unsqueeze(1) + torch.arange(window + draft_len, device=device)
-    inside = (index >= 0) & (index < len(rows))
+    index, _ = _window_index(rows, starts, window + draft_len)
+    tokens, valid = cut_targets(rows, starts, window, draft_len)
+    return WindowBatch(rows.hidden[index.clamp(0, len(rows) - 1)], tokens, valid)
+
+
+def cut_targets(rows: TrainingRows, starts: Tensor, window: int, draft_len: int) -> tuple[Tensor, Tensor]:
+    """`tokens` and `valid` of these windows, without touching the hidden states."""
+    index, inside = _window_index(rows, starts, window + draft_len)
     index = index.clamp(0, len(rows) - 1)
     document = rows.document[index].masked_fill(~inside, -1)
     here = document[:, :window]
     ahead = torch.stack([document[:, j : j + window] for j in range(1, draft_len + 1)], dim=1)
-    valid = (ahead == here.unsqueeze(1)) & (here >= 0).unsqueeze(1)
-    return WindowBatch(rows.hidden[index], rows.tokens[index].long(), valid)
+    return rows.tokens[index].long(), (ahead == here.unsqueeze(1)) & (here >= 0).unsqueeze(1)
+
+
+def _window_index(rows: TrainingRows, starts: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Row numbers [W, width], and whether they exist."""
+    index = starts.to(rows.tokens.device).unsqueeze(1) + torch.arange(width, device=rows.tokens.device)
+    return index, (index >= 0) & (index < len(rows))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import as_output_error
-from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.progress import Progress, no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.training.cache import Cache, cache_key, open_or_build, plan_cache, weights_fingerprint
 from trtllm_redrafter.training.data import TokenizedText
@@ -30,6 +30,7 @@ from trtllm_redrafter.training.export import export_weights, frequent_tokens, lo
 from trtllm_redrafter.training.frozen_base import FrozenBase
 from trtllm_redrafter.training.model import InputScales, TrainableDrafter
 from trtllm_redrafter.training.plan import TrainPlan
+from trtllm_redrafter.training.processes import first_alone, is_first, process_group
 from trtllm_redrafter.training.rows import TrainingRows
 from trtllm_redrafter.training.self_distill import AnswerWriter, TransformersWriter, write_answers
 from trtllm_redrafter.training.trainer import BaseTensors, StepLog, Trainer
@@ -51,11 +52,17 @@ class TrainResult:
 
 def train(plan: TrainPlan, progress: Progress, *, writer: AnswerWriter | None = None) -> TrainResult:
     """Run the plan. `writer` answers prompts faster than transformers would, where an engine is at hand."""
+    with process_group(plan.options.device) as device:
+        base = FrozenBase.load(plan.options.base, device=device, dtype=plan.options.dtype)
+        return _train(plan, base, writer or TransformersWriter(base), progress if is_first() else no_progress)
+
+
+def _train(plan: TrainPlan, base: FrozenBase, writer: AnswerWriter, progress: Progress) -> TrainResult:
     options = plan.options
-    base = FrozenBase.load(options.base, device=options.device, dtype=options.dtype)
-    texts = list(plan.texts) or _written_texts(plan, base, writer or TransformersWriter(base), progress)
-    learnt, held_out = split_texts(texts, options.held_out, options.fit.seed)
-    cache = _cached(plan, base, learnt, "cache", progress)
+    with first_alone():
+        texts = list(plan.texts) or _written_texts(plan, writer, progress)
+        learnt, held_out = split_texts(texts, options.held_out, options.fit.seed)
+        cache = _cached(plan, base, learnt, "cache", progress)
     tensors = BaseTensors(base.embedding, base.head, _loss_vocab(plan, cache.rows))
     trainer = make_trainer(plan, cache.rows, tensors)
     started = time.perf_counter()
@@ -67,12 +74,12 @@ def train(plan: TrainPlan, progress: Progress, *, writer: AnswerWriter | None = 
         "rows_seen": trainer.step * trainer.options.windows * trainer.options.window * trainer.world,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    shipped = load_weights(plan.spec, export_weights(trainer.model, torch.bfloat16))
-    shipped = shipped.to(options.device, base.head.dtype)
-    if held_out:
-        rows = _cached(plan, base, held_out, "cache-held-out", progress).rows
-        metrics["held_out"] = measure(shipped, tensors, rows, options.grid, progress)
-    if trainer.rank == 0:
+    if is_first():
+        shipped = load_weights(plan.spec, export_weights(trainer.model, torch.bfloat16))
+        shipped = shipped.to(base.head.device, base.head.dtype)
+        if held_out:
+            rows = _cached(plan, base, held_out, "cache-held-out", progress).rows
+            metrics["held_out"] = measure(shipped, tensors, rows, options.grid, progress)
         _export(plan, shipped, tensors, metrics)
     return TrainResult(options.output, metrics, cache.made)
 
@@ -108,7 +115,7 @@ def measure(
     return {"rows": len(rows), "accuracy": accuracy, "acceptance": [a.as_dict() for a in found]}
 
 
-def _written_texts(plan: TrainPlan, base: FrozenBase, writer: AnswerWriter, progress: Progress) -> list[TokenizedText]:
+def _written_texts(plan: TrainPlan, writer: AnswerWriter, progress: Progress) -> list[TokenizedText]:
     prompts = [p.token_ids for p in plan.prompts]
     path = plan.options.work_dir / "answers.jsonl"
     answers = write_answers(prompts, writer, plan.options.writing, path, progress)

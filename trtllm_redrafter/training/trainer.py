@@ -23,9 +23,9 @@ from torch import distributed as dist
 
 from trtllm_redrafter.errors import InputError, Problem
 from trtllm_redrafter.progress import Progress
-from trtllm_redrafter.training.loss import LossOptions, LossResult, distillation_loss
+from trtllm_redrafter.training.loss import LossOptions, LossResult, count_targets, distillation_loss
 from trtllm_redrafter.training.model import TrainableDrafter
-from trtllm_redrafter.training.rows import TrainingRows, WindowOrder, cut_windows
+from trtllm_redrafter.training.rows import TrainingRows, WindowOrder, cut_targets, cut_windows
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -133,7 +133,7 @@ class Trainer:
         groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         on_gpu = base.head.is_cuda
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(options.beta1, options.beta2), fused=on_gpu)
-        restricted = base.loss_vocab.to(base.head.device)
+        self._restricted = restricted = base.loss_vocab.to(base.head.device)
         self._small_head = base.head[restricted].contiguous()
         self._column = torch.full((base.head.shape[0],), -1, device=base.head.device)
         self._column[restricted] = torch.arange(len(restricted), device=base.head.device)
@@ -160,26 +160,52 @@ class Trainer:
         rate = self.options.rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        starts = self.order.starts(self.step)[self.rank :: self.world]
+        parts = self.order.starts(self.step)[self.rank :: self.world].chunk(self.options.accumulation)
+        counts = torch.stack([self._count(part) for part in parts]).sum(dim=0)
+        self._add_up(counts)
         results = []
-        for part in starts.chunk(self.options.accumulation):
-            result = self.loss(part)
-            (result.total / self.options.accumulation).backward()  # type: ignore[no-untyped-call]
+        for part in parts:  # each is divided by the whole step's targets: the parts add up to its mean
+            result = self.loss(part, counts)
+            result.total.backward()  # type: ignore[no-untyped-call]
             results.append(result)
-        if self.world > 1:
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad, op=dist.ReduceOp.SUM)
-                    parameter.grad /= self.world
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                self._add_up(parameter.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        total = torch.stack([r.total.detach() for r in results]).mean()
-        return LossResult(total, torch.stack([r.per_position for r in results]).mean(dim=0)), norm, rate
+        total = torch.stack([r.total.detach() for r in results]).sum()
+        per_position = torch.stack([r.per_position for r in results]).sum(dim=0)
+        self._add_up(total)
+        self._add_up(per_position)
+        return LossResult(total, per_position), norm, rate
 
-    def loss(self, starts: Tensor) -> LossResult:
-        """Loss of the windows beginning at `starts`."""
+    def _add_up(self, tensor: Tensor) -> None:
+        """Sum over processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+
+    def _count(self, starts: Tensor) -> Tensor:
+        """Targets per position of the windows that see the whole vocabulary, and of the others. [2, L]"""
+        tokens, valid = cut_targets(self.rows, starts, self.options.window, self.model.spec.draft_len)
+        tokens, valid, full = (
+            tokens.to(self.base.head.device),
+            valid.to(self.base.head.device),
+            self.options.full_windows,
+        )
+        known = valid[full:] & self._known(self._column[tokens[full:]])
+        return torch.stack([count_targets(valid[:full]), count_targets(known)])
+
+    def _known(self, column: Tensor) -> Tensor:
+        """Is the token j rows ahead in the restricted vocabulary? [W, S + L] -> [W, L, S]"""
+        window = self.options.window
+        ahead = range(1, self.model.spec.draft_len + 1)
+        return torch.stack([column[:, j : j + window] >= 0 for j in ahead], dim=1)
+
+    def loss(self, starts: Tensor, counts: Tensor | None = None) -> LossResult:
+        """Loss of the windows beginning at `starts`; `counts` as `_count` gives it, of the whole step."""
+        counts = self._count(starts) if counts is None else counts
         device, dtype = self.base.head.device, self.base.head.dtype
         batch = cut_windows(self.rows, starts, self.options.window, self.model.spec.draft_len)
         hidden, tokens = batch.hidden.to(device, dtype), batch.tokens.to(device)
@@ -188,30 +214,25 @@ class Trainer:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.options.autocast):
             features = self.model(context, following)
         features = features.to(dtype) if self.options.autocast else features
-        valid, full = batch.valid.to(device), self.options.full_windows
+        valid, head, options = batch.valid.to(device), self.model.head_of(self.base.head), self.options.loss
+        own = self.base.head
+        full = min(self.options.full_windows, len(starts))
         parts = []
         if full > 0:
-            head = self.model.head_of(self.base.head)
-            parts.append(
-                distillation_loss(
-                    features[:full], head, hidden[:full], self.base.head, tokens[:full], valid[:full], self.options.loss
-                )
-            )
+            seen = [x[:full] for x in (features, hidden, tokens, valid)]
+            whole = distillation_loss(seen[0], head, seen[1], own, seen[2], seen[3], options, counts[0])
+            parts.append((full / len(starts), whole))
         if full < len(starts):
-            parts.append(self._restricted(features[full:], hidden[full:], tokens[full:], valid[full:]))
-        shares = torch.tensor([min(full, len(starts)), max(0, len(starts) - full)], device=device) / len(starts)
-        shares = shares[shares > 0]
-        total = torch.stack([p.total for p in parts]) @ shares
-        return LossResult(total, shares @ torch.stack([p.per_position for p in parts]))
-
-    def _restricted(self, features: Tensor, hidden: Tensor, tokens: Tensor, valid: Tensor) -> LossResult:
-        """The loss over `loss_vocab`; rows whose token lies outside teach nothing here."""
-        head, rows = self.model.head_of(self.base.head), features.shape[2]
-        small = self._small_head if head is self.base.head else head[self.base.loss_vocab.to(head.device)]
-        column = self._column[tokens]
-        known = torch.stack([column[:, j : j + rows] >= 0 for j in range(1, features.shape[1] + 1)], dim=1)
-        options = self.options.loss
-        return distillation_loss(features, small, hidden, self._small_head, column, valid & known, options)
+            # A token outside `loss_vocab` teaches nothing here.
+            small = self._small_head if head is own else head[self._restricted]
+            column = self._column[tokens[full:]]
+            known = valid[full:] & self._known(column)
+            restricted = distillation_loss(
+                features[full:], small, hidden[full:], self._small_head, column, known, options, counts[1]
+            )
+            parts.append((1 - full / len(starts), restricted))
+        total = torch.stack([share * part.total for share, part in parts]).sum()
+        return LossResult(total, torch.stack([share * part.per_position for share, part in parts]).sum(dim=0))
 
     def save(self, path: Path) -> None:
         """Weights, moments and the step in one file, by rename."""

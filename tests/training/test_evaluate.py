@@ -1,0 +1,107 @@
+"""Acceptance measured along recorded texts is what the torch backend reports when it really decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engines import build_engine, convert_pair, load
+from tests.training.conftest import fit_options, train_options
+from tests.training.test_train import evaluate_options
+from trtllm_redrafter.backends.base import Request, Result, SamplingParams
+from trtllm_redrafter.errors import UsageError
+from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.training.data import read_prompts
+from trtllm_redrafter.training.evaluate import Walk, summarize, walk_text
+from trtllm_redrafter.training.evaluation import evaluate
+from trtllm_redrafter.training.frozen_base import load_tokenizer
+from trtllm_redrafter.training.options import TrainOptions
+from trtllm_redrafter.training.plan import plan_training
+from trtllm_redrafter.training.rows import TrainingRows
+from trtllm_redrafter.training.train import train
+
+GRID = (DraftShape(1, 1), DraftShape(1, 3), DraftShape(3, 2), DraftShape(3, 3), DraftShape(6, 3))
+
+
+def test_a_walk_steps_over_what_it_accepted() -> None:
+    assert walk_text([2, 9, 9, 0, 1, 9, 0]) == Walk([2, 0, 1])
+    # Seven tokens: the first comes from the prompt; steps emit 3, 1, 2 of the other six.
+    assert walk_text([2, 9, 9, 0, 1, 9, 0]).emitted == 6
+
+
+def test_a_walk_does_not_count_beyond_the_text() -> None:
+    assert walk_text([3, 0, 0, 0]) == Walk([2])  # three tokens are left: two drafts and the base model's own
+    assert walk_text([1, 0]) == Walk([0])
+    assert walk_text([5]) == Walk([])
+
+
+def test_the_interval_comes_from_the_spread_between_texts() -> None:
+    rows = TrainingRows(torch.zeros(9, 1), torch.zeros(9, dtype=torch.int32), torch.tensor([0] * 5 + [1] * 4))
+    accepted = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0, 0])
+    found = summarize(accepted, rows, DraftShape(1, 1), ["a", "b"])
+    # Text a: 2 steps emit 4; text b: 3 steps emit 3.
+    assert found.walk == pytest.approx(7 / 5) and found.steps == 5
+    assert found.per_category == {"a": 2.0, "b": 1.0}
+    assert found.at_least == [pytest.approx(2 / 5)]
+    half = 1.96 * ((4 - 1.4 * 2) ** 2 * 2 + (3 - 1.4 * 3) ** 2 * 2) ** 0.5 / 5
+    assert found.walk_high - found.walk == pytest.approx(half)
+
+
+@pytest.fixture(scope="module", params=[0, 64], ids=["whole head", "draft vocabulary"])
+def trained(
+    random_base: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> TrainOptions:
+    """A drafter that is right now and then, with and without a draft vocabulary for the engine's fast head."""
+    folder, fit = tmp_path_factory.mktemp("trained"), fit_options(max_steps=60)
+    options = train_options(random_base, folder, fit=fit, held_out=0.0, draft_vocab=request.param)
+    train(plan_training(options), no_progress)
+    return options
+
+
+def decode(options: TrainOptions, shape: DraftShape, folder: Path) -> list[Result]:
+    folder.mkdir()
+    (folder / "base").symlink_to(options.base)
+    (folder / "drafter").symlink_to(options.output)
+    checkpoint = convert_pair(folder, num_beams=shape.num_beams, draft_len=shape.draft_len)
+    runner = load(build_engine(checkpoint, folder / "engine", options.base), shape)
+    assert options.prompts is not None
+    prompts = read_prompts(options.prompts, load_tokenizer(options.base), max_tokens=100)
+    sampling = SamplingParams(max_tokens=options.writing.max_tokens)
+    return runner.generate([Request(p.token_ids, sampling) for p in prompts])
+
+
+def totals(results: Sequence[Result], length: int) -> tuple[int, int, list[int]]:
+    at = [sum(r.accepted_at[j] for r in results) for j in range(length)]
+    return sum(r.steps for r in results), sum(r.accepted_tokens for r in results), at
+
+
+def test_it_agrees_with_real_decoding(trained: TrainOptions, tmp_path: Path) -> None:
+    report = evaluate(evaluate_options(trained, grid=GRID, use_draft_vocab=True), no_progress)
+    seen = set()
+    for shape, found in zip(GRID, report.acceptance, strict=True):
+        steps, accepted, at = totals(decode(trained, shape, tmp_path / f"{shape}"), shape.draft_len)
+        assert found.steps == steps
+        assert found.walk == pytest.approx(1 + accepted / steps, abs=1e-12)
+        assert found.at_least == pytest.approx([n / steps for n in at], abs=1e-12)
+        seen.add(accepted)
+    assert min(seen) > 20 and len(seen) > 2  # the drafter is neither hopeless nor perfect
+
+
+def test_sharing_a_search_changes_nothing(trained: TrainOptions) -> None:
+    together = evaluate(evaluate_options(trained, grid=GRID), no_progress).acceptance
+    alone = [evaluate(evaluate_options(trained, grid=(s,)), no_progress).acceptance[0] for s in GRID]
+    assert together == alone
+
+
+def test_refusals_come_before_the_model_is_loaded(trained: TrainOptions, counting_base: Path) -> None:
+    with pytest.raises(UsageError, match="2x4 drafts further than the 3 tokens"):
+        evaluate(evaluate_options(trained, grid=(DraftShape(2, 4),)), no_progress)
+    hot = replace(trained.writing, temperature=1.0)
+    with pytest.raises(UsageError, match=r"temperature is 1\.0") as caught:
+        evaluate(evaluate_options(trained, writing=hot, grid=(DraftShape(60, 2),)), no_progress)
+    assert "num_beams is 60" in str(caught.value)
