@@ -34,9 +34,10 @@ from smollm2_data import (
 )
 from tokenizers import Tokenizer
 
+from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
-from trtllm_redrafter.training.evaluate import Acceptance, borrowed_head, evaluate_grid, token_accuracy
+from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid, token_accuracy
 from trtllm_redrafter.training.export import (
     BaseIdentity,
     export_weights,
@@ -44,10 +45,11 @@ from trtllm_redrafter.training.export import (
     load_weights,
     write_drafter,
 )
+from trtllm_redrafter.training.fit import BaseTensors, FitOptions, StepLog
 from trtllm_redrafter.training.loss import LossOptions
 from trtllm_redrafter.training.model import DrafterSpec, HeadKind, InputScales, TrainableDrafter
 from trtllm_redrafter.training.rows import TrainingRows
-from trtllm_redrafter.training.trainer import BaseTensors, FitOptions, StepLog, Trainer
+from trtllm_redrafter.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 256
@@ -270,6 +272,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    check_replaceable(args.output, overwrite=True)
     settings = json.loads(args.settings.read_text(encoding="utf-8"))
     material = prepare(args.model, settings, args.device)
     model, facts = train(material, settings, args.output.with_suffix(".metrics.jsonl"))

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from tests.engines import write_tokenizer
 from tests.tiny_models import write_base
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.training.fit import FitOptions
 from trtllm_redrafter.training.loss import LossOptions
 from trtllm_redrafter.training.model import HeadKind
 from trtllm_redrafter.training.options import DrafterOptions, TrainOptions
 from trtllm_redrafter.training.self_distill import WritingOptions
-from trtllm_redrafter.training.trainer import FitOptions
 
 VOCAB = 259
 EOS = 2

@@ -16,14 +16,14 @@ from trtllm_redrafter.backends.base import Request, Result, SamplingParams
 from trtllm_redrafter.errors import UsageError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.training.acceptance import Walk, summarize, walk_text
 from trtllm_redrafter.training.data import read_prompts
-from trtllm_redrafter.training.evaluate import Walk, summarize, walk_text
 from trtllm_redrafter.training.evaluation import evaluate
+from trtllm_redrafter.training.execute import train
 from trtllm_redrafter.training.frozen_base import load_tokenizer
 from trtllm_redrafter.training.options import TrainOptions
 from trtllm_redrafter.training.plan import plan_training
 from trtllm_redrafter.training.rows import TrainingRows
-from trtllm_redrafter.training.train import train
 
 GRID = (DraftShape(1, 1), DraftShape(1, 3), DraftShape(3, 2), DraftShape(3, 3), DraftShape(6, 3))
 

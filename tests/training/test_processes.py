@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tests.training.conftest import fit_options, train_options
 from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.training.execute import train
 from trtllm_redrafter.training.plan import plan_training
-from trtllm_redrafter.training.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from tests.training.conftest import fit_options, train_options
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.training.plan import plan_training
-from trtllm_redrafter.training.train import train
+from trtllm_redrafter.training.execute import train
 fit = fit_options(windows=2, full_windows=2)
 train(plan_training(train_options(Path(sys.argv[1]), Path(sys.argv[2]), fit=fit)), no_progress)
 """

@@ -10,13 +10,13 @@ transformers is imported only by what runs or tokenizes with it.
 """
 
 from trtllm_redrafter.training.evaluation import EvaluationReport, evaluate
+from trtllm_redrafter.training.execute import TrainResult, train
+from trtllm_redrafter.training.fit import FitOptions
 from trtllm_redrafter.training.loss import LossOptions
 from trtllm_redrafter.training.model import HeadKind
 from trtllm_redrafter.training.options import DrafterOptions, EvaluateOptions, TrainOptions
 from trtllm_redrafter.training.plan import TrainPlan, plan_training
 from trtllm_redrafter.training.self_distill import WritingOptions
-from trtllm_redrafter.training.train import TrainResult, train
-from trtllm_redrafter.training.trainer import FitOptions
 
 __all__ = [
     "DrafterOptions",

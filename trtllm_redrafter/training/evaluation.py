@@ -1,7 +1,7 @@
 """Will this drafter pay? Acceptance for every setting of a grid, before any conversion or GPU is paid for.
 
 Each prompt is decoded once, greedily, by the base model; the drafter then proposes along the recorded texts (see
-`evaluate.py` for why that is exact).
+`acceptance.py` for why that is exact).
 
     report = evaluate(options, progress)
     print(report.render())
@@ -22,15 +22,15 @@ from safetensors.torch import load_file
 from trtllm_redrafter.errors import Problem, UsageError, raise_together
 from trtllm_redrafter.fsio import CREATOR, atomic_directory, check_replaceable, write_json
 from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid, token_accuracy
 from trtllm_redrafter.training.data import TokenizedText, read_prompts
-from trtllm_redrafter.training.evaluate import Acceptance, borrowed_head, evaluate_grid, token_accuracy
 from trtllm_redrafter.training.export import read_drafter
+from trtllm_redrafter.training.fit import BaseTensors
 from trtllm_redrafter.training.frozen_base import DTYPES, FrozenBase, base_identity, load_tokenizer
 from trtllm_redrafter.training.model import TrainableDrafter
 from trtllm_redrafter.training.options import EvaluateOptions
 from trtllm_redrafter.training.rows import TrainingRows
 from trtllm_redrafter.training.self_distill import AnswerWriter, TransformersWriter
-from trtllm_redrafter.training.trainer import BaseTensors
 
 DRAFT_VOCAB = "draft_vocab.safetensors"
 

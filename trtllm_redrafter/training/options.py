@@ -7,10 +7,10 @@ from pathlib import Path
 
 from trtllm_redrafter.errors import Problem, UsageError, raise_together
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.training.fit import FitOptions
 from trtllm_redrafter.training.frozen_base import DTYPES
 from trtllm_redrafter.training.model import HeadKind
 from trtllm_redrafter.training.self_distill import WritingOptions
-from trtllm_redrafter.training.trainer import FitOptions
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from trtllm_redrafter.redrafter.config import DrafterConfig
 from trtllm_redrafter.training.cache import CachePlan, check_space, plan_cache
 from trtllm_redrafter.training.data import Prompt, TokenizedText, read_prompts, read_texts
 from trtllm_redrafter.training.export import BaseIdentity
+from trtllm_redrafter.training.fit import FitOptions
 from trtllm_redrafter.training.frozen_base import base_identity, load_tokenizer
 from trtllm_redrafter.training.model import DrafterSpec, HeadKind
 from trtllm_redrafter.training.options import TrainOptions
 from trtllm_redrafter.training.rows import WindowOrder
-from trtllm_redrafter.training.trainer import FitOptions
 
 EXPORT_BYTES = 2
 """Drafters are written in bfloat16."""

@@ -23,17 +23,18 @@ from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import as_output_error
 from trtllm_redrafter.progress import Progress, no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.training.acceptance import borrowed_head, evaluate_grid, token_accuracy
 from trtllm_redrafter.training.cache import Cache, cache_key, open_or_build, plan_cache, weights_fingerprint
 from trtllm_redrafter.training.data import TokenizedText
-from trtllm_redrafter.training.evaluate import borrowed_head, evaluate_grid, token_accuracy
 from trtllm_redrafter.training.export import export_weights, frequent_tokens, load_weights, write_drafter
+from trtllm_redrafter.training.fit import BaseTensors, StepLog
 from trtllm_redrafter.training.frozen_base import FrozenBase
 from trtllm_redrafter.training.model import InputScales, TrainableDrafter
 from trtllm_redrafter.training.plan import TrainPlan
 from trtllm_redrafter.training.processes import first_alone, is_first, process_group
 from trtllm_redrafter.training.rows import TrainingRows
 from trtllm_redrafter.training.self_distill import AnswerWriter, TransformersWriter, write_answers
-from trtllm_redrafter.training.trainer import BaseTensors, StepLog, Trainer
+from trtllm_redrafter.training.trainer import Trainer
 
 STATE = "state.safetensors"
 LOG = "metrics.jsonl"
