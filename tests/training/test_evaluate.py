@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.engines import build_engine, convert_pair, load
-from tests.training.conftest import fit_options, train_options
+from tests.tiny_models import write_drafter
+from tests.training.conftest import VOCAB, fit_options, train_options
 from tests.training.test_train import evaluate_options
 from trtllm_redrafter.backends.base import Request, Result, SamplingParams
 from trtllm_redrafter.errors import UsageError
@@ -96,6 +97,28 @@ def test_sharing_a_search_changes_nothing(trained: TrainOptions) -> None:
     together = evaluate(evaluate_options(trained, grid=GRID), no_progress).acceptance
     alone = [evaluate(evaluate_options(trained, grid=(s,)), no_progress).acceptance[0] for s in GRID]
     assert together == alone
+
+
+@pytest.mark.parametrize("layout", ["apple", "lm_heads", "sequential", "ours"])
+def test_drafters_of_other_trainers_are_read(trained: TrainOptions, tmp_path: Path, layout: str) -> None:
+    """The same random drafter in every layout, `.pt` included, gives the same figures."""
+    found = []
+    for name, file in (("reference", "model.safetensors"), (layout, "model.pt")):
+        folder = tmp_path / name
+        write_drafter(folder, layout="apple" if name == "reference" else layout, vocab_size=VOCAB, file=file)
+        options = evaluate_options(trained, drafter=folder, grid=(DraftShape(2, 3),))
+        found.append(evaluate(options, no_progress).acceptance)
+    assert found[0] == found[1]
+
+
+def test_a_drafter_for_another_base_is_refused(trained: TrainOptions, tmp_path: Path) -> None:
+    write_drafter(tmp_path / "other", vocab_size=96, hidden_size=16, exit_dim=32)
+    with pytest.raises(UsageError) as caught:
+        evaluate(evaluate_options(trained, drafter=tmp_path / "other"), no_progress)
+    assert [p.what for p in caught.value.problems] == [
+        "hidden_size is 16 in the drafter and 32 in the base model",
+        "vocab_size is 96 in the drafter and 259 in the base model",
+    ]
 
 
 def test_refusals_come_before_the_model_is_loaded(trained: TrainOptions, counting_base: Path) -> None:

@@ -24,7 +24,7 @@ from trtllm_redrafter.fsio import CREATOR, atomic_directory, check_replaceable, 
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid, token_accuracy
 from trtllm_redrafter.training.data import TokenizedText, read_prompts
-from trtllm_redrafter.training.export import read_drafter
+from trtllm_redrafter.training.drafter_reader import read_drafter
 from trtllm_redrafter.training.fit import BaseTensors
 from trtllm_redrafter.training.frozen_base import DTYPES, FrozenBase, base_identity, load_tokenizer
 from trtllm_redrafter.training.model import TrainableDrafter
@@ -102,7 +102,7 @@ def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWrit
     options.check()
     if options.report is not None:
         check_replaceable(options.report, overwrite=options.overwrite)
-    drafter = read_drafter(options.drafter)
+    drafter = read_drafter(options.drafter, max(shape.draft_len for shape in options.grid))
     check_fits(drafter, options)
     prompts = read_prompts(options.prompts, load_tokenizer(options.base), max_tokens=options.max_text_tokens)
     base = FrozenBase.load(options.base, device=options.device, dtype=options.dtype)

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
-from trtllm_redrafter.errors import InputError, MismatchError
-from trtllm_redrafter.fsio import atomic_directory, read_json, write_json
-from trtllm_redrafter.redrafter.config import DrafterConfig
+from trtllm_redrafter.fsio import atomic_directory, write_json
 from trtllm_redrafter.training.model import DrafterSpec, HeadKind, TrainableDrafter
 
 MODEL_TYPE = "recurrent_drafting_drafter"
@@ -120,55 +118,6 @@ def write_drafter(
             _write_tensors(work / "draft_vocab.safetensors", {"token_ids": draft_vocab})
         inputs, files = {"base": asdict(base)}, record_tree(work)
         Manifest("drafter", inputs=inputs, options=provenance, derived={}, files=files).write(work)
-
-
-def read_spec(folder: Path) -> DrafterSpec:
-    """Sizes, head and horizon from a drafter directory of this layout."""
-    path = folder / "config.json"
-    try:
-        config = read_json(path)
-        sizes = DrafterConfig(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            exit_dim=config["exit_dim"],
-            num_layers=config["num_draft_layers"],
-            rnn=config["rnn"],
-        )
-        tied, draft_len = bool(config.get("tie_lm_head", False)), int(config["draft_len"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            "not a drafter config", where=path, why=repr(error), remedy="pass a directory that `train` wrote"
-        ) from error
-    if not tied:
-        return DrafterSpec(sizes, HeadKind.FULL, draft_len)
-    factored = sizes.exit_dim != sizes.hidden_size or FACTOR_NAME in _names(folder / "model.safetensors")
-    return DrafterSpec(sizes, HeadKind.FACTOR if factored else HeadKind.TIED, draft_len)
-
-
-def read_drafter(folder: Path) -> TrainableDrafter:
-    """Load a drafter directory of this layout in float32."""
-    spec = read_spec(folder)
-    path = folder / "model.safetensors"
-    weights = load_file(path)
-    missing = sorted(set(weight_names(spec)) - set(weights))
-    if missing:
-        raise MismatchError(
-            f"tensors are missing: {', '.join(missing)}",
-            where=path,
-            why="config.json promises them",
-            remedy="export the drafter again",
-        )
-    return load_weights(spec, weights)
-
-
-def _names(path: Path) -> set[str]:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys())
-    except (OSError, RuntimeError) as error:
-        raise InputError("cannot be read", where=path, why=str(error), remedy="export the drafter again") from error
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
