@@ -64,6 +64,21 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
         make(fit_options(learning_rate=1e-4)).load(tmp_path / "state.safetensors")
 
 
+def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "state.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
+    with pytest.raises(InputError, match="is no training state"):
+        make(fit_options()).load(tmp_path / "state.safetensors")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_base_in_bfloat16_trains(autocast: bool) -> None:
+    trainer = make(fit_options(autocast=autocast, max_steps=30, full_windows=2))
+    small = BaseTensors(trainer.base.embedding.bfloat16(), trainer.base.head.bfloat16(), trainer.base.loss_vocab)
+    rows = TrainingRows(trainer.rows.hidden.bfloat16(), trainer.rows.tokens, trainer.rows.document)
+    logs = run(Trainer(trainer.model, rows, small, trainer.options))
+    assert logs[-1].loss < logs[0].loss
+
+
 def test_accumulation_changes_nothing() -> None:
     whole = run(make(fit_options(windows=4, full_windows=4)))
     parts = run(make(fit_options(windows=4, full_windows=2, accumulation=2)))

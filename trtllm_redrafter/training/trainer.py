@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
@@ -37,8 +38,8 @@ class Trainer:
         matrices = [p for p in model.parameters() if p.dim() > 1]
         vectors = [p for p in model.parameters() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        on_gpu = base.head.is_cuda
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(options.beta1, options.beta2), fused=on_gpu)
+        self._fused = base.head.is_cuda
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(options.beta1, options.beta2), fused=self._fused)
         self._restricted = restricted = base.loss_vocab.to(base.head.device)
         self._small_head = base.head[restricted].contiguous()
         self._column = torch.full((base.head.shape[0],), -1, device=base.head.device)
@@ -95,11 +96,8 @@ class Trainer:
     def _count(self, starts: Tensor) -> Tensor:
         """Targets per position of the windows that see the whole vocabulary, and of the others. [2, L]"""
         tokens, valid = cut_targets(self.rows, starts, self.options.window, self.model.spec.draft_len)
-        tokens, valid, full = (
-            tokens.to(self.base.head.device),
-            valid.to(self.base.head.device),
-            self.options.full_windows,
-        )
+        tokens, valid = tokens.to(self.base.head.device), valid.to(self.base.head.device)
+        full = self.options.full_windows
         known = valid[full:] & self._known(self._column[tokens[full:]])
         return torch.stack([count_targets(valid[:full]), count_targets(known)])
 
@@ -112,33 +110,35 @@ class Trainer:
     def loss(self, starts: Tensor, counts: Tensor | None = None) -> LossResult:
         """Loss of the windows beginning at `starts`; `counts` as `_count` gives it, of the whole step."""
         counts = self._count(starts) if counts is None else counts
-        device, dtype = self.base.head.device, self.base.head.dtype
+        own, dtype = self.base.head, self.base.head.dtype
         batch = cut_windows(self.rows, starts, self.options.window, self.model.spec.draft_len)
-        hidden, tokens = batch.hidden.to(device, dtype), batch.tokens.to(device)
-        following = self.base.embedding[tokens]
-        context = hidden[:, : self.options.window]
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.options.autocast):
-            features = self.model(context, following)
-        features = features.to(dtype) if self.options.autocast else features
-        valid, head, options = batch.valid.to(device), self.model.head_of(self.base.head), self.options.loss
-        own = self.base.head
+        hidden, tokens = batch.hidden.to(own.device, dtype), batch.tokens.to(own.device)
+        valid = batch.valid.to(own.device)
+            batch.hidden.to(own.device, dtype),
+            batch.tokens.to(own.device),
+            batch.valid.to(own.device),
+        )
+        features, head = self._features(hidden, tokens), self.model.head_of(own)
         full = min(self.options.full_windows, len(starts))
         parts = []
         if full > 0:
-            seen = [x[:full] for x in (features, hidden, tokens, valid)]
-            whole = distillation_loss(seen[0], head, seen[1], own, seen[2], seen[3], options, counts[0])
-            parts.append((full / len(starts), whole))
-        if full < len(starts):
-            # A token outside `loss_vocab` teaches nothing here.
+            seen = features[:full], head, hidden[:full], own, tokens[:full], valid[:full]
+            parts.append((full / len(starts), distillation_loss(*seen, self.options.loss, counts[0])))
+        if full < len(starts):  # a token outside `loss_vocab` teaches nothing here
             small = self._small_head if head is own else head[self._restricted]
             column = self._column[tokens[full:]]
             known = valid[full:] & self._known(column)
-            restricted = distillation_loss(
-                features[full:], small, hidden[full:], self._small_head, column, known, options, counts[1]
-            )
-            parts.append((1 - full / len(starts), restricted))
+            seen = features[full:], small, hidden[full:], self._small_head, column, known
+            parts.append((1 - full / len(starts), distillation_loss(*seen, self.options.loss, counts[1])))
         total = torch.stack([share * part.total for share, part in parts]).sum()
         return LossResult(total, torch.stack([share * part.per_position for share, part in parts]).sum(dim=0))
+
+    def _features(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """The drafter over the windows, in its own float32 or under autocast; handed on in the base's dtype."""
+        context, following = hidden[:, : self.options.window], self.base.embedding[tokens]
+        with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=self.options.autocast):
+            features: Tensor = self.model(context.float(), following.float())
+        return features.to(hidden.dtype)
 
     def save(self, path: Path) -> None:
         """Weights, moments and the step in one file, by rename."""
@@ -148,30 +148,41 @@ class Trainer:
                 tensors[f"adam.{name}.{key}"] = value
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         scratch = path.with_suffix(".tmp")
-        save_file(tensors, scratch, metadata={"step": str(self.step), "options": json.dumps(repr(self.options))})
+        save_file(tensors, scratch, metadata={"step": str(self.step), "run": json.dumps(self._run)})
         scratch.replace(path)
 
-    def load(self, path: Path) -> None:
-        """Go on where `save` was called; the options must be the same, or the rest would be another run."""
-        from safetensors import safe_open
+    @property
+    def _run(self) -> list[str]:
+        """What must be the same for a resumed run to repeat this one."""
+        return [repr(self.model.spec), repr(self.options), f"{len(self.rows)} rows, {self.world} processes"]
 
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-        if json.loads(metadata["options"]) != repr(self.options):
+    def load(self, path: Path) -> None:
+        """Go on where `save` was called; everything must be the same, or the rest would be another run."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+            tensors, run = load_file(path), json.loads(metadata["run"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise InputError(
+                "is no training state", where=path, why=str(error), remedy="remove it and train from the start"
+            ) from error
+        if run != self._run:
+            there, here = next((a, b) for a, b in zip(run, self._run, strict=True) if a != b)
             raise InputError(
                 "was saved by a run with other options",
                 where=path,
-                why=f"there {json.loads(metadata['options'])}, here {self.options!r}",
-                remedy="resume with the options it began with, or start over in another directory",
+                why=f"there {there}, here {here}",
+                remedy="resume with the options it began with, or start over in another work directory",
             )
-        tensors = load_file(path)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])
                 prefix = f"adam.{name}."
                 moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                 self.optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
+                    # AdamW's step counter stays on the CPU unless its kernels are fused.
+                    key: value.to(parameter.device) if key != "step" or self._fused else value
+                    for key, value in moments.items()
                 }
         self.step = int(metadata["step"])
 
