@@ -114,10 +114,6 @@ class Trainer:
         batch = cut_windows(self.rows, starts, self.options.window, self.model.spec.draft_len)
         hidden, tokens = batch.hidden.to(own.device, dtype), batch.tokens.to(own.device)
         valid = batch.valid.to(own.device)
-            batch.hidden.to(own.device, dtype),
-            batch.tokens.to(own.device),
-            batch.valid.to(own.device),
-        )
         features, head = self._features(hidden, tokens), self.model.head_of(own)
         full = min(self.options.full_windows, len(starts))
         parts = []
