@@ -18,7 +18,13 @@ def _torch() -> Backend:
     return TorchBackend()
 
 
-_BACKENDS: dict[str, Callable[[], Backend]] = {"torch": _torch}
+def _tensorrt_llm() -> Backend:
+    from trtllm_redrafter.backends.tensorrt_llm.backend import TensorRTBackend
+
+    return TensorRTBackend()
+
+
+_BACKENDS: dict[str, Callable[[], Backend]] = {"torch": _torch, "tensorrt-llm": _tensorrt_llm}
 
 BACKEND_NAMES = tuple(_BACKENDS)
 

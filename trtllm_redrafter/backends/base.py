@@ -13,11 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trtllm_redrafter.errors import Problem, RequestError
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.redrafter.config import DraftShape
+
+if TYPE_CHECKING:
+    from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
 
 
 class FinishReason(str, enum.Enum):
@@ -255,6 +258,8 @@ class BuildOptions:
     max_input_len: int
     max_seq_len: int
     overwrite: bool
+    tensorrt_llm: TensorRTOptions | None = None
+    """Set for that backend only."""
 
 
 class BuildPlan(Protocol):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from trtllm_redrafter.recipe import Resolved, flag_layers, resolve
+from trtllm_redrafter.recipe import Resolved, flag_layers, resolve, set_layer
 from trtllm_redrafter.recipe.layers import show
 from trtllm_redrafter.recipe.schema import keys
 
@@ -17,6 +17,9 @@ _NOTHING_GIVEN = resolve([])
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the plan and where every value comes from; write nothing.")
+]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the recipe; repeatable.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of this program.")]
 
@@ -34,7 +37,7 @@ def setting(key: str, *flags: str, metavar: str | None = None, required: bool = 
     return typer.Option(*flags, help=text, metavar=metavar, show_default=False)
 
 
-def from_flags(flags: Mapping[str, tuple[str, Any]]) -> Resolved:
-    """Flags over defaults; an empty list counts as not given."""
+def from_flags(flags: Mapping[str, tuple[str, Any]], changes: Sequence[str] | None = None) -> Resolved:
+    """Flags over `--set key=value` over defaults; an empty list counts as not given."""
     given = {key: (flag, None if value == [] else value) for key, (flag, value) in flags.items()}
-    return resolve(flag_layers(given))
+    return resolve([*([set_layer(changes)] if changes else []), *flag_layers(given)])

@@ -11,11 +11,7 @@ from dataclasses import dataclass
 from trtllm_redrafter.convert.drafter_files import DrafterFiles
 from trtllm_redrafter.convert.options import ConvertOptions
 from trtllm_redrafter.errors import Problem
-from trtllm_redrafter.redrafter.config import MAX_NUM_BEAMS, DraftShape
-
-NVIDIA_NUM_BEAMS = 5
-NVIDIA_DRAFT_LEN = 5
-"""The defaults of NVIDIA's ReDrafter converter, for drafters that say nothing about themselves."""
+from trtllm_redrafter.redrafter.config import MAX_NUM_BEAMS, NVIDIA_DRAFT_LEN, NVIDIA_NUM_BEAMS, DraftShape
 
 
 @dataclass(frozen=True)

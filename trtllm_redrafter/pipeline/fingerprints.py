@@ -19,6 +19,9 @@ _SHAPING = {
 }  # fmt: skip
 """The keys of a section that decide what its stage writes; paths, devices and `workers` do not."""
 
+_TENSORRT = ("version", "gpu", "gemm_plugin", "max_num_tokens", "opt_batch_size", "flags", "kv_cache_fraction",
+             "block_reuse", "multi_block_mode")  # fmt: skip
+
 
 def output_of(stage: str, resolved: Resolved) -> Path | None:
     recipe = resolved.recipe
@@ -39,6 +42,8 @@ def fingerprint(stage: str, resolved: Resolved, hashes: HashCache) -> Fingerprin
     elif stage == BUILD:
         assert recipe.checkpoint is not None
         options["backend"] = recipe.backend
+        if recipe.backend == "tensorrt-llm":
+            options |= {f"tensorrt_llm.{key}": plain(resolved.value(f"tensorrt_llm.{key}")) for key in _TENSORRT}
         inputs |= manifest_hashes(recipe.checkpoint, "checkpoint")
         if recipe.build.tokenizer is not None:
             inputs |= hashes.directory(recipe.build.tokenizer, "tokenizer")

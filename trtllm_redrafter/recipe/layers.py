@@ -184,6 +184,8 @@ def show(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(show(v) for v in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {show(v)}" for k, v in value.items()) + "}"
     if isinstance(value, str):
         return repr(value) if not value or value != value.strip() or len(value.split()) > 1 else value
     return str(value)

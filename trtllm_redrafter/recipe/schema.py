@@ -10,20 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field
+
+from trtllm_redrafter.recipe.base import Directory, Positive, Section, Text
+from trtllm_redrafter.recipe.training import EvaluateSection, TrainSection
 
 MAX_SEQ_LEN = 2048
 """Upper bound of the derived `build.max_seq_len`: a 128k context would reserve a KV cache nobody asked for."""
-
-Directory = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
-Positive = Annotated[int, Field(ge=1)]
-Text = Annotated[str, StringConstraints(min_length=1)]
-
-
-class Section(BaseModel):
-    """Nothing unknown, nothing converted in silence: "4" is not 4 and true is not 1."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ConvertSection(Section):
@@ -82,6 +75,60 @@ class RunSection(Section):
     device: Text = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
 
 
+class TensorRTSection(Section):
+    """What only the tensorrt-llm backend takes, at build time and for running what it built."""
+
+    version: Text = Field(default="1.2.1", description="TensorRT-LLM release that will build and run the engine")
+    gpu: Text = Field(default="h100-80gb", description="GPU that will run the engine")
+    gemm_plugin: Literal["auto", "float16", "bfloat16", "fp8", "disable"] | None = Field(
+        default=None, description="matrix products; derived: fp8 for an FP8 base, else the model's dtype"
+    )
+    max_num_tokens: Positive | None = Field(
+        default=None, description="tokens of one step over all requests; derived: a full prompt beside full drafting"
+    )
+    opt_batch_size: Positive | None = Field(
+        default=None, description="requests per step that kernels are tuned for; derived: max_batch_size"
+    )
+    allow_sampling: bool = Field(
+        default=False, description="build a sampling engine although its acceptance rule is not exact"
+    )
+    flags: dict[str, str | int | bool] = Field(
+        default={}, description="further trtllm-build flags by name, as reduce_fusion: disable"
+    )
+    workers: Positive = Field(default=1, description="ranks built at the same time")
+    cache: bool = Field(default=True, description="reuse an engine built from the same content on the same GPU")
+    cache_dir: Directory = Field(
+        default=Path("~/.cache/trtllm-redrafter"), validate_default=True, description="engines and timing caches"
+    )
+    kv_cache_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.9, description="share of the memory left after loading that the KV cache takes"
+    )
+    block_reuse: bool = Field(
+        default=False, description="share KV blocks of equal prefixes; nobody has verified it with ReDrafter"
+    )
+    multi_block_mode: bool = Field(default=True, description="split long contexts over more of the GPU")
+
+
+class PlanSection(Section):
+    """Assumptions of the memory and latency plans."""
+
+    acceptance_length: Annotated[float, Field(ge=1.0)] | None = Field(
+        default=None, description="tokens per step, as `evaluate` measured it; without it only break-even is shown"
+    )
+    context_len: Positive | None = Field(
+        default=None, description="tokens a request has in the cache on average; derived: half of max_seq_len"
+    )
+    bandwidth_efficiency: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.8, description="share of the peak memory bandwidth that kernels reach"
+    )
+    compute_efficiency: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.6, description="share of the peak arithmetic rate that kernels reach"
+    )
+    kernel_us: Annotated[float, Field(ge=0.0)] = Field(
+        default=2.0, description="microseconds that each kernel costs beyond its bytes and arithmetic"
+    )
+
+
 class Recipe(Section):
     """The whole of it. `checkpoint` and `engine` are the directories between the stages."""
 
@@ -100,6 +147,10 @@ class Recipe(Section):
     convert: ConvertSection = ConvertSection()
     build: BuildSection = BuildSection()
     run: RunSection = RunSection()
+    tensorrt_llm: TensorRTSection = TensorRTSection()
+    plan: PlanSection = PlanSection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
 
 
 def keys() -> dict[str, str]:
@@ -113,4 +164,12 @@ def keys() -> dict[str, str]:
     return found
 
 
-SECTIONS: dict[str, type[Section]] = {"convert": ConvertSection, "build": BuildSection, "run": RunSection}
+SECTIONS: dict[str, type[Section]] = {
+    "convert": ConvertSection,
+    "build": BuildSection,
+    "run": RunSection,
+    "tensorrt_llm": TensorRTSection,
+    "plan": PlanSection,
+    "train": TrainSection,
+    "evaluate": EvaluateSection,
+}

@@ -9,6 +9,10 @@ from trtllm_redrafter.errors import Problem, UsageError, raise_together
 MAX_NUM_BEAMS = 50
 """Above this, tokens cut by the drafter's top-50 would be drafted and, in TensorRT-LLM, always accepted."""
 
+NVIDIA_NUM_BEAMS = 5
+NVIDIA_DRAFT_LEN = 5
+"""The defaults of NVIDIA's ReDrafter converter, for drafters that say nothing about themselves."""
+
 TOP_CANDIDATES = 50
 """The drafter's logits below the 50th largest are cut before every round (Apple v1.1, TensorRT-LLM >= 0.14)."""
 

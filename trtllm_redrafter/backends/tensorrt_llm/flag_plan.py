@@ -1,0 +1,227 @@
+"""Every flag that will be passed to `trtllm-build`, and every value the builder will change on its own.
+
+For ReDrafter the builder overrides values without asking: it sets max_draft_len, adds it to max_seq_len, raises
+max_num_tokens, forces the decoding mode, and switches fusions off. What it will do is computed here and shown first.
+
+    plan = plan_flags(config, options, settings)
+    plan.value("opt_num_tokens")                     # 208
+    plan.changes[0].render()                         # max_seq_len 2048 -> 2073: room for the tree
+    plan.arguments(checkpoint=..., output=..., timing_cache_in=None, timing_cache_out=...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.backends.base import BuildOptions
+from trtllm_redrafter.backends.tensorrt_llm.flag_table import FLAGS, OWNED, SWITCH
+from trtllm_redrafter.backends.tensorrt_llm.options import FlagSetting, TensorRTOptions
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.planning.memory import Limits
+
+MODE = "explicit_draft_tokens"
+"""What TensorRT-LLM calls ReDrafter's kind of speculation."""
+
+MODE_INT = 16
+"""The same in an engine's config.json."""
+
+FUSED_MLP_ALGOS = (None, "FP8", "MIXED_PRECISION")
+FUSION_FLAGS = ("reduce_fusion", "user_buffer", "norm_quant_fusion")
+
+
+@dataclass(frozen=True)
+class PassedFlag:
+    """One flag of the command line, where its value came from and why it is passed."""
+
+    name: str
+    value: FlagSetting
+    origin: str
+    reason: str
+
+    @property
+    def arguments(self) -> list[str]:
+        if FLAGS[self.name].kind == SWITCH:
+            return [f"--{self.name}"] if self.value else []
+        return [f"--{self.name}", str(self.value)]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A value the builder ends up with, other than the one it was given."""
+
+    name: str
+    given: str
+    becomes: str
+    why: str
+
+    def render(self) -> str:
+        return f"{self.name} {self.given} -> {self.becomes}: {self.why}"
+
+
+@dataclass(frozen=True)
+class FlagPlan:
+    """The whole command line but for paths, and what the builder makes of it."""
+
+    flags: tuple[PassedFlag, ...]
+    changes: tuple[Change, ...]
+    limits: Limits
+    expected: Mapping[str, Any]
+    """`build_config` values the finished engine must show."""
+
+    def value(self, name: str) -> FlagSetting | None:
+        return next((flag.value for flag in self.flags if flag.name == name), None)
+
+    def arguments(
+        self, *, checkpoint: Path, output: Path, timing_cache_in: Path | None, timing_cache_out: Path
+    ) -> list[str]:
+        """Arguments after the program's name."""
+        paths = ["--checkpoint_dir", str(checkpoint), "--output_dir", str(output)]
+        paths += ["--input_timing_cache", str(timing_cache_in)] if timing_cache_in is not None else []
+        paths += ["--output_timing_cache", str(timing_cache_out)]
+        return paths + [argument for flag in self.flags for argument in flag.arguments]
+
+    def render(self) -> str:
+        names = max(len(flag.name) for flag in self.flags) + 2
+        values = max(len(str(flag.value)) for flag in self.flags)
+        lines = ["trtllm-build"]
+        lines += [f"  {'--' + f.name:<{names}}  {f.value!s:<{values}}  {f.reason}  [{f.origin}]" for f in self.flags]
+        lines.append("the builder changes" if self.changes else "the builder changes nothing of this")
+        return "\n".join(lines + [f"  {change.render()}" for change in self.changes])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "flags": [dict(vars(flag)) for flag in self.flags],
+            "changes": [dict(vars(change)) for change in self.changes],
+            "limits": dict(vars(self.limits)),
+        }
+
+
+def plan_flags(config: CheckpointConfig, options: BuildOptions, settings: TensorRTOptions) -> FlagPlan:
+    """Derive every flag; what is wrong with them is found by `rules`."""
+    tree = 1 if config.draft_shape is None else config.draft_shape.max_tree_tokens
+    flags = [*_limit_flags(options, settings, tree), *_graph_flags(config), *_kernel_flags(config, settings)]
+    known = {flag.name: flag for flag in flags}
+    given = {name: value for name, value in settings.flags.items() if name not in OWNED}
+    for name, value in given.items():
+        known[name] = PassedFlag(name, value, settings.origin("flags"), _replaced(known.get(name)))
+    passed = tuple(flag for flag in known.values() if flag.name in FLAGS and FLAGS[flag.name].legal(flag.value))
+    max_num_tokens = next(int(flag.value) for flag in flags if flag.name == "max_num_tokens")
+    effective = _effective_num_tokens(max_num_tokens, options, tree)
+    limits = Limits(options.max_batch_size, options.max_input_len, options.max_seq_len, effective)
+    changes = _changes(config, options, max_num_tokens, effective, given)
+    return FlagPlan(passed, tuple(changes), limits, _expected(config, options, effective))
+
+
+def _replaced(flag: PassedFlag | None) -> str:
+    return "asked for" if flag is None else f"asked for instead of {flag.value}"
+
+
+def _limit_flags(options: BuildOptions, settings: TensorRTOptions, tree: int) -> list[PassedFlag]:
+    batch, longest = options.max_batch_size, options.max_input_len
+    tokens, tokens_origin = settings.max_num_tokens, settings.origin("max_num_tokens")
+    if tokens is None:
+        tokens = min(longest + (batch - 1) * tree, batch * (options.max_seq_len + tree - 1))
+        tokens, tokens_origin = max(tokens, batch * tree), "derived from max_input_len, max_batch_size and the tree"
+    tuned = min(settings.opt_batch_size or batch, batch)
+    origin = settings.origin("opt_batch_size") if settings.opt_batch_size else "derived from max_batch_size"
+    reason = f"tuned for {tuned} request(s) x {tree} verified rows; the builder's own guess forgets the tree"
+    return [
+        PassedFlag("max_batch_size", batch, settings.origin("max_batch_size"),
+                   "drafting buffers and max_num_tokens grow with it; the builder's default is 2048"),
+        PassedFlag("max_input_len", longest, settings.origin("max_input_len"), "longest prompt"),
+        PassedFlag("max_seq_len", options.max_seq_len, settings.origin("max_seq_len"), "longest prompt and answer"),
+        PassedFlag("max_num_tokens", tokens, tokens_origin, "a whole prompt beside the other requests' trees"),
+        PassedFlag("opt_num_tokens", min(tuned * tree, tokens), origin, reason),
+    ]  # fmt: skip
+
+
+def _graph_flags(config: CheckpointConfig) -> list[PassedFlag]:
+    """What the model class needs; another value cannot work."""
+    needed = "needed by ReDrafter" if config.drafter is not None else "needed by in-flight batching"
+    flags = [
+        PassedFlag("max_beam_width", 1, "fixed", "TensorRT fails on any other width with draft tokens"),
+        PassedFlag("kv_cache_type", "paged", "fixed", needed),
+        PassedFlag("remove_input_padding", "enable", "fixed", needed),
+        PassedFlag("context_fmha", "enable", "fixed", "as NVIDIA's ReDrafter test builds"),
+        PassedFlag("multiple_profiles", "disable", "fixed", "several token ranges do not fit ReDrafter's one profile"),
+    ]
+    if config.drafter is not None:
+        flags.append(PassedFlag("speculative_decoding_mode", MODE, "fixed", "ReDrafter"))
+    return flags
+
+
+def _kernel_flags(config: CheckpointConfig, settings: TensorRTOptions) -> list[PassedFlag]:
+    fp8_model, fp8_kv = config.quant_algo == "FP8", config.kv_cache_quant_algo == "FP8"
+    gemm = settings.gemm_plugin or ("fp8" if fp8_model else config.dtype)
+    gemm_origin = settings.origin("gemm_plugin") if settings.gemm_plugin else "derived from the checkpoint"
+    gemm_reason = "NVIDIA's ReDrafter example for FP8 uses it; its tuning guide switches it off for FP8: try both"
+    paged = "disable" if (fp8_kv and not fp8_model) or config.kv_cache_quant_algo == "INT8" else "enable"
+    fp8_fmha = "enable" if fp8_model and fp8_kv and paged == "enable" else "disable"
+    fused = "enable" if config.quant_algo in FUSED_MLP_ALGOS else "disable"
+    checkpoint = "derived from the checkpoint"
+    flags = [
+        PassedFlag("gpt_attention_plugin", config.dtype, checkpoint, "attention kernels that verify draft tokens"),
+        PassedFlag("gemm_plugin", gemm, gemm_origin, gemm_reason if fp8_model else "as NVIDIA's ReDrafter test builds"),
+        PassedFlag("use_paged_context_fmha", paged, checkpoint, "prompts read the cache by pages; not for this KV type"
+                   if paged == "disable" else "prompts read the cache by pages"),
+        PassedFlag("use_fp8_context_fmha", fp8_fmha, checkpoint, "only for FP8 weights with an FP8 KV cache"),
+        PassedFlag("use_fused_mlp", fused, checkpoint, "gate and up projection as one product"
+                   if fused == "enable" else f"the builder has no fused MLP for {config.quant_algo}"),
+        PassedFlag("reduce_fusion", "disable", "fixed", "NVIDIA advises it for LLaMA; off for ReDrafter's classes"),
+    ]  # fmt: skip
+    if config.tp_size > 1:
+        flags.append(PassedFlag("nccl_plugin", "auto", "fixed", "several ranks"))
+    flags.append(PassedFlag("workers", settings.workers, settings.origin("workers"), "ranks built at the same time"))
+    return flags
+
+
+def _effective_num_tokens(passed: int, options: BuildOptions, tree: int) -> int:
+    """The builder's own rule: at least every request's tree, at most every request at full length."""
+    longest = options.max_seq_len + tree - 1
+    return min(max(passed, options.max_batch_size * tree), options.max_batch_size * longest)
+
+
+def _changes(
+    config: CheckpointConfig, options: BuildOptions, passed: int, effective: int, given: Mapping[str, FlagSetting]
+) -> list[Change]:
+    found = []
+    if config.draft_shape is not None:
+        drafted, shape = config.draft_shape.drafted_tokens, config.draft_shape
+        longest = options.max_seq_len
+        found += [
+            Change("max_draft_len", "0", str(drafted), f"{shape.num_beams} beams x {shape.draft_len} from config.json"),
+            Change("max_seq_len", str(longest), str(longest + drafted), "cache positions for the tree being verified"),
+        ]
+    if effective != passed:
+        why = "every request's tree in one step" if effective > passed else "no more than every request at full length"
+        found.append(Change("max_num_tokens", str(passed), str(effective), why))
+    if config.tp_size > 1:
+        found.append(Change("nccl_plugin", "auto", config.dtype, "several ranks"))
+    found += [
+        Change(name, "enable", "disable", f"the builder allows it for other classes than {config.architecture} only")
+        for name in FUSION_FLAGS
+        if given.get(name) == "enable" and config.drafter is not None
+    ]
+    if given.get("use_fp8_context_fmha") == "enable" and not _allows_fp8_context(config):
+        found.append(Change("use_fp8_context_fmha", "enable", "disable", "weights and KV cache are not both FP8"))
+    return found
+
+
+def _allows_fp8_context(config: CheckpointConfig) -> bool:
+    return config.quant_algo == "FP8" and config.kv_cache_quant_algo == "FP8"
+
+
+def _expected(config: CheckpointConfig, options: BuildOptions, tokens: int) -> dict[str, Any]:
+    shape = config.draft_shape
+    drafted = 0 if shape is None else shape.drafted_tokens
+    values = {
+        "max_batch_size": options.max_batch_size,
+        "max_input_len": options.max_input_len,
+        "max_seq_len": options.max_seq_len + drafted,
+        "max_num_tokens": tokens,
+        "max_beam_width": 1,
+    }
+    return values if shape is None else values | {"max_draft_len": drafted, "speculative_decoding_mode": MODE_INT}

@@ -1,0 +1,27 @@
+"""`plan`: what a recipe needs and costs on a GPU that is not here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trtllm_redrafter.cli.console import emit, say
+from trtllm_redrafter.cli.options import Changes, Json
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, as configs/llama-3.1-8b.yaml.")],
+    changes: Changes = None,
+    as_json: Json = False,
+) -> None:
+    """Show flags, memory and step times of a recipe on its GPU; needs no GPU and no weights."""
+    from trtllm_redrafter.recipe import file_layers, resolve, set_layer
+    from trtllm_redrafter.recipe.hardware_plan import plan_recipe
+
+    resolved = resolve([*file_layers(recipe), *([set_layer(changes)] if changes else [])])
+    report = plan_recipe(resolved, name=recipe.stem)
+    say(report.render())
+    if as_json:
+        emit("plan", recipe=recipe, **report.as_dict())

@@ -1,0 +1,80 @@
+"""The GPUs that plans can be made for, as a table of their makers' figures.
+
+Bandwidth and arithmetic are peaks; what kernels reach of them is an assumption of the latency plan. Arithmetic rates
+are dense: data sheets print twice as much, with sparsity. `memory_bytes` is the data sheet's size (10**9 bytes per GB);
+drivers report a few per cent more or less.
+
+    gpu("h100-80gb").bandwidth      # 3.35e12 bytes/s
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trtllm_redrafter.errors import UsageError
+
+GB, TB, TERA = 10**9, 10**12, 10**12
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU. `link_bandwidth` is what one GPU sends to its peers, bytes/s in one direction."""
+
+    name: str
+    title: str
+    memory_bytes: int
+    bandwidth: float
+    bf16_flops: float
+    fp8_flops: float | None
+    link_bandwidth: float
+    compute_capability: tuple[int, int]
+    driver_names: tuple[str, ...]
+    """Beginnings of the name that `nvidia-smi` prints."""
+
+    @property
+    def is_hopper(self) -> bool:
+        return self.compute_capability[0] == 9
+
+    def flops(self, *, fp8: bool) -> float:
+        """Peak rate of matrix products; without FP8 units, FP8 weights are multiplied in 16 bits."""
+        return self.fp8_flops if fp8 and self.fp8_flops is not None else self.bf16_flops
+
+
+GPUS: Mapping[str, Gpu] = {
+    g.name: g
+    for g in (
+        # NVIDIA H100 Tensor Core GPU data sheet, SXM column: 80 GB, 3.35 TB/s, 1,979 TFLOPS BF16 and 3,958 FP8 with
+        # sparsity, NVLink 900 GB/s both ways together.
+        Gpu("h100-80gb", "H100 SXM 80 GB", 80 * GB, 3.35 * TB, 989.5 * TERA, 1979 * TERA, 450 * GB, (9, 0),
+            ("NVIDIA H100 80GB HBM3",)),
+        # The same data sheet, NVL column: 94 GB, 3.9 TB/s, 1,671 TFLOPS BF16, 3,341 FP8 with sparsity, NVLink 600.
+        Gpu("h100-94gb", "H100 NVL 94 GB", 94 * GB, 3.9 * TB, 835.5 * TERA, 1670.5 * TERA, 300 * GB, (9, 0),
+            ("NVIDIA H100 NVL",)),
+        # NVIDIA H200 Tensor Core GPU data sheet, SXM column: 141 GB, 4.8 TB/s, arithmetic and NVLink as H100 SXM.
+        Gpu("h200", "H200 SXM 141 GB", 141 * GB, 4.8 * TB, 989.5 * TERA, 1979 * TERA, 450 * GB, (9, 0),
+            ("NVIDIA H200",)),
+        # NVIDIA A100 Tensor Core GPU data sheet, 80 GB SXM column: 2,039 GB/s, 312 TFLOPS BF16 dense, NVLink 600 GB/s.
+        Gpu("a100-80gb", "A100 SXM 80 GB", 80 * GB, 2.039 * TB, 312 * TERA, None, 300 * GB, (8, 0),
+            ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB")),
+        # NVIDIA L40S data sheet: 48 GB, 864 GB/s, 362.05 TFLOPS BF16 and 733 FP8 dense; PCIe Gen4 x16, no NVLink.
+        Gpu("l40s", "L40S 48 GB", 48 * GB, 0.864 * TB, 362.05 * TERA, 733 * TERA, 32 * GB, (8, 9),
+            ("NVIDIA L40S",)),
+    )
+}  # fmt: skip
+
+
+def gpu(name: str) -> Gpu:
+    """The table's row; `UsageError` names the nearest."""
+    if name in GPUS:
+        return GPUS[name]
+    near = difflib.get_close_matches(name.lower(), list(GPUS), 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UsageError(f"there is no GPU {name!r} in the table", remedy=f"{hint}known are {', '.join(GPUS)}")
+
+
+def gpu_by_driver_name(text: str) -> Gpu | None:
+    """The row for a name that `nvidia-smi` prints; None for other GPUs."""
+    found = [g for g in GPUS.values() if any(text.startswith(name) for name in g.driver_names)]
+    return found[0] if found else None

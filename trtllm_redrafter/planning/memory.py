@@ -1,0 +1,196 @@
+"""What fits on the GPU: weights, drafting buffers, activations, and the KV cache that is left.
+
+ReDrafter's buffers surprise: the draft probabilities alone are batch x beams x length x vocabulary, in and out, so
+that TensorRT-LLM's default of 2048 requests asks for 13 GB each way. Every line here is a product that can be checked
+by hand; docs/planning.md explains them. Activations and the reserve are estimates and say so.
+
+    plan = memory_plan(config, Limits(8, 2047, 2048, 2229), gpu("h100-80gb"), kv_cache_fraction=0.9)
+    print(plan.render())
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.errors import Problem
+from trtllm_redrafter.planning.gpus import GB, Gpu
+from trtllm_redrafter.planning.sizes import dtype_bytes, kv_bytes_per_token, weight_bytes
+
+RESERVE = int(1.5 * GB)
+"""Estimate: CUDA context, cuBLAS and NCCL workspaces, TensorRT's own. Nothing here measured it."""
+
+ACTIVATION_COPIES = 1.25
+"""Estimate: how much more than its widest stage TensorRT's activation planner needs."""
+
+LOW_KV_SHARE = 0.05
+"""Below this share of the GPU, the cache is so small that any estimate above may be the one that fails."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine is built for. `max_num_tokens` counts the tokens of one step over all requests."""
+
+    max_batch_size: int
+    max_input_len: int
+    max_seq_len: int
+    max_num_tokens: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One consumer of memory, and how its size comes about."""
+
+    name: str
+    nbytes: int
+    how: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The memory of one rank on one GPU."""
+
+    gpu: Gpu
+    limits: Limits
+    ranks: int
+    lines: tuple[Line, ...]
+    kv_cache_fraction: float
+    kv_bytes_per_token: int
+    tree_tokens: int
+    build_host_bytes: int
+    """Estimate for the machine that builds: a rank's weights as read and as serialized."""
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(line.nbytes for line in self.lines)
+
+    @property
+    def free_bytes(self) -> int:
+        return self.gpu.memory_bytes - self.used_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        return max(0, int(self.free_bytes * self.kv_cache_fraction))
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.kv_bytes // self.kv_bytes_per_token
+
+    @property
+    def longest_request(self) -> int:
+        """Cache positions of a request of full length, with a tree being verified at its end."""
+        return self.limits.max_seq_len + self.tree_tokens - 1
+
+    @property
+    def full_requests(self) -> int:
+        """Requests of full length that fit at the same time."""
+        return self.kv_tokens // self.longest_request
+
+    def problems(self) -> list[Problem]:
+        """Why this cannot run on that GPU."""
+        where = f"{self.ranks} x {self.gpu.title}" if self.ranks > 1 else self.gpu.title
+        if self.free_bytes <= 0:
+            why = f"{_gb(self.used_bytes)} are needed before the KV cache, the GPU has {_gb(self.gpu.memory_bytes)}"
+            largest = max(self.lines, key=lambda line: line.nbytes)
+            remedy = f"the largest part is {largest.name}; use more ranks, FP8 weights, or a smaller batch and tree"
+            return [Problem("the engine does not fit", where, why, remedy)]
+        if self.full_requests < 1:
+            why = f"the KV cache holds {self.kv_tokens} tokens, one request may need {self.longest_request}"
+            return [Problem("not one request of full length fits", where, why, "lower build.max_seq_len")]
+        return []
+
+    def warnings(self) -> list[Problem]:
+        """What fits, but not as it seems to be meant."""
+        where, found = self.gpu.title, []
+        if self.problems():
+            return []
+        if self.full_requests < self.limits.max_batch_size:
+            what = f"{self.full_requests} requests of full length fit, max_batch_size is {self.limits.max_batch_size}"
+            why = "further ones wait or are paused while the cache is full"
+            found.append(Problem(what, where, why, "use an FP8 KV cache, or lower build.max_seq_len or the batch"))
+        if self.kv_bytes < LOW_KV_SHARE * self.gpu.memory_bytes:
+            why = f"{_gb(self.kv_bytes)}: activations and the reserve are estimates, and may be off by as much"
+            found.append(Problem("little memory is left for the KV cache", where, why, "use more ranks or FP8 weights"))
+        return found
+
+    def render(self) -> str:
+        width = max(len(line.name) for line in self.lines)
+        head = f"memory of each of {self.ranks} rank(s) on {self.gpu.title}, {_gb(self.gpu.memory_bytes)}"
+        rows = [f"  {line.name:<{width}}  {_gb(line.nbytes):>9}  {line.how}" for line in self.lines]
+        kv = f"{self.kv_cache_fraction:g} of the {_gb(self.free_bytes)} left: {self.kv_tokens} tokens"
+        rows.append(f"  {'KV cache':<{width}}  {_gb(self.kv_bytes):>9}  {kv} of {self.kv_bytes_per_token:,} bytes")
+        fits = f"{self.full_requests} requests of {self.longest_request} positions at the same time"
+        rows.append(f"  {'fits':<{width}}  {'':>9}  {fits}")
+        rows.append(
+            f"  {'build host':<{width}}  {_gb(self.build_host_bytes):>9}  main memory per rank built (estimate)"
+        )
+        return "\n".join([head, *rows])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "gpu": self.gpu.name,
+            "gpu_bytes": self.gpu.memory_bytes,
+            "ranks": self.ranks,
+            "lines": [{"name": line.name, "bytes": line.nbytes, "how": line.how} for line in self.lines],
+            "kv_bytes": self.kv_bytes,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "kv_tokens": self.kv_tokens,
+            "full_requests": self.full_requests,
+            "build_host_bytes": self.build_host_bytes,
+        }
+
+
+def memory_plan(config: CheckpointConfig, limits: Limits, target: Gpu, *, kv_cache_fraction: float) -> MemoryPlan:
+    """Lay out one rank's memory."""
+    weights = weight_bytes(config)
+    lines = [
+        Line("base weights", weights.base, "layers and LM head of this rank"),
+        Line("embedding", weights.embedding, "whole on every rank" if not config.use_parallel_embedding else "shared"),
+    ]
+    if config.drafter is not None:
+        lines.append(Line("drafter weights", weights.drafter, "of this rank"))
+        lines += _drafting(config, limits.max_batch_size)
+    lines.append(_activations(config, limits.max_num_tokens))
+    lines.append(Line("reserve", RESERVE, "estimate: CUDA, cuBLAS, NCCL, TensorRT"))
+    shape = config.draft_shape
+    return MemoryPlan(
+        gpu=target,
+        limits=limits,
+        ranks=config.tp_size,
+        lines=tuple(lines),
+        kv_cache_fraction=kv_cache_fraction,
+        kv_bytes_per_token=kv_bytes_per_token(config),
+        tree_tokens=1 if shape is None else shape.max_tree_tokens,
+        build_host_bytes=2 * weights.total,
+    )
+
+
+def _drafting(config: CheckpointConfig, batch: int) -> list[Line]:
+    """Buffers that grow with batch x vocabulary; every rank holds them whole, since the heads' results are gathered."""
+    shape, each, vocab = config.draft_shape, dtype_bytes(config.dtype), config.vocab_size
+    assert shape is not None
+    beams, length, rows = shape.num_beams, shape.draft_len, shape.max_tree_tokens
+    probabilities = batch * beams * length * vocab * each
+    verification = batch * rows * vocab * each + batch * beams * (length + 1) * vocab * each
+    beam_search = 3 * batch * beams * vocab * each
+    return [
+        Line("draft probabilities", 2 * probabilities, f"in and out: 2 x {batch} x {beams} x {length} x {vocab}"),
+        Line("verification", verification, f"logits of {batch} x {rows} rows, and {beams} x {length + 1} per request"),
+        Line("beam search", beam_search, f"logits, log-probabilities, scores: 3 x {batch} x {beams} x {vocab}"),
+    ]
+
+
+def _activations(config: CheckpointConfig, tokens: int) -> Line:
+    """The widest stage of a layer: the gated MLP, or attention; the hidden states live beside both."""
+    tp, h = config.tp_size, config.hidden_size
+    heads = config.num_attention_heads + 2 * -(-config.num_key_value_heads // tp) * tp
+    mlp = 3 * config.intermediate_size // tp
+    attention = (heads + config.num_attention_heads) * config.head_size // tp
+    width = 3 * h + max(mlp, attention)
+    nbytes = int(ACTIVATION_COPIES * tokens * width * dtype_bytes(config.dtype))
+    return Line("activations", nbytes, f"estimate: {tokens} tokens x {width} values")
+
+
+def _gb(count: int) -> str:
+    return f"{count / GB:.2f} GB"

@@ -1,0 +1,102 @@
+"""`plan`: what a recipe will need and cost on its GPU, before anything is downloaded, converted or rented.
+
+report = plan_recipe(resolved, name="llama-3.1-8b")
+print(report.render())        # values and origins, flags, memory, step times and break-even
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trtllm_redrafter.backends.base import BuildOptions
+from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan, plan_for
+from trtllm_redrafter.planning.latency import Assumptions, LatencyPlan, latency_plan
+from trtllm_redrafter.planning.model import ModelSource, PlannedModel, planned_model
+from trtllm_redrafter.recipe.layers import Resolved
+from trtllm_redrafter.recipe.options import tensorrt_options, with_directories, with_limits
+from trtllm_redrafter.redrafter.config import NVIDIA_DRAFT_LEN, NVIDIA_NUM_BEAMS, DraftShape
+
+
+@dataclass(frozen=True)
+class RecipePlan:
+    """A resolved recipe and what follows from it."""
+
+    resolved: Resolved
+    model: PlannedModel
+    build: TensorRTPlan
+    latency: LatencyPlan
+
+    def render(self) -> str:
+        notes = [f"note: {note}" for note in self.model.notes]
+        if self.resolved.recipe.backend != "tensorrt-llm":
+            notes.append("note: the recipe's backend is torch; this plans the same checkpoint for tensorrt-llm")
+        values = self.resolved.render("", "convert", "build", "tensorrt_llm", "plan")
+        return "\n".join([values, "", *notes, "", self.build.render(), "", self.latency.render()])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "values": self.resolved.as_dict(),
+            "notes": list(self.model.notes),
+            "build": self.build.as_dict(),
+            "latency": self.latency.as_dict(),
+        }
+
+
+def plan_recipe(resolved: Resolved, *, name: str) -> RecipePlan:
+    """Plan the recipe for the GPU it names; raises every refusal a build would."""
+    resolved = with_directories(resolved, name=name)
+    model = planned_model(_source(resolved))
+    resolved = with_limits(resolved, model.config.max_position_embeddings)
+    build = plan_for(model.config, _build_options(resolved))
+    recipe, limits = resolved.recipe, build.flags.limits
+    section = recipe.plan
+    assumptions = Assumptions(
+        context_len=section.context_len or max(1, limits.max_seq_len // 2),
+        bandwidth_efficiency=section.bandwidth_efficiency,
+        compute_efficiency=section.compute_efficiency,
+        kernel_us=section.kernel_us,
+    )
+    latency = latency_plan(
+        model.config,
+        build.target,
+        assumptions,
+        max_batch_size=limits.max_batch_size,
+        acceptance_length=section.acceptance_length if model.config.drafter is not None else None,
+    )
+    return RecipePlan(resolved, model, build, latency)
+
+
+def _source(resolved: Resolved) -> ModelSource:
+    recipe = resolved.recipe
+    convert = recipe.convert
+    return ModelSource(
+        base=recipe.base,
+        drafter=recipe.drafter,
+        checkpoint=None if recipe.base is not None else recipe.checkpoint,
+        dtype=convert.dtype,
+        tp_size=convert.tp_size,
+        num_beams=convert.num_beams,
+        draft_len=convert.draft_len,
+        greedy=convert.greedy,
+        parallel_embedding=convert.parallel_embedding,
+        fallback_shape=DraftShape(NVIDIA_NUM_BEAMS, NVIDIA_DRAFT_LEN),
+    )
+
+
+def _build_options(resolved: Resolved) -> BuildOptions:
+    recipe = resolved.recipe
+    build = recipe.build
+    assert recipe.checkpoint is not None and recipe.engine is not None
+    assert build.max_seq_len is not None and build.max_input_len is not None
+    return BuildOptions(
+        checkpoint=recipe.checkpoint,
+        output=recipe.engine,
+        backend="tensorrt-llm",
+        tokenizer=build.tokenizer,
+        max_batch_size=build.max_batch_size,
+        max_input_len=build.max_input_len,
+        max_seq_len=build.max_seq_len,
+        overwrite=False,
+        tensorrt_llm=tensorrt_options(resolved),
+    )
