@@ -17,9 +17,12 @@ from trtllm_redrafter import __version__
 from trtllm_redrafter.cli import console
 from trtllm_redrafter.cli.build import build
 from trtllm_redrafter.cli.convert import convert
+from trtllm_redrafter.cli.evaluate import evaluate
 from trtllm_redrafter.cli.inspect import inspect
 from trtllm_redrafter.cli.pipeline import pipeline
+from trtllm_redrafter.cli.plan import plan
 from trtllm_redrafter.cli.run import run
+from trtllm_redrafter.cli.train import train
 from trtllm_redrafter.cli.verify import verify
 from trtllm_redrafter.errors import RedrafterError, UsageError
 
@@ -32,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (convert, build, run, pipeline, inspect, verify):
+for command in (convert, build, run, pipeline, inspect, verify, plan, train, evaluate):
     app.command()(command)
 
 

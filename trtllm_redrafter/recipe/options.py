@@ -6,30 +6,41 @@ options = build_options(resolved, overwrite=False)       # a backend's BuildOpti
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_redrafter.errors import Problem, UsageError, raise_together
+from trtllm_redrafter.fsio import overlaps
 from trtllm_redrafter.recipe.layers import Resolved
 from trtllm_redrafter.recipe.schema import MAX_SEQ_LEN
 from trtllm_redrafter.redrafter.config import DraftShape
 
 if TYPE_CHECKING:
     from trtllm_redrafter.backends.base import BuildOptions, SamplingParams
+    from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
     from trtllm_redrafter.convert import ConvertOptions
 
-_FLAGS = {"base": "--base", "checkpoint": "--checkpoint or --output", "engine": "--engine or --output"}
 
-
-def require(resolved: Resolved, keys: Sequence[str], what_for: str) -> None:
-    """`UsageError` naming every key that `what_for` cannot do without."""
-    missing = [key for key in keys if resolved.value(key) is None]
+def require(resolved: Resolved, flags: Mapping[str, str], what_for: str) -> None:
+    """`UsageError` naming every key that `what_for` cannot do without, by the flag that gives it."""
     problems = [
-        Problem(f"{key!r} is not given", why=f"{what_for} needs it", remedy=f"pass {_FLAGS[key]}, or set {key}: …")
-        for key in missing
+        Problem(f"{flag} is not given", why=f"{what_for} needs it", remedy=f"pass {flag}, or set `{key}` in a recipe")
+        for key, flag in flags.items()
+        if resolved.value(key) is None
     ]
     raise_together(UsageError, problems, f"{what_for} cannot start")
+
+
+def _keep_apart(output: Path, sources: Mapping[str, Path | None]) -> None:
+    """`UsageError` when replacing `output` would delete what it is made from."""
+    why = "replacing the output would delete the input, or mix with it"
+    problems = [
+        Problem(f"the output overlaps the {role} directory", str(output), why, "choose another --output")
+        for role, source in sources.items()
+        if source is not None and overlaps(output, source)
+    ]
+    raise_together(UsageError, problems, "the build cannot start")
 
 
 def with_directories(resolved: Resolved, *, name: str) -> Resolved:
@@ -58,7 +69,7 @@ def with_limits(resolved: Resolved, context: int) -> Resolved:
 def convert_options(resolved: Resolved, *, overwrite: bool) -> ConvertOptions:
     from trtllm_redrafter.convert import ConvertOptions
 
-    require(resolved, ["base", "checkpoint"], "a conversion")
+    require(resolved, {"base": "--base", "checkpoint": "--output"}, "a conversion")
     recipe = resolved.recipe
     assert recipe.base is not None and recipe.checkpoint is not None
     return ConvertOptions(
@@ -80,11 +91,12 @@ def build_options(resolved: Resolved, *, overwrite: bool) -> BuildOptions:
     """Lengths that are not given come from the checkpoint's config."""
     from trtllm_redrafter.backends.base import BuildOptions
 
-    require(resolved, ["checkpoint", "engine"], "a build")
+    require(resolved, {"checkpoint": "--checkpoint", "engine": "--output"}, "a build")
     recipe = with_checkpoint_limits(resolved).recipe
     build = recipe.build
     assert recipe.checkpoint is not None and recipe.engine is not None
     assert build.max_seq_len is not None and build.max_input_len is not None
+    _keep_apart(recipe.engine, {"checkpoint": recipe.checkpoint, "tokenizer": build.tokenizer})
     return BuildOptions(
         checkpoint=recipe.checkpoint,
         output=recipe.engine,
@@ -94,7 +106,21 @@ def build_options(resolved: Resolved, *, overwrite: bool) -> BuildOptions:
         max_input_len=build.max_input_len,
         max_seq_len=build.max_seq_len,
         overwrite=overwrite,
+        tensorrt_llm=tensorrt_options(resolved) if recipe.backend == "tensorrt-llm" else None,
     )
+
+
+def tensorrt_options(resolved: Resolved) -> TensorRTOptions:
+    """The `tensorrt_llm` section, with the origin of every value its plan shows."""
+    from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions, TensorRTOptions
+
+    section = resolved.recipe.tensorrt_llm
+    names = ("version", "gpu", "gemm_plugin", "max_num_tokens", "opt_batch_size", "allow_sampling", "flags", "workers",
+             "cache", "cache_dir")  # fmt: skip
+    origins = {key.rpartition(".")[2]: origin.render() for key, origin in resolved.origins.items()
+               if key.startswith(("build.", "tensorrt_llm."))}  # fmt: skip
+    runtime = RuntimeOptions(section.kv_cache_fraction, section.block_reuse, section.multi_block_mode)
+    return TensorRTOptions(**{name: getattr(section, name) for name in names}, runtime=runtime, origins=origins)
 
 
 def with_checkpoint_limits(resolved: Resolved) -> Resolved:

@@ -1,0 +1,18 @@
+"""What every section of the schema is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+Directory = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
+Positive = Annotated[int, Field(ge=1)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+
+
+class Section(BaseModel):
+    """Nothing unknown, nothing converted in silence: "4" is not 4 and true is not 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
