@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines import build_engine, load
-from trtllm_redrafter.convert import ConvertOptions, convert, plan_conversion
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.training.engine_writer import EngineWriterOptions, engine_writer
 from trtllm_redrafter.training.frozen_base import FrozenBase
 from trtllm_redrafter.training.self_distill import (
-    RunnerWriter,
     TransformersWriter,
     WritingOptions,
     until_end,
@@ -45,24 +43,14 @@ def test_the_base_counts_on(counting_base: Path) -> None:
 
 
 def test_an_engine_writes_the_same(random_base: Path, tmp_path: Path) -> None:
-    options = ConvertOptions(
-        base=random_base,
-        drafter=None,
-        output=tmp_path / "checkpoint",
-        dtype="auto",
-        tp_size=1,
-        num_beams=None,
-        draft_len=None,
-        greedy=True,
-        parallel_embedding=False,
-        workers=1,
-        overwrite=False,
-    )
-    convert(plan_conversion(options), no_progress)
-    runner = load(build_engine(options.output, tmp_path / "engine", random_base))
     base = FrozenBase.load(random_base, device="cpu", dtype="float32")
     wanted = replace(OPTIONS, max_tokens=20)
-    assert RunnerWriter(runner).write(PROMPTS, wanted, 0) == TransformersWriter(base).write(PROMPTS, wanted, 0)
+    sizes = EngineWriterOptions(dtype="float32", device="cpu", batch=4, max_prompt=30, max_tokens=60)
+    with engine_writer(random_base, tmp_path, sizes, no_progress) as writer:
+        assert writer.write(PROMPTS, wanted, 0) == TransformersWriter(base).write(PROMPTS, wanted, 0)
+        hot = replace(wanted, temperature=1.0)
+        assert writer.write(PROMPTS[2:], hot, 2) == writer.write(PROMPTS, hot, 0)[2:]
+    assert not list(tmp_path.iterdir())
 
 
 def test_sampling_depends_on_the_seed(random_base: Path) -> None:

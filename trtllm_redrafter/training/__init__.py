@@ -9,6 +9,7 @@
 transformers is imported only by what runs or tokenizes with it.
 """
 
+from trtllm_redrafter.training.engine_writer import EngineWriterOptions, engine_writer
 from trtllm_redrafter.training.evaluation import EvaluationReport, evaluate
 from trtllm_redrafter.training.execute import TrainResult, train
 from trtllm_redrafter.training.fit import FitOptions
@@ -20,6 +21,7 @@ from trtllm_redrafter.training.self_distill import WritingOptions
 
 __all__ = [
     "DrafterOptions",
+    "EngineWriterOptions",
     "EvaluateOptions",
     "EvaluationReport",
     "FitOptions",
@@ -29,6 +31,7 @@ __all__ = [
     "TrainPlan",
     "TrainResult",
     "WritingOptions",
+    "engine_writer",
     "evaluate",
     "plan_training",
     "train",

@@ -1,0 +1,75 @@
+"""Answers by this package's own engine of the base model, made for the occasion and thrown away.
+
+The base model goes through convert and build without a drafter, and the torch backend's batch writes the answers:
+
+    with engine_writer(base, work_dir, options) as writer:
+        train(plan, progress, writer=writer)
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from trtllm_redrafter.backends.base import BuildOptions
+from trtllm_redrafter.backends.torch.backend import TorchBackend
+from trtllm_redrafter.convert import ConvertOptions, convert, plan_conversion
+from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.training.self_distill import RunnerWriter
+
+
+@dataclass(frozen=True)
+class EngineWriterOptions:
+    """Sizes of the engine: `batch` answers at once, prompts of `max_prompt` tokens, `max_tokens` with the answer."""
+
+    dtype: str
+    device: str
+    batch: int
+    max_prompt: int
+    max_tokens: int
+
+
+@contextmanager
+def engine_writer(
+    base: Path, work_dir: Path, options: EngineWriterOptions, progress: Progress
+) -> Iterator[RunnerWriter]:
+    """A writer whose engine lies in `work_dir` for as long as the block lasts."""
+    checkpoint, engine = work_dir / "base-checkpoint", work_dir / "base-engine"
+    wanted = ConvertOptions(
+        base=base,
+        drafter=None,
+        output=checkpoint,
+        dtype=options.dtype,
+        tp_size=1,
+        num_beams=None,
+        draft_len=None,
+        greedy=True,
+        parallel_embedding=False,
+        workers=1,
+        overwrite=True,
+    )
+    backend = TorchBackend()
+    try:
+        convert(plan_conversion(wanted), progress)
+        build = BuildOptions(
+            checkpoint=checkpoint,
+            output=engine,
+            backend=backend.name,
+            tokenizer=base,
+            max_batch_size=options.batch,
+            max_input_len=options.max_prompt,
+            max_seq_len=options.max_tokens,
+            overwrite=True,
+        )
+        backend.build(backend.plan(build), progress)
+        runner = backend.load(engine, device=options.device, verify_hashes=False)
+        try:
+            yield RunnerWriter(runner)
+        finally:
+            runner.close()
+    finally:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        shutil.rmtree(engine, ignore_errors=True)
