@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from trtllm_redrafter.cli.console import emit, progress_bar, say
-from trtllm_redrafter.cli.options import DryRun, Json, Overwrite, from_flags, setting
+from trtllm_redrafter.cli.options import Changes, DryRun, Json, Overwrite, from_flags, setting
 
 
 def build(
@@ -17,6 +17,8 @@ def build(
     max_batch_size: Annotated[int | None, setting("build.max_batch_size", "--max-batch-size")] = None,
     max_input_len: Annotated[int | None, setting("build.max_input_len", "--max-input-len")] = None,
     max_seq_len: Annotated[int | None, setting("build.max_seq_len", "--max-seq-len")] = None,
+    gpu: Annotated[str | None, setting("tensorrt_llm.gpu", "--gpu")] = None,
+    changes: Changes = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -35,14 +37,17 @@ def build(
                 "build.max_batch_size": ("--max-batch-size", max_batch_size),
                 "build.max_input_len": ("--max-input-len", max_input_len),
                 "build.max_seq_len": ("--max-seq-len", max_seq_len),
-            }
+                "tensorrt_llm.gpu": ("--gpu", gpu),
+            },
+            changes,
         )
     )
     options = build_options(resolved, overwrite=overwrite)
     chosen = load_backend(options.backend)
     plan = chosen.plan(options)
     if dry_run:
-        say(resolved.render("", "build") + "\n\n" + plan.render())
+        sections = ("", "build", *(["tensorrt_llm"] if options.tensorrt_llm is not None else []))
+        say(resolved.render(*sections) + "\n\n" + plan.render())
     else:
         with progress_bar() as progress:
             chosen.build(plan, progress)
