@@ -153,7 +153,7 @@ def test_a_failed_stage_leaves_no_record(place: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
-        (["base=null"], UsageError, "'base' is not given"),
+        (["base=null"], UsageError, "base=DIR is not given"),
         (["base=nowhere"], InputError, "directory does not exist"),
         (["base=drafter", "build.max_seq_len=null"], InputError, "max_position_embeddings"),
         (["drafter=nowhere"], InputError, "nowhere"),

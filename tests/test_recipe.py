@@ -162,8 +162,8 @@ def test_directories_follow_the_recipes_name_and_say_so() -> None:
 
 def test_required_keys_are_missed_together() -> None:
     said = message(lambda: convert_options(resolve([]), overwrite=False))
-    assert "'base' is not given" in said and "'checkpoint' is not given" in said and "--base" in said
-    assert "'engine' is not given" in message(lambda: require(resolve([]), ["engine"], "a run"))
+    assert "--base is not given" in said and "--output is not given" in said and "set `checkpoint`" in said
+    assert "--engine is not given" in message(lambda: require(resolve([]), {"engine": "--engine"}, "a run"))
 
 
 def full(*pairs: str) -> Resolved:

@@ -57,7 +57,9 @@ def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
 def check_replaceable(path: Path, *, overwrite: bool) -> None:
     """Raise `OutputError` when `path` exists and may not be replaced."""
     target = Path(os.path.realpath(path))
-    if not target.exists():
+    with as_output_error(path):
+        exists = target.exists()
+    if not exists:
         return
     if not overwrite:
         raise OutputError(
@@ -72,6 +74,12 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
             why="it holds files but no manifest.json of ours, and --overwrite would delete all of them",
             remedy="pass another --output, or remove the directory yourself",
         )
+
+
+def overlaps(output: Path, source: Path) -> bool:
+    """Is one the other, or inside it? Replacing such an output would delete what it is made from."""
+    a, b = Path(os.path.realpath(output)), Path(os.path.realpath(source))
+    return a.is_relative_to(b) or b.is_relative_to(a)
 
 
 def is_ours(directory: Path) -> bool:
@@ -97,6 +105,10 @@ def as_output_error(where: Path) -> Iterator[None]:
             errno.EACCES: ("no permission to write here", "choose another --output or change its owner"),
             errno.EPERM: ("no permission to write here", "choose another --output or change its owner"),
             errno.ENOTDIR: ("a parent of the output is a file", "choose another --output"),
+            errno.EEXIST: ("a file is where a directory of the output should be", "choose another --output"),
+            errno.EISDIR: ("the output is a directory, a file is to be written", "choose another --output"),
+            errno.ENAMETOOLONG: ("the name of the output is too long", "choose a shorter --output"),
+            errno.ELOOP: ("a symbolic link of the output's path leads to itself", "choose another --output"),
         }
         if e.errno not in remedies:
             raise

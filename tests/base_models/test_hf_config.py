@@ -121,6 +121,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "partial rotation": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     "dtype": ({"torch_dtype": "float64"}, "the dtype 'float64' is not supported"),
     "quantized": ({"quantization_config": {"quant_method": "awq"}}, "quantized in Hugging Face's format (awq)"),
+    "quantized, as a text": ({"quantization_config": "awq"}, "quantization_config is 'awq'"),
+    "rope as a text": ({"rope_parameters": "linear"}, "rope_parameters is 'linear'"),
+    "a drafter": ({"exit_dim": 64}, "this is a drafter, not a base model"),
     "missing size": ({"vocab_size": None}, "vocab_size is missing"),
     "wrong size": ({"num_hidden_layers": -2}, "num_hidden_layers is -2"),
 }

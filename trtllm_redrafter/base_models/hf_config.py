@@ -47,6 +47,9 @@ def parse_hf_config(raw: Mapping[str, Any], *, where: Path) -> ParsedConfig:
     names = raw.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else names
     family = FAMILIES.get(name) if isinstance(name, str) else None
+    if "exit_dim" in raw:
+        fields.problem("this is a drafter, not a base model", remedy="pass it to --drafter, and the base to --base")
+        return ParsedConfig(None, tuple(fields.problems))
     if family is None:
         fields.problem(
             f"the architecture {name!r} is not supported",
@@ -159,12 +162,13 @@ def _refusals(fields: FieldReader) -> None:
     if raw.get("hidden_act", "silu") != "silu":
         what = f"hidden_act is {raw['hidden_act']!r}"
         fields.problem(what, why="the gated MLP of these families uses silu", remedy="use the original model")
-    for holder in (raw, raw.get("rope_parameters") or {}):
+    rope = raw.get("rope_parameters")
+    for holder in (raw, rope if isinstance(rope, dict) else {}):  # `_rope` refuses what is no object
         factor = holder.get("partial_rotary_factor", 1.0)
         if factor != 1.0:
             fields.problem(f"partial_rotary_factor is {factor}", why="heads are rotated as a whole")
     if raw.get("quantization_config"):
-        method = dict(raw["quantization_config"]).get("quant_method", "unknown")
+        method = fields.mapping("quantization_config").get("quant_method", "unknown")
         fields.problem(
             f"the model is quantized in Hugging Face's format ({method})",
             why="its weights are stored under other names and scales than TensorRT-LLM's",

@@ -33,10 +33,13 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
 
 
 def _not_a_checkpoint(path: Path, raw: Mapping[str, object]) -> InputError:
-    is_hf = "architectures" in raw or "model_type" in raw
-    return InputError(
-        "this is a Hugging Face model, not a checkpoint" if is_hf else "this is not a TensorRT-LLM checkpoint",
-        where=path,
-        why=f"its config.json has no `architecture` such as {next(iter(REDRAFTER_ARCHITECTURES))}",
-        remedy="run `trtllm-redrafter convert --base` on it first" if is_hf else "check the path",
-    )
+    if "build_config" in raw:
+        what, remedy = "this is an engine, not a checkpoint", "pass the checkpoint it was built from"
+    elif "exit_dim" in raw:
+        what, remedy = "this is a drafter, not a checkpoint", "run `trtllm-redrafter convert --base … --drafter` on it"
+    elif "architectures" in raw or "model_type" in raw:
+        what, remedy = "this is a Hugging Face model, not a checkpoint", "run `trtllm-redrafter convert --base` on it"
+    else:
+        what, remedy = "this is not a TensorRT-LLM checkpoint", "check the path"
+    why = f"its config.json has no `architecture` such as {next(iter(REDRAFTER_ARCHITECTURES))}"
+    return InputError(what, where=path, why=why, remedy=remedy)

@@ -16,11 +16,12 @@ from typing import Any
 
 from trtllm_redrafter.checkpoint.inspect import ENGINE_CHECKPOINT
 from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, LM_HEAD, divisibility_problems, rank_slice
-from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.manifest import MANIFEST, Manifest
 from trtllm_redrafter.checkpoint.quantization import DRAFTER_EXCLUDE, is_excluded
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import TensorInfo
-from trtllm_redrafter.errors import Problem, RedrafterError, VerificationError
+from trtllm_redrafter.errors import InputError, Problem, RedrafterError, VerificationError
+from trtllm_redrafter.fsio import read_json
 
 _REMEDY = "convert again, or restore the file from an intact copy"
 
@@ -66,13 +67,20 @@ def checkpoint_directory(path: Path) -> Path:
 
 
 def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
-    """Manifest, names, shapes and dtypes. Unreadable files are problems like any other."""
+    """Manifest, names, shapes and dtypes. Unreadable files are problems like any other.
+
+    `InputError` when there is no checkpoint or engine that could be right or wrong.
+    """
+    _refuse_others(path)
     checks: list[str] = []
     notes: list[str] = []
     problems: list[Problem] = []
     try:
         manifest = Manifest.find(path)
-        if manifest is None:
+        if manifest is None and checkpoint_directory(path) != path:
+            why = "an engine is not loaded without its manifest"
+            problems.append(Problem("manifest.json is missing", str(path), why, "build the engine again"))
+        elif manifest is None:
             notes.append("no manifest.json: sizes and hashes are not known")
         else:
             problems += manifest.check_files(path, hashes=hashes)
@@ -87,6 +95,22 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
     except RedrafterError as e:
         problems += e.problems or (e.problem,)
     return VerifyReport(path, tuple(checks), tuple(problems), tuple(notes))
+
+
+def _refuse_others(path: Path) -> None:
+    """Pass what is meant to be a checkpoint or engine, damaged or not."""
+    if not path.is_dir():
+        what = "this is a file, not a directory" if path.exists() else "the directory does not exist"
+        raise InputError(what, where=path, remedy="name a checkpoint or an engine")
+    try:
+        config = read_json(path / "config.json")
+    except InputError:
+        if not (path / MANIFEST).exists() and not (path / "rank0.safetensors").exists():
+            raise
+        return
+    if not {"architecture", "backend", "build_config", "pretrained_config"} & set(config):
+        remedy = "name a checkpoint or an engine; `inspect` says what other directories are"
+        raise InputError("this is neither a checkpoint nor an engine", where=path, remedy=remedy)
 
 
 def structure_problems(checkpoint: Checkpoint, *, surplus: bool) -> list[Problem]:

@@ -34,7 +34,7 @@ def note(text: str) -> None:
 
 
 def emit(command: str, **values: Any) -> None:
-    """The JSON document of a success."""
+    """The JSON document of what ran to its end: a success, unless `values` say `ok=False` and give the error."""
     _document({"command": command, "ok": True, **values})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from trtllm_redrafter.cli.console import emit, progress_bar, say
+from trtllm_redrafter.cli.console import emit, note, progress_bar, say
 from trtllm_redrafter.cli.options import DryRun, Json, Overwrite, from_flags, setting
 
 
@@ -49,6 +49,8 @@ def convert(
     if dry_run:
         say(resolved.render("", "convert") + "\n\n" + plan.render())
     else:
+        for line in plan.notes:
+            note(f"note: {line}")
         with progress_bar() as progress:
             run_conversion(plan, progress)
         say(f"checkpoint written to {output}")

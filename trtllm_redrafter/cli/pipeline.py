@@ -47,6 +47,8 @@ def pipeline(
             record_run(plan, last)
     if as_json:
         stages = [stage.as_dict() for stage in done]
-        emit("pipeline", dry_run=False, stages=stages, run=None if report is None else report.as_dict())
+        ran = {} if report is None else report.as_dict()
+        ok = {"ok": ran.pop("ok", True), "error": ran.pop("error", None)}
+        emit("pipeline", **ok, dry_run=False, stages=stages, run=ran or None)
     if isinstance(report, RunReport) and report.summary.exit_code:
         raise typer.Exit(report.summary.exit_code)

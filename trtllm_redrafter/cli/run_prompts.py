@@ -13,7 +13,7 @@ import typer
 
 from trtllm_redrafter.backends.base import EngineInfo, Update
 from trtllm_redrafter.cli.console import note, progress_bar, say, working
-from trtllm_redrafter.errors import InputError, OutputError, RequestError
+from trtllm_redrafter.errors import InputError, OutputError, RedrafterError, RequestError, UsageError
 from trtllm_redrafter.fsio import as_output_error
 from trtllm_redrafter.generation import (
     Job,
@@ -26,6 +26,7 @@ from trtllm_redrafter.generation import (
     run_jobs,
 )
 from trtllm_redrafter.recipe import Resolved
+from trtllm_redrafter.recipe.schema import RunSection
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,26 @@ class RunReport:
     summary: Summary
     output: Path | None
     outcomes: list[Outcome] = field(default_factory=list)
+    error: RedrafterError | None = None
+    """The first prompt's that failed."""
 
     def as_dict(self) -> dict[str, Any]:
         engine = {k: getattr(self.info, k) for k in ("path", "backend", "device", "dtype")}
         results = None if self.output is not None else [outcome.as_dict() for outcome in self.outcomes]
-        return {"engine": engine, "output": self.output, "summary": self.summary.as_dict(), "results": results}
+        return {
+            "ok": self.error is None,
+            "error": None if self.error is None else self.error.as_dict(),
+            "engine": engine,
+            "output": self.output,
+            "summary": self.summary.as_dict(),
+            "results": results,
+        }
 
 
 def run_prompts(wanted: RunRequest) -> RunReport:
     """Everything a user can get wrong is refused before the engine is loaded."""
     run = wanted.resolved.recipe.run
-    if not run.prompts and run.input is None:
-        raise RequestError("the list of prompts is empty", remedy="pass --prompt TEXT or --input FILE.jsonl")
-    if run.input is not None and not run.input.is_file():
-        raise InputError("the file of prompts does not exist", where=run.input, remedy="check --input")
-    if run.output is not None and run.output.exists() and not wanted.overwrite:
-        remedy = "pass --overwrite to replace it, or another --output"
-        raise OutputError("the output exists already", where=run.output, remedy=remedy)
+    check_files(run, overwrite=wanted.overwrite)
     with working("loading the engine"):
         runner = open_runner(wanted.resolved, verify_hashes=wanted.verify_hashes)
     try:
@@ -87,6 +91,25 @@ def run_prompts(wanted: RunRequest) -> RunReport:
     return report
 
 
+def check_files(run: RunSection, *, overwrite: bool) -> None:
+    """Refuse prompts that are not there, and an output that may not be written."""
+    if not run.prompts and run.input is None:
+        raise RequestError("the list of prompts is empty", remedy="pass --prompt TEXT or --input FILE.jsonl")
+    if run.input is not None and not run.input.is_file():
+        what = "the prompts are a directory, not a file" if run.input.is_dir() else "the file of prompts does not exist"
+        raise InputError(what, where=run.input, remedy="check --input")
+    if run.output is None or not run.output.exists():
+        return
+    if not overwrite:
+        remedy = "pass --overwrite to replace it, or another --output"
+        raise OutputError("the output exists already", where=run.output, remedy=remedy)
+    if run.output.is_dir():
+        raise OutputError("the output is a directory", where=run.output, remedy="name a file, such as results.jsonl")
+    if run.input is not None and run.output.samefile(run.input):
+        why = "writing the results would erase the prompts that are still to be read"
+        raise UsageError("--output is the file of --input", where=run.output, why=why, remedy="name another --output")
+
+
 def _keep(outcome: Outcome, report: RunReport, sink: IO[str] | None) -> None:
     """Write a result as it comes; hold it in memory only when no file takes it."""
     if sink is None:
@@ -97,7 +120,8 @@ def _keep(outcome: Outcome, report: RunReport, sink: IO[str] | None) -> None:
             sink.write(json.dumps(outcome.as_dict(), ensure_ascii=False) + "\n")
             sink.flush()
     if outcome.error is not None:
-        note(f"{outcome.job_id}: {outcome.error.render()}")
+        report.error = report.error or outcome.error
+        note(outcome.error.render())
 
 
 def _show(wanted: RunRequest, report: RunReport) -> None:

@@ -35,7 +35,8 @@ def verify(
     else:
         note(report.render())
     if as_json:
-        emit("verify", **report.as_dict())
+        error = None if report.ok else VerificationError(f"{len(report.problems)} problem(s)", where=path).as_dict()
+        emit("verify", **report.as_dict(), error=error)
     if not report.ok:
         raise typer.Exit(VerificationError.exit_code)
 

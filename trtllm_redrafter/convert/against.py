@@ -36,13 +36,13 @@ COMPARED_FIELDS = (
 
 def verify(path: Path, *, against: Path | None, hashes: bool, progress: Progress) -> VerifyReport:
     """Files against manifest and layout; with `against`, values against the Hugging Face model too."""
+    model = None if against is None else HFModel.open(against)
     report = verify_files(path, hashes=hashes)
-    if against is None or not report.ok:
+    if model is None or not report.ok:
         return report
     files = OpenFiles()
     try:
         checkpoint = Checkpoint.open(checkpoint_directory(path))
-        model = HFModel.open(against)
         problems = _config_problems(checkpoint.config, model.config, path)
         checks, notes = report.checks, report.notes
         if not problems and checkpoint.config.quant_algo is not None:

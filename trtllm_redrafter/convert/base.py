@@ -68,7 +68,8 @@ def open_base(options: ConvertOptions, files: OpenFiles) -> Base:
     """Open `options.base`, whichever kind it is; `InputError` when it cannot be used at all."""
     path = options.base
     if not path.is_dir():
-        raise InputError("the base model directory does not exist", where=path, remedy="check --base")
+        what = "the base model is not a directory" if path.exists() else "the base model directory does not exist"
+        raise InputError(what, where=path, remedy="check --base")
     if "architecture" in read_json(path / "config.json"):
         return _from_checkpoint(options, files)
     model = HFModel.open(path)

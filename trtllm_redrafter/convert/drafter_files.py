@@ -16,6 +16,7 @@ Layouts, for K layers (all hold rnn_u.*, rnn_w.weight and maybe input_proj.* / i
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -151,7 +152,9 @@ def _load_pickle(path: Path) -> dict[str, Source]:
         remedy="save it again with torch.save(model.state_dict(), ...) or, better, as safetensors",
     )
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickle protocols; what is read is checked below
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (
         pickle.UnpicklingError,
         OSError,

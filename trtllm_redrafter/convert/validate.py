@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from trtllm_redrafter.checkpoint.config import DTYPES
 from trtllm_redrafter.convert.base import Base
 from trtllm_redrafter.convert.drafter_files import DrafterFiles
 from trtllm_redrafter.convert.options import AUTO_DTYPE, ConvertOptions
 from trtllm_redrafter.errors import Problem, RedrafterError, UsageError
+from trtllm_redrafter.fsio import overlaps
 
 
 def option_problems(options: ConvertOptions) -> tuple[type[RedrafterError], list[Problem]]:
@@ -28,17 +26,11 @@ def option_problems(options: ConvertOptions) -> tuple[type[RedrafterError], list
                 why = "without a drafter nothing is drafted"
                 found.append(Problem(f"{flag} {value} has no meaning here", flag, why, "pass --drafter, or drop it"))
     for role, path in (("base", options.base), ("drafter", options.drafter)):
-        if path is not None and _overlap(options.output, path):
+        if path is not None and overlaps(options.output, path):
             what = f"the output overlaps the {role} directory"
             why = "replacing the output would delete the input, or mix with it"
             found.append(Problem(what, str(options.output), why, "choose another --output"))
     return UsageError, found
-
-
-def _overlap(output: Path, source: Path) -> bool:
-    """Is one the other, or inside it? The output may lie beside the input, not within."""
-    a, b = Path(os.path.realpath(output)), Path(os.path.realpath(source))
-    return a == b or a.is_relative_to(b) or b.is_relative_to(a)
 
 
 def pair_problems(base: Base, drafter: DrafterFiles) -> list[Problem]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from trtllm_redrafter.backends import engine_backend, load_backend
 from trtllm_redrafter.backends.base import Runner
+from trtllm_redrafter.checkpoint.inspect import ENGINE_CHECKPOINT
+from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.errors import UsageError
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.generation.jobs import Defaults
@@ -18,7 +20,7 @@ AUTO_DEVICE = "auto"
 
 def open_runner(resolved: Resolved, *, verify_hashes: bool) -> Runner:
     """Load the recipe's engine with the backend it was built for."""
-    require(resolved, ["engine"], "a run")
+    require(resolved, {"engine": "--engine"}, "a run")
     engine, run = resolved.recipe.engine, resolved.recipe.run
     assert engine is not None
     backend = engine_backend(engine)
@@ -30,6 +32,8 @@ def open_runner(resolved: Resolved, *, verify_hashes: bool) -> Runner:
             remedy=f"use --backend {backend}, or build an engine for {resolved.recipe.backend}",
         )
     shape = draft_shape(resolved, built_shape(engine))
+    if shape is not None:
+        _check_horizon(engine, shape)
     device = best_device() if run.device == AUTO_DEVICE else run.device
     return load_backend(backend).load(engine, device=device, verify_hashes=verify_hashes, draft_shape=shape)
 
@@ -56,6 +60,19 @@ def built_shape(engine: Path) -> DraftShape | None:
     if not isinstance(source, dict) or beams not in source or length not in source:
         return None
     return DraftShape(int(source[beams]), int(source[length]))
+
+
+def _check_horizon(engine: Path, shape: DraftShape) -> None:
+    """A drafter is not asked to look further ahead than it was trained for; the checkpoint's manifest says how far."""
+    manifest = Manifest.find(engine / ENGINE_CHECKPOINT)
+    horizon = None if manifest is None else manifest.derived.get("trained_draft_len")
+    if isinstance(horizon, int) and shape.draft_len > horizon:
+        raise UsageError(
+            f"draft_len is {shape.draft_len}",
+            where="--draft-len",
+            why=f"the drafter was trained for {horizon}",
+            remedy=f"use at most {horizon}",
+        )
 
 
 def best_device() -> str:

@@ -77,7 +77,7 @@ class PipelinePlan:
 
 def plan_pipeline(resolved: Resolved, *, name: str) -> PipelinePlan:
     """Check the recipe, look at what is there, plan the stages that can be planned. Writes nothing."""
-    require(resolved, ["base"], "a pipeline")
+    require(resolved, {"base": "--set base=DIR"}, "a pipeline")
     resolved = with_directories(resolved, name=name)
     if resolved.recipe.build.max_seq_len is None or resolved.recipe.build.max_input_len is None:
         resolved = with_limits(resolved, _context_of_base(resolved))

@@ -152,10 +152,17 @@ def _validate(values: Mapping[str, Any], origins: Mapping[str, Origin], problems
             found[key] = Problem(
                 what,
                 origins[key].render() if key in origins else None,
-                remedy=entry["msg"].replace("Input should", "it should"),
+                remedy=_plainly(entry["msg"]),
             )
         problems.extend(found.values())
     return None
+
+
+def _plainly(message: str) -> str:
+    """Pydantic's sentence as a remedy."""
+    for start in ("Input should", "String should"):
+        message = message.replace(start, "it should", 1)
+    return message.removeprefix("Value error, ")
 
 
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trtllm_redrafter.recipe.base import Directory, Positive, Section, Text
+from trtllm_redrafter.recipe.base import Device, Directory, Positive, Section, Text
 from trtllm_redrafter.recipe.training import EvaluateSection, TrainSection
 
 MAX_SEQ_LEN = 2048
@@ -72,7 +72,7 @@ class RunSection(Section):
     num_beams: Positive | None = Field(default=None, description="beams drafted per step; derived: the engine's")
     draft_len: Positive | None = Field(default=None, description="tokens drafted per beam; derived: the engine's")
     draft: bool = Field(default=True, description="false: decode without the drafter")
-    device: Text = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
+    device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
 
 
 class TensorRTSection(Section):
