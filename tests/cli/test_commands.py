@@ -162,11 +162,13 @@ def test_bad_lines_are_named_and_the_others_run(program: Program, artefacts: Pat
         {"messages": [{"role": "user", "content": "x"}], "chat": False},
         {"prompt": "one", "temperature": -1},
         {"prompt": "x" * 200},
-        {"prompt": "two"},
+        {"prompt": "two", "id": None},
+        '{"prompt": "\\ud800"}',
+        {"prompt": "one", "top_k": 2**70},
     )
     output = tmp_path / "out.jsonl"
     code = program("run", "--engine", artefacts / "engine", "--input", lines, "--max-tokens", 4, "--output", output)
-    assert code == 3 and "2 results written" in program.out and "12 failed" in program.out
+    assert code == 3 and "2 results written" in program.out and "14 failed" in program.out
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert {r["id"] for r in found if "text" in r} == {"line-2", "line-14"}
     said = {r["id"]: r["error"] for r in found if "error" in r}
@@ -175,6 +177,7 @@ def test_bad_lines_are_named_and_the_others_run(program: Program, artefacts: Pat
         "line-5": "either `prompt` or `messages`", "line-6": "not a string", "line-7": "not a conversation",
         "line-8": "`max_tokens` is '5'", "line-9": "`stop`", "line-10": "`draft` is 1",
         "line-11": "without the chat template", "line-12": "temperature is -1", "line-13": "tokens",
+        "line-15": "surrogates not allowed", "line-16": "top_k is 1180591620717411303424",
     }  # fmt: skip
     assert set(said) == set(expected)
     for job, text in expected.items():

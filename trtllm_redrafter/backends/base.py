@@ -59,8 +59,8 @@ class SamplingParams:
             found.append(Problem(f"max_tokens is {self.max_tokens}", remedy="ask for at least one token"))
         if not self.temperature >= 0.0 or self.temperature == float("inf"):
             found.append(Problem(f"temperature is {self.temperature}", remedy="use 0 for greedy, or a positive number"))
-        if self.top_k < 0:
-            found.append(Problem(f"top_k is {self.top_k}", remedy="use 0 to switch it off, or a positive number"))
+        if not 0 <= self.top_k < 2**31:
+            found.append(Problem(f"top_k is {self.top_k}", remedy="use 0 to switch it off, or a number below 2**31"))
         if not 0.0 < self.top_p <= 1.0:
             found.append(Problem(f"top_p is {self.top_p}", remedy="use a number above 0 and up to 1"))
         if self.seed is not None and not 0 <= self.seed < 2**63:

@@ -92,8 +92,9 @@ def read_jobs(path: Path, defaults: Defaults) -> Iterator[Job | Outcome]:
 def _read_line(line: bytes, where: str, job_id: str, defaults: Defaults) -> Job | Outcome:
     try:
         value = json.loads(line)
+        json.dumps(value, ensure_ascii=False).encode()  # "\\ud800" is valid JSON, and no text that can be tokenized
     except (ValueError, RecursionError) as e:
-        remedy = "write one JSON object per line"
+        remedy = "write one JSON object per line, in UTF-8"
         return Outcome(job_id, where, error=InputError("the line is not JSON", where=where, why=str(e), remedy=remedy))
     try:
         return _job_of(value, where, job_id, defaults)
@@ -121,7 +122,7 @@ def _job_of(value: Any, where: str, job_id: str, defaults: Defaults) -> Job:
     if "messages" in value and not chat:
         raise refuse("`messages` cannot go without the chat template", "remove `chat`, or give a `prompt`")
     return Job(
-        job_id=str(value.get("id", job_id)),
+        job_id=job_id if value.get("id") is None else str(value["id"]),
         where=where,
         prompt=value["prompt"] if "prompt" in value else value["messages"],
         sampling=replace(defaults.sampling, **_sampling_changes(value, refuse)),
@@ -136,7 +137,7 @@ def _sampling_changes(value: Mapping[str, Any], refuse: Callable[[str, str], Inp
     for key, types in _NUMBERS.items():
         if key in value:
             if isinstance(value[key], bool) or not isinstance(value[key], types):
-                raise refuse(f"`{key}` is {value[key]!r}", "give a number")
+                raise refuse(f"`{key}` is {value[key]!r}", f"give a {'' if float in types else 'whole '}number")
             changes[key] = value[key]
     if "stop" in value:
         stop = [value["stop"]] if isinstance(value["stop"], str) else value["stop"]
