@@ -14,6 +14,7 @@ from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.tensorrt_llm.flag_plan import FlagPlan, plan_flags
 from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
 from trtllm_redrafter.backends.tensorrt_llm.rules import check
+from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY
 from trtllm_redrafter.base_models.tokenizer import has_tokenizer, tokenizer_files
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
@@ -23,7 +24,6 @@ from trtllm_redrafter.planning.gpus import Gpu, gpu
 from trtllm_redrafter.planning.memory import MemoryPlan, memory_plan
 
 BACKEND = "tensorrt-llm"
-TOKENIZER_DIRECTORY = "tokenizer"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,107 @@
+"""A `trtllm-build` that takes the documented flags, changes values as the real builder does, and writes engine files.
+
+`STANDIN_BUILD` chooses how it ends: ok, oom, kernel, exit, killed, missing-rank, sleep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+VERSION = "1.2.1"
+MODE = 16
+
+
+def parser(contract: dict[str, Any]) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser("trtllm-build", allow_abbrev=False)
+    for flag, spec in contract.items():
+        if not flag.startswith("--"):
+            continue
+        if spec["type"].startswith("switch"):
+            found.add_argument(flag, action="store_true")
+        else:
+            kind = int if spec["type"] == "int" else str
+            found.add_argument(flag, type=kind, choices=spec["choices"], default=spec["default"])
+    return found
+
+
+def build_config(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
+    """What the builder makes of the values it was given."""
+    drafted = config.get("redrafter_num_beams", 0) * config.get("redrafter_draft_len_per_beam", 0)
+    if args.gather_context_logits and drafted:
+        raise RuntimeError("gather_context_logits is not supported with draft tokens")
+    longest = args.max_seq_len + drafted
+    tokens = max(args.max_num_tokens, args.max_batch_size * (drafted + 1)) if drafted else args.max_num_tokens
+    return {
+        "max_batch_size": args.max_batch_size,
+        "max_input_len": args.max_input_len,
+        "max_seq_len": longest,
+        "max_beam_width": args.max_beam_width,
+        "max_num_tokens": min(tokens, longest * args.max_batch_size),
+        "opt_num_tokens": args.opt_num_tokens,
+        "max_draft_len": drafted,
+        "speculative_decoding_mode": MODE if drafted else 1,
+        "kv_cache_type": args.kv_cache_type.upper(),
+        "plugin_config": {
+            "gemm_plugin": args.gemm_plugin,
+            "remove_input_padding": args.remove_input_padding == "enable",
+        },
+    }
+
+
+def say(text: str) -> None:
+    print(f"[11/23/2026-10:00:00] [TRT-LLM] {text}", flush=True)
+
+
+def fail(how: str) -> None:
+    if how == "oom":
+        say("[W] Requested amount of GPU memory (24793579520 bytes) could not be allocated.")
+        print("[TRT] [E] [virtualMemoryBuffer.cpp] Error Code 2: OutOfMemory (no further information)", flush=True)
+    elif how == "kernel":
+        say("[E] No available XQA kernels are found for speculative decoding mode.")
+    elif how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(1)
+
+
+def main() -> None:
+    contract = json.loads(Path(os.environ["STANDIN_CONTRACT"], "trtllm_build_flags.json").read_text())
+    args = parser(contract).parse_args()
+    how = os.environ.get("STANDIN_BUILD", "ok")
+    if record := os.environ.get("STANDIN_RECORD"):
+        with Path(record).open("a") as file:
+            file.write(json.dumps(sys.argv[1:]) + "\n")
+    config = json.loads(Path(args.checkpoint_dir, "config.json").read_text())
+    print(f"[TensorRT-LLM] TensorRT-LLM version: {VERSION}", flush=True)
+    say(f"[I] Set gemm_plugin to {args.gemm_plugin}.")
+    say("[W] Specifying a `max_num_tokens` larger than usual.")
+    output = Path(args.output_dir)
+    output.mkdir(exist_ok=True)
+    if how == "sleep":
+        Path(os.environ["STANDIN_PID"]).write_text(str(os.getpid()))
+        time.sleep(120)
+    if how in ("oom", "kernel", "exit", "killed"):
+        (output / "rank0.engine").write_bytes(b"half")
+        fail(how)
+    ranks = config.get("mapping", {}).get("world_size", 1)
+    whole = {"version": VERSION, "pretrained_config": config, "build_config": build_config(args, config)}
+    (output / "config.json").write_text(json.dumps(whole))
+    for rank in range(ranks - (how == "missing-rank")):
+        say("[I] Build TensorRT engine Unnamed Network 0")
+        print("[TRT] [I] Engine generation completed in 1.5 seconds.", flush=True)
+        say(f"[I] Serializing engine to {output}/rank{rank}.engine...")
+        (output / f"rank{rank}.engine").write_bytes(f"engine of rank {rank}".encode() * 100)
+        say("[I] Engine serialized. Total time: 00:00:00")
+    measured = Path(args.input_timing_cache).read_text() if args.input_timing_cache else ""
+    Path(args.output_timing_cache).write_text(measured + "one build's measurements\n")
+    say("[I] Total time of building all engines: 00:00:03")
+
+
+if __name__ == "__main__":
+    main()

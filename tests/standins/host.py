@@ -1,0 +1,73 @@
+"""Make this process and its children believe they are on a GPU host: programs on PATH, packages on the module path."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CONTRACT = ROOT / "tests" / "data" / "trtllm"
+GPU_LINE = "NVIDIA H100 80GB HBM3, 81559, 81000, 9.0, 580.82.07"
+
+
+@dataclass
+class Host:
+    """Where the stand-ins are, and switches for how they behave."""
+
+    path: Path
+    monkeypatch: pytest.MonkeyPatch
+
+    @property
+    def programs(self) -> Path:
+        return self.path / "bin"
+
+    @property
+    def packages(self) -> Path:
+        return self.path / "packages"
+
+    @property
+    def record(self) -> Path:
+        return self.path / "commands.jsonl"
+
+    def program(self, name: str, text: str) -> None:
+        self.programs.mkdir(parents=True, exist_ok=True)
+        file = self.programs / name
+        file.write_text(text)
+        file.chmod(0o755)
+
+    def package(self, name: str, version: str) -> None:
+        """Metadata of an installed distribution."""
+        for old in self.packages.glob(f"{name}-*.dist-info"):
+            for file in old.iterdir():
+                file.unlink()
+            old.rmdir()
+        info = self.packages / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+    def gpus(self, *lines: str) -> None:
+        self.program("nvidia-smi", "#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+
+    def builds(self, how: str) -> None:
+        self.monkeypatch.setenv("STANDIN_BUILD", how)
+
+
+def make_host(path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """One H100, TensorRT-LLM 1.2.1, trtllm-build."""
+    host = Host(path, monkeypatch)
+    python = f"#!{sys.executable}\n"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.standins.build_program import main; main()\n"
+    host.program("trtllm-build", python + code)
+    host.gpus(GPU_LINE)
+    for name, version in (("tensorrt_llm", "1.2.1"), ("tensorrt", "10.14.1.48.post1")):
+        host.package(name, version)
+    monkeypatch.setenv("PATH", f"{host.programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("STANDIN_CONTRACT", str(CONTRACT))
+    monkeypatch.setenv("STANDIN_RECORD", str(host.record))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(host.packages), str(ROOT)]))
+    monkeypatch.syspath_prepend(str(host.packages))
+    return host

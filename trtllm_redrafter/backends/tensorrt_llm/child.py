@@ -1,0 +1,127 @@
+"""Run a program in a child process: its output goes to a file and to a listener, and it never outlives us.
+
+The child leads its own process group: an interrupt ends it and everything it spawned (one process per rank), first by a
+request, then by force.
+
+    code = run_logged(["trtllm-build", ...], log=Path("build.log"), on_line=print, on_tick=lambda s: None)
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from trtllm_redrafter.errors import BackendError
+
+GRACE_SECONDS = 10.0
+_TICK_SECONDS = 1.0
+
+
+def run_logged(
+    command: Sequence[str],
+    *,
+    log: Path,
+    on_line: Callable[[str], None],
+    on_tick: Callable[[float], None],
+    environment: Mapping[str, str] | None = None,
+) -> int:
+    """Exit code of the child (negative: killed by that signal). `on_tick` gets the elapsed seconds each second."""
+    start = time.monotonic()
+    with log.open("w", encoding="utf-8", errors="replace") as file:
+        child = start_child(command, environment)
+        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        assert child.stdout is not None
+        reader = threading.Thread(target=_read, args=(child.stdout, lines), daemon=True)
+        reader.start()
+        try:
+            with termination_interrupts():
+                _follow(lines, file, start, on_line, on_tick)
+                return child.wait()
+        finally:
+            end_group(child)
+            reader.join(GRACE_SECONDS)
+            child.stdout.close()
+
+
+def start_child(command: Sequence[str], environment: Mapping[str, str] | None) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=None if environment is None else {**os.environ, **environment},
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        remedy = "run `trtllm-redrafter doctor`; it says what this machine lacks"
+        raise BackendError(f"cannot start {command[0]}", why=str(error), remedy=remedy) from error
+
+
+@contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """A polite kill (a container stopping, a CI job cancelled) unwinds like Ctrl-C, so that children and files go."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals can be handled in the main thread only
+        return
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _read(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
+
+
+def _follow(
+    lines: queue.SimpleQueue[str | None],
+    file: IO[str],
+    start: float,
+    on_line: Callable[[str], None],
+    on_tick: Callable[[float], None],
+) -> None:
+    """Until the child closes its output."""
+    while True:
+        on_tick(time.monotonic() - start)
+        try:
+            line = lines.get(timeout=_TICK_SECONDS)
+        except queue.Empty:
+            continue
+        if line is None:
+            return
+        file.write(line)
+        file.flush()
+        on_line(line.rstrip("\n"))
+
+
+def end_group(child: subprocess.Popen[str], grace: float = GRACE_SECONDS) -> None:
+    """Make sure that the child and its own children are gone."""
+    _signal_group(child, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(grace)
+    _signal_group(child, signal.SIGKILL)
+    child.wait()
+
+
+def _signal_group(child: subprocess.Popen[str], number: int) -> None:
+    """The group exists as long as any member does, so this reaches orphans of a dead leader too."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, number)

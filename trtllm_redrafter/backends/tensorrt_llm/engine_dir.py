@@ -1,0 +1,108 @@
+"""An engine directory: what TensorRT-LLM wrote, what we added, and whether the two are whole and belong together.
+
+engine/
+  config.json       TensorRT-LLM's: version, pretrained_config, build_config
+  rank{N}.engine    one compiled plan per GPU
+  redrafter.json    ours: format, release, GPU, runtime options
+  manifest.json     ours: what made it, hashes
+  tokenizer/        tokenizer, chat template, generation_config.json
+  build.log         what trtllm-build said
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions
+from trtllm_redrafter.checkpoint.manifest import MANIFEST, Manifest
+from trtllm_redrafter.errors import BackendError, InputError, Problem, raise_together
+from trtllm_redrafter.fsio import read_json
+from trtllm_redrafter.redrafter.config import DraftShape
+
+NOTES_FILE = "redrafter.json"
+ENGINE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class EngineDirectory:
+    """A checked engine directory; nothing of it is loaded."""
+
+    path: Path
+    version: str
+    pretrained: Mapping[str, Any]
+    build: Mapping[str, Any]
+    notes: Mapping[str, Any]
+
+    @property
+    def world_size(self) -> int:
+        mapping = self.pretrained.get("mapping")
+        return int(mapping.get("world_size", 1)) if isinstance(mapping, dict) else 1
+
+    @property
+    def draft_shape(self) -> DraftShape | None:
+        if "redrafter_num_beams" not in self.pretrained:
+            return None
+        return DraftShape(
+            int(self.pretrained["redrafter_num_beams"]), int(self.pretrained["redrafter_draft_len_per_beam"])
+        )
+
+    @property
+    def greedy(self) -> bool:
+        """Without a drafter, the executor samples as it is asked to."""
+        return bool(self.pretrained.get("redrafter_greedy_search", True)) and self.draft_shape is not None
+
+    @property
+    def max_seq_len(self) -> int:
+        """Prompt and answer together; the builder's figure includes the tree."""
+        shape = self.draft_shape
+        return int(self.build["max_seq_len"]) - (0 if shape is None else shape.drafted_tokens)
+
+    @property
+    def runtime(self) -> RuntimeOptions:
+        return RuntimeOptions(**self.notes["runtime"])
+
+
+def read_engine(path: Path, *, verify_hashes: bool) -> EngineDirectory:
+    """Open and check; every problem at once."""
+    config = read_json(path / "config.json")
+    pretrained, build = config.get("pretrained_config"), config.get("build_config")
+    if not isinstance(pretrained, dict) or not isinstance(build, dict):
+        raise InputError("this is not a TensorRT-LLM engine", where=path, remedy="check the path")
+    if not (path / NOTES_FILE).is_file() or not (path / MANIFEST).is_file():
+        raise InputError(
+            "the engine was not built by this program",
+            where=path,
+            why=f"it has no {NOTES_FILE}, so its release, GPU, tokenizer and runtime options are not known",
+            remedy="build its checkpoint with `trtllm-redrafter build --backend tensorrt-llm`",
+        )
+    notes = read_json(path / NOTES_FILE)
+    if notes.get("format") != ENGINE_FORMAT:
+        what = f"the engine has format {notes.get('format')!r}, this version reads {ENGINE_FORMAT}"
+        raise BackendError(what, where=path, remedy="build it again")
+    engine = EngineDirectory(path, str(config.get("version", "")), pretrained, build, notes)
+    problems = [*rank_problems(path, engine.world_size)]
+    problems = problems or Manifest.read(path).check_files(path, hashes=verify_hashes)
+    raise_together(InputError, problems, "the engine is not whole", where=path, remedy="build it again")
+    return engine
+
+
+def rank_problems(path: Path, ranks: int) -> list[Problem]:
+    """Rank files that are missing; TensorRT-LLM would say so only after MPI has started."""
+    names = [f"rank{rank}.engine" for rank in range(ranks)]
+    remedy = f"config.json names {ranks} rank(s); build the engine again"
+    return [Problem(f"{name} is missing", str(path), None, remedy) for name in names if not (path / name).is_file()]
+
+
+def expectation_problems(config: Mapping[str, Any], expected: Mapping[str, Any], where: Path) -> list[Problem]:
+    """Where the finished engine is not what the plan said."""
+    build = config.get("build_config")
+    found = build if isinstance(build, dict) else {}
+    why = "the builder changed it in a way this version does not know; the plan's memory figures do not hold"
+    return [
+        Problem(f"{key} is {found[key]!r}, the plan said {value!r}", str(where), why, None)
+        for key, value in expected.items()
+        if key in found and found[key] != value
+    ]

@@ -1,0 +1,127 @@
+"""Known ways in which building or running fails, by the message, with what it means and what to do.
+
+TensorRT reports a lack of memory as a missing implementation, and TensorRT-LLM a missing kernel as an assertion in C++:
+the messages lead away from the cause. The table is searched in order; the first row that matches explains.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from trtllm_redrafter.errors import BackendError
+
+_TAIL_LINES = 12
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One row: a pattern of the log, what it means, and the remedy."""
+
+    name: str
+    pattern: re.Pattern[str]
+    what: str
+    remedy: str
+
+
+def _failure(name: str, pattern: str, what: str, remedy: str) -> Failure:
+    return Failure(name, re.compile(pattern, re.IGNORECASE), what, remedy)
+
+
+FAILURES: tuple[Failure, ...] = (
+    _failure(
+        "missing-kernel", r"No available XQA kernels are found for speculative decoding",
+        "no attention kernel verifies draft tokens for this grouping of heads",
+        "quantize the KV cache to FP8 and use a Hopper GPU, or use a base whose heads per KV head divide 64",
+    ),
+    _failure(
+        "version", r"(engine|plan).{0,60}(version|built|compiled).{0,80}(mismatch|incompatible|different|expecting)"
+        r"|Serialization .*version|incompatible with this version",
+        "the engine was made by another TensorRT version than this one",
+        "build it again on this host, or run it in the container that built it",
+    ),
+    _failure(
+        "wrong-sm", r"no kernel image is available|compute capability.{0,60}(not supported|mismatch)"
+        r"|different models of devices|generated on an incompatible device",
+        "the engine was made for another kind of GPU",
+        "build it on the kind of GPU that will run it",
+    ),
+    _failure(
+        "gpu-memory", r"CUDA out of memory|OutOfMemory|cudaErrorMemoryAllocation|Cuda Runtime \(out of memory\)"
+        r"|Requested amount of GPU memory .* could not be allocated|GPU memory is insufficient",
+        "the GPU has not enough free memory",
+        "see that nothing else runs on it (`nvidia-smi`), lower build.max_batch_size, build.max_seq_len or the tree, "
+        "or use more ranks; `plan` shows what takes the memory",
+    ),
+    _failure(
+        "no-implementation", r"Could not find any implementation for node",
+        "TensorRT found no way to run a layer; most often every one it tried wanted more memory than was free",
+        "free the GPU, lower tensorrt_llm.max_num_tokens and build.max_batch_size, then build again",
+    ),
+    _failure(
+        "plugin", r"(getPluginCreator|plugin).{0,80}(could not find|not found|failed to (load|initialize))"
+        r"|libnvinfer_plugin_tensorrt_llm\.so",
+        "TensorRT-LLM's plugin library does not load",
+        "TensorRT and TensorRT-LLM versions do not fit: run `trtllm-redrafter doctor`, or use the release container",
+    ),
+    _failure(
+        "beam-width", r"broadcast.{0,200}batch_size_beam_width|batch_size_beam_width.{0,200}broadcast",
+        "draft tokens and a beam width other than 1 do not go together",
+        "remove max_beam_width from tensorrt_llm.flags",
+    ),
+    _failure(
+        "missing-tensors", r"Required but not provided tensors",
+        "the checkpoint lacks tensors of the model class",
+        "convert again; `trtllm-redrafter verify CHECKPOINT` lists what is missing",
+    ),
+    _failure(
+        "wrong-dtype", r"(type|dtype) mismatch|must have (the )?same (data )?type|incompatible types"
+        r"|elementwise.*types? .*(differ|mismatch)",
+        "tensors of different types meet in the graph",
+        "a tensor of the checkpoint has the wrong dtype: run `trtllm-redrafter verify CHECKPOINT`",
+    ),
+    _failure(
+        "mpi", r"libmpi\.so|ORTE was unable|There are not enough slots|MPI_Init",
+        "MPI does not work on this host",
+        "install libopenmpi (libmpi.so.40), or use the release container; for slots, pass as many GPUs as ranks",
+    ),
+    _failure(
+        "cuda-library", r"(libcublasLt|libcudart|libnvinfer|libcuda)[\w.]*: cannot open shared object file"
+        r"|CUDA driver version is insufficient",
+        "a CUDA library or a new enough driver is missing",
+        "use the release container, or install the CUDA 13 libraries and driver that TensorRT-LLM 1.2 needs",
+    ),
+    _failure(
+        "disk", r"No space left on device|Disk quota exceeded",
+        "the disk is full",
+        "an engine needs as much room as the checkpoint: free some space, or choose another --output",
+    ),
+    _failure(
+        "unknown-flag", r"unrecognized arguments|invalid choice",
+        "this trtllm-build does not know a flag or value",
+        "its version differs from tensorrt_llm.version: run `trtllm-redrafter doctor`",
+    ),
+)  # fmt: skip
+
+
+def explain(text: str) -> Failure | None:
+    """The table's row for a log or message; None when nothing is recognised."""
+    return next((failure for failure in FAILURES if failure.pattern.search(text)), None)
+
+
+def build_error(code: int, log: Path) -> BackendError:
+    """What to raise when trtllm-build ended with `code`."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    known = explain(text)
+    if known is not None:
+        line = next((row.strip() for row in text.splitlines() if known.pattern.search(row)), "")
+        return BackendError(known.what, where=log, why=line[:300] or None, remedy=known.remedy)
+    if code == -signal.SIGKILL or code == 128 + signal.SIGKILL:
+        why = "the system ends processes like this when the main memory is used up"
+        remedy = "build fewer ranks at once (tensorrt_llm.workers), or on a host with more memory"
+        return BackendError("trtllm-build was killed", where=log, why=why, remedy=remedy)
+    tail = "\n".join(text.splitlines()[-_TAIL_LINES:]) or "it wrote nothing"
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return BackendError(f"trtllm-build failed with {how}", where=log, why=tail, remedy="read the log")

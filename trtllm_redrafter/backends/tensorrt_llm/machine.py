@@ -1,0 +1,87 @@
+"""What this machine has, asked without importing anything heavy: installed versions, GPUs, programs.
+
+Importing tensorrt_llm takes half a minute and fails in obscure ways when versions do not fit, so versions are read from
+package metadata, and GPUs from `nvidia-smi`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from trtllm_redrafter.planning.gpus import Gpu, gpu_by_driver_name
+
+_QUERY = "name,memory.total,memory.free,compute_cap,driver_version"
+_TIMEOUT_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class FoundGpu:
+    """One GPU as the driver describes it; memory in bytes."""
+
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    compute_capability: tuple[int, int]
+    driver: str
+
+    @property
+    def kind(self) -> Gpu | None:
+        """The row of the planning table, for a GPU that is in it."""
+        return gpu_by_driver_name(self.name)
+
+    @property
+    def sm(self) -> str:
+        return f"sm_{self.compute_capability[0]}{self.compute_capability[1]}"
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed distribution, not imported; None when it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def find_gpus() -> list[FoundGpu]:
+    """GPUs by `nvidia-smi`; [] where there is no driver or it does not answer."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    command = [program, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if done.returncode != 0:
+        return []
+    found = [_parse(line) for line in done.stdout.splitlines()]
+    return [gpu for gpu in found if gpu is not None]
+
+
+def _parse(line: str) -> FoundGpu | None:
+    """`NVIDIA H100 80GB HBM3, 81559, 81000, 9.0, 580.82.07`; MiB. Lines in another form are no GPU we know."""
+    parts = [part.strip() for part in line.split(",")]
+    try:
+        name, total, free, capability, driver = parts
+        major, _, minor = capability.partition(".")
+        return FoundGpu(name, int(total) * 2**20, int(free) * 2**20, (int(major), int(minor)), driver)
+    except ValueError:
+        return None
+
+
+def find_program(name: str) -> Path | None:
+    found = shutil.which(name)
+    return None if found is None else Path(found)
+
+
+def cuda_version() -> str | None:
+    """CUDA runtime that the installed wheels bring; None when none is installed as a package."""
+    for package in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12"):
+        version = installed_version(package)
+        if version is not None:
+            return version
+    return None
