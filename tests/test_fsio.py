@@ -41,10 +41,11 @@ def test_directory_appears_at_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
 def test_nothing_is_left_after_a_failure(tmp_path: Path, failure: type[BaseException]) -> None:
-    with pytest.raises(failure), atomic_directory(tmp_path / "out", overwrite=False) as work:
-        (work / "x").write_text("1")
-        raise failure
-    assert names(tmp_path) == []
+    for target in (tmp_path / "out", tmp_path / "new" / "below" / "out"):
+        with pytest.raises(failure), atomic_directory(target, overwrite=False) as work:
+            (work / "x").write_text("1")
+            raise failure
+        assert names(tmp_path) == []
 
 
 def test_existing_output_needs_overwrite(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
     _restore_and_sweep(target)
     check_replaceable(target, overwrite=overwrite)
     work = target.with_name(_sibling(target, "partial"))
+    parents = [parent for parent in target.parents if not parent.exists()]
     with as_output_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         work.mkdir()
@@ -52,6 +53,9 @@ def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
             _put_in_place(work, target, overwrite=overwrite)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):  # not empty: the output is there, or somebody else's
+            for parent in parents:
+                parent.rmdir()
 
 
 def check_replaceable(path: Path, *, overwrite: bool) -> None:

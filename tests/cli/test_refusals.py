@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,5 +154,29 @@ def test_interrupted(here: Path, program: Program, monkeypatch: pytest.MonkeyPat
         raise KeyboardInterrupt
 
     monkeypatch.setattr("trtllm_redrafter.convert.convert", stop)
-    assert program(*CONVERT.split()) == 130
+    assert program(*CONVERT.split(), "--json") == 130
     assert "interrupted" in program.err and list(here.iterdir()) == []
+    assert program.document["error"]["kind"] == "interrupted"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_in_a_message_and_leave_nothing(here: Path, number: signal.Signals) -> None:
+    """The signal strikes while the output is half written, and comes out of a library as another exception."""
+    script = f"""
+import os, signal, sys
+import trtllm_redrafter.convert.execute as execute
+from trtllm_redrafter.cli import main
+def write_ranks(plan, work, progress):
+    (work / "half").write_text("written")
+    try:
+        os.kill(os.getpid(), {number.value})
+    except KeyboardInterrupt:
+        raise AttributeError("half imported") from None
+execute._write_ranks = write_ranks
+sys.argv[1:] = {CONVERT.split()!r} + ["--json"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 128 + number and done.stderr.endswith("interrupted\n"), done.stderr
+    assert json.loads(done.stdout)["error"]["exit_code"] == 128 + number
+    assert list(here.iterdir()) == []

@@ -1,5 +1,8 @@
 """The command-line program; the only room that prints."""
 
-from trtllm_redrafter.cli.app import app, main, run_app
+try:
+    from trtllm_redrafter.cli.app import app, main, run_app
+except KeyboardInterrupt:  # the first tenths of a second are imports
+    raise SystemExit(130) from None
 
 __all__ = ["app", "main", "run_app"]

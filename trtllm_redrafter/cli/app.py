@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from trtllm_redrafter import __version__
-from trtllm_redrafter.cli import console
+from trtllm_redrafter.cli import console, signals
 from trtllm_redrafter.cli.build import build
 from trtllm_redrafter.cli.convert import convert
 from trtllm_redrafter.cli.evaluate import evaluate
@@ -66,21 +66,24 @@ def run_app(arguments: Sequence[str]) -> int:
     except RedrafterError as error:
         return console.report_error(command, error, **how)
     except (KeyboardInterrupt, typer.Abort):
-        code = console.INTERRUPTED
+        return console.report_interrupt(command, as_json=how["as_json"])
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
         return 1
     except Exception as error:  # noqa: BLE001 - the edge: a bug must end in a message and an exit code too
+        if signals.exit_code() is not None:
+            return console.report_interrupt(command, as_json=how["as_json"])
         message = getattr(error, "format_message", None)  # typer's own, of an option it cannot parse
         if message is None:
             return console.report_crash(command, error, **how)
         remedy = f"`{PROGRAM} {command} --help` lists the options"
         return console.report_error(command, UsageError(str(message()), remedy=remedy), **how)
     if code == console.INTERRUPTED:  # typer returns this for Ctrl-C instead of raising
-        console.note("interrupted")
+        return console.report_interrupt(command, as_json=how["as_json"])
     return code if isinstance(code, int) else 0
 
 
 def main() -> None:
     """The console script."""
+    signals.listen()
     sys.exit(run_app(sys.argv[1:]))

@@ -17,6 +17,7 @@ from typing import Any
 
 import typer
 
+from trtllm_redrafter.cli import signals
 from trtllm_redrafter.errors import RedrafterError
 from trtllm_redrafter.progress import Progress, no_progress
 
@@ -64,6 +65,16 @@ def report_crash(command: str, error: BaseException, *, as_json: bool, debug: bo
         kind = {"kind": "internal", "exit_code": INTERNAL_ERROR, "what": what}
         _document({"command": command, "ok": False, "error": kind})
     return INTERNAL_ERROR
+
+
+def report_interrupt(command: str, *, as_json: bool) -> int:
+    """The user, or whoever runs the job, has stopped it."""
+    code = signals.exit_code() or INTERRUPTED
+    note("interrupted")
+    if as_json:
+        error = {"kind": "interrupted", "exit_code": code, "what": "interrupted"}
+        _document({"command": command, "ok": False, "error": error})
+    return code
 
 
 @contextmanager
