@@ -82,7 +82,7 @@ class TrainSection(Section):
     )
     chunk_windows: Positive = Field(default=4, description="windows whose logits are held at a time")
     compile: bool = Field(default=False, description="compile the loss with torch.compile; worth it on a GPU")
-    autocast: bool = Field(default=False, description="bfloat16 autocast; worth it on a GPU")
+    autocast: bool | None = Field(default=None, description="bfloat16 autocast; derived: on for a GPU")
     max_text_tokens: Positive = Field(default=2048, description="longest text or prompt, in tokens")
     max_answer_tokens: Positive = Field(default=256, description="longest answer the base model writes")
     temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(

@@ -69,13 +69,14 @@ def _fit_options(section: TrainSection) -> FitOptions:
     )
     names = (
         "window", "windows", "full_windows", "accumulation", "learning_rate", "final_lr_ratio", "schedule",
-        "warmup_steps", "weight_decay", "clip_norm", "autocast", "seed", "log_every",
+        "warmup_steps", "weight_decay", "clip_norm", "seed", "log_every",
     )  # fmt: skip
     return FitOptions(
         loss=loss,
         max_steps=section.max_steps or 1,
         beta1=BETAS[0],
         beta2=BETAS[1],
+        autocast=_device(section.device).startswith("cuda") if section.autocast is None else section.autocast,
         **{name: getattr(section, name) for name in names},
     )
 
