@@ -15,6 +15,7 @@ import typer
 
 from trtllm_redrafter import __version__
 from trtllm_redrafter.cli import console, signals
+from trtllm_redrafter.cli.bench import bench
 from trtllm_redrafter.cli.build import build
 from trtllm_redrafter.cli.convert import convert
 from trtllm_redrafter.cli.evaluate import evaluate
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (convert, build, run, pipeline, inspect, verify, plan, train, evaluate):
+for command in (convert, build, run, pipeline, inspect, verify, plan, train, evaluate, bench):
     app.command()(command)
 
 

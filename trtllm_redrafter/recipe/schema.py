@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trtllm_redrafter.recipe.base import Device, Directory, Positive, Section, Text
+from trtllm_redrafter.recipe.benchmark import BenchSection, TuneSection
 from trtllm_redrafter.recipe.training import EvaluateSection, TrainSection
 
 MAX_SEQ_LEN = 2048
@@ -151,6 +152,8 @@ class Recipe(Section):
     plan: PlanSection = PlanSection()
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
+    bench: BenchSection = BenchSection()
+    tune: TuneSection = TuneSection()
 
 
 def keys() -> dict[str, str]:
@@ -172,4 +175,6 @@ SECTIONS: dict[str, type[Section]] = {
     "plan": PlanSection,
     "train": TrainSection,
     "evaluate": EvaluateSection,
+    "bench": BenchSection,
+    "tune": TuneSection,
 }

@@ -1,0 +1,135 @@
+"""`bench`: is drafting worth it on this engine? Load, ask, measure, sum up.
+
+summary = bench(options, progress)
+summary.verdicts, summary.result.complete
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.backends import engine_backend, load_backend
+from trtllm_redrafter.backends.base import Runner
+from trtllm_redrafter.benchmark import environment
+from trtllm_redrafter.benchmark.measure import MeasureOptions, Session
+from trtllm_redrafter.benchmark.plots import require_matplotlib
+from trtllm_redrafter.benchmark.prompts import BUILT_IN, BenchPrompt, built_in_prompts, choose, make_items, read_prompts
+from trtllm_redrafter.benchmark.records import BenchResult
+from trtllm_redrafter.benchmark.report import write_report
+from trtllm_redrafter.benchmark.statistics import Bootstrap
+from trtllm_redrafter.benchmark.summary import Summary, summarize
+from trtllm_redrafter.errors import InputError, MismatchError, UsageError
+from trtllm_redrafter.fsio import check_replaceable
+from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.redrafter.config import DraftShape
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """One benchmark, every field resolved (the recipe holds the defaults)."""
+
+    engine: Path
+    baseline: Path | None
+    """Engine for autoregression; None: the same engine, told not to draft."""
+    device: str
+    draft_shape: DraftShape | None
+    prompts: Path | None
+    limit: int | None
+    measure: MeasureOptions
+    bootstrap: Bootstrap
+    report: Path | None
+    overwrite: bool
+    command: tuple[str, ...]
+
+
+def bench(options: BenchOptions, progress: Progress) -> Summary:
+    """Measure, and write the report if one is asked for. Everything that can be refused is refused before loading."""
+    prompts = _checked(options)
+    with ExitStack() as stack:
+        runner = stack.enter_context(closing(_load(options.engine, options.device, options.draft_shape)))
+        if runner.info.draft_shape is None:
+            remedy = "convert with --drafter, and pass the plain engine as --baseline"
+            raise UsageError("the engine has no drafter: nothing to compare", where=options.engine, remedy=remedy)
+        baseline = runner
+        if options.baseline is not None:
+            baseline = stack.enter_context(closing(_load(options.baseline, options.device, None)))
+            _check_same_vocabulary(runner, baseline)
+        options.measure.check(runner, options.engine)
+        options.measure.check(baseline, options.baseline or options.engine)
+        result = _measure(options, runner, baseline, prompts, progress)
+    summary = summarize(result, options.bootstrap)
+    if options.report is not None:
+        write_report(summary, options.report, overwrite=options.overwrite)
+    return summary
+
+
+def _checked(options: BenchOptions) -> list[BenchPrompt]:
+    """The prompts, after what can be known to fail."""
+    if options.report is not None:
+        check_replaceable(options.report, overwrite=options.overwrite)
+        require_matplotlib()
+    if engine_backend(options.engine) == "tensorrt-llm" and options.baseline is None:
+        raise UsageError(
+            "a TensorRT-LLM engine with a drafter always drafts",
+            where=options.engine,
+            remedy="build the same base without --drafter and pass that engine as --baseline",
+        )
+    if options.baseline is not None and not options.baseline.is_dir():
+        raise InputError("the baseline engine does not exist", where=options.baseline, remedy="check --baseline")
+    prompts = built_in_prompts() if options.prompts is None else read_prompts(options.prompts)
+    return choose(prompts, options.limit)
+
+
+def _load(engine: Path, device: str, shape: DraftShape | None) -> Runner:
+    return load_backend(engine_backend(engine)).load(engine, device=device, verify_hashes=False, draft_shape=shape)
+
+
+def _check_same_vocabulary(runner: Runner, baseline: Runner) -> None:
+    if runner.info.vocab_size != baseline.info.vocab_size:
+        raise MismatchError(
+            "the two engines have different vocabularies",
+            where=f"{runner.info.path} and {baseline.info.path}",
+            why=f"{runner.info.vocab_size} and {baseline.info.vocab_size} tokens",
+            remedy="pass a baseline of the same base model",
+        )
+
+
+def _measure(
+    options: BenchOptions, runner: Runner, baseline: Runner, prompts: list[BenchPrompt], progress: Progress
+) -> BenchResult:
+    """An interruption ends the measurement and keeps what it has."""
+    measure = options.measure
+    described = environment.describe(runner.info, options.command)
+    items = make_items(baseline, prompts, max_tokens=measure.max_tokens)
+    session, complete = Session(runner, baseline, items, measure), False
+    engine = {**_engine(runner), "roof": environment.roof(runner.info)}
+    with suppress(KeyboardInterrupt):
+        session.run(progress)
+        complete = True
+    settings: dict[str, Any] = {
+        "prompts": BUILT_IN if options.prompts is None else options.prompts.name,
+        "requests": len(items),
+        "max_tokens": measure.max_tokens,
+        "repeats": measure.repeats,
+        "warmup": measure.warmup,
+        "decoding": "greedy",
+        "baseline": "same engine" if options.baseline is None else str(options.baseline),
+    }
+    return BenchResult(
+        engine, settings, {**described, **environment.afterwards(runner.info)}, session.batches, complete=complete
+    )
+
+
+def _engine(runner: Runner) -> dict[str, Any]:
+    info, shape = runner.info, runner.info.draft_shape
+    return {
+        "path": str(info.path),
+        "backend": info.backend,
+        "device": info.device,
+        "dtype": info.dtype,
+        "draft_shape": None if shape is None else f"{shape.num_beams}x{shape.draft_len}",
+        "max_batch_size": info.max_batch_size,
+    }

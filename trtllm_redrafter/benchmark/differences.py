@@ -1,0 +1,46 @@
+"""Two greedy texts that should be equal are not: rounding between two nearly equal tokens, or a fault?
+
+In 16 bits, many rows computed together can round differently from one row. Then two tokens whose logits are closer
+than rounding explains may change places; both texts are greedy texts of the model. Anything wider is a fault, and so is
+any difference on an executor whose rows do not depend on their company.
+
+    examine(runner, item, drafted, plain, batch).kind      # "tie", "fault" or "unexamined"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trtllm_redrafter.backends.base import Runner
+from trtllm_redrafter.benchmark.prompts import Item
+from trtllm_redrafter.benchmark.records import Difference
+from trtllm_redrafter.generation.parity import ROUNDING
+
+TIE, FAULT, UNEXAMINED = "tie", "fault", "unexamined"
+
+
+def examine(runner: Runner, item: Item, drafted: Sequence[int], plain: Sequence[int], batch: int) -> Difference:
+    """Find the first difference and its cause. The runner must be idle; only the torch backend shows its logits."""
+    position = next((i for i, (a, b) in enumerate(zip(drafted, plain, strict=False)) if a != b), None)
+    if position is None:  # one text ends where the other goes on
+        return Difference(item.item_id, batch, min(len(drafted), len(plain)), FAULT, None, None)
+    measured = _gap(runner, (*item.token_ids, *plain[:position]), drafted[position], plain[position])
+    if measured is None:
+        return Difference(item.item_id, batch, position, UNEXAMINED, None, None)
+    gap, bound, invariant = measured
+    kind = TIE if gap <= bound and not invariant else FAULT
+    return Difference(item.item_id, batch, position, kind, gap, bound)
+
+
+def _gap(runner: Runner, context: tuple[int, ...], one: int, other: int) -> tuple[float, float, bool] | None:
+    """How far the two tokens' logits are apart, how far rounding moves them, and whether rows are bit-stable."""
+    import torch
+
+    from trtllm_redrafter.backends.torch.runner import TorchRunner
+
+    if not isinstance(runner, TorchRunner):
+        return None
+    with torch.no_grad():
+        logits = runner.executor.prefill(0, context).logits.float()
+    bound = ROUNDING[runner.info.dtype] * float(logits.abs().max())
+    return abs(float(logits[one] - logits[other])), bound, runner.executor.row_invariant

@@ -1,0 +1,161 @@
+"""What a measurement depends on besides the engine: machine, clocks, load, versions, commit, command, memory.
+
+A figure without these cannot be compared with another. The host's name is left out: results are published.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter import __version__
+from trtllm_redrafter.backends.base import EngineInfo
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.fsio import read_json
+from trtllm_redrafter.planning.gpus import gpu_by_driver_name
+from trtllm_redrafter.planning.sizes import weight_bytes
+
+_PACKAGES = ("torch", "transformers", "numpy", "tensorrt_llm", "tensorrt")
+_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "REDRAFTER_THREADS", "REDRAFTER_NATIVE", "CUDA_VISIBLE_DEVICES")
+
+
+def describe(info: EngineInfo, command: Sequence[str]) -> dict[str, Any]:
+    """Taken before the measurement."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(command),
+        "commit": _commit(),
+        "versions": {"trtllm-redrafter": __version__, "python": platform.python_version(), **_versions()},
+        "machine": machine(info),
+        "clocks": clocks(),
+        "load_before": _load(),
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    }
+
+
+def afterwards(info: EngineInfo) -> dict[str, Any]:
+    """Taken after it: whether the clocks or the load have changed, and how much memory it took."""
+    return {"clocks_after": clocks(), "load_after": _load(), "memory": memory(info)}
+
+
+def machine(info: EngineInfo) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.system(),
+        "device": info.device,
+    }
+    if _on_cuda(info):
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _on_cuda(info: EngineInfo) -> bool:
+    return info.device.startswith("cuda")
+
+
+def _cpuinfo(field: str) -> str | None:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), None)
+
+
+def clocks() -> dict[str, Any]:
+    """Megahertz of the first core now, and who governs it; None where the system does not say."""
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    megahertz = _cpuinfo("cpu MHz")
+    return {
+        "mhz": None if megahertz is None else round(float(megahertz)),
+        "governor": governor.read_text().strip() if governor.exists() else None,
+    }
+
+
+def _load() -> float | None:
+    """Mean number of runnable processes over the last minute."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """Of the source tree the package runs from, with a mark if that has been changed; None outside of one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True, text=True, check=False, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def memory(info: EngineInfo) -> dict[str, int]:
+    """Peak bytes of this process since it began, and of the GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if _on_cuda(info):
+        import torch
+
+        found["peak_gpu_bytes"] = int(torch.cuda.max_memory_allocated())
+    return found
+
+
+def roof(info: EngineInfo) -> dict[str, Any]:
+    """Bytes of base weights that a step reads, and bytes per second of the memory they are in."""
+    nbytes = weight_bytes(engine_config(info.path)).streamed
+    if not _on_cuda(info):
+        return {"weight_bytes": nbytes, "bandwidth": _bandwidth(nbytes), "bandwidth_from": "measured on this machine"}
+    import torch
+
+    row = gpu_by_driver_name(torch.cuda.get_device_name())
+    source = None if row is None else f"data sheet of {row.title}"
+    return {"weight_bytes": nbytes, "bandwidth": None if row is None else row.bandwidth, "bandwidth_from": source}
+
+
+def engine_config(engine: Path) -> CheckpointConfig:
+    """The checkpoint config inside an engine of either backend."""
+    inner = engine / "checkpoint" / "config.json"
+    if inner.exists():
+        return CheckpointConfig.from_dict(read_json(inner), where=inner)
+    where = engine / "config.json"
+    return CheckpointConfig.from_dict(read_json(where)["pretrained_config"], where=where)
+
+
+def _bandwidth(nbytes: int) -> float:
+    """Read that many bytes (64 MiB at least, 1 GiB at most) with all cores; the best of ten counts."""
+    import torch
+
+    size = max(2**26, min(nbytes, 2**30))
+    before, best = torch.get_num_threads(), float("inf")
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else before)
+    try:
+        buffer = torch.ones(size // 8, dtype=torch.int64)
+        for _ in range(10):
+            start = time.perf_counter()
+            buffer.sum()
+            best = min(best, time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    return size / best

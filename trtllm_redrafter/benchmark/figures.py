@@ -1,0 +1,132 @@
+"""What a batch size's records amount to: speeds, latencies, steps, acceptance, speed-ups, by category too.
+
+figures = batch_figures(result.batches[0], bootstrap)
+figures.speedup.low, figures.step_time_ratio, figures.categories["translation"].speedup
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trtllm_redrafter.benchmark.records import AUTOREGRESSION, DRAFTING, ArmRecords, BatchRecords
+from trtllm_redrafter.benchmark.statistics import Bootstrap, Estimate, Table, divide, percentiles, speedup
+
+
+@dataclass(frozen=True)
+class ArmFigures:
+    """One side at one batch size."""
+
+    requests: int
+    tokens: int
+    tokens_per_second: float
+    """All tokens over all time: what the machine delivers."""
+    user_tokens_per_second: float
+    """What one user gets, prompt included."""
+    decode_tokens_per_second: float
+    first_token_seconds: dict[str, float | None]
+    gap_seconds: dict[str, float | None]
+    """Between updates of a request's stream; with drafting, an update brings several tokens."""
+    seconds_per_token: float
+    step_seconds: float
+    steps: int
+    acceptance_length: float | None
+    accepted_share: tuple[float, ...]
+    """Share of steps that accepted at least 1, 2, ... drafts."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "accepted_share": list(self.accepted_share)}
+
+
+def arm_figures(arm: ArmRecords) -> ArmFigures:
+    records, steps = arm.records, sum(r.steps for r in arm.records)
+    decoded = sum(r.tokens - 1 for r in records)
+    decode_seconds = sum(r.decode_seconds for r in records)
+    positions = max((len(r.accepted_at) for r in records), default=0)
+    shares = [sum(r.accepted_at[j] for r in records if j < len(r.accepted_at)) for j in range(positions)]
+    drafted = any(r.drafted for r in records)
+    return ArmFigures(
+        requests=len(records),
+        tokens=arm.tokens,
+        tokens_per_second=divide(arm.tokens, arm.wall_seconds),
+        user_tokens_per_second=divide(arm.tokens, sum(r.seconds for r in records)),
+        decode_tokens_per_second=divide(decoded, decode_seconds),
+        first_token_seconds=percentiles([r.first_token_seconds for r in records]),
+        gap_seconds=percentiles(arm.gaps),
+        seconds_per_token=divide(decode_seconds, decoded),
+        step_seconds=divide(sum(r.step_seconds for r in records), steps),
+        steps=steps,
+        acceptance_length=1 + sum(r.accepted for r in records) / steps if steps and drafted else None,
+        accepted_share=tuple(s / steps for s in shares) if steps and drafted else (),
+    )
+
+
+@dataclass(frozen=True)
+class CategoryFigures:
+    """One kind of prompt."""
+
+    prompts: int
+    drafting: ArmFigures
+    autoregression: ArmFigures
+    speedup: Estimate
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompts": self.prompts,
+            DRAFTING: self.drafting.as_dict(),
+            AUTOREGRESSION: self.autoregression.as_dict(),
+            "speedup": self.speedup.as_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class BatchFigures:
+    """Both sides at one batch size, and how they compare."""
+
+    batch: int
+    drafting: ArmFigures
+    autoregression: ArmFigures
+    speedup: Estimate
+    """End to end, per request: prompt and answer."""
+    decode_speedup: Estimate
+    total_speedup: float
+    """All tokens over all time, drafting over autoregression."""
+    categories: dict[str, CategoryFigures]
+
+    @property
+    def step_time_ratio(self) -> float:
+        """A drafting step's time over a plain one's: the acceptance length from which drafting pays."""
+        return divide(self.drafting.step_seconds, self.autoregression.step_seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "batch": self.batch,
+            DRAFTING: self.drafting.as_dict(),
+            AUTOREGRESSION: self.autoregression.as_dict(),
+            "speedup": self.speedup.as_dict(),
+            "decode_speedup": self.decode_speedup.as_dict(),
+            "total_speedup": self.total_speedup,
+            "step_time_ratio": self.step_time_ratio,
+            "break_even_acceptance": self.step_time_ratio,
+            "categories": {name: c.as_dict() for name, c in self.categories.items()},
+        }
+
+
+def batch_figures(batch: BatchRecords, bootstrap: Bootstrap) -> BatchFigures:
+    table = Table.of(batch)
+    mine, plain = arm_figures(batch.drafting), arm_figures(batch.autoregression)
+    return BatchFigures(
+        batch.batch,
+        mine,
+        plain,
+        speedup=speedup(table, "seconds", bootstrap),
+        decode_speedup=speedup(table, "decode_seconds", bootstrap),
+        total_speedup=divide(mine.tokens_per_second, plain.tokens_per_second),
+        categories={name: _category(batch, name, part, bootstrap) for name, part in table.by_category().items()},
+    )
+
+
+def _category(batch: BatchRecords, name: str, part: Table, bootstrap: Bootstrap) -> CategoryFigures:
+    sides = [ArmRecords([r for r in batch.arm(a).records if r.category == name]) for a in (DRAFTING, AUTOREGRESSION)]
+    mine, plain = (arm_figures(side) for side in sides)
+    return CategoryFigures(len(part.items), mine, plain, speedup(part, "seconds", bootstrap))

@@ -1,0 +1,191 @@
+"""Run the same prompts with and without drafting, in turns, and keep what each request experienced.
+
+Both sides get the same tokens, limits and machine. Prompts go round by round: a round is answered by one side, then by
+the other, and who begins alternates, so that a machine that slows down slows both. Requests are submitted one by one as
+places become free, `batch` of them at a time; the time of a request starts with its submission.
+
+    session = Session(runner, runner, items, options)
+    for _ in session.run(progress): ...      # stop at any point: session.batches holds what was measured
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trtllm_redrafter.backends.base import Request, Result, Runner, SamplingParams, Update
+from trtllm_redrafter.benchmark.differences import examine
+from trtllm_redrafter.benchmark.prompts import Item
+from trtllm_redrafter.benchmark.records import ARMS, AUTOREGRESSION, DRAFTING, ArmRecords, BatchRecords, Record
+from trtllm_redrafter.errors import Problem, UsageError, raise_together
+from trtllm_redrafter.progress import Progress
+
+ROUND = 4
+"""Batches per round: a larger batch needs a queue behind it, or it would mostly run half empty."""
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What is run. Decoding is greedy: only then is the text the same on both sides."""
+
+    batches: tuple[int, ...]
+    max_tokens: int
+    repeats: int
+    warmup: int
+    """Rounds before the first that counts, per batch size and side."""
+
+    def check(self, runner: Runner, where: Path) -> None:
+        """Raise `UsageError` with everything that cannot be meant."""
+        found = []
+        if not self.batches:
+            found.append(Problem("no batch size is given", remedy="pass --batch 1,4"))
+        limit = runner.info.max_batch_size
+        for batch in self.batches:
+            if not 1 <= batch <= limit:
+                remedy = f"use 1 to {limit}, or build with a larger --max-batch-size"
+                found.append(Problem(f"batch {batch} is outside the engine's 1 to {limit}", remedy=remedy))
+        if len(set(self.batches)) < len(self.batches):
+            found.append(Problem("a batch size is given twice", remedy="name each once"))
+        raise_together(UsageError, found, "the benchmark cannot start", where=where)
+
+
+@dataclass
+class _Open:
+    """A request that runs: when it was submitted and when it last said something."""
+
+    item: Item
+    submitted: float
+    first: float | None = None
+    last: float = 0.0
+
+
+@dataclass
+class RoundResult:
+    """One side's round."""
+
+    results: dict[str, Result] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    wall_seconds: float = 0.0
+
+
+def run_round(
+    runner: Runner, items: Sequence[Item], *, batch: int, max_tokens: int, draft: bool, repeat: int
+) -> RoundResult:
+    """Answer `items`, `batch` at a time, noting when every token arrives."""
+    found, waiting = RoundResult(), list(items)
+    running: dict[str, _Open] = {}
+    sampling = SamplingParams(max_tokens)
+    start = time.perf_counter()
+    try:
+        while waiting or running:
+            while waiting and len(running) < batch:
+                item = waiting.pop(0)
+                submitted = time.perf_counter()
+                running[runner.submit(Request(item.token_ids, sampling, draft=draft))] = _Open(item, submitted)
+            updates = runner.step()
+            now = time.perf_counter()
+            for update in updates:
+                _note(update, now, running, found, repeat)
+    finally:
+        for request_id in running:  # interrupted: leave the runner as it was
+            runner.cancel(request_id)
+    found.wall_seconds = time.perf_counter() - start
+    return found
+
+
+def _note(update: Update, now: float, running: dict[str, _Open], found: RoundResult, repeat: int) -> None:
+    request = running[update.request_id]
+    if update.token_ids:
+        if request.first is None:
+            request.first = now
+        else:
+            found.gaps.append(now - request.last)
+        request.last = now
+    if update.result is not None:
+        del running[update.request_id]
+        found.results[request.item.item_id] = update.result
+        found.records.append(_record(request, update.result, repeat))
+
+
+def _record(request: _Open, result: Result, repeat: int) -> Record:
+    first = request.submitted if request.first is None else request.first
+    return Record(
+        item=request.item.item_id,
+        category=request.item.category,
+        repeat=repeat,
+        tokens=len(result.token_ids),
+        first_token_seconds=first - request.submitted,
+        seconds=request.last - request.submitted,
+        decode_seconds=request.last - first,
+        step_seconds=result.decode_seconds,
+        steps=result.steps,
+        drafted=result.drafted_tokens,
+        accepted=result.accepted_tokens,
+        accepted_at=tuple(result.accepted_at),
+        output=hashlib.sha256(repr(result.token_ids).encode()).hexdigest()[:16],
+    )
+
+
+class Session:
+    """The whole measurement. `batches` grows with every finished pair of rounds."""
+
+    def __init__(self, runner: Runner, baseline: Runner, items: Sequence[Item], options: MeasureOptions) -> None:
+        self._runners = {DRAFTING: runner, AUTOREGRESSION: baseline}
+        self._items = list(items)
+        self._options = options
+        self.batches: list[BatchRecords] = []
+
+    def run(self, progress: Progress) -> None:
+        """Measure everything. An interruption loses the pair of rounds that runs, and nothing else."""
+        rounds = {b: _rounds(self._items, b) for b in self._options.batches}
+        total, done = self._options.repeats * sum(len(r) for r in rounds.values()), 0
+        for batch in self._options.batches:
+            for number in range(self._options.warmup):
+                self._pair(batch, rounds[batch][number % len(rounds[batch])], number)
+        for repeat in range(self._options.repeats):
+            for batch in self._options.batches:  # batches inside: a repeat's drift meets all of them
+                for number, items in enumerate(rounds[batch]):
+                    self._keep(batch, items, self._pair(batch, items, repeat + number, repeat))
+                    done += 1
+                    progress("measure", done, total, "rounds")
+
+    def _pair(self, batch: int, items: Sequence[Item], turn: int, repeat: int = 0) -> dict[str, RoundResult]:
+        """Both sides on one round; even turns begin with drafting."""
+        order = ARMS if turn % 2 == 0 else ARMS[::-1]
+        tokens = self._options.max_tokens
+        return {
+            arm: run_round(
+                self._runners[arm], items, batch=batch, max_tokens=tokens, draft=arm == DRAFTING, repeat=repeat
+            )
+            for arm in order
+        }
+
+    def _keep(self, batch: int, items: Sequence[Item], pair: dict[str, RoundResult]) -> None:
+        kept = next((b for b in self.batches if b.batch == batch), None)
+        if kept is None:
+            kept = BatchRecords(batch)
+            self.batches.append(kept)
+        for arm, found in pair.items():
+            _add(kept.arm(arm), found)
+        seen = {d.item for d in kept.differences}
+        for item in items:
+            mine, plain = (pair[arm].results[item.item_id] for arm in ARMS)
+            if mine.token_ids != plain.token_ids and item.item_id not in seen:
+                runner = self._runners[AUTOREGRESSION]
+                kept.differences.append(examine(runner, item, mine.token_ids, plain.token_ids, batch))
+
+
+def _rounds(items: Sequence[Item], batch: int) -> list[Sequence[Item]]:
+    """One prompt at a time for batch 1, else as many as keep `batch` places busy for a while."""
+    size = 1 if batch == 1 else ROUND * batch
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _add(arm: ArmRecords, found: RoundResult) -> None:
+    arm.records.extend(found.records)
+    arm.gaps.extend(found.gaps)
+    arm.wall_seconds += found.wall_seconds

@@ -1,0 +1,174 @@
+"""Plots as SVG that fits into a page: no file, no font, no colour of its own.
+
+matplotlib draws with placeholder colours that are replaced by the page's CSS variables, so one drawing serves light and
+dark. Text stays text. Needs the `report` extra; it is imported when a plot is drawn.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from trtllm_redrafter.benchmark.records import AUTOREGRESSION, DRAFTING
+from trtllm_redrafter.benchmark.summary import BatchSummary, Summary
+from trtllm_redrafter.errors import BackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+WIDTH, HEIGHT = 5.2, 3.1
+"""Inches; 374 points wide, which a phone shows at its own size."""
+
+INK, FAINT, ACCENT, SECOND, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505"
+_VARIABLES = {INK: "--ink", FAINT: "--faint", ACCENT: "--accent", SECOND: "--second", PAPER: "--paper"}
+
+
+def require_matplotlib() -> None:
+    """Refuse before anything is measured."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise BackendError(
+            "the report needs matplotlib", why=str(error), remedy="pip install 'trtllm-redrafter[report]'"
+        ) from error
+
+
+def draw(name: str, paint: Callable[[Any, Any], None], *, height: float = HEIGHT, title: str) -> str:
+    """An axis painted by `paint(figure, axis)`, as an `<svg>` element whose ids begin with `name`."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 10,
+             "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK,
+             "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none",
+             "figure.facecolor": "none", "grid.color": FAINT, "grid.linewidth": 0.5}  # fmt: skip
+    with rc_context(style):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        paint(figure, figure.subplots())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _for_page(buffer.getvalue(), name, title)
+
+
+def _for_page(svg: str, name: str, title: str) -> str:
+    """Strip what only a file of its own needs, and make ids unique on the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'\s(xmlns(:\w+)?|version|width|height)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-")
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1).strip()
+
+
+def speedup_by_batch(summary: Summary) -> str:
+    rows = [b for b in summary.batches if b.figures.speedup.value == b.figures.speedup.value]
+
+    def paint(figure: Any, axis: Any) -> None:
+        axis.axhline(1, color=INK, linewidth=1, linestyle="--")
+        places = range(len(rows))
+        values = [b.figures.speedup.value for b in rows]
+        _intervals(axis, list(places), [b.figures.speedup for b in rows], vertical=True)
+        for x, value in zip(places, values, strict=True):
+            axis.annotate(f"{value:.2f}", (x, value), (8, 0), textcoords="offset points", va="center", color=INK)
+        axis.set_xticks(list(places), [str(b.figures.batch) for b in rows])
+        axis.set_xlim(-0.6, len(rows) - 0.4)
+        axis.set_ylim(bottom=0, top=max(1.2, *(b.figures.speedup.high for b in rows)) * 1.1)
+        axis.set_xlabel("requests together")
+        axis.set_ylabel("speed-up")
+
+    return draw("batch", paint, title="Speed-up by batch size, with intervals")
+
+
+def _intervals(axis: Any, places: Sequence[float], estimates: Sequence[Any], *, vertical: bool) -> None:
+    values = [e.value for e in estimates]
+    errors = [[max(0.0, e.value - e.low) for e in estimates], [max(0.0, e.high - e.value) for e in estimates]]
+    look = {"fmt": "o", "color": ACCENT, "capsize": 4, "markersize": 6}
+    if vertical:
+        axis.errorbar(places, values, yerr=errors, **look)
+    else:
+        axis.errorbar(values, places, xerr=errors, **look)
+
+
+def speedup_by_category(batch: BatchSummary) -> str:
+    rows = sorted(batch.figures.categories.items(), key=lambda entry: entry[1].speedup.value)
+
+    def paint(figure: Any, axis: Any) -> None:
+        axis.axvline(1, color=INK, linewidth=1, linestyle="--")
+        _intervals(axis, list(range(len(rows))), [c.speedup for _, c in rows], vertical=False)
+        axis.set_yticks(range(len(rows)), [name.replace(" ", "\n", 1) for name, _ in rows])
+        axis.set_ylim(-0.6, len(rows) - 0.4)
+        axis.set_xlim(left=0)
+        axis.set_xlabel(f"speed-up, batch {batch.figures.batch}")
+
+    return draw("category", paint, height=1 + 0.45 * max(2, len(rows)), title="Speed-up by kind of prompt")
+
+
+def acceptance_by_position(summary: Summary) -> str:
+    shares = summary.batches[0].figures.drafting.accepted_share
+
+    def paint(figure: Any, axis: Any) -> None:
+        bars = axis.bar(range(1, len(shares) + 1), [100 * s for s in shares], color=ACCENT, width=0.6)
+        axis.bar_label(bars, fmt="%.0f", color=INK, padding=2)
+        axis.set_xticks(range(1, len(shares) + 1))
+        axis.set_ylim(0, 105)
+        axis.set_xlabel("drafted position")
+        axis.set_ylabel("steps that accept it, %")
+
+    return draw("position", paint, title="Share of steps that accept each drafted position")
+
+
+def latency_distribution(batch: BatchSummary, summary: Summary) -> str:
+    records = next(b for b in summary.result.batches if b.batch == batch.figures.batch)
+
+    def paint(figure: Any, axis: Any) -> None:
+        for arm, colour, dash in ((AUTOREGRESSION, SECOND, "--"), (DRAFTING, ACCENT, "-")):
+            gaps = sorted(1e3 * g for g in records.arm(arm).gaps)
+            step = max(1, len(gaps) // 400)  # a curve needs no more points
+            share = [100 * (i + 1) / len(gaps) for i in range(len(gaps))]
+            axis.plot(gaps[::step], share[::step], color=colour, linestyle=dash, linewidth=2, label=arm)
+        axis.set_xscale("log")
+        _plain_ticks(axis)
+        axis.set_ylim(0, 101)
+        axis.grid(True, axis="y")
+        axis.set_xlabel(f"milliseconds between updates, batch {batch.figures.batch}")
+        axis.set_ylabel("updates up to that, %")
+        axis.legend(frameon=False, loc="lower right")
+
+    return draw("latency", paint, title="Distribution of the time between updates")
+
+
+def _plain_ticks(axis: Any) -> None:
+    """10, 20, 50 and no powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def roofline(summary: Summary) -> str | None:
+    """Where steps stand under the bandwidth roof; None where the roof is not known."""
+    rows = [b for b in summary.batches if b.roof is not None]
+    if not rows:
+        return None
+
+    def paint(figure: Any, axis: Any) -> None:
+        for offset, colour, label in ((0.2, SECOND, AUTOREGRESSION), (-0.2, ACCENT, DRAFTING)):
+            shares = [100 * (b.roof.plain if colour == SECOND else b.roof.drafting) for b in rows if b.roof]
+            bars = axis.barh([i + offset for i in range(len(rows))], shares, height=0.36, color=colour, label=label)
+            axis.bar_label(bars, fmt="%.0f", color=INK, padding=3)
+        axis.axvline(100, color=INK, linewidth=1, linestyle="--")
+        axis.set_yticks(range(len(rows)), [f"batch {b.figures.batch}" for b in rows])
+        axis.set_ylim(-0.6, len(rows) - 0.1)
+        axis.set_xlim(0, 115)
+        axis.set_xlabel("base weights per step time, % of memory bandwidth")
+        figure.legend(frameon=False, loc="outside upper center", ncols=2)
+
+    height = 1.5 + 0.6 * len(rows)
+    return draw("roof", paint, height=height, title="Share of the memory bandwidth that steps reach")

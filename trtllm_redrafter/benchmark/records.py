@@ -1,0 +1,150 @@
+"""What was measured: one record per request, tables of them per batch size, and the JSON they are kept as.
+
+A result file holds raw records, so that two results can be compared prompt by prompt and figures can be computed anew;
+everything derived (`statistics.py`) is written beside them for readers, and never read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.fsio import read_json
+
+SCHEMA = 1
+DRAFTING, AUTOREGRESSION = "drafting", "autoregression"
+ARMS = (DRAFTING, AUTOREGRESSION)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One request. Seconds count from its submission; `decode_seconds` from its first token on.
+
+    `step_seconds` is the runner's own time in decoding steps; the rest of `decode_seconds` went to other requests'
+    prompts. `output` is a hash of the emitted token ids.
+    """
+
+    item: str
+    category: str
+    repeat: int
+    tokens: int
+    first_token_seconds: float
+    seconds: float
+    decode_seconds: float
+    step_seconds: float
+    steps: int
+    drafted: int
+    accepted: int
+    accepted_at: tuple[int, ...]
+    output: str
+
+
+@dataclass
+class ArmRecords:
+    """All requests of one side at one batch size. `gaps` are seconds between updates that a stream's reader sees."""
+
+    records: list[Record] = field(default_factory=list)
+    wall_seconds: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(r.tokens for r in self.records)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where drafting wrote another text. `kind` is tie, fault or unexamined; `gap` in logits, where it is known."""
+
+    item: str
+    batch: int
+    position: int
+    kind: str
+    gap: float | None
+    bound: float | None
+
+
+@dataclass
+class BatchRecords:
+    """Both sides at one batch size."""
+
+    batch: int
+    drafting: ArmRecords = field(default_factory=ArmRecords)
+    autoregression: ArmRecords = field(default_factory=ArmRecords)
+    differences: list[Difference] = field(default_factory=list)
+
+    def arm(self, name: str) -> ArmRecords:
+        return self.drafting if name == DRAFTING else self.autoregression
+
+
+@dataclass
+class BenchResult:
+    """Everything one `bench` measured. `complete` is False when it was interrupted."""
+
+    engine: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    batches: list[BatchRecords]
+    complete: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "benchmark",
+            "schema": SCHEMA,
+            "complete": self.complete,
+            "engine": dict(self.engine),
+            "settings": dict(self.settings),
+            "environment": dict(self.environment),
+            "batches": [_batch_dict(b) for b in self.batches],
+        }
+
+
+def _batch_dict(batch: BatchRecords) -> dict[str, Any]:
+    arms = {
+        name: {
+            "wall_seconds": batch.arm(name).wall_seconds,
+            "gaps_ms": [round(1e3 * gap, 3) for gap in batch.arm(name).gaps],
+            "records": [asdict(r) for r in batch.arm(name).records],
+        }
+        for name in ARMS
+    }
+    return {"batch": batch.batch, **arms, "differences": [asdict(d) for d in batch.differences]}
+
+
+def read_result(path: Path) -> BenchResult:
+    """A result of `bench`: the JSON file, or the report directory it lies in."""
+    file = path / "result.json" if path.is_dir() else path
+    value = read_json(file)
+    if value.get("kind") != "benchmark" or value.get("schema") != SCHEMA:
+        raise InputError(
+            "this is not a benchmark result that this version reads",
+            where=file,
+            why=f"kind {value.get('kind')!r}, schema {value.get('schema')!r}",
+            remedy="pass the result.json that `bench --report` wrote",
+        )
+    try:
+        batches = [_read_batch(b) for b in value["batches"]]
+        return BenchResult(
+            value["engine"], value["settings"], value["environment"], batches, complete=bool(value["complete"])
+        )
+    except (KeyError, TypeError) as error:
+        remedy = "measure again; a result is not meant to be edited"
+        raise InputError("the benchmark result is damaged", where=file, why=repr(error), remedy=remedy) from error
+
+
+def _read_batch(value: Mapping[str, Any]) -> BatchRecords:
+    arms = {name: _read_arm(value[name]) for name in ARMS}
+    differences = [Difference(**d) for d in value["differences"]]
+    return BatchRecords(int(value["batch"]), arms[DRAFTING], arms[AUTOREGRESSION], differences)
+
+
+def _read_arm(value: Mapping[str, Any]) -> ArmRecords:
+    records = [Record(**{**r, "accepted_at": tuple(r["accepted_at"])}) for r in value["records"]]
+    return ArmRecords(records, float(value["wall_seconds"]), [g / 1e3 for g in _floats(value["gaps_ms"])])
+
+
+def _floats(values: Sequence[Any]) -> list[float]:
+    return [float(v) for v in values]

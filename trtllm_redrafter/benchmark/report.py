@@ -1,0 +1,204 @@
+"""A benchmark for readers: tables as text and Markdown, one HTML page with plots, JSON beside them.
+
+write_report(summary, Path("report"), overwrite=False)     # report.html, report.md, result.json, manifest.json
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trtllm_redrafter.benchmark import page, plots
+from trtllm_redrafter.benchmark.figures import ArmFigures
+from trtllm_redrafter.benchmark.records import AUTOREGRESSION, DRAFTING
+from trtllm_redrafter.benchmark.summary import BatchSummary, Summary
+from trtllm_redrafter.fsio import CREATOR, atomic_directory, write_json
+
+TITLE = "Drafting against autoregression"
+DEFINITIONS = (
+    "Speeds count emitted token ids. Speed-up is end to end, from submission to the last token, over the same prompts; "
+    "the interval is a paired bootstrap over prompts and repeats. Updates are what a stream's reader sees: with "
+    "drafting, one brings several tokens. The step-time ratio is a drafting step's time over a plain one's: "
+    "the tokens per step from which drafting pays."
+)
+
+Rows = list[list[str]]
+
+
+def number(value: float | None, form: str = ".1f", scale: float = 1.0) -> str:
+    """A figure, or a dash where nothing was measured."""
+    return "–" if value is None or value != value else format(scale * value, form)
+
+
+SPEED_HEADER = ["batch", "side", "tokens/s", "per user", "decoding", "first token p50, ms", "p95", "update p50, ms",
+                "p95", "p99", "step, ms"]  # fmt: skip
+PAYS_HEADER = ["batch", "speed-up", "interval", "decoding", "all tokens", "tokens/step", "step-time ratio",
+               "same output", "of roof, plain", "drafting"]  # fmt: skip
+CATEGORY_HEADER = ["kind of prompt", "batch", "prompts", "speed-up", "interval", "tokens/step"]
+
+
+def speed_rows(summary: Summary) -> Rows:
+    arms = ((DRAFTING, "drafting"), (AUTOREGRESSION, "autoregression"))
+    return [
+        [str(b.figures.batch), label, *_speed(b.figures.drafting if name == DRAFTING else b.figures.autoregression)]
+        for b in summary.batches
+        for name, label in arms
+    ]
+
+
+def _speed(arm: ArmFigures) -> list[str]:
+    first, gap = arm.first_token_seconds, arm.gap_seconds
+    rates = [arm.tokens_per_second, arm.user_tokens_per_second, arm.decode_tokens_per_second]
+    times = [first["p50"], first["p95"], gap["p50"], gap["p95"], gap["p99"], arm.step_seconds]
+    return [*(number(r) for r in rates), *(number(t, ".1f", 1e3) for t in times)]
+
+
+def pays_rows(summary: Summary) -> Rows:
+    return [_pays(b) for b in summary.batches]
+
+
+def _pays(b: BatchSummary) -> list[str]:
+    f, same = b.figures, b.identity
+    return [
+        str(f.batch),
+        number(f.speedup.value, ".2f"),
+        _interval(f.speedup.low, f.speedup.high),
+        number(f.decode_speedup.value, ".2f"),
+        number(f.total_speedup, ".2f"),
+        number(f.drafting.acceptance_length, ".2f"),
+        number(f.step_time_ratio, ".2f"),
+        f"{same.same} of {same.compared}",
+        "–" if b.roof is None else f"{100 * b.roof.plain:.0f} %",
+        "–" if b.roof is None else f"{100 * b.roof.drafting:.0f} %",
+    ]
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{number(low, '.2f')} to {number(high, '.2f')}"
+
+
+def category_rows(summary: Summary) -> Rows:
+    return [
+        [
+            name,
+            str(b.figures.batch),
+            str(c.prompts),
+            number(c.speedup.value, ".2f"),
+            _interval(c.speedup.low, c.speedup.high),
+            number(c.drafting.acceptance_length, ".2f"),
+        ]
+        for b in summary.batches
+        for name, c in sorted(b.figures.categories.items())
+    ]
+
+
+def fact_rows(summary: Summary) -> list[tuple[str, str]]:
+    """How it was measured."""
+    result, env, engine = summary.result, summary.result.environment, summary.result.engine
+    machine, clocks, roof = env["machine"], env["clocks"], engine.get("roof") or {}
+    rows = [
+        ("engine", f"{engine['path']}: {engine['backend']}, {engine['dtype']}, drafts {engine['draft_shape']}"),
+        ("machine", f"{machine.get('gpu') or machine['processor']}, {machine['cores']} cores; {machine['device']}"),
+        ("clock", f"{clocks['mhz'] or '?'} MHz, governor {clocks['governor'] or 'not shown'}"),
+        ("load", f"{env['load_before']} before, {env.get('load_after', '–')} after"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in env["versions"].items())),
+        ("commit", str(env["commit"] or "not a git checkout")),
+        ("date", str(env["date"])),
+        ("command", str(env["command"])),
+        ("settings", ", ".join(f"{k} {v}" for k, v in result.settings.items())),
+        ("interval", f"{100 * summary.bootstrap.level:g} %, {summary.bootstrap.draws} draws"),
+    ]
+    memory = env.get("memory")
+    if memory:
+        rows.append(("memory", ", ".join(f"{k.replace('_bytes', '').replace('_', ' ')} {v / 1e9:.2f} GB"
+                                         for k, v in memory.items())))  # fmt: skip
+    if roof.get("bandwidth"):
+        text = f"{roof['bandwidth'] / 1e9:.1f} GB/s ({roof['bandwidth_from']}), {roof['weight_bytes'] / 1e6:.0f} MB"
+        rows.append(("roof", text + " of base weights per step"))
+    return rows
+
+
+def spec_bench_lines(summary: Summary) -> list[str]:
+    """Spec-Bench's figures, at batch 1."""
+    found = [b.spec_bench for b in summary.batches if b.spec_bench is not None]
+    return [
+        f"By Spec-Bench's protocol (greedy, batch 1, mean over questions and repeats): speed-up {row.speedup:.2f}, "
+        f"{row.tokens_per_second:.1f} against {row.baseline_tokens_per_second:.1f} tokens/s, "
+        f"{number(row.mean_accepted_tokens, '.2f')} tokens per step."
+        for row in found
+    ]
+
+
+def _interruption(summary: Summary) -> list[str]:
+    if summary.result.complete:
+        return []
+    return ["The measurement was interrupted; what follows was measured before that."]
+
+
+def render_text(summary: Summary) -> str:
+    """For a terminal."""
+    parts = [*_interruption(summary), _aligned(SPEED_HEADER, speed_rows(summary)), ""]
+    parts += [_aligned(PAYS_HEADER, pays_rows(summary)), "", *spec_bench_lines(summary)]
+    return "\n".join([*parts, *(v.render() for v in summary.verdicts)])
+
+
+def _aligned(header: list[str], rows: Rows) -> str:
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)) for line in [header, *rows]
+    )
+
+
+def render_markdown(summary: Summary) -> str:
+    parts = [f"# {TITLE}", "", *_interruption(summary), *(f"- **{v.answer}**, {v.render()}" for v in summary.verdicts)]
+    parts += ["", page.markdown_table(PAYS_HEADER, pays_rows(summary)), "", *spec_bench_lines(summary), ""]
+    parts += [page.markdown_table(SPEED_HEADER, speed_rows(summary)), "", DEFINITIONS, ""]
+    parts += [page.markdown_table(CATEGORY_HEADER, category_rows(summary)), ""]
+    parts += [page.markdown_table(["measured with", ""], [[k, v] for k, v in fact_rows(summary)]), ""]
+    return "\n".join(parts)
+
+
+def render_html(summary: Summary) -> str:
+    engine = summary.result.engine
+    lead = (
+        f"{engine['path']}, {engine['backend']} on {engine['device']}, {str(summary.result.environment['date'])[:10]}"
+    )
+    parts = [f"<h1>{TITLE}</h1>", page.paragraph(lead, soft=True)]
+    parts += [page.paragraph(text) for text in _interruption(summary)]
+    parts += [page.verdict_box(v.answer, f"Batch {v.batch}: {v.answer}", v.reason) for v in summary.verdicts]
+    if summary.batches:
+        parts.append(page.plots(_plots(summary)))
+    parts += [page.heading("Does it pay?"), page.table(PAYS_HEADER, pays_rows(summary))]
+    parts += [page.paragraph(line) for line in spec_bench_lines(summary)]
+    parts += [page.heading("Speed and latency"), page.table(SPEED_HEADER, speed_rows(summary))]
+    parts += [page.paragraph(DEFINITIONS, soft=True)]
+    parts += [page.heading("By kind of prompt"), page.table(CATEGORY_HEADER, category_rows(summary))]
+    parts += [page.heading("How it was measured"), page.facts(fact_rows(summary))]
+    return page.page(TITLE, parts)
+
+
+def _plots(summary: Summary) -> list[tuple[str, str, str]]:
+    first = summary.batches[0]
+    found = [
+        (
+            "Speed-up by batch size",
+            "end to end, with its interval; 1 is autoregression",
+            plots.speedup_by_batch(summary),
+        ),
+        ("Speed-up by kind of prompt", f"batch {first.figures.batch}", plots.speedup_by_category(first)),
+        ("Time between updates", "how long a reader waits for more text", plots.latency_distribution(first, summary)),
+    ]
+    if first.figures.drafting.accepted_share:
+        text = f"batch {first.figures.batch}; tokens per step is 1 plus their sum"
+        found.append(("Acceptance by position", text, plots.acceptance_by_position(summary)))
+    roof = plots.roofline(summary)
+    if roof is not None:
+        found.append(("Under the bandwidth roof", "a step cannot be faster than reading the weights once", roof))
+    return found
+
+
+def write_report(summary: Summary, folder: Path, *, overwrite: bool) -> None:
+    with atomic_directory(folder, overwrite=overwrite) as work:
+        write_json(work / "result.json", summary.file_dict())
+        (work / "report.md").write_text(render_markdown(summary), encoding="utf-8")
+        (work / "report.html").write_text(render_html(summary), encoding="utf-8")
+        write_json(work / "manifest.json", {"kind": "report", "creator": {"name": CREATOR}})

@@ -1,0 +1,171 @@
+"""From a result to everything a report shows: figures, verdicts, the roof; and the result file.
+
+summary = summarize(result, bootstrap)
+print(summary.verdicts[0].render())
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trtllm_redrafter.benchmark.differences import FAULT, TIE, UNEXAMINED
+from trtllm_redrafter.benchmark.figures import BatchFigures, batch_figures
+from trtllm_redrafter.benchmark.prompts import question_of
+from trtllm_redrafter.benchmark.records import BatchRecords, BenchResult, Record
+from trtllm_redrafter.benchmark.statistics import Bootstrap
+from trtllm_redrafter.benchmark.verdict import Verdict, judge
+
+
+@dataclass(frozen=True)
+class RoofShare:
+    """How near steps come to what memory delivers: base weights are read once per step, caches are not counted."""
+
+    plain: float
+    drafting: float
+    one_token_roof: float
+    """Tokens per second of a request that gets one token per step, at full bandwidth."""
+
+    def as_dict(self) -> dict[str, float]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Were the outputs the same with and without drafting?"""
+
+    compared: int
+    ties: int
+    faults: int
+    unexamined: int
+
+    @property
+    def same(self) -> int:
+        return self.compared - self.ties - self.faults - self.unexamined
+
+    def as_dict(self) -> dict[str, int]:
+        return {**vars(self), "same": self.same}
+
+
+@dataclass(frozen=True)
+class BatchSummary:
+    """One batch size, whole."""
+
+    figures: BatchFigures
+    verdict: Verdict
+    identity: Identity
+    roof: RoofShare | None
+    spec_bench: SpecBench | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **self.figures.as_dict(),
+            "verdict": self.verdict.as_dict(),
+            "identical_output": self.identity.as_dict(),
+            "roof": None if self.roof is None else self.roof.as_dict(),
+            "spec_bench": None if self.spec_bench is None else self.spec_bench.as_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class SpecBench:
+    """Spec-Bench's row at batch 1, greedy: each question's speed, averaged over questions and repeats."""
+
+    tokens_per_second: float
+    baseline_tokens_per_second: float
+    mean_accepted_tokens: float | None
+
+    @property
+    def speedup(self) -> float:
+        return self.tokens_per_second / self.baseline_tokens_per_second
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "speedup": self.speedup}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A result and what follows from it."""
+
+    result: BenchResult
+    bootstrap: Bootstrap
+    batches: tuple[BatchSummary, ...]
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        return [b.verdict for b in self.batches]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Figures without the raw records: what `--json` prints."""
+        result = self.result
+        value = {
+            "complete": result.complete,
+            "engine": dict(result.engine),
+            "settings": dict(result.settings),
+            "environment": dict(result.environment),
+            "interval": dict(vars(self.bootstrap)),
+            "summary": [b.as_dict() for b in self.batches],
+        }
+        found: dict[str, Any] = without_nan(value)
+        return found
+
+    def file_dict(self) -> dict[str, Any]:
+        """The result file: raw records, and the figures beside them."""
+        found: dict[str, Any] = without_nan({**self.result.as_dict(), **self.as_dict()})
+        return found
+
+
+def summarize(result: BenchResult, bootstrap: Bootstrap) -> Summary:
+    return Summary(result, bootstrap, tuple(_batch(result, b, bootstrap) for b in result.batches))
+
+
+def _batch(result: BenchResult, batch: BatchRecords, bootstrap: Bootstrap) -> BatchSummary:
+    figures = batch_figures(batch, bootstrap)
+    kinds = [d.kind for d in batch.differences]
+    compared = len({r.item for r in batch.drafting.records})
+    identity = Identity(compared, kinds.count(TIE), kinds.count(FAULT), kinds.count(UNEXAMINED))
+    row = spec_bench_row(batch) if batch.batch == 1 else None
+    return BatchSummary(figures, judge(figures, batch.differences), identity, _roof(result.engine, figures), row)
+
+
+def _roof(engine: Mapping[str, Any], figures: BatchFigures) -> RoofShare | None:
+    roof = engine.get("roof") or {}
+    nbytes, bandwidth = roof.get("weight_bytes"), roof.get("bandwidth")
+    plain, drafting = figures.autoregression.step_seconds, figures.drafting.step_seconds
+    if not nbytes or not bandwidth or not plain > 0 or not drafting > 0:
+        return None
+    fastest = nbytes / bandwidth
+    return RoofShare(fastest / plain, fastest / drafting, 1 / fastest)
+
+
+def spec_bench_row(batch: BatchRecords) -> SpecBench | None:
+    """A question's speed is the tokens of all its turns over their whole time, prompts included."""
+    sides = [_question_speeds(arm.records) for arm in (batch.drafting, batch.autoregression)]
+    if not sides[0] or not sides[1]:
+        return None
+    steps = sum(r.steps for r in batch.drafting.records)
+    accepted = 1 + sum(r.accepted for r in batch.drafting.records) / steps if steps else None
+    mine, plain = (sum(side) / len(side) for side in sides)
+    return SpecBench(mine, plain, accepted)
+
+
+def _question_speeds(records: Sequence[Record]) -> list[float]:
+    sums: dict[tuple[str, int], tuple[int, float]] = {}
+    for r in records:
+        key = (question_of(r.item), r.repeat)
+        tokens, seconds = sums.get(key, (0, 0.0))
+        sums[key] = (tokens + r.tokens, seconds + r.seconds)
+    return [tokens / seconds for tokens, seconds in sums.values() if seconds > 0]
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN: what could not be computed is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nan(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
+    return value

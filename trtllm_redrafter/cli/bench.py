@@ -1,0 +1,105 @@
+"""`bench`: drafting against autoregression on an engine; `bench compare`: results against each other."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trtllm_redrafter.cli.console import INTERRUPTED, emit, note, progress_bar, say
+from trtllm_redrafter.cli.options import Changes, Json, Overwrite, setting
+from trtllm_redrafter.errors import UsageError
+from trtllm_redrafter.recipe import Resolved
+
+COMPARE = "compare"
+
+
+def bench(
+    target: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ENGINE_OR_RECIPE", help="Engine directory or YAML recipe; or `compare` and result files."
+        ),
+    ],
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", help="Engine for autoregression. (default: the same, not drafting)")
+    ] = None,
+    prompts: Annotated[Path | None, setting("bench.prompts", "--prompts")] = None,
+    spec_bench: Annotated[
+        Path | None, typer.Option("--spec-bench", metavar="FILE", help="Spec-Bench's questions, by its protocol.")
+    ] = None,
+    limit: Annotated[int | None, setting("bench.limit", "--limit")] = None,
+    batch: Annotated[str | None, setting("bench.batch", "--batch")] = None,
+    max_tokens: Annotated[int | None, setting("bench.max_tokens", "--max-tokens")] = None,
+    repeats: Annotated[int | None, setting("bench.repeats", "--repeats")] = None,
+    num_beams: Annotated[int | None, setting("run.num_beams", "--num-beams")] = None,
+    draft_len: Annotated[int | None, setting("run.draft_len", "--draft-len")] = None,
+    device: Annotated[str | None, setting("run.device", "--device")] = None,
+    report: Annotated[Path | None, setting("bench.report", "--report")] = None,
+    tolerance: Annotated[float | None, setting("bench.tolerance", "--tolerance")] = None,
+    changes: Changes = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Measure whether drafting pays, or compare measurements (`bench compare A.json B.json`)."""
+    from trtllm_redrafter.recipe import flag_layers, resolve, set_layer
+    from trtllm_redrafter.recipe.benchmark_options import bench_options, spec_bench_layer, target_layers
+
+    given = flag_layers(
+        {
+            "bench.prompts": ("--prompts", prompts),
+            "bench.limit": ("--limit", limit),
+            "bench.batch": ("--batch", batch),
+            "bench.max_tokens": ("--max-tokens", max_tokens),
+            "bench.repeats": ("--repeats", repeats),
+            "run.num_beams": ("--num-beams", num_beams),
+            "run.draft_len": ("--draft-len", draft_len),
+            "run.device": ("--device", device),
+            "bench.report": ("--report", report),
+            "bench.tolerance": ("--tolerance", tolerance),
+        }
+    )
+    layers = [*([set_layer(changes)] if changes else []), *given]
+    if target[0] == COMPARE:
+        _compare([Path(t) for t in target[1:]], resolve(layers), as_json=as_json)
+        return
+    if len(target) != 1:
+        raise UsageError(f"{len(target)} engines are given", remedy="pass one, and another with --baseline")
+    below = [spec_bench_layer(spec_bench)] if spec_bench is not None else []
+    resolved = resolve([*target_layers(Path(target[0])), *below, *layers])
+    options = bench_options(
+        resolved, name=Path(target[0]).stem, baseline=baseline, overwrite=overwrite, command=_command()
+    )
+    from trtllm_redrafter.benchmark.bench import bench as run_bench
+    from trtllm_redrafter.benchmark.report import render_text
+
+    with progress_bar() as progress:
+        summary = run_bench(options, progress)
+    say(render_text(summary))
+    if options.report is not None:
+        note(f"report written to {options.report / 'report.html'}")
+    if as_json:
+        emit("bench", **summary.as_dict())
+    if not summary.result.complete:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _compare(paths: list[Path], resolved: Resolved, *, as_json: bool) -> None:
+    from trtllm_redrafter.benchmark.compare import compare
+    from trtllm_redrafter.benchmark.records import read_result
+    from trtllm_redrafter.recipe.benchmark_options import bootstrap
+
+    results = [(str(path), read_result(path)) for path in paths]
+    found = compare(results, bootstrap(resolved), tolerance=resolved.recipe.bench.tolerance)
+    say(found.render())
+    if as_json:
+        emit("bench compare", **found.as_dict())
+    if found.exit_code:
+        raise typer.Exit(found.exit_code)
+
+
+def _command() -> tuple[str, ...]:
+    """What was typed, with the program's name and not its place on this machine."""
+    return ("trtllm-redrafter", *sys.argv[1:])
