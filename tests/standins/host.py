@@ -13,6 +13,23 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CONTRACT = ROOT / "tests" / "data" / "trtllm"
 GPU_LINE = "NVIDIA H100 80GB HBM3, 81559, 81000, 9.0, 580.82.07"
 
+MPIRUN = """
+import os, subprocess, sys
+arguments = sys.argv[1:]
+assert arguments[0] == "-n" and arguments[2] == "--allow-run-as-root", arguments
+ranks = int(arguments[1])
+children = [
+    subprocess.Popen(
+        arguments[3:],
+        stdin=None if rank == 0 else subprocess.DEVNULL,
+        env=os.environ | {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": str(ranks)},
+    )
+    for rank in range(ranks)
+]
+sys.exit(max(child.wait() for child in children))
+"""
+"""As Open MPI: one process per rank, standard input to the first, each told who it is."""
+
 
 @dataclass
 class Host:
@@ -63,6 +80,14 @@ def make_host(path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.standins.build_program import main; main()\n"
     host.program("trtllm-build", python + code)
     host.gpus(GPU_LINE)
+    host.program("mpirun", python + MPIRUN)
+    bindings = host.packages / "tensorrt_llm" / "bindings"
+    bindings.mkdir(parents=True)
+    (bindings.parent / "__init__.py").write_text("")
+    (bindings / "__init__.py").write_text("")
+    (bindings / "executor.py").write_text("from tests.standins.bindings import *\n")
+    for name in [n for n in sys.modules if n.partition(".")[0] == "tensorrt_llm"]:
+        monkeypatch.delitem(sys.modules, name)
     for name, version in (("tensorrt_llm", "1.2.1"), ("tensorrt", "10.14.1.48.post1")):
         host.package(name, version)
     monkeypatch.setenv("PATH", f"{host.programs}{os.pathsep}{os.environ['PATH']}")

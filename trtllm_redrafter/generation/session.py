@@ -34,7 +34,8 @@ def open_runner(resolved: Resolved, *, verify_hashes: bool) -> Runner:
     shape = draft_shape(resolved, built_shape(engine))
     if shape is not None:
         _check_horizon(engine, shape)
-    device = best_device() if run.device == AUTO_DEVICE else run.device
+    choose = run.device == AUTO_DEVICE and backend == "torch"  # a TensorRT engine finds its GPUs itself
+    device = best_device() if choose else run.device
     return load_backend(backend).load(engine, device=device, verify_hashes=verify_hashes, draft_shape=shape)
 
 

@@ -14,8 +14,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -42,9 +42,8 @@ def run_logged(
         reader = threading.Thread(target=_read, args=(child.stdout, lines), daemon=True)
         reader.start()
         try:
-            with termination_interrupts():
-                _follow(lines, file, start, on_line, on_tick)
-                return child.wait()
+            _follow(lines, file, start, on_line, on_tick)
+            return child.wait()
         finally:
             end_group(child)
             reader.join(GRACE_SECONDS)
@@ -66,23 +65,6 @@ def start_child(command: Sequence[str], environment: Mapping[str, str] | None) -
     except OSError as error:
         remedy = "run `trtllm-redrafter doctor`; it says what this machine lacks"
         raise BackendError(f"cannot start {command[0]}", why=str(error), remedy=remedy) from error
-
-
-@contextmanager
-def termination_interrupts() -> Iterator[None]:
-    """A polite kill (a container stopping, a CI job cancelled) unwinds like Ctrl-C, so that children and files go."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals can be handled in the main thread only
-        return
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _read(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:

@@ -1,0 +1,66 @@
+"""What a runner needs of an engine process, in plain values that can cross a pipe.
+
+Two clients speak it: one holds the executor in this process (one GPU), the other in processes started by MPI.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class ClientRequest:
+    """One request as the executor takes it; None: not set. `number` is ours, not the executor's."""
+
+    number: int
+    token_ids: list[int]
+    max_tokens: int
+    end_id: int | None
+    stop_words: list[list[int]]
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one response of the executor added to a request.
+
+    `decoding_iter` counts its iterations so far, the prefill included. `drafted` and `accepted` come with the last
+    event where the release reports them; drafted counts the draft length per step, not the tree's nodes.
+    """
+
+    number: int
+    token_ids: tuple[int, ...] = ()
+    final: bool = False
+    finish: str | None = None
+    decoding_iter: int | None = None
+    drafted: int | None = None
+    accepted: int | None = None
+    error: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Event:
+        return cls(**{**values, "token_ids": tuple(values["token_ids"])})
+
+
+class EngineClient(Protocol):
+    """An engine being executed somewhere."""
+
+    def submit(self, request: ClientRequest) -> None: ...
+
+    def cancel(self, number: int) -> None: ...
+
+    def poll(self, timeout: float) -> list[Event]:
+        """Events that have come, waiting up to `timeout` seconds for the first."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,149 @@
+"""The engine in this process, through the executor's Python bindings.
+
+The bindings and not the LLM API, because each response is one decoding step: that gives acceptance by position, and
+stop strings across token borders are found by the same code as on the torch backend. Every call here is held against
+the documented signatures by a test. This is the only module that imports `tensorrt_llm`.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
+from trtllm_redrafter.backends.tensorrt_llm.failures import explain
+from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions
+from trtllm_redrafter.errors import BackendError
+
+BINDINGS = "tensorrt_llm.bindings.executor"
+
+
+class ExecutorClient:
+    """One executor. Under MPI only the leading rank takes requests; the others serve in threads of their own."""
+
+    def __init__(self, engine: Path, *, has_drafter: bool, runtime: RuntimeOptions, device: int | None) -> None:
+        self._bindings = _import_bindings()
+        self._numbers: dict[int, int] = {}
+        self._ids: dict[int, int] = {}
+        try:
+            self._executor = self._bindings.Executor(
+                str(engine), self._bindings.ModelType.DECODER_ONLY, self._config(has_drafter, runtime, device)
+            )
+        except Exception as error:  # C++ raises RuntimeError and others: the engine did not load
+            raise _load_error(engine, error) from error
+
+    def _config(self, has_drafter: bool, runtime: RuntimeOptions, device: int | None) -> Any:
+        b = self._bindings
+        more: dict[str, Any] = {}
+        if has_drafter:
+            more["decoding_config"] = b.DecodingConfig(decoding_mode=b.DecodingMode.ExplicitDraftTokens())
+        if device is not None:
+            more["parallel_config"] = b.ParallelConfig(device_ids=[device])
+        return b.ExecutorConfig(
+            max_beam_width=1,
+            kv_cache_config=b.KvCacheConfig(
+                enable_block_reuse=runtime.block_reuse, free_gpu_memory_fraction=runtime.kv_cache_fraction
+            ),
+            extended_runtime_perf_knob_config=b.ExtendedRuntimePerfKnobConfig(
+                multi_block_mode=runtime.multi_block_mode
+            ),
+            **more,
+        )
+
+    @property
+    def leads(self) -> bool:
+        """False on the other ranks of a multi-GPU engine."""
+        return bool(self._executor.can_enqueue_requests())
+
+    def submit(self, request: ClientRequest) -> None:
+        b = self._bindings
+        chosen = {name: getattr(request, name) for name in ("temperature", "top_k", "top_p", "seed")}
+        sampling = b.SamplingConfig(beam_width=1, **{k: v for k, v in chosen.items() if v is not None})
+        made = b.Request(
+            input_token_ids=request.token_ids,
+            max_tokens=request.max_tokens,
+            streaming=True,
+            sampling_config=sampling,
+            output_config=b.OutputConfig(exclude_input_from_output=True, return_perf_metrics=True),
+            end_id=request.end_id,
+            stop_words=request.stop_words or None,
+        )
+        executor_id = int(self._executor.enqueue_request(made))
+        self._numbers[executor_id], self._ids[request.number] = request.number, executor_id
+
+    def cancel(self, number: int) -> None:
+        if number in self._ids:
+            self._executor.cancel_request(self._ids[number])
+
+    def poll(self, timeout: float) -> list[Event]:
+        responses = self._executor.await_responses(timedelta(seconds=timeout))
+        return [event for response in responses if (event := self._event(response)) is not None]
+
+    def close(self) -> None:
+        self._executor.shutdown()
+
+    def _event(self, response: Any) -> Event | None:
+        number = self._numbers.get(int(response.request_id))
+        if number is None:
+            return None
+        if response.has_error():
+            self._forget(number)
+            return Event(number, final=True, error=str(response.error_msg))
+        result = response.result
+        if result.is_final:
+            self._forget(number)
+        drafted, accepted = _speculation(result) if result.is_final else (None, None)
+        return Event(
+            number=number,
+            token_ids=tuple(int(token) for token in result.output_token_ids[0]),
+            final=bool(result.is_final),
+            finish=_finish(result),
+            decoding_iter=int(result.decoding_iter),
+            drafted=drafted,
+            accepted=accepted,
+        )
+
+    def _forget(self, number: int) -> None:
+        self._numbers.pop(self._ids.pop(number))
+
+
+def _import_bindings() -> Any:
+    try:
+        return import_module(BINDINGS)
+    except Exception as error:  # a mismatch of CUDA, MPI or torch shows as any kind of error here
+        known = explain(str(error))
+        raise BackendError(
+            "tensorrt_llm cannot be imported" if known is None else known.what,
+            why=f"{type(error).__name__}: {error}"[:500],
+            remedy="run `trtllm-redrafter doctor`" if known is None else known.remedy,
+        ) from error
+
+
+def _load_error(engine: Path, error: Exception) -> BackendError:
+    known = explain(str(error))
+    return BackendError(
+        "the engine cannot be loaded" if known is None else known.what,
+        where=engine,
+        why=str(error)[:500],
+        remedy="run `trtllm-redrafter doctor`, and build the engine again on this host" if known is None
+        else known.remedy,
+    )  # fmt: skip
+
+
+def _finish(result: Any) -> str | None:
+    """`end_id`, `stop_words`, `length`, ...; the binding's enumeration by name."""
+    reasons = list(result.finish_reasons or ())
+    if not result.is_final or not reasons:
+        return None
+    return str(getattr(reasons[0], "name", reasons[0])).lower()
+
+
+def _speculation(result: Any) -> tuple[int | None, int | None]:
+    """Drafted and accepted tokens as the release counts them; not every release fills them."""
+    metrics = getattr(result, "request_perf_metrics", None)
+    counts = getattr(metrics, "speculative_decoding", None)
+    drafted = getattr(counts, "total_draft_tokens", None)
+    accepted = getattr(counts, "total_accepted_draft_tokens", None)
+    return (None, None) if not drafted else (int(drafted), int(accepted or 0))

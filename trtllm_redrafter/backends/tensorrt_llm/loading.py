@@ -1,0 +1,97 @@
+"""Open an engine on this host: every reason why it cannot run here is found before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from trtllm_redrafter.backends.base import EngineInfo
+from trtllm_redrafter.backends.tensorrt_llm.build_plan import BACKEND
+from trtllm_redrafter.backends.tensorrt_llm.client import EngineClient
+from trtllm_redrafter.backends.tensorrt_llm.engine_dir import EngineDirectory, read_engine
+from trtllm_redrafter.backends.tensorrt_llm.executor_client import ExecutorClient
+from trtllm_redrafter.backends.tensorrt_llm.machine import FoundGpu, find_gpus, installed_version
+from trtllm_redrafter.backends.tensorrt_llm.remote_client import RemoteClient
+from trtllm_redrafter.backends.tensorrt_llm.runner import TensorRTRunner
+from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY, EngineTokenizer, eos_token_ids
+from trtllm_redrafter.base_models.tokenizer import has_tokenizer
+from trtllm_redrafter.errors import BackendError, Problem, UsageError, raise_together
+from trtllm_redrafter.redrafter.config import DraftShape
+
+
+def load_runner(engine: Path, *, device: str, verify_hashes: bool, draft_shape: DraftShape | None) -> TensorRTRunner:
+    """A runner, with the engine in this process (one GPU) or in processes of its own (several)."""
+    found = read_engine(engine, verify_hashes=verify_hashes)
+    index = _device_index(device, found)
+    gpus = find_gpus()
+    problems = [*_shape_problems(found, draft_shape), *_machine_problems(found, gpus, index)]
+    raise_together(BackendError, problems, "the engine cannot run here", where=engine)
+    folder = engine / TOKENIZER_DIRECTORY
+    tokenizer = EngineTokenizer(folder) if has_tokenizer(folder) else None
+    client: EngineClient
+    if found.world_size > 1:
+        client = RemoteClient(engine, found.world_size)
+    else:
+        client = ExecutorClient(engine, has_drafter=found.draft_shape is not None, runtime=found.runtime, device=index)
+    return TensorRTRunner(_info(found, gpus), client, tokenizer, eos_token_ids(folder, tokenizer), greedy=found.greedy)
+
+
+def _info(engine: EngineDirectory, gpus: list[FoundGpu]) -> EngineInfo:
+    count = f"{engine.world_size} x " if engine.world_size > 1 else ""
+    return EngineInfo(
+        path=engine.path,
+        backend=BACKEND,
+        device=f"{count}{gpus[0].name}",
+        dtype=str(engine.pretrained.get("dtype", "")),
+        vocab_size=int(engine.pretrained["vocab_size"]),
+        max_batch_size=int(engine.build["max_batch_size"]),
+        max_input_len=int(engine.build["max_input_len"]),
+        max_seq_len=engine.max_seq_len,
+        draft_shape=engine.draft_shape,
+    )
+
+
+def _device_index(device: str, engine: EngineDirectory) -> int | None:
+    """`cuda:1` → 1; None leaves the choice to TensorRT-LLM."""
+    match = re.fullmatch(r"(?:auto|cuda(?::(\d+))?)", device)
+    if match is None:
+        remedy = "pass --device cuda or cuda:N; an engine for the CPU is built with --backend torch"
+        raise UsageError(f"a TensorRT engine does not run on {device!r}", where=engine.path, remedy=remedy)
+    if match.group(1) is not None and engine.world_size > 1:
+        why = f"the engine takes {engine.world_size} GPUs"
+        raise UsageError(f"--device {device} names one GPU", where=engine.path, why=why, remedy="pass --device cuda")
+    return None if match.group(1) is None else int(match.group(1))
+
+
+def _shape_problems(engine: EngineDirectory, asked: DraftShape | None) -> list[Problem]:
+    if asked is None or asked == engine.draft_shape:
+        return []
+    own = engine.draft_shape
+    what = f"{asked.num_beams} beams x {asked.draft_len} tokens were asked for"
+    why = "the engine has no drafter" if own is None else f"it was built for {own.num_beams} x {own.draft_len}"
+    remedy = "leave --num-beams and --draft-len out, or convert and build again with them"
+    return [Problem(what, None, why, remedy)]
+
+
+def _machine_problems(engine: EngineDirectory, gpus: list[FoundGpu], index: int | None) -> list[Problem]:
+    found, built_on = [], engine.notes.get("gpu", {})
+    installed = installed_version("tensorrt_llm")
+    if installed is None:
+        found.append(Problem("tensorrt_llm is not installed", None, None, f"use release {engine.version}"))
+    elif installed != engine.version:
+        why = "a TensorRT engine runs with the release that built it only"
+        remedy = f"install {engine.version}, or build the engine again"
+        found.append(Problem(f"the engine is of {engine.version}, installed is {installed}", None, why, remedy))
+    if not gpus:
+        found.append(Problem("there is no NVIDIA GPU here", None, None, "run it on a GPU host"))
+    elif len(gpus) < engine.world_size or (index is not None and index >= len(gpus)):
+        needs = engine.world_size if index is None else index + 1
+        found.append(Problem(f"{needs} GPU(s) are needed, {len(gpus)} are here", None, None, "use another host"))
+    else:
+        capability = tuple(built_on.get("compute_capability", ()))
+        used = gpus[index] if index is not None else gpus[0]
+        if capability and used.compute_capability != capability:
+            why = f"it was built on {built_on.get('name')}"
+            what = f"the engine is not for {used.name}"
+            found.append(Problem(what, None, why, "build it on this kind of GPU"))
+    return found

@@ -1,0 +1,72 @@
+"""What a request may ask of a TensorRT engine, and how it is asked.
+
+TensorRT-LLM's ReDrafter decoder ignores most sampling options without a word: top-k, top-p, penalties, minimum lengths,
+bad words; and a greedy engine ignores temperature as well. Ignored options are refused here, since a text that looks
+sampled and is not is worse than an error.
+"""
+
+from __future__ import annotations
+
+from trtllm_redrafter.backends.base import EngineInfo, Request
+from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest
+from trtllm_redrafter.errors import Problem
+
+_IGNORES = "TensorRT-LLM's ReDrafter decoder ignores it"
+
+
+def request_problems(request: Request, info: EngineInfo, *, greedy: bool, has_tokenizer: bool) -> list[Problem]:
+    """Everything that keeps a request from running as it was meant."""
+    count, sampling = len(request.token_ids), request.sampling
+    found = sampling.problems()
+    if count == 0:
+        found.append(Problem("the prompt is empty", remedy="give at least one token"))
+    if any(not 0 <= token < info.vocab_size for token in request.token_ids):
+        found.append(Problem(f"a token id is outside the vocabulary of {info.vocab_size}"))
+    if count > info.max_input_len:
+        what = f"the prompt has {count} tokens, the engine takes {info.max_input_len}"
+        found.append(Problem(what, remedy="shorten it, or build with a larger --max-input-len"))
+    if count + sampling.max_tokens > info.max_seq_len:
+        what = f"{count} prompt tokens and {sampling.max_tokens} to write exceed the engine's {info.max_seq_len}"
+        left = max(0, info.max_seq_len - count)
+        found.append(Problem(what, remedy=f"ask for at most {left} tokens, or build with a larger --max-seq-len"))
+    if sampling.stop and not has_tokenizer:
+        found.append(Problem("stop strings need a tokenizer", remedy="build the engine with --tokenizer"))
+    return found + (_drafting_problems(request, greedy) if info.draft_shape is not None else [])
+
+
+def _drafting_problems(request: Request, greedy: bool) -> list[Problem]:
+    sampling, found = request.sampling, []
+    if not request.draft:
+        why = "drafting is compiled into the engine"
+        remedy = "build the checkpoint of the base alone (convert without --drafter) as the baseline"
+        found.append(Problem("this engine cannot decode without drafting", None, why, remedy))
+    if greedy and not sampling.greedy:
+        remedy = "use temperature 0; or convert with --sampling and build with tensorrt_llm.allow_sampling: true"
+        found.append(Problem(f"temperature is {sampling.temperature}", None, "the engine is greedy", remedy))
+    if not greedy and sampling.greedy:
+        why = "the engine samples, and its decoder divides by the temperature"
+        found.append(Problem("temperature is 0", None, why, "convert with --greedy for greedy texts"))
+    if sampling.top_k:
+        found.append(Problem(f"top_k is {sampling.top_k}", None, _IGNORES, "leave it out"))
+    if sampling.top_p < 1.0:
+        found.append(Problem(f"top_p is {sampling.top_p}", None, _IGNORES, "leave it out"))
+    return found
+
+
+def client_request(number: int, request: Request, info: EngineInfo, eos: frozenset[int]) -> ClientRequest:
+    """The first end token is the executor's own, further ones are stop words of one token."""
+    sampling = request.sampling
+    ends = [] if sampling.ignore_eos else sorted(eos)
+    plain_greedy = info.draft_shape is None and sampling.greedy
+    sampled = not sampling.greedy
+    return ClientRequest(
+        number=number,
+        token_ids=list(request.token_ids),
+        max_tokens=sampling.max_tokens,
+        end_id=ends[0] if ends else None,
+        stop_words=[[token] for token in ends[1:]],
+        temperature=sampling.temperature if sampled else None,
+        top_k=1 if plain_greedy else (sampling.top_k or None),
+        top_p=sampling.top_p if sampled and sampling.top_p < 1.0 else None,
+        seed=sampling.seed if sampled else None,
+    )

@@ -1,0 +1,106 @@
+"""One rank of a multi-GPU engine: started once per GPU by mpirun, driven over the first rank's standard input.
+
+    mpirun -n 4 python -m trtllm_redrafter.backends.tensorrt_llm.worker ENGINE
+
+Messages are JSON lines. To the worker: {"op": "submit", ...}, {"op": "cancel", "number": 3}; end of input ends it. From
+it: {"ready": true}, {"event": {...}}, {"fatal": "..."}. Whatever libraries print goes to standard error instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest
+from trtllm_redrafter.backends.tensorrt_llm.engine_dir import read_engine
+from trtllm_redrafter.backends.tensorrt_llm.executor_client import ExecutorClient
+from trtllm_redrafter.errors import RedrafterError
+
+_POLL_SECONDS = 0.02
+Operations = queue.SimpleQueue[dict[str, Any] | None]
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code; errors of loading travel to the parent as a `fatal` message."""
+    out = _take_stdout()
+    try:
+        engine = read_engine(Path(arguments[0]), verify_hashes=False)
+        client = ExecutorClient(
+            engine.path, has_drafter=engine.draft_shape is not None, runtime=engine.runtime, device=None
+        )
+    except RedrafterError as error:
+        _send(out, {"fatal": error.as_dict()})
+        return error.exit_code
+    try:
+        if client.leads:
+            _send(out, {"ready": True})
+            _serve(client, out)
+    finally:
+        client.close()  # on other ranks this waits for the leader to end
+    return 0
+
+
+def _take_stdout() -> IO[str]:
+    """Keep the pipe to ourselves: file descriptor 1 becomes standard error for everyone else."""
+    sys.stdout.flush()
+    ours = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return ours
+
+
+def _send(out: IO[str], message: dict[str, Any]) -> None:
+    out.write(json.dumps(message) + "\n")
+    out.flush()
+
+
+def _serve(client: ExecutorClient, out: IO[str]) -> None:
+    operations: Operations = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(operations,), daemon=True).start()
+    running: set[int] = set()
+    while True:
+        operation = _next(operations, wait=not running)
+        while operation is not None:
+            if operation.get("op") == "end":
+                return
+            _apply(client, operation, running, out)
+            operation = _next(operations, wait=False)
+        for event in client.poll(_POLL_SECONDS) if running else []:
+            if event.final:
+                running.discard(event.number)
+            _send(out, {"event": event.as_dict()})
+
+
+def _read(operations: Operations) -> None:
+    for line in sys.stdin:
+        operations.put(json.loads(line))
+    operations.put({"op": "end"})
+
+
+def _next(operations: Operations, *, wait: bool) -> dict[str, Any] | None:
+    try:
+        return operations.get(block=wait)
+    except queue.Empty:
+        return None
+
+
+def _apply(client: ExecutorClient, operation: dict[str, Any], running: set[int], out: IO[str]) -> None:
+    if operation["op"] == "cancel":
+        client.cancel(int(operation["number"]))
+        return
+    request = ClientRequest(**operation["request"])
+    try:
+        client.submit(request)
+    except Exception as error:  # noqa: BLE001 - the executor's refusal of one request must not end the others
+        event = {"number": request.number, "token_ids": [], "final": True, "error": str(error)}
+        _send(out, {"event": event})
+        return
+    running.add(request.number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
