@@ -18,6 +18,7 @@ from trtllm_redrafter.cli import console, signals
 from trtllm_redrafter.cli.bench import bench
 from trtllm_redrafter.cli.build import build
 from trtllm_redrafter.cli.convert import convert
+from trtllm_redrafter.cli.doctor import doctor
 from trtllm_redrafter.cli.evaluate import evaluate
 from trtllm_redrafter.cli.inspect import inspect
 from trtllm_redrafter.cli.pipeline import pipeline
@@ -36,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (convert, build, run, pipeline, inspect, verify, plan, train, evaluate, bench):
+for command in (convert, build, run, pipeline, inspect, verify, plan, doctor, train, evaluate, bench):
     app.command()(command)
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan, plan_for
+from trtllm_redrafter.doctor import Needs
 from trtllm_redrafter.planning.latency import Assumptions, LatencyPlan, latency_plan
 from trtllm_redrafter.planning.model import ModelSource, PlannedModel, planned_model
+from trtllm_redrafter.planning.sizes import weight_bytes
 from trtllm_redrafter.recipe.layers import Resolved
 from trtllm_redrafter.recipe.options import tensorrt_options, with_directories, with_limits
 from trtllm_redrafter.redrafter.config import NVIDIA_DRAFT_LEN, NVIDIA_NUM_BEAMS, DraftShape
@@ -99,4 +101,21 @@ def _build_options(resolved: Resolved) -> BuildOptions:
         max_seq_len=build.max_seq_len,
         overwrite=False,
         tensorrt_llm=tensorrt_options(resolved),
+    )
+
+
+def machine_needs(resolved: Resolved, *, name: str) -> Needs:
+    """What the recipe asks of the host that builds it, for `doctor`."""
+    resolved = with_directories(resolved, name=name)
+    model = planned_model(_source(resolved))
+    weights = weight_bytes(model.config).total
+    recipe = resolved.recipe
+    assert recipe.engine is not None
+    return Needs(
+        version=recipe.tensorrt_llm.version,
+        gpu=recipe.tensorrt_llm.gpu,
+        ranks=model.config.tp_size,
+        output=recipe.engine,
+        disk_bytes=2 * weights * model.config.tp_size,
+        host_bytes=2 * weights,
     )

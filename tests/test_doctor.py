@@ -1,0 +1,130 @@
+"""`doctor` on hosts of every kind: what it says, what it imports (nothing), how it exits."""
+
+from __future__ import annotations
+
+import ctypes.util
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.tiny import Program
+from tests.standins.host import GPU_LINE, Host, make_host
+from trtllm_redrafter.backends.tensorrt_llm.machine import find_gpus
+from trtllm_redrafter.doctor import Check, DoctorReport, State, examine
+from trtllm_redrafter.doctor.checks import OWN_REQUIREMENTS
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "configs" / "llama-3.1-8b.yaml"
+
+
+@pytest.fixture
+def program(capsys: pytest.CaptureFixture[str]) -> Program:
+    return Program(capsys)
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """A GPU host on which everything fits, whatever this machine is."""
+    found = make_host(tmp_path / "host", monkeypatch)
+    for name, version in (("torch", "2.9.1"), ("transformers", "4.57.3"), ("numpy", "1.26.4")):
+        found.package(name, version)
+    monkeypatch.setattr(platform, "python_version", lambda: "3.12.3")
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: "libmpi.so.40")
+    return found
+
+
+def states(report: DoctorReport) -> dict[str, State]:
+    return {check.name: check.state for check in report.checks}
+
+
+def check(report: DoctorReport, name: str) -> Check:
+    return next(c for c in report.checks if c.name == name)
+
+
+def test_a_fitting_host_serves_both(host: Host) -> None:
+    report = examine(None)
+    assert set(states(report).values()) == {State.OK}, report.render()
+    assert report.serves("torch") and report.serves("tensorrt-llm")
+    assert "NVIDIA H100 80GB HBM3 (86 GB, sm_90)" in report.render()
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "name", "state", "says"),
+    [
+        ("tensorrt_llm", "1.3.0rc22", "tensorrt_llm", State.FAIL, "removed"),
+        ("tensorrt_llm", "0.13.0", "tensorrt_llm", State.FAIL, "recurrence"),
+        ("tensorrt_llm", "1.1.0", "tensorrt_llm", State.WARN, "planned for"),
+        ("torch", "2.13.0", "torch for TensorRT-LLM", State.FAIL, "2.10"),
+        ("torch", "2.4.0", "torch", State.FAIL, ">=2.9"),
+        ("tensorrt", "10.11.0", "tensorrt for TensorRT-LLM", State.FAIL, "10.14"),
+        ("transformers", "4.57.1", "transformers for TensorRT-LLM", State.WARN, "4.57.3"),
+        ("numpy", "2.1.0", "numpy for TensorRT-LLM", State.WARN, "<2"),
+    ],
+)
+def test_versions_are_compared_before_anything_is_imported(
+    host: Host, package: str, version: str, name: str, state: State, says: str
+) -> None:
+    host.package(package, version)
+    found = check(examine(None), name)
+    assert found.state is state and says in found.found and found.remedy
+
+
+def test_gpus_and_drivers(host: Host) -> None:
+    host.gpus("Tesla V100-SXM2-32GB, 32768, 32000, 7.0, 580.82.07")
+    report = examine(None)
+    assert states(report)["gpu"] is State.FAIL and report.serves("torch") and not report.serves("tensorrt-llm")
+    host.gpus(GPU_LINE.replace("580.82.07", "535.10"))
+    assert states(examine(None))["driver"] is State.WARN and examine(None).serves("tensorrt-llm")
+    host.program("nvidia-smi", "#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    assert states(examine(None))["gpu"] is State.FAIL
+
+
+def test_a_driver_that_answers_oddly_is_no_crash(host: Host) -> None:
+    host.gpus("NVIDIA H100 80GB HBM3, [N/A], 1, 9.0, 580", GPU_LINE, "")
+    assert [gpu.memory_bytes for gpu in find_gpus()] == [81559 * 2**20]
+
+
+def test_python_and_mpi(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "python_version", lambda: "3.11.7")
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
+    report = examine(None)
+    assert states(report)["python"] is State.FAIL and states(report)["libmpi"] is State.FAIL
+    assert report.serves("torch") and "cannot: python, libmpi" in report.render()
+
+
+def test_a_recipe_adds_its_needs(host: Host, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    program("doctor", RECIPE, "--json")
+    names = {c["name"] for c in program.document["checks"]}
+    assert {"recipe: gpu", "recipe: disk", "recipe: memory"} <= names
+    huge = ["--set", "base=models/Llama-3.3-70B-Instruct", "--set", "convert.tp_size=4"]
+    assert program("doctor", RECIPE, *huge, "--json") == 6
+    found = {c["name"]: c for c in program.document["checks"]}
+    assert found["recipe: gpu"]["state"] == "fail" and "1 of 4" in found["recipe: gpu"]["found"]
+    assert not program.document["able"] and program.document["serves"]["tensorrt-llm"] is False
+    host.gpus(GPU_LINE.replace("81000", "20000"))
+    program("doctor", RECIPE, "--json")
+    busy = next(c for c in program.document["checks"] if c["name"] == "recipe: gpu")
+    assert busy["state"] == "warn" and "only 25 % free" in busy["found"]
+
+
+def test_this_machine_serves_the_embedded_backend(program: Program) -> None:
+    assert program("doctor", "--json") == 0
+    assert program.document["serves"]["torch"] and program.document["backend"] == "torch"
+
+
+def test_doctor_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from trtllm_redrafter.cli import run_app; run_app(['doctor']); "
+        "bad = {'torch', 'transformers', 'tensorrt_llm', 'tensorrt'} & set(sys.modules); assert not bad, bad"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_own_requirements_are_those_of_the_package() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert all(f'"{name}{needed}"' in text for name, needed in OWN_REQUIREMENTS.items())

@@ -1,0 +1,174 @@
+"""The checks themselves: what is looked at, what is needed, and the remedy."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from trtllm_redrafter.backends.tensorrt_llm.machine import (
+    FoundGpu,
+    cuda_version,
+    find_gpus,
+    find_program,
+    installed_version,
+)
+from trtllm_redrafter.backends.tensorrt_llm.versions import (
+    CONTAINER,
+    MIN_COMPUTE_CAPABILITY,
+    MIN_DRIVER,
+    PYTHON_VERSIONS,
+    REQUIREMENTS,
+    TARGET,
+    Status,
+    parse_version,
+    release_for,
+    same_line,
+    satisfies,
+)
+from trtllm_redrafter.doctor.report import BACKENDS, Check, Needs, State
+from trtllm_redrafter.planning.gpus import gpu as planned_gpu
+
+TRT = ("tensorrt-llm",)
+OWN_REQUIREMENTS = {"torch": ">=2.9", "transformers": ">=4.57,<6", "safetensors": ">=0.5", "numpy": ">=1.26"}
+"""What this package needs for itself, on either backend; pyproject.toml has the same ranges."""
+
+_CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))
+
+
+def all_checks(needs: Needs | None) -> Iterator[Check]:
+    gpus = find_gpus()
+    yield _python()
+    yield from _own_packages()
+    yield _tensorrt_llm(needs)
+    yield from _pinned_packages()
+    yield _program("trtllm-build")
+    yield _libmpi()
+    yield from _gpu_checks(gpus, needs)
+    yield _container()
+    if needs is not None:
+        yield from _needs(needs)
+
+
+def _python() -> Check:
+    version = platform.python_version()
+    minor = ".".join(version.split(".")[:2])
+    if parse_version(version) < (3, 10):
+        return Check("python", State.FAIL, version, BACKENDS, "use Python 3.10 or newer")
+    if minor not in PYTHON_VERSIONS or platform.system() != "Linux":
+        found = (
+            f"{version} on {platform.system()}: TensorRT-LLM has wheels for {' and '.join(PYTHON_VERSIONS)} on Linux"
+        )
+        return Check("python", State.FAIL, found, TRT, f"use {CONTAINER}, or Python 3.12")
+    return Check("python", State.OK, version, BACKENDS)
+
+
+def _own_packages() -> Iterator[Check]:
+    for name, needed in OWN_REQUIREMENTS.items():
+        version = installed_version(name)
+        if version is None:
+            yield Check(name, State.FAIL, "not installed", BACKENDS, f"pip install '{name}{needed}'")
+        elif not satisfies(version, needed):
+            yield Check(name, State.FAIL, f"{version}, {needed} is needed", BACKENDS, f"pip install '{name}{needed}'")
+        else:
+            yield Check(name, State.OK, version, BACKENDS)
+
+
+def _tensorrt_llm(needs: Needs | None) -> Check:
+    version, wanted = installed_version("tensorrt_llm"), TARGET if needs is None else needs.version
+    if version is None:
+        return Check("tensorrt_llm", State.FAIL, "not installed", TRT, f"use {CONTAINER}")
+    release = release_for(version)
+    if release is None or release.status is Status.REFUSED:
+        why = release.notes[0] if release is not None else "not a version this package knows"
+        return Check("tensorrt_llm", State.FAIL, f"{version}: {why}", TRT, f"use {CONTAINER}")
+    if not same_line(version, wanted):
+        return Check("tensorrt_llm", State.WARN, f"{version}, {wanted} is planned for", TRT, f"use {CONTAINER}")
+    return Check("tensorrt_llm", State.OK, version, TRT)
+
+
+def _pinned_packages() -> Iterator[Check]:
+    """Versions that the 1.2.1 wheel pins; others fail at import with messages that lead elsewhere."""
+    if installed_version("tensorrt_llm") is None:
+        return
+    for name, needed in REQUIREMENTS.items():
+        version = installed_version(name)
+        found = f"{version or 'not installed'}, TensorRT-LLM {TARGET} pins {needed}"
+        if version is None or not satisfies(version.split(".post")[0], needed):
+            state = State.FAIL if version is None or name in ("torch", "tensorrt") else State.WARN
+            yield Check(f"{name} for TensorRT-LLM", state, found, TRT, f"use {CONTAINER}, or install that version")
+
+
+def _program(name: str) -> Check:
+    path = find_program(name)
+    if path is None:
+        return Check(name, State.FAIL, "not on PATH", TRT, "it comes with tensorrt_llm 1.2; 1.3 has removed it")
+    return Check(name, State.OK, str(path), TRT)
+
+
+def _libmpi() -> Check:
+    found = ctypes.util.find_library("mpi")
+    if found is None:
+        remedy = "apt-get install libopenmpi-dev (libmpi.so.40)"
+        return Check("libmpi", State.FAIL, "not found", TRT, remedy)
+    return Check("libmpi", State.OK, found, TRT)
+
+
+def _gpu_checks(gpus: list[FoundGpu], needs: Needs | None) -> Iterator[Check]:
+    if not gpus:
+        yield Check("gpu", State.FAIL, "none: nvidia-smi is missing or finds none", TRT,
+                    "build and run on a GPU host; `plan` and `build --dry-run` work here")  # fmt: skip
+        return
+    first = gpus[0]
+    names = ", ".join(f"{g.name} ({g.memory_bytes / 1e9:.0f} GB, {g.sm})" for g in gpus)
+    if first.compute_capability < MIN_COMPUTE_CAPABILITY:
+        yield Check("gpu", State.FAIL, names, TRT, "compute capability 8.0 or newer is needed")
+    else:
+        yield Check("gpu", State.OK, names, TRT)
+    branch = parse_version(first.driver)[:1]
+    cuda = f", CUDA runtime {version}" if (version := cuda_version()) else ""
+    if branch and branch[0] < MIN_DRIVER:
+        remedy = f"install driver {MIN_DRIVER} or newer, or a container with NVIDIA's CUDA compatibility package"
+        yield Check("driver", State.WARN, f"{first.driver}{cuda}: CUDA 13 needs {MIN_DRIVER}", TRT, remedy)
+    else:
+        yield Check("driver", State.OK, first.driver + cuda, TRT)
+    if needs is not None:
+        yield _planned_gpu(gpus, needs)
+
+
+def _planned_gpu(gpus: list[FoundGpu], needs: Needs) -> Check:
+    target = planned_gpu(needs.gpu)
+    fitting = [g for g in gpus if g.compute_capability == target.compute_capability]
+    found = f"{len(fitting)} of {needs.ranks} needed with the compute capability of {target.title}"
+    if len(fitting) < needs.ranks:
+        remedy = "use that kind of host, or plan the recipe for this one: --set tensorrt_llm.gpu=…"
+        return Check("recipe: gpu", State.FAIL, found, TRT, remedy)
+    free = min(g.free_bytes / g.memory_bytes for g in fitting[: needs.ranks])
+    if free < 0.9:
+        remedy = "end what runs on it (`nvidia-smi`): the plan counts on the whole GPU"
+        return Check("recipe: gpu", State.WARN, f"{found}, only {100 * free:.0f} % free", TRT, remedy)
+    return Check("recipe: gpu", State.OK, found, TRT)
+
+
+def _container() -> Check:
+    inside = any(mark.exists() for mark in _CONTAINER_MARKS)
+    found = "inside a container" if inside else f"not in a container; {CONTAINER} has everything that fits together"
+    return Check("container", State.OK, found, ())
+
+
+def _needs(needs: Needs) -> Iterator[Check]:
+    parent = Path(os.path.realpath(needs.output)).parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    found = f"{free / 1e9:.1f} GB free in {parent}, {needs.disk_bytes / 1e9:.1f} GB needed for checkpoint and engine"
+    enough = free >= needs.disk_bytes
+    yield Check("recipe: disk", State.OK if enough else State.FAIL, found, BACKENDS, "choose another work_dir")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = f"{memory / 1e9:.1f} GB, about {needs.host_bytes / 1e9:.1f} GB needed to build one rank"
+    enough = memory >= needs.host_bytes
+    remedy = "build on a host with more memory; the process would be killed without a message"
+    yield Check("recipe: memory", State.OK if enough else State.FAIL, found, TRT, remedy)
