@@ -133,6 +133,13 @@ def test_a_damaged_engine(here: Path, program: Program, damage: str) -> None:
         assert program("run", "--engine", "engine", "--prompt", "x", "--max-tokens", "2") == 0
 
 
+def test_results_on_a_full_disk(here: Path, program: Program) -> None:
+    """/dev/full takes nothing; a device is no file of ours, so it is reached through a link."""
+    Path("full.jsonl").symlink_to("/dev/full")
+    assert program(*RUN.split(), "--prompt", "x", "--output", "full.jsonl", "--overwrite", "--json") == 5, program.err
+    assert "full.jsonl: the disk is full" in program.err and program.document["error"]["kind"] == "output"
+
+
 def test_debug_shows_where_it_happened(here: Path, program: Program) -> None:
     assert program("inspect", "../nowhere", "--debug") == 3
     assert "Traceback" in program.err and "error: " in program.err

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -115,10 +116,8 @@ def _keep(outcome: Outcome, report: RunReport, sink: IO[str] | None) -> None:
     if sink is None:
         report.outcomes.append(outcome)
     else:
-        assert report.output is not None
-        with as_output_error(report.output):
-            sink.write(json.dumps(outcome.as_dict(), ensure_ascii=False) + "\n")
-            sink.flush()
+        sink.write(json.dumps(outcome.as_dict(), ensure_ascii=False) + "\n")
+        sink.flush()
     if outcome.error is not None:
         report.error = report.error or outcome.error
         note(outcome.error.render())
@@ -152,11 +151,18 @@ def _stream_text(job: Job, update: Update) -> None:
     typer.echo(update.text, nl=update.result is not None)
 
 
-def _open_sink(path: Path) -> IO[str]:
-    """Results are written as they come, so that a killed run leaves what it had finished."""
+@contextmanager
+def _open_sink(path: Path) -> Iterator[IO[str]]:
+    """Results are written as they come, so that a killed run leaves what it had finished; an empty file goes."""
     with as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("w", encoding="utf-8")
+        try:
+            with path.open("w", encoding="utf-8") as sink:
+                yield sink
+        except BaseException:
+            if path.stat().st_size == 0:
+                path.unlink()
+            raise
 
 
 def stats_table(report: RunReport) -> str:

@@ -69,7 +69,8 @@ class PipelinePlan:
     hashes: HashCache
 
     def render(self) -> str:
-        return "\n".join([self.resolved.render(), "", *(stage.render() for stage in self.stages)])
+        used = ("", CONVERT, BUILD, RUN, *(["tensorrt_llm"] if self.resolved.recipe.backend == "tensorrt-llm" else []))
+        return "\n".join([self.resolved.render(*used), "", *(stage.render() for stage in self.stages)])
 
     def as_dict(self) -> dict[str, Any]:
         return {"values": self.resolved.as_dict(), "stages": [stage.as_dict() for stage in self.stages]}

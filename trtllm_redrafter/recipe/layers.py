@@ -162,6 +162,8 @@ def _plainly(message: str) -> str:
     """Pydantic's sentence as a remedy."""
     for start in ("Input should", "String should"):
         message = message.replace(start, "it should", 1)
+    if "not a valid path" in message:
+        return "it should be a path, written as a text"
     return message.removeprefix("Value error, ")
 
 

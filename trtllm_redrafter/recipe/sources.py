@@ -19,17 +19,37 @@ PRESET_KEY = "preset"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a repeated key is an error; plain PyYAML keeps the last one and says nothing."""
+    """YAML without what plain PyYAML lets pass: a repeated key (the last one wins), an alias of what it stands in."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._open: set[str] = set()
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        anchor = getattr(event, "anchor", None)
+        if anchor is None:
+            return super().compose_node(parent, index)
+        if self.check_event(yaml.AliasEvent):
+            if anchor in self._open:
+                raise yaml.composer.ComposerError(None, None, f"*{anchor} stands inside of itself", event.start_mark)
+            return super().compose_node(parent, index)
+        self._open.add(anchor)
+        node = super().compose_node(parent, index)
+        self._open.discard(anchor)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
+            what = None
+            if not isinstance(key_node, yaml.ScalarNode):
+                what = "a key is a list or a mapping, it must be a word"
+            elif key_node.value in seen:
+                what = f"the key {key_node.value!r} stands twice"
+            if what is not None:
+                raise yaml.constructor.ConstructorError(None, None, what, key_node.start_mark)
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
