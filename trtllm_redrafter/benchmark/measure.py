@@ -102,7 +102,7 @@ def _note(update: Update, now: float, running: dict[str, _Open], found: RoundRes
     if update.token_ids:
         if request.first is None:
             request.first = now
-        else:
+        elif now > request.last:  # a prompt's first token can come together with its first step's
             found.gaps.append(now - request.last)
         request.last = now
     if update.result is not None:
@@ -113,14 +113,16 @@ def _note(update: Update, now: float, running: dict[str, _Open], found: RoundRes
 
 def _record(request: _Open, result: Result, repeat: int) -> Record:
     first = request.submitted if request.first is None else request.first
+    seconds = request.last - request.submitted
+    until_decoding = result.queue_seconds + result.prefill_seconds or first - request.submitted
     return Record(
         item=request.item.item_id,
         category=request.item.category,
         repeat=repeat,
         tokens=len(result.token_ids),
         first_token_seconds=first - request.submitted,
-        seconds=request.last - request.submitted,
-        decode_seconds=request.last - first,
+        seconds=seconds,
+        decode_seconds=max(0.0, seconds - until_decoding),
         step_seconds=result.decode_seconds,
         steps=result.steps,
         drafted=result.drafted_tokens,

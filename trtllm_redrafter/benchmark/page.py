@@ -13,7 +13,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .8rem; }
 p { margin: .4rem 0; max-width: 46rem; }
@@ -31,10 +31,10 @@ figcaption { font-weight: 600; margin-bottom: .4rem; }
 figcaption small { display: block; font-weight: 400; color: var(--soft); }
 .table { overflow-x: auto; border: 1px solid var(--faint); border-radius: .5rem; background: var(--card); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--faint); }
+th, td { padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--faint); }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card); }
 tr:last-child td { border-bottom: 0; }
-thead th { color: var(--soft); font-weight: 600; }
+thead th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; line-height: 1.25; }
 table.facts td { white-space: normal; text-align: left; overflow-wrap: anywhere; }
 table.facts td:first-child { white-space: nowrap; color: var(--soft); position: static; }
 @media (max-width: 34rem) { main { padding: 1rem .7rem 3rem; } h1 { font-size: 1.35rem; }

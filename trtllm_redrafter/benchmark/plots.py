@@ -78,11 +78,12 @@ def speedup_by_batch(summary: Summary) -> str:
             axis.annotate(f"{value:.2f}", (x, value), (8, 0), textcoords="offset points", va="center", color=INK)
         axis.set_xticks(list(places), [str(b.figures.batch) for b in rows])
         axis.set_xlim(-0.6, len(rows) - 0.4)
-        axis.set_ylim(bottom=0, top=max(1.2, *(b.figures.speedup.high for b in rows)) * 1.1)
+        axis.set_ylim(bottom=0, top=1.1 * max([1.2, *(b.figures.speedup.high for b in rows)]))
         axis.set_xlabel("requests together")
         axis.set_ylabel("speed-up")
 
-    return draw("batch", paint, title="Speed-up by batch size, with intervals")
+    kinds = max(len(b.figures.categories) for b in rows) if rows else 0
+    return draw("batch", paint, height=_category_height(kinds), title="Speed-up by batch size, with intervals")
 
 
 def _intervals(axis: Any, places: Sequence[float], estimates: Sequence[Any], *, vertical: bool) -> None:
@@ -93,6 +94,11 @@ def _intervals(axis: Any, places: Sequence[float], estimates: Sequence[Any], *, 
         axis.errorbar(places, values, yerr=errors, **look)
     else:
         axis.errorbar(values, places, xerr=errors, **look)
+
+
+def _category_height(kinds: int) -> float:
+    """Also of the plot beside it."""
+    return 1 + 0.4 * max(4, kinds)
 
 
 def speedup_by_category(batch: BatchSummary) -> str:
@@ -106,7 +112,7 @@ def speedup_by_category(batch: BatchSummary) -> str:
         axis.set_xlim(left=0)
         axis.set_xlabel(f"speed-up, batch {batch.figures.batch}")
 
-    return draw("category", paint, height=1 + 0.45 * max(2, len(rows)), title="Speed-up by kind of prompt")
+    return draw("category", paint, height=_category_height(len(rows)), title="Speed-up by kind of prompt")
 
 
 def acceptance_by_position(summary: Summary) -> str:
@@ -159,13 +165,13 @@ def roofline(summary: Summary) -> str | None:
         return None
 
     def paint(figure: Any, axis: Any) -> None:
-        for offset, colour, label in ((0.2, SECOND, AUTOREGRESSION), (-0.2, ACCENT, DRAFTING)):
+        for offset, colour, label in ((-0.2, SECOND, AUTOREGRESSION), (0.2, ACCENT, DRAFTING)):
             shares = [100 * (b.roof.plain if colour == SECOND else b.roof.drafting) for b in rows if b.roof]
             bars = axis.barh([i + offset for i in range(len(rows))], shares, height=0.36, color=colour, label=label)
             axis.bar_label(bars, fmt="%.0f", color=INK, padding=3)
         axis.axvline(100, color=INK, linewidth=1, linestyle="--")
         axis.set_yticks(range(len(rows)), [f"batch {b.figures.batch}" for b in rows])
-        axis.set_ylim(-0.6, len(rows) - 0.1)
+        axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.set_xlim(0, 115)
         axis.set_xlabel("base weights per step time, % of memory bandwidth")
         figure.legend(frameon=False, loc="outside upper center", ncols=2)

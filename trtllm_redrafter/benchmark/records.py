@@ -21,7 +21,9 @@ ARMS = (DRAFTING, AUTOREGRESSION)
 
 @dataclass(frozen=True)
 class Record:
-    """One request. Seconds count from its submission; `decode_seconds` from its first token on.
+    """One request. Seconds count from its submission; `decode_seconds` from the end of its prompt's pass.
+
+    `first_token_seconds` is when a reader sees it, which can be a step later: a runner may hand out both together.
 
     `step_seconds` is the runner's own time in decoding steps; the rest of `decode_seconds` went to other requests'
     prompts. `output` is a hash of the emitted token ids.

@@ -1,0 +1,139 @@
+"""Measured on tiny engines: real counts, equal outputs, what an interruption leaves, slow drafters, planted faults."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from tests.engines import make_runner
+from trtllm_redrafter.backends.torch.runner import TorchRunner
+from trtllm_redrafter.benchmark.differences import examine
+from trtllm_redrafter.benchmark.figures import batch_figures
+from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, run_round
+from trtllm_redrafter.benchmark.prompts import Item
+from trtllm_redrafter.benchmark.statistics import Bootstrap
+from trtllm_redrafter.benchmark.verdict import NO_GO, judge
+from trtllm_redrafter.errors import UsageError
+from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.redrafter.token_tree import Tree
+
+OPTIONS = MeasureOptions(batches=(1, 3), max_tokens=8, repeats=3, warmup=1)
+ITEMS = [Item(f"p{i}", "even" if i % 2 == 0 else "odd", (5 + i, 6, 7 + i)) for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> TorchRunner:
+    return make_runner(tmp_path_factory.mktemp("engine"))
+
+
+def test_both_sides_are_measured_on_the_same(runner: TorchRunner) -> None:
+    session = Session(runner, runner, ITEMS, OPTIONS)
+    session.run(no_progress)
+    assert [b.batch for b in session.batches] == [1, 3]
+    for batch in session.batches:
+        assert not batch.differences
+        keys = [{(r.item, r.repeat): r for r in arm.records} for arm in (batch.drafting, batch.autoregression)]
+        assert keys[0].keys() == keys[1].keys() and len(keys[0]) == len(ITEMS) * OPTIONS.repeats
+        for key, mine in keys[0].items():
+            plain = keys[1][key]
+            assert (mine.output, mine.tokens) == (plain.output, plain.tokens)
+            assert mine.tokens == 1 + mine.steps + mine.accepted and plain.steps == plain.tokens - 1
+            assert mine.drafted > 0 and plain.drafted == 0
+            assert 0 < mine.first_token_seconds <= mine.seconds
+            assert mine.step_seconds <= mine.decode_seconds < mine.seconds
+        plain_arm = batch.autoregression
+        # the first token comes with the first step's, every other one alone
+        assert len(plain_arm.gaps) == sum(max(0, r.tokens - 2) for r in plain_arm.records)
+        assert min(plain_arm.gaps) > 0
+        assert sum(r.seconds for r in plain_arm.records) <= batch.batch * plain_arm.wall_seconds
+    assert not runner.has_work
+
+
+def test_places_are_refilled_and_never_exceeded(runner: TorchRunner) -> None:
+    most = []
+    step = runner.step
+
+    def watched() -> list[object]:
+        updates = step()
+        most.append(len(runner._active) + sum(u.result is not None for u in updates))
+        return updates  # type: ignore[return-value]
+
+    runner.step = watched  # type: ignore[method-assign,assignment]
+    try:
+        found = run_round(runner, ITEMS, batch=2, max_tokens=8, draft=False, repeat=0)
+    finally:
+        del runner.step  # type: ignore[method-assign]
+    assert len(found.records) == len(ITEMS) and max(most) == 2
+
+
+def test_interruption_keeps_finished_rounds_and_an_idle_runner(runner: TorchRunner) -> None:
+    session = Session(runner, runner, ITEMS, MeasureOptions((1,), 8, 3, 1))
+
+    def stop_at_four(stage: str, done: int, total: int | None, unit: str) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.run(stop_at_four)
+    assert len(session.batches[0].drafting.records) == len(session.batches[0].autoregression.records) == 4
+    assert not runner.has_work and len(runner._free) == runner.info.max_batch_size
+
+
+def test_batch_sizes_are_checked(runner: TorchRunner) -> None:
+    with pytest.raises(UsageError) as caught:
+        MeasureOptions((0, 9, 9), 8, 3, 1).check(runner, Path("engine"))
+    text = caught.value.render()
+    assert "batch 0" in text and "batch 9" in text and "given twice" in text
+
+
+class SlowDrafting:
+    """A drafter that takes its time and is never right."""
+
+    def __init__(self, shape: object) -> None:
+        self.shape = shape
+
+    def propose(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[Tree]:
+        time.sleep(0.01)
+        return [Tree.merge([[root, 63, 63, 63]]) for root in roots]
+
+
+def test_an_engineered_slow_drafter_is_a_no_go(tmp_path: Path) -> None:
+    slow = make_runner(tmp_path, draft_len=3)
+    assert slow._drafting is not None
+    slow._drafting = SlowDrafting(slow._drafting.shape)  # type: ignore[assignment]
+    session = Session(slow, slow, ITEMS, MeasureOptions((1,), 8, 3, 1))
+    session.run(no_progress)
+    figures = batch_figures(session.batches[0], Bootstrap(500, 0.95, 0))
+    verdict = judge(figures, session.batches[0].differences)
+    assert verdict.answer == NO_GO and figures.step_time_ratio > 1.5, verdict.render()
+
+
+def test_a_wrong_token_is_a_fault_and_a_tie_is_not(runner: TorchRunner) -> None:
+    item = ITEMS[0]
+    text = run_round(runner, [item], batch=1, max_tokens=8, draft=False, repeat=0).results[item.item_id].token_ids
+    wrong = [*text[:3], (text[3] + 1) % 64, *text[4:]]
+    found = examine(runner, item, wrong, text, batch=1)
+    assert (found.kind, found.position) == ("fault", 3) and found.gap is not None and found.gap > (found.bound or 0)
+    assert examine(runner, item, text[:-1], text, batch=1).kind == "fault"
+    # the same two texts, compared where rounding is as wide as the gap
+    runner.info = type(runner.info)(**{**vars(runner.info), "dtype": "wide"})
+    try:
+        import trtllm_redrafter.benchmark.differences as differences
+
+        differences.ROUNDING["wide"] = 10.0
+        assert examine(runner, item, wrong, text, batch=1).kind == "tie"
+    finally:
+        del differences.ROUNDING["wide"]
+        runner.info = type(runner.info)(**{**vars(runner.info), "dtype": "float32"})
+
+
+def test_a_planted_difference_is_found_once(tmp_path: Path) -> None:
+    one, two = make_runner(tmp_path / "a"), make_runner(tmp_path / "b", num_hidden_layers=1)
+    session = Session(one, two, ITEMS[:2], MeasureOptions((1,), 8, 3, 1))
+    session.run(no_progress)
+    assert {d.item for d in session.batches[0].differences} == {"p0", "p1"}
+    assert len(session.batches[0].differences) == 2  # once per prompt, not per repeat

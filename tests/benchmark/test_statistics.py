@@ -1,0 +1,98 @@
+"""Figures against cases computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from tests.benchmark.made import batch_records, record
+from trtllm_redrafter.benchmark.figures import arm_figures, batch_figures
+from trtllm_redrafter.benchmark.records import ArmRecords, BatchRecords
+from trtllm_redrafter.benchmark.statistics import Bootstrap, Estimate, Table, percentiles, speedup
+
+BOOTSTRAP = Bootstrap(draws=2000, level=0.95, seed=0)
+
+
+def test_percentiles_interpolate() -> None:
+    assert percentiles([1, 2, 3, 4, 5], (50, 95)) == {"p50": 3.0, "p95": pytest.approx(4.8)}
+    assert percentiles([], (50,)) == {"p50": None}
+
+
+def test_speedup_is_the_ratio_of_summed_speeds() -> None:
+    # drafting: 100 tokens in 1 s and 300 in 4 s = 80/s; autoregression: 2 s and 8 s = 40/s
+    batch = BatchRecords(1)
+    batch.drafting.records = [record("a", 0, 1.0), record("b", 0, 4.0, tokens=300)]
+    batch.autoregression.records = [record("a", 0, 2.0), record("b", 0, 8.0, tokens=300)]
+    found = speedup(Table.of(batch), "seconds", BOOTSTRAP)
+    assert found == Estimate(pytest.approx(2.0), pytest.approx(2.0), pytest.approx(2.0))
+
+
+def test_interval_is_that_of_all_draws() -> None:
+    """Two prompts, one twice as fast, one not: draws give 2, 1 or the middle, by hand 200/(50+100) and 1.333."""
+    batch = BatchRecords(1)
+    batch.drafting.records = [record("a", 0, 1.0), record("b", 0, 2.0)]
+    batch.autoregression.records = [record("a", 0, 2.0), record("b", 0, 2.0)]
+    found = speedup(Table.of(batch), "seconds", BOOTSTRAP)
+    assert (found.value, found.low, found.high) == (pytest.approx(4 / 3), pytest.approx(1.0), pytest.approx(2.0))
+
+
+def test_only_pairs_count() -> None:
+    batch = BatchRecords(1)
+    batch.drafting.records = [record("a", 0, 1.0), record("a", 1, 100.0), record("b", 0, 1.0)]
+    batch.autoregression.records = [record("a", 0, 3.0), record("c", 0, 1.0)]
+    table = Table.of(batch)
+    assert table.items == ("a",) and table.drafting.seconds.tolist() == [[1.0]]
+    assert speedup(table, "seconds", BOOTSTRAP).value == pytest.approx(3.0)
+
+
+def test_an_interrupted_repeat_weighs_what_it_measured() -> None:
+    batch = batch_records(2.0, prompts=4, repeats=2)
+    batch.drafting.records.pop()  # the last prompt's second repeat is missing on one side
+    table = Table.of(batch)
+    assert int((table.drafting.seconds == 0).sum()) == int((table.autoregression.seconds == 0).sum()) == 1
+    assert speedup(table, "seconds", BOOTSTRAP).value == pytest.approx(2.0)
+
+
+def test_nothing_measured_is_not_a_number() -> None:
+    assert math.isnan(speedup(Table.of(BatchRecords(1)), "seconds", BOOTSTRAP).value)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    """Noise of prompts alone: 95 % intervals of 60 made-up results must hold the true 1.3 in most."""
+    hits = 0
+    for seed in range(60):
+        table = Table.of(batch_records(1.3, noise=0.1, seed=seed, prompts=40))
+        found = speedup(table, "seconds", Bootstrap(400, 0.95, seed))
+        hits += found.low <= 1.3 <= found.high
+    assert 50 <= hits <= 60
+
+
+def test_weights_are_reproducible_and_sum_up() -> None:
+    prompts, repeats = BOOTSTRAP.weights(5, 3)
+    again, _ = BOOTSTRAP.weights(5, 3)
+    assert np.array_equal(prompts, again) and (prompts.sum(axis=1) == 5).all() and (repeats.sum(axis=1) == 3).all()
+    other = BOOTSTRAP.other_repeats(3)
+    assert other.shape == repeats.shape and not np.array_equal(other, repeats)
+
+
+def test_figures_of_one_side() -> None:
+    # two requests of 101 tokens in 2 s each, one after the other, 50 steps of 30 ms, 50 drafts accepted
+    records = [record(i, 0, 2.0, tokens=101, steps=50, accepted=50, step_seconds=1.5) for i in "ab"]
+    found = arm_figures(ArmRecords(records, wall_seconds=4.0, gaps=[0.01, 0.03]))
+    assert found.tokens == 202 and found.tokens_per_second == pytest.approx(50.5)
+    assert found.decode_tokens_per_second == pytest.approx(200 / 3.6)  # the first tenth is the prompt's
+    assert found.seconds_per_token == pytest.approx(3.6 / 200)
+    assert found.step_seconds == pytest.approx(0.03) and found.acceptance_length == pytest.approx(2.0)
+    assert found.accepted_share == pytest.approx((1.0, 0.0, 0.0))
+    assert found.gap_seconds["p50"] == pytest.approx(0.02) and found.first_token_seconds["p50"] == pytest.approx(0.2)
+
+
+def test_step_time_ratio_and_categories() -> None:
+    figures = batch_figures(batch_records(1.5), BOOTSTRAP)
+    assert figures.step_time_ratio == pytest.approx(99 / 50)
+    assert figures.as_dict()["break_even_acceptance"] == figures.step_time_ratio
+    assert {name: c.prompts for name, c in figures.categories.items()} == {"translation": 10, "question answering": 10}
+    assert all(c.speedup.value == pytest.approx(1.5) for c in figures.categories.values())
+    assert figures.total_speedup == pytest.approx(1.5)

@@ -1,0 +1,70 @@
+"""`bench` and `bench compare` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.tiny import Program
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": f"Word {i}", "category": "a" if i < 2 else "b"} for i in range(4)]
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    return file
+
+
+def test_bench_and_compare(program: Program, artefacts: Path, prompts: Path, tmp_path: Path) -> None:
+    flags = ["--prompts", prompts, "--batch", "1,2", "--max-tokens", 4]
+    report = tmp_path / "report"
+    assert program("bench", artefacts / "engine", *flags, "--report", report, "--json") == 0
+    document = program.document
+    assert document["complete"] and [b["batch"] for b in document["summary"]] == [1, 2]
+    assert document["summary"][0]["identical_output"] == {
+        "compared": 4, "ties": 0, "faults": 0, "unexamined": 0, "same": 4
+    }  # fmt: skip
+    assert document["settings"]["repeats"] == 3 and "batch 1: " in program.out
+    assert (report / "report.html").exists() and (report / "report.md").exists()
+
+    assert program("bench", "compare", report, report / "result.json", "--json") == 0
+    assert program.document["regressions"] == 0 and "no regression" in program.out
+    slower = json.loads((report / "result.json").read_text())
+    for batch in slower["batches"]:
+        for record in batch["drafting"]["records"]:
+            record["seconds"] *= 3
+    (tmp_path / "slower.json").write_text(json.dumps(slower))
+    assert program("bench", "compare", report, tmp_path / "slower.json") == 8 and "REGRESSION" in program.out
+
+    assert program("bench", artefacts / "engine", *flags, "--report", report) == 5 and "exists already" in program.err
+
+
+def test_baseline_engine_and_recipe(program: Program, artefacts: Path, prompts: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"engine: {artefacts / 'engine'}\nbench:\n  max_tokens: 3\n  batch: '1'\n")
+    assert program("bench", recipe, "--prompts", prompts, "--baseline", artefacts / "plain", "--json") == 0
+    assert program.document["settings"]["baseline"].endswith("plain")
+    assert program.document["summary"][0]["identical_output"]["same"] == 4
+
+
+def test_spec_bench_protocol(program: Program, artefacts: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "question.jsonl"
+    questions.write_text('{"question_id": 81, "category": "writing", "turns": ["Hi", "More"]}\n')
+    flags = ["--spec-bench", questions, "--max-tokens", 4, "--json"]
+    assert program("bench", artefacts / "engine", *flags) == 0
+    document = program.document
+    assert document["settings"]["requests"] == 2 and len(document["summary"]) == 1
+    assert document["summary"][0]["spec_bench"]["speedup"] > 0 and "Spec-Bench" in program.out
+
+
+def test_refusals(program: Program, artefacts: Path, prompts: Path, tmp_path: Path) -> None:
+    assert program("bench", artefacts / "plain", "--prompts", prompts) == 2 and "no drafter" in program.err
+    assert program("bench", tmp_path / "absent") == 3 and "there is no engine" in program.err
+    assert program("bench", artefacts / "engine", "--batch", "1,x") == 2 and "batch sizes" in program.err
+    assert program("bench", artefacts / "engine", "--repeats", 1) == 2 and "bench.repeats" in program.err
+    assert program("bench", artefacts / "engine", "--prompts", prompts, "--batch", 9) == 2
+    assert program("bench", artefacts / "engine", artefacts / "plain") == 2 and "--baseline" in program.err
+    assert program("bench", "compare", prompts, prompts) == 3
