@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trtllm_redrafter.cli.console import emit, note, progress_bar, say, working
-from trtllm_redrafter.cli.options import Json
+from trtllm_redrafter.cli.options import Json, from_flags, setting
 from trtllm_redrafter.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -21,9 +21,29 @@ def verify(
     against: Annotated[
         Path | None, typer.Option("--against", help="Hugging Face directory to compare values and greedy tokens with.")
     ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference", help="Checkpoint whose tokens and acceptance the engine must reproduce (parity gate)."
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Text for --reference; repeatable. (default: four of ours)")
+    ] = None,
+    max_tokens: Annotated[int | None, setting("run.max_tokens", "--max-tokens")] = None,
+    min_acceptance: Annotated[
+        float | None, typer.Option("--min-acceptance", help="With --reference: fail below this many tokens per step.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check hashes, names, shapes and dtypes; with --against, values and greedy tokens too."""
+    """Check hashes, names, shapes and dtypes; with --against, values and greedy tokens too.
+
+    With --reference: run the engine and compare tokens and acceptance with its checkpoint on the torch backend.
+    """
+    if reference is not None:
+        run = from_flags({"run.max_tokens": ("--max-tokens", max_tokens)}).recipe.run
+        _gate(path, reference, tuple(prompt or ()), run.max_tokens, min_acceptance, device=run.device, as_json=as_json)
+        return
     from trtllm_redrafter.convert.against import verify as run_checks
 
     with progress_bar() as progress:
@@ -36,6 +56,25 @@ def verify(
         note(report.render())
     if as_json:
         error = None if report.ok else VerificationError(f"{len(report.problems)} problem(s)", where=path).as_dict()
+        emit("verify", **report.as_dict(), error=error)
+    if not report.ok:
+        raise typer.Exit(VerificationError.exit_code)
+
+
+def _gate(
+    engine: Path, reference: Path, prompts: tuple[str, ...], max_tokens: int, floor: float | None, *, device: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    from trtllm_redrafter.backends import engine_backend
+    from trtllm_redrafter.generation.gate import PROMPTS, GateRequest, parity_gate
+    from trtllm_redrafter.generation.session import best_device
+
+    device = best_device() if engine_backend(engine) == "torch" else device
+    with working("running the engine and its reference"):
+        report = parity_gate(GateRequest(engine, reference, prompts or PROMPTS, max_tokens, floor, device))
+    (say if report.ok else note)(report.render())
+    if as_json:
+        error = None if report.ok else VerificationError("the parity gate failed", where=engine).as_dict()
         emit("verify", **report.as_dict(), error=error)
     if not report.ok:
         raise typer.Exit(VerificationError.exit_code)

@@ -1,0 +1,163 @@
+"""The parity gate on engines that are right, and on ones that are wrong in each way it looks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.tiny import Program
+from tests.engines import build_engine, write_checkpoint, write_tokenizer
+from tests.standins.host import make_host
+from tests.trtllm_options import options, settings
+from trtllm_redrafter.backends import load_backend
+from trtllm_redrafter.backends.base import Result
+from trtllm_redrafter.backends.torch.runner import TorchRunner
+from trtllm_redrafter.errors import MismatchError
+from trtllm_redrafter.generation import gate
+from trtllm_redrafter.generation.gate import GateReport, GateRequest, parity_gate
+from trtllm_redrafter.progress import no_progress
+
+PROMPTS = ("one", "a second prompt", "3")
+VOCAB = 259
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in float32 and in bfloat16, and a torch engine of each."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    for dtype in ("float32", "bfloat16"):
+        checkpoint = write_checkpoint(folder / dtype, dtype=dtype, vocab_size=VOCAB)
+        build_engine(checkpoint, folder / dtype / "engine", tokenizer)
+    return folder
+
+
+def request(models: Path, dtype: str = "float32", **changes: Any) -> GateRequest:
+    made = GateRequest(
+        models / dtype / "engine", models / dtype / "checkpoint", PROMPTS, max_tokens=40, min_acceptance=None,
+        device="cpu",
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_of_the_same_checkpoint_passes(models: Path, dtype: str) -> None:
+    report = parity_gate(request(models, dtype))
+    assert report.ok, report.render()
+    assert report.same + report.ties == sum(len(ids) for ids in report.token_ids) > 40 and not report.faults
+    assert report.acceptance == report.reference_acceptance and "passes" in report.render()
+    assert not list((models / dtype).glob(".redrafter-gate-*"))
+
+
+def with_changed_engine(monkeypatch: pytest.MonkeyPatch, change: Callable[[list[Result]], None]) -> None:
+    """Spoil what the first runner (the engine under test) answers; the reference stays as it is."""
+    original, calls = TorchRunner.generate, []
+
+    def generate(self: TorchRunner, requests: Any) -> list[Result]:
+        results = original(self, requests)
+        if not calls:
+            change(results)
+        calls.append(1)
+        return results
+
+    monkeypatch.setattr(TorchRunner, "generate", generate)
+
+
+def says(report: GateReport) -> str:
+    assert not report.ok
+    return report.render()
+
+
+def test_a_wrong_token_is_a_fault(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(results: list[Result]) -> None:
+        results[1].token_ids[4] = (results[1].token_ids[4] + 1) % VOCAB
+
+    with_changed_engine(monkeypatch, change)
+    report = parity_gate(request(models))
+    assert len(report.faults) == 1 and "token 5 of prompt 2" in says(report) and "rounding explains" in says(report)
+
+
+def test_ties_are_told_from_faults_and_counted(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gate.ROUNDING, "float32", 10.0)  # so that rounding "explains" anything
+
+    def change(results: list[Result]) -> None:
+        results[0].token_ids[:] = [(t + 1) % VOCAB for t in results[0].token_ids]
+
+    with_changed_engine(monkeypatch, change)
+    report = parity_gate(request(models))
+    assert not report.faults and report.ties > 10 and "too many numeric ties" in says(report)
+
+
+def test_a_drafter_that_is_not_connected_is_found(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(results: list[Result]) -> None:
+        for result in results:
+            result.steps, result.accepted_tokens = len(result.token_ids) - 1, 0
+
+    with_changed_engine(monkeypatch, never)
+    assert "no draft was ever accepted" in says(parity_gate(request(models)))
+
+
+def test_a_verification_that_accepts_all_is_found(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def always(results: list[Result]) -> None:
+        for result in results:
+            result.steps, result.accepted_tokens = 20, 20 * 3
+
+    with_changed_engine(monkeypatch, always)
+    assert "every draft was accepted" in says(parity_gate(request(models)))
+
+
+def test_another_acceptance_is_found(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def more(results: list[Result]) -> None:
+        for result in results:
+            result.steps, result.accepted_tokens = 20, 20
+
+    with_changed_engine(monkeypatch, more)
+    assert "acceptance differs" in says(parity_gate(request(models)))
+
+
+def test_a_floor(models: Path) -> None:
+    assert "the floor is 3.90" in says(parity_gate(request(models, min_acceptance=3.9)))
+
+
+def test_repeats_and_empty_answers_alarm(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(results: list[Result]) -> None:
+        results[0].token_ids[:] = [0] * 20
+        results[1].token_ids.clear()
+
+    with_changed_engine(monkeypatch, broken)
+    text = says(parity_gate(request(models)))
+    assert "repeats one token 20 times" in text and "prompt 2 has no tokens" in text
+
+
+def test_too_little_text_is_no_proof(models: Path) -> None:
+    assert "too little was written" in says(parity_gate(request(models, prompts=("one",), max_tokens=3)))
+
+
+def test_another_model_is_refused_at_once(models: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", num_hidden_layers=3, vocab_size=VOCAB)
+    with pytest.raises(MismatchError, match="num_hidden_layers is 2 there, 3 here"):
+        parity_gate(request(models, reference=other))
+
+
+def test_an_engine_of_tensorrt_llm_that_writes_nonsense_fails(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stand-in's tokens follow a rule of its own: the gate must say so, through the command."""
+    make_host(tmp_path / "host", monkeypatch)
+    backend = load_backend("tensorrt-llm")
+    asked = options(
+        settings(cache_dir=tmp_path / "cache"), checkpoint=models / "bfloat16" / "checkpoint",
+        output=tmp_path / "engine", tokenizer=models / "tokenizer",
+        max_batch_size=4, max_input_len=100, max_seq_len=200,
+    )  # fmt: skip
+    engine = backend.build(backend.plan(asked), no_progress)
+    program = Program(capsys)
+    flags = ["verify", engine, "--reference", models / "bfloat16" / "checkpoint", "--max-tokens", 40, "--json"]
+    assert program(*flags) == 8 and "faults" in program.err and program.document["faults"]
+    flags = ["verify", models / "float32" / "engine", "--reference", models / "float32" / "checkpoint"]
+    assert program(*flags, "--max-tokens", 40, "--prompt", "one", "--prompt", "two", "--json") == 0, program.err
+    assert program.document["ok"] and program.document["acceptance_length"]
