@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from trtllm_redrafter.benchmark.prediction import Prediction, frontier
 from trtllm_redrafter.benchmark.records import AUTOREGRESSION, DRAFTING
 from trtllm_redrafter.benchmark.summary import BatchSummary, Summary
 from trtllm_redrafter.errors import BackendError
@@ -178,3 +179,50 @@ def roofline(summary: Summary) -> str | None:
 
     height = 1.5 + 0.6 * len(rows)
     return draw("roof", paint, height=height, title="Share of the memory bandwidth that steps reach")
+
+
+def grid_heat_map(predictions: Sequence[Prediction], batch: int) -> str:
+    """Speed-up over beams and draft length; what the grid leaves out stays empty."""
+    here = {(p.shape.num_beams, p.shape.draft_len): p.speedup.value for p in predictions if p.batch == batch}
+    beams, lengths = (sorted({key[i] for key in here}) for i in (0, 1))
+    best = max(here.values())
+
+    def paint(figure: Any, axis: Any) -> None:
+        for (k, length), value in here.items():
+            x, y = lengths.index(length), beams.index(k)
+            strength = min(1.0, max(0.0, (value - 0.5) / max(0.01, best - 0.5)))
+            axis.barh(y, 0.94, left=x - 0.47, height=0.9, color=ACCENT, alpha=0.08 + 0.6 * strength**2)
+            weight = "bold" if value == best else "normal"
+            axis.text(x, y, f"{value:.2f}", ha="center", va="center", color=INK, fontweight=weight)
+        axis.set_xticks(range(len(lengths)), [str(n) for n in lengths])
+        axis.set_yticks(range(len(beams)), [str(n) for n in beams])
+        axis.set_xlim(-0.5, len(lengths) - 0.5)
+        axis.set_ylim(-0.5, len(beams) - 0.5)
+        axis.set_xlabel("draft length")
+        axis.set_ylabel("beams")
+
+    height = 1.2 + 0.4 * max(3, len(beams))
+    return draw(f"grid{batch}", paint, height=height, title=f"Predicted speed-up at batch {batch}")
+
+
+def user_against_total(predictions: Sequence[Prediction]) -> str:
+    """What one user gets against what all get; the frontier is a line."""
+    best = frontier(predictions)
+
+    def paint(figure: Any, axis: Any) -> None:
+        axis.scatter(
+            [p.user_tokens_per_second for p in predictions],
+            [p.total_tokens_per_second for p in predictions],
+            color=SECOND, s=18, alpha=0.7,
+        )  # fmt: skip
+        axis.plot([p.user_tokens_per_second for p in best], [p.total_tokens_per_second for p in best],
+                  color=ACCENT, marker="o", linewidth=1.5)  # fmt: skip
+        for p in best[:6]:
+            place = (p.user_tokens_per_second, p.total_tokens_per_second)
+            axis.annotate(f"{p.name}, batch {p.batch}", place, (-6, -4), textcoords="offset points", color=INK,
+                          fontsize=8, ha="right", va="top")  # fmt: skip
+        axis.margins(x=0.25, y=0.15)
+        axis.set_xlabel("tokens/s of one user")
+        axis.set_ylabel("tokens/s of all")
+
+    return draw("frontier", paint, title="Tokens per second of one user against all users")

@@ -25,6 +25,7 @@ from trtllm_redrafter.cli.pipeline import pipeline
 from trtllm_redrafter.cli.plan import plan
 from trtllm_redrafter.cli.run import run
 from trtllm_redrafter.cli.train import train
+from trtllm_redrafter.cli.tune import tune
 from trtllm_redrafter.cli.verify import verify
 from trtllm_redrafter.errors import RedrafterError, UsageError
 
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (convert, build, run, pipeline, inspect, verify, plan, doctor, train, evaluate, bench):
+for command in (convert, build, run, pipeline, inspect, verify, plan, doctor, train, evaluate, bench, tune):
     app.command()(command)
 
 

@@ -60,5 +60,5 @@ class TuneSection(Section):
     max_tokens: Positive = Field(default=128, description="tokens the base model writes per prompt")
     limit: Positive | None = Field(default=None, description="prompts taken, evenly over the file; derived: all")
     budget: Annotated[int, Field(ge=0)] = Field(default=0, description="best settings to measure after predicting")
-    steps: Positive = Field(default=24, description="decoding steps timed per setting and batch size")
+    steps: Positive = Field(default=40, description="decoding steps timed per setting and batch size")
     report: Directory | None = Field(default=None, description="directory for the report")

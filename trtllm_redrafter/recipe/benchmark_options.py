@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from trtllm_redrafter.backends import engine_backend
+from trtllm_redrafter.base_models.hf_config import stated_dtype
 from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.fsio import read_json
+from trtllm_redrafter.planning.gpus import gpu
 from trtllm_redrafter.recipe.benchmark import parse_batches
 from trtllm_redrafter.recipe.layers import Layer, Origin, Resolved, nest
-from trtllm_redrafter.recipe.options import draft_shape, with_directories
-from trtllm_redrafter.recipe.sources import file_layers
+from trtllm_redrafter.recipe.options import draft_shape, require, with_directories, with_limits
+from trtllm_redrafter.recipe.sources import PRESET_KEY, file_layers
+from trtllm_redrafter.recipe.training import parse_grid
+from trtllm_redrafter.recipe.training_options import within
 from trtllm_redrafter.redrafter.config import DraftShape
 
 if TYPE_CHECKING:
     from trtllm_redrafter.benchmark.bench import BenchOptions
     from trtllm_redrafter.benchmark.statistics import Bootstrap
+    from trtllm_redrafter.benchmark.tuning import Roof, TuneOptions
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
+
+
+def recipe_values(path: Path) -> dict[str, Any]:
+    """What a recipe file itself says, its preset by name: to be written out again with changes."""
+    layers = file_layers(path)
+    preset = {PRESET_KEY: layers[0].origin.detail} if len(layers) > 1 else {}
+    return {**preset, **layers[-1].values}
 
 
 def target_layers(target: Path) -> list[Layer]:
@@ -82,3 +96,65 @@ def bootstrap(resolved: Resolved) -> Bootstrap:
 
     section = resolved.recipe.bench
     return Bootstrap(section.resamples, section.confidence, section.seed)
+
+
+def tune_options(resolved: Resolved, *, name: str, command: tuple[str, ...]) -> TuneOptions:
+    """A target that is not `this` needs no engine; one of the torch backend is used where there is one."""
+    from trtllm_redrafter.benchmark.tuning import THIS, TuneOptions
+
+    require(resolved, {"base": "base", "drafter": "drafter"}, "tuning")
+    recipe, section = resolved.recipe, resolved.recipe.tune
+    assert recipe.base is not None and recipe.drafter is not None
+    engine = _torch_engine(resolved, name)
+    return TuneOptions(
+        base=recipe.base,
+        drafter=recipe.drafter,
+        engine=engine,
+        roof=None if section.target == THIS else _roof(resolved, name, section.target),
+        grid=_grid(resolved, recipe.drafter),
+        batches=parse_batches(section.batch),
+        prompts=section.prompts,
+        limit=section.limit,
+        max_tokens=section.max_tokens,
+        steps=section.steps,
+        budget=section.budget,
+        head_rows=0 if engine is None else int(read_json(engine / "config.json")["draft"]["head_rows"]),
+        dtype=stated_dtype(read_json(recipe.base / "config.json")) or "float32",
+        device=device_of(resolved),
+        bootstrap=bootstrap(resolved),
+        command=command,
+    )
+
+
+def _torch_engine(resolved: Resolved, name: str) -> Path | None:
+    """The recipe's engine, if it is one that shows its hidden states and has a drafter."""
+    engine = with_directories(resolved, name=name).recipe.engine
+    if engine is None or not engine.is_dir() or engine_backend(engine) != "torch":
+        return None
+    return engine if read_json(engine / "config.json").get("draft") else None
+
+
+def _grid(resolved: Resolved, drafter: Path) -> tuple[DraftShape, ...]:
+    """A default grid keeps to what the drafter was trained for."""
+    grid = parse_grid(resolved.recipe.tune.grid)
+    horizon = read_json(drafter / "config.json").get("draft_len")
+    if resolved.is_default("tune.grid") and isinstance(horizon, int):
+        return within(grid, horizon)
+    return grid
+
+
+def _roof(resolved: Resolved, name: str, target: str) -> Roof:
+    """The latency plan's assumptions for the recipe's model on that GPU."""
+    from trtllm_redrafter.benchmark.tuning import Roof
+    from trtllm_redrafter.planning.latency import Assumptions
+    from trtllm_redrafter.planning.model import planned_model
+    from trtllm_redrafter.recipe.hardware_plan import model_source
+
+    row = gpu(target)
+    config = planned_model(model_source(with_directories(resolved, name=name))).config
+    limits = with_limits(resolved, config.max_position_embeddings).recipe
+    section = limits.plan
+    assert limits.build.max_seq_len is not None
+    context = section.context_len or max(1, limits.build.max_seq_len // 2)
+    assumed = Assumptions(context, section.bandwidth_efficiency, section.compute_efficiency, section.kernel_us)
+    return Roof(row, config, assumed)

@@ -48,7 +48,7 @@ class RecipePlan:
 def plan_recipe(resolved: Resolved, *, name: str) -> RecipePlan:
     """Plan the recipe for the GPU it names; raises every refusal a build would."""
     resolved = with_directories(resolved, name=name)
-    model = planned_model(_source(resolved))
+    model = planned_model(model_source(resolved))
     resolved = with_limits(resolved, model.config.max_position_embeddings)
     build = plan_for(model.config, _build_options(resolved))
     recipe, limits = resolved.recipe, build.flags.limits
@@ -69,7 +69,8 @@ def plan_recipe(resolved: Resolved, *, name: str) -> RecipePlan:
     return RecipePlan(resolved, model, build, latency)
 
 
-def _source(resolved: Resolved) -> ModelSource:
+def model_source(resolved: Resolved) -> ModelSource:
+    """Where a plan reads the recipe's model from."""
     recipe = resolved.recipe
     convert = recipe.convert
     return ModelSource(
@@ -107,7 +108,7 @@ def _build_options(resolved: Resolved) -> BuildOptions:
 def machine_needs(resolved: Resolved, *, name: str) -> Needs:
     """What the recipe asks of the host that builds it, for `doctor`."""
     resolved = with_directories(resolved, name=name)
-    model = planned_model(_source(resolved))
+    model = planned_model(model_source(resolved))
     weights = weight_bytes(model.config).total
     recipe = resolved.recipe
     assert recipe.engine is not None

@@ -1,0 +1,179 @@
+"""Which draft shape is fastest, from acceptance and step times, without decoding with any of them.
+
+A request of n tokens needs one pass over its prompt and (n - 1) / acceptance steps. In a full batch it also waits while
+the others' prompts are computed, as many as run beside it:
+
+    seconds = batch * prompt + (n - 1) / acceptance * step
+
+    predict(acceptance, cost, text).speedup         # Estimate: the interval is that of the acceptance
+    recommend(predictions)[1].shape                  # by batch size; shape None where drafting does not pay
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trtllm_redrafter.benchmark.statistics import Estimate
+from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.training.acceptance import Acceptance
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of one decoding step at one batch size, with a shape and without drafting."""
+
+    shape: DraftShape
+    batch: int
+    drafting: float
+    plain: float
+
+    @property
+    def ratio(self) -> float:
+        return self.drafting / self.plain
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """An average request: seconds of its prompt's pass, tokens it writes."""
+
+    prompt_seconds: float
+    tokens: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One setting at one batch size."""
+
+    shape: DraftShape
+    batch: int
+    acceptance: Estimate
+    cost: StepCost
+    user_tokens_per_second: float
+    plain_tokens_per_second: float
+    speedup: Estimate
+
+    @property
+    def name(self) -> str:
+        return shape_name(self.shape)
+
+    @property
+    def total_tokens_per_second(self) -> float:
+        return self.batch * self.user_tokens_per_second
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "setting": self.name,
+            "batch": self.batch,
+            "acceptance": self.acceptance.as_dict(),
+            "step_seconds": self.cost.drafting,
+            "plain_step_seconds": self.cost.plain,
+            "step_time_ratio": self.cost.ratio,
+            "user_tokens_per_second": self.user_tokens_per_second,
+            "total_tokens_per_second": self.total_tokens_per_second,
+            "plain_user_tokens_per_second": self.plain_tokens_per_second,
+            "speedup": self.speedup.as_dict(),
+        }
+
+
+def shape_name(shape: DraftShape) -> str:
+    return f"{shape.num_beams}x{shape.draft_len}"
+
+
+def predict(acceptance: Acceptance, cost: StepCost, text: TextSize) -> Prediction:
+    """Speed of one setting; a larger acceptance is faster, so its bounds are the speed's."""
+
+    def seconds(accepted: float, step: float) -> float:
+        return cost.batch * text.prompt_seconds + (text.tokens - 1) / accepted * step
+
+    plain = seconds(1.0, cost.plain)
+    accepted = Estimate(acceptance.walk, max(1.0, acceptance.walk_low), acceptance.walk_high)
+    speeds = [plain / seconds(a, cost.drafting) for a in (accepted.value, accepted.low, accepted.high)]
+    mine = text.tokens / seconds(accepted.value, cost.drafting)
+    return Prediction(acceptance.shape, cost.batch, accepted, cost, mine, text.tokens / plain, Estimate(*speeds))
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to take at a batch size; `shape` None: better not draft."""
+
+    batch: int
+    shape: DraftShape | None
+    best: Prediction
+
+    def render(self) -> str:
+        speed = self.best.speedup.render()
+        if self.shape is None:
+            return f"batch {self.batch}: do not draft; the best setting, {self.best.name}, is predicted at {speed}"
+        sure = "" if self.best.speedup.low > 1.0 else "; the interval includes 1, measure it with --budget"
+        return f"batch {self.batch}: {self.best.name}, predicted speed-up {speed}{sure}"
+
+    def as_dict(self) -> dict[str, Any]:
+        chosen = None if self.shape is None else shape_name(self.shape)
+        return {"batch": self.batch, "setting": chosen, "best": self.best.as_dict()}
+
+
+def recommend(predictions: Sequence[Prediction]) -> dict[int, Recommendation]:
+    """The fastest setting of every batch size; of equals, the one that drafts least."""
+    found = {}
+    for batch in sorted({p.batch for p in predictions}):
+        best = ranked(predictions, batch)[0]
+        found[batch] = Recommendation(batch, best.shape if best.speedup.value > 1.0 else None, best)
+    return found
+
+
+def ranked(predictions: Sequence[Prediction], batch: int) -> list[Prediction]:
+    """Settings of a batch size, fastest first."""
+    here = [p for p in predictions if p.batch == batch]
+    return sorted(here, key=lambda p: (-p.speedup.value, p.shape.max_tree_tokens))
+
+
+def frontier(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """Settings that no other beats for one user and for all users at once, from few users to many."""
+    kept = [
+        p
+        for p in predictions
+        if not any(
+            q.user_tokens_per_second >= p.user_tokens_per_second
+            and q.total_tokens_per_second >= p.total_tokens_per_second
+            and q is not p
+            and (q.user_tokens_per_second, q.total_tokens_per_second)
+            != (p.user_tokens_per_second, p.total_tokens_per_second)
+            for q in predictions
+        )
+    ]
+    return sorted(kept, key=lambda p: -p.user_tokens_per_second)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A prediction beside its measurement."""
+
+    prediction: Prediction
+    measured_speedup: Estimate
+    measured_tokens_per_second: float
+    measured_acceptance: float | None
+
+    @property
+    def speedup_error(self) -> float:
+        """Share by which the prediction is too high."""
+        return self.prediction.speedup.value / self.measured_speedup.value - 1
+
+    @property
+    def speed_error(self) -> float:
+        return self.prediction.user_tokens_per_second / self.measured_tokens_per_second - 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "setting": self.prediction.name,
+            "batch": self.prediction.batch,
+            "predicted_speedup": self.prediction.speedup.as_dict(),
+            "measured_speedup": self.measured_speedup.as_dict(),
+            "speedup_error": self.speedup_error,
+            "predicted_tokens_per_second": self.prediction.user_tokens_per_second,
+            "measured_tokens_per_second": self.measured_tokens_per_second,
+            "speed_error": self.speed_error,
+            "predicted_acceptance": self.prediction.acceptance.value,
+            "measured_acceptance": self.measured_acceptance,
+        }

@@ -1,0 +1,117 @@
+"""What a decoding step costs for every shape of a grid: timed on this machine, or from a GPU's roofline.
+
+A step's time does not depend on how much of its draft is accepted, so a few steps tell. Drafting and plain steps
+alternate in short runs, so that a change of the machine's speed meets both.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
+from trtllm_redrafter.benchmark.prediction import StepCost, shape_name
+from trtllm_redrafter.benchmark.prompts import Item
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.errors import UsageError
+from trtllm_redrafter.planning.gpus import Gpu
+from trtllm_redrafter.planning.latency import Assumptions, latency_plan
+from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.redrafter.config import DraftShape
+
+RUNS = 4
+"""Pairs of a drafting and a plain run per setting; the steps are spread over them."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How steps are timed: `steps` of each kind per shape and batch size."""
+
+    batches: tuple[int, ...]
+    steps: int
+
+
+def measured_costs(
+    load: Callable[[DraftShape], Runner],
+    grid: Sequence[DraftShape],
+    items: Sequence[Item],
+    timing: Timing,
+    progress: Progress,
+) -> list[StepCost]:
+    """Load the engine with each shape in turn and time its steps."""
+    found: list[StepCost] = []
+    for shape in grid:
+        with closing(load(shape)) as runner:
+            for batch in timing.batches:
+                found.append(time_steps(runner, shape, items, batch, timing.steps))
+                progress("time steps", len(found), len(grid) * len(timing.batches), "settings")
+    return _with_common_plain(found)
+
+
+def time_steps(runner: Runner, shape: DraftShape, items: Sequence[Item], batch: int, steps: int) -> StepCost:
+    """Mean times of drafting and plain steps."""
+    each = -(-steps // RUNS)
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(RUNS):
+        # Texts from all over the list: how long a context is matters, how well it drafts does not.
+        chosen = [items[(number + i * max(1, len(items) // batch)) % len(items)] for i in range(batch)]
+        for draft in (True, False) if number % 2 == 0 else (False, True):
+            times[draft] += _run(runner, chosen, each, shape.draft_len + 1, draft=draft)
+    if not times[True] or not times[False]:
+        raise UsageError(
+            f"there is no room to time {shape_name(shape)} at batch {batch}",
+            where=runner.info.path,
+            remedy="build with a larger --max-seq-len, or use shorter prompts",
+        )
+    return StepCost(shape, batch, trimmed_mean(times[True]), trimmed_mean(times[False]))
+
+
+def trimmed_mean(values: Sequence[float]) -> float:
+    """Without the slowest and the fastest tenth: trees differ in size, so the middle one alone would not do."""
+    cut = len(values) // 10
+    return statistics.fmean(sorted(values)[cut : len(values) - cut])
+
+
+def _run(runner: Runner, items: Sequence[Item], steps: int, most_per_step: int, *, draft: bool) -> list[float]:
+    """Seconds of `steps` steps with all of `items` decoding; the step that admits them is not counted."""
+    room = runner.info.max_seq_len - max(len(i.token_ids) for i in items)
+    tokens = min(room, (steps + 2) * most_per_step + 2)
+    sampling = SamplingParams(tokens, ignore_eos=True)
+    ids = [runner.submit(Request(item.token_ids, sampling, draft=draft)) for item in items]
+    seconds: list[float] = []
+    try:
+        runner.step()
+        while len(seconds) < steps:
+            start = time.perf_counter()
+            updates = runner.step()
+            if any(u.result is not None for u in updates):
+                break  # out of room: the batch is not full any more
+            seconds.append(time.perf_counter() - start)
+    finally:
+        for request_id in ids:
+            runner.cancel(request_id)
+    return seconds
+
+
+def _with_common_plain(costs: Sequence[StepCost]) -> list[StepCost]:
+    """One plain step time per batch size; each shape keeps its own ratio, which was taken side by side."""
+    plain = {batch: statistics.median(c.plain for c in costs if c.batch == batch) for batch in {c.batch for c in costs}}
+    return [replace(c, drafting=c.ratio * plain[c.batch], plain=plain[c.batch]) for c in costs]
+
+
+def roofline_costs(
+    config: CheckpointConfig, gpu: Gpu, assumptions: Assumptions, grid: Sequence[DraftShape], batches: Sequence[int]
+) -> list[StepCost]:
+    """What the latency plan says for every shape; nothing is measured."""
+    found = []
+    for shape in grid:
+        changed = replace(config, draft_shape=shape)
+        for batch in batches:
+            plan = latency_plan(changed, gpu, assumptions, max_batch_size=batch, acceptance_length=None)
+            row = plan.rows[-1]
+            assert row.batch == batch, shape_name(shape)
+            found.append(StepCost(shape, batch, 1e-3 * row.redrafter_ms, 1e-3 * row.plain_ms))
+    return found

@@ -1,0 +1,189 @@
+"""`tune`: the fastest draft shape per batch size, predicted from acceptance and step cost, then checked if asked.
+
+found = tune(options, progress)
+found.recommendations[1].render()
+found.checks                        # with a budget: predictions beside measurements
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.backends.base import Runner
+from trtllm_redrafter.backends.torch.backend import TorchBackend
+from trtllm_redrafter.backends.torch.runner import TorchRunner
+from trtllm_redrafter.benchmark import environment
+from trtllm_redrafter.benchmark.figures import batch_figures
+from trtllm_redrafter.benchmark.measure import MeasureOptions, Session
+from trtllm_redrafter.benchmark.prediction import (
+    Check,
+    Prediction,
+    Recommendation,
+    TextSize,
+    frontier,
+    predict,
+    ranked,
+    recommend,
+)
+from trtllm_redrafter.benchmark.prompts import BenchPrompt, Item, built_in_prompts, choose, make_items, read_prompts
+from trtllm_redrafter.benchmark.statistics import Bootstrap
+from trtllm_redrafter.benchmark.step_cost import Timing, measured_costs, roofline_costs
+from trtllm_redrafter.benchmark.trajectories import Texts, engine_texts, grid_acceptance, transformers_texts
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.errors import Problem, UsageError, raise_together
+from trtllm_redrafter.planning.gpus import Gpu
+from trtllm_redrafter.planning.latency import Assumptions
+from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.training.frozen_base import FrozenBase
+
+THIS = "this"
+CHECK_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Roof:
+    """A target that is not here."""
+
+    gpu: Gpu
+    config: CheckpointConfig
+    assumptions: Assumptions
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """One search, every field resolved. `roof` None: this machine. `engine` is one of the torch backend, or None."""
+
+    base: Path
+    drafter: Path
+    engine: Path | None
+    roof: Roof | None
+    grid: tuple[DraftShape, ...]
+    batches: tuple[int, ...]
+    prompts: Path | None
+    limit: int | None
+    max_tokens: int
+    steps: int
+    budget: int
+    head_rows: int
+    dtype: str
+    device: str
+    bootstrap: Bootstrap
+    command: tuple[str, ...]
+
+    def check(self) -> None:
+        """Raise `UsageError` with everything that cannot be meant."""
+        found = [problem for shape in self.grid for problem in shape.problems()]
+        if self.roof is None and self.engine is None:
+            remedy = "run `pipeline` on the recipe first, or name a --target GPU"
+            found.append(Problem("tuning for this machine needs the recipe's torch engine", remedy=remedy))
+        if self.roof is not None and self.budget:
+            remedy = "leave --budget out, and run `bench` on that GPU"
+            found.append(Problem("--budget measures on this machine, the target is another", remedy=remedy))
+        raise_together(UsageError, found, "tuning cannot start")
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """Predictions for the whole grid, and what follows."""
+
+    target: str
+    predictions: tuple[Prediction, ...]
+    checks: tuple[Check, ...]
+    facts: dict[str, Any]
+
+    @property
+    def recommendations(self) -> dict[int, Recommendation]:
+        return recommend(self.predictions)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "target": self.target,
+            "recommendations": [r.as_dict() for r in self.recommendations.values()],
+            "frontier": [{"setting": p.name, "batch": p.batch} for p in frontier(self.predictions)],
+            "checks": [c.as_dict() for c in self.checks],
+            "predictions": [p.as_dict() for p in self.predictions],
+            **self.facts,
+        }
+
+
+def tune(options: TuneOptions, progress: Progress) -> TuneResult:
+    """Record texts, draft along them with every shape, cost the steps, predict; measure the best `budget`."""
+    options.check()
+    prompts = choose(built_in_prompts() if options.prompts is None else read_prompts(options.prompts), options.limit)
+    base = FrozenBase.load(options.base, device=options.device, dtype=options.dtype)
+    items: list[Item] = []
+    facts: dict[str, Any] = {}
+    if options.engine is None:
+        texts = transformers_texts(base, prompts, max_tokens=options.max_tokens, batch=16, progress=progress)
+    else:
+        with closing(_load(options.engine, options.device, None)) as runner:
+            items, texts = _recorded(runner, prompts, options, progress)
+            facts["environment"] = environment.describe(runner.info, options.command)
+    accepted = grid_acceptance(
+        base, options.drafter, texts, options.grid, head_rows=options.head_rows, progress=progress
+    )
+    del base
+    predictions = _predict(options, items, texts, {a.shape: a for a in accepted}, progress)
+    facts |= {
+        "texts": len(texts.categories),
+        "tokens": len(texts.rows),
+        "written_by": texts.written_by,
+        "max_tokens": options.max_tokens,
+        "step_cost": "roofline" if options.roof else f"means of {options.steps} steps",
+    }
+    checks = _checks(options, predictions, items, progress)
+    target = THIS if options.roof is None else options.roof.gpu.name
+    return TuneResult(target, tuple(predictions), tuple(checks), facts)
+
+
+def _load(engine: Path, device: str, shape: DraftShape | None) -> TorchRunner:
+    return TorchBackend().load(engine, device=device, verify_hashes=False, draft_shape=shape)
+
+
+def _recorded(
+    runner: TorchRunner, prompts: Sequence[BenchPrompt], options: TuneOptions, progress: Progress
+) -> tuple[list[Item], Texts]:
+    if options.roof is None:
+        MeasureOptions(options.batches, options.max_tokens, CHECK_REPEATS, 1).check(runner, runner.info.path)
+    items = make_items(runner, prompts, max_tokens=options.max_tokens)
+    return items, engine_texts(runner, items, max_tokens=options.max_tokens, progress=progress)
+
+
+def _predict(
+    options: TuneOptions, items: Sequence[Item], texts: Texts, accepted: dict[DraftShape, Any], progress: Progress
+) -> list[Prediction]:
+    """For a GPU that is not here, prompts are left out: what is predicted is decoding."""
+    if options.roof is not None:
+        roof = options.roof
+        costs = roofline_costs(roof.config, roof.gpu, roof.assumptions, options.grid, options.batches)
+        size = TextSize(0.0, texts.mean_tokens)
+    else:
+        assert options.engine is not None and texts.prompt_seconds is not None
+        load: Callable[[DraftShape], Runner] = partial(_load, options.engine, options.device)
+        costs = measured_costs(load, options.grid, items, Timing(options.batches, options.steps), progress)
+        size = TextSize(texts.prompt_seconds, texts.mean_tokens)
+    return [predict(accepted[cost.shape], cost, size) for cost in costs]
+
+
+def _checks(
+    options: TuneOptions, predictions: Sequence[Prediction], items: Sequence[Item], progress: Progress
+) -> list[Check]:
+    """The best `budget` settings of every batch size, measured as `bench` does."""
+    found = []
+    for batch in options.batches if options.budget else ():
+        for prediction in ranked(predictions, batch)[: options.budget]:
+            assert options.engine is not None
+            with closing(_load(options.engine, options.device, prediction.shape)) as runner:
+                measure = MeasureOptions((batch,), options.max_tokens, CHECK_REPEATS, warmup=1)
+                session = Session(runner, runner, items, measure)
+                session.run(progress)
+            figures = batch_figures(session.batches[0], options.bootstrap)
+            mine = figures.drafting
+            found.append(Check(prediction, figures.speedup, mine.user_tokens_per_second, mine.acceptance_length))
+    return found
