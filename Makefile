@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # OpenMP threads that spin while they wait make PyTorch 10 to 40 times slower on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format clean docker test-gpu
 
 demo: $(READY)  ## SmolLM2 with a trained drafter: convert, build, run, compare
 	$(BIN)/python scripts/demo.py
@@ -32,3 +32,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	touch $(READY)
+
+docker:  ## images for GPU hosts: build and serve
+	docker build --file docker/Dockerfile --target build --tag trtllm-redrafter:build .
+	docker build --file docker/Dockerfile --target serve --tag trtllm-redrafter:serve .
+
+# The host's own Python, not .venv: TensorRT-LLM and the torch it was built for are installed there.
+test-gpu:  ## on a GPU host with TensorRT-LLM: build a tiny model, run it, compare it
+	$(PYTHON) -m pip list --format=freeze > .host-packages.tmp
+	$(PYTHON) -m pip install --quiet --constraint .host-packages.tmp --editable . pytest hypothesis
+	rm .host-packages.tmp
+	$(PYTHON) -m pytest -m gpu -rs tests/gpu

@@ -259,3 +259,29 @@ def test_the_command_line_runs_it(host: Host, checkpoints: Path, tmp_path: Path,
     assert program("run", "--engine", engine, "--prompt", "one", "--temperature", 0.5) != 0
     assert "the engine is greedy" in program.err
     assert program("inspect", engine) == 0 and "TensorRT-LLM engine" in program.out
+
+
+def test_a_recipe_goes_from_base_model_to_text(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """convert, build and run as one pipeline; the second time everything is there already."""
+    from tests.cli.tiny import Program, write_models
+
+    monkeypatch.chdir(tmp_path)
+    write_models(tmp_path / "models")
+    Path("recipe.yaml").write_text(
+        "base: models/base\ndrafter: models/drafter\nbackend: tensorrt-llm\n"
+        "convert: {dtype: bfloat16, num_beams: 2}\nbuild: {max_seq_len: 128, max_batch_size: 2}\n"
+        "tensorrt_llm: {cache_dir: cache}\nrun: {prompts: [one, two], max_tokens: 6, output: results.jsonl}\n"
+    )
+    program = Program(capsys)
+    assert program("pipeline", "recipe.yaml", "--json") == 0, program.err
+    assert [s["status"] for s in program.document["stages"]] == ["miss", "miss", "miss"]
+    assert len(Path("results.jsonl").read_text().splitlines()) == 2
+    assert program("pipeline", "recipe.yaml", "--json") == 0
+    assert [s["status"] for s in program.document["stages"]] == ["hit", "hit", "hit"]
+    changed = ["--set", "tensorrt_llm.flags={tokens_per_block: 64}", "--set", "run.prompts=[]"]
+    assert program("pipeline", "recipe.yaml", *changed, "--json") == 0, program.err
+    assert [s["status"] for s in program.document["stages"]][:2] == ["hit", "miss"]
+    assert program("pipeline", "recipe.yaml", "--set", "tensorrt_llm.gpu=l40s", "--set", "run.prompts=[]") == 6
+    assert "the GPU is NVIDIA H100" in program.err

@@ -1,0 +1,129 @@
+"""The real thing: build a tiny random model with TensorRT-LLM, run it, compare it. `make test-gpu` on a GPU host.
+
+Everything else about the backend is tested against stand-ins made from documentation; this is where they are right or
+not. The model has sizes that the kernels for draft tokens are known to cover (heads of 64, groups of 2).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engines import write_checkpoint, write_tokenizer
+from tests.trtllm_options import options, settings
+from trtllm_redrafter.backends import load_backend
+from trtllm_redrafter.backends.base import FinishReason, Request, SamplingParams
+from trtllm_redrafter.backends.tensorrt_llm.engine_dir import read_engine
+from trtllm_redrafter.backends.tensorrt_llm.machine import find_gpus, installed_version
+from trtllm_redrafter.backends.tensorrt_llm.versions import Status, release_for
+from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.errors import RequestError
+from trtllm_redrafter.generation.gate import GateRequest, parity_gate
+from trtllm_redrafter.planning.gpus import GPUS
+from trtllm_redrafter.progress import no_progress
+
+GPU_LIST = find_gpus()
+VERSION = installed_version("tensorrt_llm")
+RELEASE = release_for(VERSION) if VERSION else None
+READY = bool(GPU_LIST) and RELEASE is not None and RELEASE.status is not Status.REFUSED
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not READY, reason="needs an NVIDIA GPU and TensorRT-LLM 1.2"),
+]
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "vocab_size": 260, "max_position_embeddings": 512}  # fmt: skip
+PROMPTS = ("one", "a second, longer prompt", "3", "the fourth one")
+
+
+def target() -> str:
+    """The table's row for this GPU, or one of its compute capability with no more memory."""
+    here = GPU_LIST[0]
+    fitting = [g for g in GPUS.values() if g.compute_capability == here.compute_capability]
+    if not fitting:
+        pytest.skip(f"no row of the planning table has the compute capability of {here.name}")
+    return (here.kind or min(fitting, key=lambda g: g.memory_bytes)).name
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_tokenizer(folder / "tokenizer")
+    for name, changes in (("one", {"tp_size": 1}), ("two", {"tp_size": 2}), ("plain", {"drafter": False})):
+        sizes: dict[str, Any] = {**SIZES, **changes}
+        write_checkpoint(folder / name, dtype="bfloat16", num_beams=3, draft_len=3, **sizes)
+    return folder
+
+
+def build(models: Path, name: str = "one", **changes: Any) -> Path:
+    engine = models / name / "engine"
+    if engine.exists():
+        return engine
+    assert VERSION is not None
+    trt = replace(settings(), gpu=target(), version=VERSION, cache_dir=models / "cache", **changes)
+    asked = options(
+        trt, checkpoint=models / name / "checkpoint", output=engine, tokenizer=models / "tokenizer",
+        max_batch_size=4, max_input_len=200, max_seq_len=400,
+    )  # fmt: skip
+    backend = load_backend("tensorrt-llm")
+    return backend.build(backend.plan(asked), no_progress)
+
+
+def gate(models: Path, name: str) -> GateRequest:
+    return GateRequest(build(models, name), models / name / "checkpoint", PROMPTS, 64, None, "auto")
+
+
+def test_doctor_agrees() -> None:
+    command = [sys.executable, "-m", "trtllm_redrafter", "doctor", "--set", "backend=tensorrt-llm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_builder_did_what_the_plan_said(models: Path) -> None:
+    engine = build(models)
+    assert not Manifest.read(engine).notes, "the builder changed a value that the plan did not foresee"
+    found = read_engine(engine, verify_hashes=True)
+    assert found.version == VERSION and found.build["max_draft_len"] == 9
+    assert found.build["speculative_decoding_mode"] == 16
+
+
+def test_tokens_are_the_checkpoints(models: Path) -> None:
+    report = parity_gate(gate(models, "one"))
+    assert not report.faults and report.same > 100, report.render()
+    assert report.acceptance is not None and report.reference_acceptance is not None
+    assert abs(report.acceptance - report.reference_acceptance) < 0.25 * report.reference_acceptance
+
+
+def test_without_a_drafter(models: Path) -> None:
+    report = parity_gate(gate(models, "plain"))
+    assert not report.faults and report.acceptance is None, report.render()
+
+
+def test_statistics_add_up(models: Path) -> None:
+    runner = load_backend("tensorrt-llm").load(build(models), device="auto", verify_hashes=True)
+    try:
+        requests = [
+            Request(runner.encode_prompt(text, chat=False), SamplingParams(max_tokens=50, ignore_eos=True))
+            for text in PROMPTS
+        ]
+        for result in runner.generate(requests):
+            assert len(result.token_ids) == 50 and result.finish_reason is FinishReason.LENGTH
+            assert result.steps + result.accepted_tokens == 49, "every token after the first belongs to one step"
+            assert result.drafted_tokens == 3 * result.steps and sum(result.accepted_at) == result.accepted_tokens
+        updates = list(runner.stream(requests[0]))
+        assert sum(len(u.token_ids) for u in updates) == 50 and len(updates) <= 50
+        with pytest.raises(RequestError, match="top_k"):
+            runner.submit(Request((5,), SamplingParams(max_tokens=5, top_k=3)))
+    finally:
+        runner.close()
+
+
+@pytest.mark.skipif(len(GPU_LIST) < 2, reason="needs two GPUs")
+def test_two_gpus(models: Path) -> None:
+    report = parity_gate(gate(models, "two"))
+    assert not report.faults and report.same > 100, report.render()
