@@ -213,16 +213,19 @@ def user_against_total(predictions: Sequence[Prediction]) -> str:
         axis.scatter(
             [p.user_tokens_per_second for p in predictions],
             [p.total_tokens_per_second for p in predictions],
-            color=SECOND, s=18, alpha=0.7,
+            color=SECOND, s=18, alpha=0.7, label="settings",
         )  # fmt: skip
+        plain = sorted({(p.plain_tokens_per_second, p.batch * p.plain_tokens_per_second) for p in predictions})
+        axis.scatter([x for x, _ in plain], [y for _, y in plain], color=INK, marker="x", s=30, label="no drafting")
         axis.plot([p.user_tokens_per_second for p in best], [p.total_tokens_per_second for p in best],
-                  color=ACCENT, marker="o", linewidth=1.5)  # fmt: skip
+                  color=ACCENT, marker="o", linewidth=1.5, label="frontier")  # fmt: skip
         for p in best[:6]:
             place = (p.user_tokens_per_second, p.total_tokens_per_second)
-            axis.annotate(f"{p.name}, batch {p.batch}", place, (-6, -4), textcoords="offset points", color=INK,
-                          fontsize=8, ha="right", va="top")  # fmt: skip
+            axis.annotate(f"{p.name}, batch {p.batch}", place, (5, 5), textcoords="offset points", color=INK,
+                          fontsize=8)  # fmt: skip
         axis.margins(x=0.25, y=0.15)
         axis.set_xlabel("tokens/s of one user")
         axis.set_ylabel("tokens/s of all")
+        figure.legend(frameon=False, loc="outside upper center", ncols=3)
 
     return draw("frontier", paint, title="Tokens per second of one user against all users")

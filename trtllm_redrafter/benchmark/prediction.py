@@ -102,12 +102,20 @@ class Recommendation:
     shape: DraftShape | None
     best: Prediction
 
-    def render(self) -> str:
+    @property
+    def choice(self) -> str:
+        return "do not draft" if self.shape is None else self.best.name
+
+    @property
+    def reason(self) -> str:
         speed = self.best.speedup.render()
         if self.shape is None:
-            return f"batch {self.batch}: do not draft; the best setting, {self.best.name}, is predicted at {speed}"
+            return f"the best setting, {self.best.name}, is predicted at {speed}"
         sure = "" if self.best.speedup.low > 1.0 else "; the interval includes 1, measure it with --budget"
-        return f"batch {self.batch}: {self.best.name}, predicted speed-up {speed}{sure}"
+        return f"predicted speed-up {speed}{sure}"
+
+    def render(self) -> str:
+        return f"batch {self.batch}: {self.choice}, {self.reason}"
 
     def as_dict(self) -> dict[str, Any]:
         chosen = None if self.shape is None else shape_name(self.shape)

@@ -91,8 +91,7 @@ def render_html(found: TuneResult) -> str:
     parts = [f"<h1>{TITLE}</h1>", page.paragraph(lead(found), soft=True)]
     for r in found.recommendations.values():
         answer = "no-go" if r.shape is None else "go" if r.best.speedup.low > 1.0 else "open"
-        title = f"Batch {r.batch}: " + ("do not draft" if r.shape is None else r.best.name)
-        parts.append(page.verdict_box(answer, title, r.render()))
+        parts.append(page.verdict_box(answer, f"Batch {r.batch}: {r.choice}", r.reason[:1].upper() + r.reason[1:]))
     cells = [
         (f"Predicted speed-up, batch {b}", "by beams and draft length", grid_heat_map(found.predictions, b))
         for b in sorted({p.batch for p in found.predictions})
