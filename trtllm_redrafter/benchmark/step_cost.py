@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
+from trtllm_redrafter.backends.base import Request, Runner, SamplingParams, Update
 from trtllm_redrafter.benchmark.prediction import StepCost, shape_name
 from trtllm_redrafter.benchmark.prompts import Item
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
@@ -83,17 +83,22 @@ def _run(runner: Runner, items: Sequence[Item], steps: int, most_per_step: int, 
     ids = [runner.submit(Request(item.token_ids, sampling, draft=draft)) for item in items]
     seconds: list[float] = []
     try:
-        runner.step()
-        while len(seconds) < steps:
+        full = not _any_finished(runner.step())
+        while full and len(seconds) < steps:
             start = time.perf_counter()
             updates = runner.step()
-            if any(u.result is not None for u in updates):
-                break  # out of room: the batch is not full any more
-            seconds.append(time.perf_counter() - start)
+            elapsed = time.perf_counter() - start
+            full = not _any_finished(updates)  # out of room: the batch is not whole any more
+            if full:
+                seconds.append(elapsed)
     finally:
         for request_id in ids:
             runner.cancel(request_id)
     return seconds
+
+
+def _any_finished(updates: Sequence[Update]) -> bool:
+    return any(u.result is not None for u in updates)
 
 
 def _with_common_plain(costs: Sequence[StepCost]) -> list[StepCost]:
