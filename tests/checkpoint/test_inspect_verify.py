@@ -134,6 +134,18 @@ def test_a_manifest_of_someone_else(checkpoint: Path) -> None:
     assert "not a manifest of ours" in verify_files(checkpoint, hashes=True).render()
 
 
+def test_a_changed_manifest(checkpoint: Path) -> None:
+    """A flipped bit in a text of the manifest leaves it readable; its own hash tells."""
+    path = checkpoint / "manifest.json"
+    path.write_text(path.read_text().replace('"tp_size": ', '"tp_sizf": ', 1))
+    report = verify_files(checkpoint, hashes=True)
+    assert [p.what for p in report.problems] == ["the manifest has been changed since it was written"]
+    values = json.loads(path.read_text())
+    del values["manifest_sha256"]  # one of an earlier version
+    path.write_text(json.dumps(values))
+    assert verify_files(checkpoint, hashes=True).ok
+
+
 def test_a_manifest_that_names_files_outside(checkpoint: Path) -> None:
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"]["../base/config.json"] = {"size": 1, "sha256": ""}

@@ -68,13 +68,14 @@ class EngineTokenizer:
 
 
 def _load(folder: Path) -> Any:
-    """A tokenizer.json alone is enough; what names its class beside it is used when it is there."""
+    """A tokenizer.json alone is enough; settings and chat template beside it are used when they are there."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     settings = folder / "tokenizer_config.json"
-    if settings.exists() and read_json(settings).get("tokenizer_class"):
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    name = read_json(settings).get("tokenizer_class") if settings.exists() else None
+    # TokenizersBackend is what transformers 5 calls the fast tokenizer without a class of its own; 4 does not know it
+    kind = PreTrainedTokenizerFast if name in (None, "TokenizersBackend") else AutoTokenizer
+    return kind.from_pretrained(str(folder), local_files_only=True)
 
 
 def eos_token_ids(folder: Path, tokenizer: EngineTokenizer | None) -> frozenset[int]:

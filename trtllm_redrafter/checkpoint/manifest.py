@@ -10,6 +10,8 @@ find a flipped bit or a half-finished upload:
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from trtllm_redrafter.errors import InputError, Problem
 from trtllm_redrafter.fsio import CREATOR, read_json, safe_join, sha256_file, write_json
 
 MANIFEST = "manifest.json"
+OWN_HASH = "manifest_sha256"
 KINDS = ("checkpoint", "engine", "drafter")
 
 
@@ -69,6 +72,8 @@ class Manifest:
     notes: tuple[str, ...] = ()
     creator: Mapping[str, Any] = field(default_factory=creator)
     created: str = field(default_factory=now)
+    intact: bool = True
+    """Is what was read what was written? The file carries the SHA-256 of its own content."""
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -87,6 +92,7 @@ class Manifest:
             notes=tuple(str(n) for n in raw.get("notes") or ()),
             creator=_section(raw, "creator"),
             created=str(raw.get("created", "")),
+            intact=raw.get(OWN_HASH) in (None, _own_hash(raw)),
         )
 
     @classmethod
@@ -95,7 +101,8 @@ class Manifest:
         return cls.read(directory) if (directory / MANIFEST).exists() else None
 
     def write(self, directory: Path) -> None:
-        write_json(directory / MANIFEST, self.as_dict())
+        values = self.as_dict()
+        write_json(directory / MANIFEST, values | {OWN_HASH: _own_hash(values)})
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -111,7 +118,11 @@ class Manifest:
 
     def check_files(self, directory: Path, *, hashes: bool) -> list[Problem]:
         """Every listed file that is missing, has another size or (with `hashes`) another content."""
-        found = (self._check(directory, name, record, hashes) for name, record in self.files.items())
+        found = [self._check(directory, name, record, hashes) for name, record in self.files.items()]
+        if hashes and not self.intact:
+            remedy = f"write the {self.kind} again, or copy the manifest from an intact one"
+            found.append(Problem("the manifest has been changed since it was written", str(directory / MANIFEST),
+                                 f"its content is not that of its own {OWN_HASH}", remedy))  # fmt: skip
         return [problem for problem in found if problem is not None]
 
     def _check(self, directory: Path, name: str, record: FileRecord, hashes: bool) -> Problem | None:
@@ -126,6 +137,12 @@ class Manifest:
             why = f"SHA-256 is {digest[:16]}…, the manifest says {record.sha256[:16]}…"
             return Problem("the file's content has changed", str(path), why, remedy)
         return None
+
+
+def _own_hash(values: Mapping[str, Any]) -> str:
+    """SHA-256 of everything in the file but itself, whatever its layout."""
+    content = {key: value for key, value in values.items() if key != OWN_HASH}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -122,7 +122,9 @@ def _runner(path: Path) -> Iterator[Runner]:
 def _reference(against: Path, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # the command shows its own
     try:
         model = AutoModelForCausalLM.from_pretrained(against, dtype=getattr(torch, dtype), local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as e:
