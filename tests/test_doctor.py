@@ -87,12 +87,30 @@ def test_a_driver_that_answers_oddly_is_no_crash(host: Host) -> None:
     assert [gpu.memory_bytes for gpu in find_gpus()] == [81559 * 2**20]
 
 
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [(None, "ABC"), ("", ""), ("2,0", "CA"), ("1", "B"), ("-1", ""), ("0,7,1", "A"), ("GPU-1234", "ABC")],
+)
+def test_only_visible_gpus_count(host: Host, monkeypatch: pytest.MonkeyPatch, visible: str | None, names: str) -> None:
+    host.gpus(*(f"{name}, 81559, 81000, 9.0, 580" for name in "ABC"))
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert "".join(gpu.name for gpu in find_gpus()) == names
+
+
 def test_python_and_mpi(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "python_version", lambda: "3.11.7")
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
     report = examine(None)
     assert states(report)["python"] is State.FAIL and states(report)["libmpi"] is State.FAIL
     assert report.serves("torch") and "cannot: python, libmpi" in report.render()
+
+
+def test_mpi_of_a_container_is_found(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
+    (tmp_path / "libmpi.so.40").touch()
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"/nowhere:{tmp_path}")
+    assert check(examine(None), "libmpi").found == str(tmp_path / "libmpi.so.40")
 
 
 def test_a_recipe_adds_its_needs(host: Host, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

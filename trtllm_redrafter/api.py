@@ -66,16 +66,21 @@ def build(
     max_batch_size: int | None = None,
     max_input_len: int | None = None,
     max_seq_len: int | None = None,
+    tensorrt_llm: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> Path:
-    """Build an engine from a checkpoint; returns its directory."""
+    """Build an engine from a checkpoint; returns its directory.
+
+    `tensorrt_llm` takes the keys of that recipe section, as {"gpu": "h200"}; they mean nothing to the torch backend.
+    """
     resolved = _resolved(
         {"checkpoint": checkpoint, "engine": output, "backend": backend},
         build={
             "tokenizer": tokenizer, "max_batch_size": max_batch_size,
             "max_input_len": max_input_len, "max_seq_len": max_seq_len,
         },
+        tensorrt_llm=tensorrt_llm or {},
     )  # fmt: skip
     options = build_options(resolved, overwrite=overwrite)
     chosen = load_backend(options.backend)

@@ -14,16 +14,18 @@ from typing import Any
 
 import pytest
 
+from tests.cli.tiny import Program
 from tests.engines import write_checkpoint, write_tokenizer
 from tests.standins.host import GPU_LINE, ROOT, Host, make_host
 from tests.trtllm_options import options, settings
+from trtllm_redrafter import api
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.tensorrt_llm.build_log import BuildProgress, warnings_in
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import read_engine
 from trtllm_redrafter.backends.tensorrt_llm.failures import FAILURES, explain
 from trtllm_redrafter.checkpoint.manifest import Manifest
-from trtllm_redrafter.errors import BackendError, InputError, OutputError, RedrafterError
+from trtllm_redrafter.errors import BackendError, InputError, OutputError, RedrafterError, UsageError
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.progress import Progress, no_progress
 
@@ -186,6 +188,37 @@ def test_measured_kernels_are_kept_and_recorded(host: Host, checkpoint: Path, tm
     assert used == Manifest.read(first).files["timing.cache"].sha256
     assert "--input_timing_cache" not in commands(host)[0] and "--input_timing_cache" in commands(host)[1]
     assert read_json(tmp_path / "cache" / "times.json")
+
+
+def test_a_cache_that_cannot_be_written_costs_no_engine(host: Host, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the cache should be")
+    engine = build(wanted(checkpoint, tmp_path, cache=True))
+    assert "was not cached" in Manifest.read(engine).notes[0]
+
+
+def test_a_build_that_differs_from_its_plan_is_noted(host: Host, checkpoint: Path, tmp_path: Path) -> None:
+    host.builds("surprise")
+    engine = build(wanted(checkpoint, tmp_path))
+    assert Manifest.read(engine).notes == ("max_seq_len is 1000, the plan said 209",)
+
+
+def test_verify_knows_the_engine(
+    host: Host, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, program = build(wanted(checkpoint, tmp_path)), Program(capsys)
+    assert program("verify", engine) == 0 and "all checks passed" in program.out
+    (engine / "rank1.engine").write_bytes(b"x" * (engine / "rank1.engine").stat().st_size)
+    assert program("verify", engine) == 8 and "content has changed" in program.err
+
+
+def test_the_python_api_takes_the_settings(host: Host, checkpoint: Path, tmp_path: Path) -> None:
+    host.gpus(GPU_LINE.replace("H100 80GB HBM3, 81559", "H200, 143771"))
+    made = {"gpu": "h200", "cache": False}
+    folder = checkpoint.parent / "tokenizer"
+    engine = api.build(checkpoint, tmp_path / "engine", backend="tensorrt-llm", tokenizer=folder, tensorrt_llm=made)
+    assert Manifest.read(engine).derived["gpu"] == "NVIDIA H200"
+    with pytest.raises(UsageError, match="gpu_kind"):
+        api.build(checkpoint, tmp_path / "other", backend="tensorrt-llm", tensorrt_llm={"gpu_kind": "h200"})
 
 
 def refused(request: BuildOptions) -> str:

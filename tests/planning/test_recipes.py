@@ -90,6 +90,7 @@ def test_plan_command(program: Program) -> None:
     assert program(*flags, "--set", "tensorrt_llm.gpu=h300") == 2 and "h200" in program.err
     assert program(*flags, "--set", "convert.draft_len=5", "--set", "tensorrt_llm.flags={max_beam_width: 2}") == 4
     assert program(*flags, "--set", "base=models/unknown") == 3 and "configs/models/unknown.json" in program.err
+    assert program(*flags, "--set", "plan.acceptance_length=6.5") == 2 and "at most 5 drafted" in program.err
     assert program("plan", CONFIGS / "llama-3.3-70b-tp4.yaml", "--set", "convert.tp_size=1") == 4
     assert "does not fit" in program.err and not list(Path().iterdir())
 

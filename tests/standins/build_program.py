@@ -1,6 +1,7 @@
 """A `trtllm-build` that takes the documented flags, changes values as the real builder does, and writes engine files.
 
-`STANDIN_BUILD` chooses how it ends: ok, oom, kernel, exit, killed, missing-rank, sleep.
+`STANDIN_BUILD` chooses how it ends: ok, oom, kernel, exit, killed, missing-rank, sleep,
+surprise (a value nobody foresaw).
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ def main() -> None:
         fail(how)
     ranks = config.get("mapping", {}).get("world_size", 1)
     whole = {"version": VERSION, "pretrained_config": config, "build_config": build_config(args, config)}
+    if how == "surprise":
+        whole["build_config"]["max_seq_len"] = 1000
     (output / "config.json").write_text(json.dumps(whole))
     for rank in range(ranks - (how == "missing-rank")):
         say("[I] Build TensorRT engine Unnamed Network 0")

@@ -91,6 +91,8 @@ def make_host(path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     for name, version in (("tensorrt_llm", "1.2.1"), ("tensorrt", "10.14.1.48.post1")):
         host.package(name, version)
     monkeypatch.setenv("PATH", f"{host.programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setenv("STANDIN_CONTRACT", str(CONTRACT))
     monkeypatch.setenv("STANDIN_RECORD", str(host.record))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(host.packages), str(ROOT)]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import os
 import platform
 import shutil
@@ -13,6 +12,7 @@ from trtllm_redrafter.backends.tensorrt_llm.machine import (
     FoundGpu,
     cuda_version,
     find_gpus,
+    find_mpi,
     find_program,
     installed_version,
 )
@@ -110,7 +110,7 @@ def _program(name: str) -> Check:
 
 
 def _libmpi() -> Check:
-    found = ctypes.util.find_library("mpi")
+    found = find_mpi()
     if found is None:
         remedy = "apt-get install libopenmpi-dev (libmpi.so.40)"
         return Check("libmpi", State.FAIL, "not found", TRT, remedy)

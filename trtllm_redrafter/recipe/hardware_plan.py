@@ -12,6 +12,7 @@ from typing import Any
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan, plan_for
 from trtllm_redrafter.doctor import Needs
+from trtllm_redrafter.errors import UsageError
 from trtllm_redrafter.planning.latency import Assumptions, LatencyPlan, latency_plan
 from trtllm_redrafter.planning.model import ModelSource, PlannedModel, planned_model
 from trtllm_redrafter.planning.sizes import weight_bytes
@@ -51,6 +52,7 @@ def plan_recipe(resolved: Resolved, *, name: str) -> RecipePlan:
     model = planned_model(model_source(resolved))
     resolved = with_limits(resolved, model.config.max_position_embeddings)
     build = plan_for(model.config, _build_options(resolved))
+    _check_acceptance(resolved, model)
     recipe, limits = resolved.recipe, build.flags.limits
     section = recipe.plan
     assumptions = Assumptions(
@@ -67,6 +69,14 @@ def plan_recipe(resolved: Resolved, *, name: str) -> RecipePlan:
         acceptance_length=section.acceptance_length if model.config.drafter is not None else None,
     )
     return RecipePlan(resolved, model, build, latency)
+
+
+def _check_acceptance(resolved: Resolved, model: PlannedModel) -> None:
+    accepted, shape = resolved.recipe.plan.acceptance_length, model.config.draft_shape
+    if accepted is not None and shape is not None and accepted > shape.draft_len + 1:
+        why = f"a step emits at most {shape.draft_len} drafted tokens and the guaranteed one"
+        remedy = "use the tokens per step that `evaluate` reports for this draft length"
+        raise UsageError(f"plan.acceptance_length is {accepted}", why=why, remedy=remedy)
 
 
 def model_source(resolved: Resolved) -> ModelSource:

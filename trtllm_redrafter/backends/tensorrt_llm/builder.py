@@ -30,7 +30,7 @@ from trtllm_redrafter.base_models.tokenizer import tokenizer_files
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.verify import structure_problems
-from trtllm_redrafter.errors import BackendError, InputError, raise_together
+from trtllm_redrafter.errors import BackendError, InputError, OutputError, raise_together
 from trtllm_redrafter.fsio import as_output_error, atomic_directory, read_json, sha256_file, write_json
 from trtllm_redrafter.progress import Progress
 
@@ -56,10 +56,27 @@ def build_engine(plan: TensorRTPlan, progress: Progress) -> Path:
             facts |= _compile(plan, host, identity, cache, work, progress)
         notes = _complete(plan, host.gpu, work)
         if cache is not None and "from_cache" not in facts:
-            cache.store(identity, work)
+            notes += _keep(cache, identity, work, float(facts["build_seconds"]), _model_name(plan, host))
         _manifest(plan, checkpoint, host, facts, notes, work).write(work)
     beside_log(options.output).unlink(missing_ok=True)
     return options.output
+
+
+def _keep(cache: EngineCache, identity: BuildIdentity, work: Path, seconds: float, model: str) -> list[str]:
+    """Fill the caches. What an hour has built is not lost because a cache cannot be written: that becomes a note."""
+    try:
+        cache.remember_seconds(model, seconds)
+        if (work / TIMING_CACHE).is_file():
+            cache.keep_timing_cache(identity, work / TIMING_CACHE)
+        cache.store(identity, work)
+    except (OSError, OutputError) as error:
+        return [f"the engine was not cached: {error}"]
+    return []
+
+
+def _model_name(plan: TensorRTPlan, host: BuildHost) -> str:
+    """Whose build time to compare with."""
+    return f"{plan.config.parameters_hint} x {plan.config.tp_size} on {host.gpu.name}"
 
 
 def beside_log(output: Path) -> Path:
@@ -93,8 +110,7 @@ def _compile(
     arguments = plan.flags.arguments(
         checkpoint=plan.options.checkpoint, output=work, timing_cache_in=used, timing_cache_out=written
     )
-    model = f"{plan.config.parameters_hint} x {plan.config.tp_size} on {host.gpu.name}"
-    estimate = cache.last_seconds(model) if cache is not None else None
+    estimate = cache.last_seconds(_model_name(plan, host)) if cache is not None else None
     state = BuildProgress(plan.config.tp_size)
 
     def tick(seconds: float) -> None:
@@ -112,10 +128,6 @@ def _compile(
         raise BackendError("trtllm-build ended without an error but the engine is incomplete", where=log, why=why,
                            remedy="read the log; a rank's process may have been killed")  # fmt: skip
     text = log.read_text(encoding="utf-8", errors="replace")
-    if cache is not None:
-        cache.remember_seconds(model, seconds)
-        if written.is_file():
-            cache.keep_timing_cache(identity, written)
     shutil.copyfile(log, work / LOG)
     return {
         "build_seconds": round(seconds, 1),

@@ -78,7 +78,7 @@ def _machine_problems(engine: EngineDirectory, gpus: list[FoundGpu], index: int 
     installed = installed_version("tensorrt_llm")
     if installed is None:
         found.append(Problem("tensorrt_llm is not installed", None, None, f"use release {engine.version}"))
-    elif installed != engine.version:
+    elif installed.split("+")[0] != engine.version.split("+")[0]:
         why = "a TensorRT engine runs with the release that built it only"
         remedy = f"install {engine.version}, or build the engine again"
         found.append(Problem(f"the engine is of {engine.version}, installed is {installed}", None, why, remedy))

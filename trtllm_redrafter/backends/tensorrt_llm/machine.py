@@ -6,6 +6,8 @@ package metadata, and GPUs from `nvidia-smi`.
 
 from __future__ import annotations
 
+import ctypes.util
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -58,8 +60,21 @@ def find_gpus() -> list[FoundGpu]:
         return []
     if done.returncode != 0:
         return []
-    found = [_parse(line) for line in done.stdout.splitlines()]
-    return [gpu for gpu in found if gpu is not None]
+    found = [gpu for line in done.stdout.splitlines() if (gpu := _parse(line)) is not None]
+    return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _visible(gpus: list[FoundGpu], chosen: str | None) -> list[FoundGpu]:
+    """What CUDA will see: `nvidia-smi` lists all, CUDA those of the variable, in its order, up to an invalid one."""
+    if chosen is None or any(not part.strip().lstrip("-").isdigit() for part in chosen.split(",") if part.strip()):
+        return gpus  # not set, or named by UUID: the driver's list is the best there is
+    seen = []
+    for part in chosen.split(","):
+        index = int(part) if part.strip() else -1
+        if not 0 <= index < len(gpus):
+            break
+        seen.append(gpus[index])
+    return seen
 
 
 def _parse(line: str) -> FoundGpu | None:
@@ -76,6 +91,16 @@ def _parse(line: str) -> FoundGpu | None:
 def find_program(name: str) -> Path | None:
     found = shutil.which(name)
     return None if found is None else Path(found)
+
+
+def find_mpi() -> str | None:
+    """libmpi as the loader will find it: by the system's cache, or in LD_LIBRARY_PATH (containers keep theirs there)."""
+    known = ctypes.util.find_library("mpi")
+    if known is not None:
+        return known
+    folders = [Path(folder) for folder in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder]
+    found = [path for folder in folders if folder.is_dir() for path in sorted(folder.glob("libmpi.so*"))]
+    return str(found[0]) if found else None
 
 
 def cuda_version() -> str | None:
