@@ -68,3 +68,24 @@ def test_refusals(program: Program, artefacts: Path, prompts: Path, tmp_path: Pa
     assert program("bench", artefacts / "engine", "--prompts", prompts, "--batch", 9) == 2
     assert program("bench", artefacts / "engine", artefacts / "plain") == 2 and "--baseline" in program.err
     assert program("bench", "compare", prompts, prompts) == 3
+
+
+def test_an_interrupted_run_keeps_what_it_measured(
+    program: Program, artefacts: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trtllm_redrafter.benchmark.measure import Session
+
+    keep, calls = Session._keep, []
+
+    def interrupted(self: Session, *arguments: object) -> None:
+        keep(self, *arguments)  # type: ignore[arg-type]
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "_keep", interrupted)
+    flags = ["--prompts", prompts, "--batch", "1", "--max-tokens", 4, "--report", tmp_path / "report", "--json"]
+    assert program("bench", artefacts / "engine", *flags) == 130
+    assert not program.document["complete"] and "interrupted" in program.out
+    kept = json.loads((tmp_path / "report" / "result.json").read_text())
+    assert len(kept["batches"][0]["drafting"]["records"]) == 3

@@ -54,11 +54,19 @@ def machine(info: EngineInfo) -> dict[str, Any]:
         "system": platform.system(),
         "device": info.device,
     }
-    if _on_cuda(info):
-        import torch
+    name = _gpu_name(info)
+    return found if name is None else {**found, "gpu": name}
 
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+
+def _gpu_name(info: EngineInfo) -> str | None:
+    """As the driver says it; a TensorRT-LLM engine's device is `2 x NAME`, or the name alone."""
+    if info.backend == "tensorrt-llm":
+        return info.device.rpartition(" x ")[2]
+    if not _on_cuda(info):
+        return None
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 def _on_cuda(info: EngineInfo) -> bool:
@@ -112,7 +120,7 @@ def _commit() -> str | None:
 
 
 def memory(info: EngineInfo) -> dict[str, int]:
-    """Peak bytes of this process since it began, and of the GPU."""
+    """Peak bytes of this process since it began, and of PyTorch's on the GPU."""
     unit = 1 if sys.platform == "darwin" else 1024
     found = {"peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if _on_cuda(info):
@@ -125,11 +133,10 @@ def memory(info: EngineInfo) -> dict[str, int]:
 def roof(info: EngineInfo) -> dict[str, Any]:
     """Bytes of base weights that a step reads, and bytes per second of the memory they are in."""
     nbytes = weight_bytes(engine_config(info.path)).streamed
-    if not _on_cuda(info):
+    name = _gpu_name(info)
+    if name is None:
         return {"weight_bytes": nbytes, "bandwidth": _bandwidth(nbytes), "bandwidth_from": "measured on this machine"}
-    import torch
-
-    row = gpu_by_driver_name(torch.cuda.get_device_name())
+    row = gpu_by_driver_name(name)
     source = None if row is None else f"data sheet of {row.title}"
     return {"weight_bytes": nbytes, "bandwidth": None if row is None else row.bandwidth, "bandwidth_from": source}
 
