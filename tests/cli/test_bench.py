@@ -86,6 +86,8 @@ def test_an_interrupted_run_keeps_what_it_measured(
     monkeypatch.setattr(Session, "_keep", interrupted)
     flags = ["--prompts", prompts, "--batch", "1", "--max-tokens", 4, "--report", tmp_path / "report", "--json"]
     assert program("bench", artefacts / "engine", *flags) == 130
-    assert not program.document["complete"] and "interrupted" in program.out
+    assert program.document["error"]["kind"] == "interrupted" and "was interrupted" in program.out
+    measured = json.loads(program.out.splitlines()[-2])  # the line before says what was measured
+    assert not measured["complete"] and measured["summary"][0]["drafting"]["requests"] == 3
     kept = json.loads((tmp_path / "report" / "result.json").read_text())
     assert len(kept["batches"][0]["drafting"]["records"]) == 3
