@@ -97,6 +97,11 @@ def test_wrong_keys_and_values(tmp_path: Path, text: str, expected: list[str]) -
     assert all(part in said for part in [*expected, str(path), "remedy"]), said
 
 
+def test_pipeline_parallelism_is_refused_with_the_reason() -> None:
+    said = message(lambda: resolve([set_layer(["convert.pp_size=2"])]))
+    assert "unknown key 'convert.pp_size'" in said and "drafter needs embedding and LM head" in said
+
+
 def test_all_problems_of_all_layers_come_together(tmp_path: Path) -> None:
     path = recipe(tmp_path, "convert: {num_beam: 4, dtype: bf16}\n")
     said = message(lambda: resolve([*file_layers(path), set_layer(["run.top_k=-1", "run.temprature=1"])]))

@@ -9,6 +9,7 @@ With `--json` the last line of stdout is one JSON document, of a success or of a
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -47,7 +48,8 @@ def report_error(command: str, error: RedrafterError, *, as_json: bool, debug: b
     """Render one of our errors; returns the exit code."""
     if debug:
         traceback.print_exception(error, file=sys.stderr)
-    typer.secho("error: ", err=True, fg="red", bold=True, nl=False)
+    style: dict[str, Any] = {} if os.environ.get("NO_COLOR") else {"fg": "red", "bold": True}
+    typer.secho("error: ", err=True, nl=False, **style)
     note(error.render())
     if as_json:
         _document({"command": command, "ok": False, "error": error.as_dict()})

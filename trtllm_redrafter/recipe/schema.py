@@ -27,9 +27,12 @@ class ConvertSection(Section):
         default="auto", description="auto: the base model's own"
     )
     tp_size: Positive = Field(default=1, description="GPUs that share each layer (tensor parallelism)")
-    num_beams: Positive | None = Field(default=None, description="beams drafted per step")
+    num_beams: Positive | None = Field(
+        default=None, description="beams drafted per step; derived: the drafter's, else NVIDIA's default, 5"
+    )
     draft_len: Positive | None = Field(
-        default=None, description="tokens drafted per beam, the guaranteed one not counted"
+        default=None,
+        description="tokens drafted per beam, the guaranteed one not counted; derived: what the drafter was trained for",
     )
     greedy: bool = Field(
         default=True, description="TensorRT-LLM's verification mode; the torch backend does both at any time"
