@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,13 +46,13 @@ def acceptance(shape: DraftShape, mean: float, half: float) -> Acceptance:
 def prediction(
     shape: DraftShape, mean: float, ratio: float, batch: int = 1, half: float = 0.1, plain: float = 0.01
 ) -> Prediction:
-    cost = StepCost(shape, batch, ratio * plain, plain)
+    cost = StepCost(shape, batch, ratio * plain, plain, 0.0)
     return predict(acceptance(shape, mean, half), cost, TextSize(0.0, 101))
 
 
 def test_a_request_is_its_prompt_and_its_steps() -> None:
     """Batch 2: 0.2 s of prompts, then 100 tokens. Plain 100 x 10 ms = 1 s, drafting 100 / 2 x 12 ms = 0.6 s."""
-    cost = StepCost(NARROW, 2, drafting=0.012, plain=0.010)
+    cost = StepCost(NARROW, 2, drafting=0.012, plain=0.010, error=0.0)
     found = predict(acceptance(NARROW, 2.0, 0.5), cost, TextSize(prompt_seconds=0.1, tokens=101))
     assert found.speedup.value == pytest.approx(1.2 / 0.8)
     assert found.speedup.low == pytest.approx(1.2 / (0.2 + 100 / 1.5 * 0.012))
@@ -59,6 +60,14 @@ def test_a_request_is_its_prompt_and_its_steps() -> None:
     assert found.user_tokens_per_second == pytest.approx(101 / 0.8)
     assert found.total_tokens_per_second == pytest.approx(2 * 101 / 0.8)
     assert found.plain_tokens_per_second == pytest.approx(101 / 1.2)
+
+
+def test_both_errors_widen_the_interval() -> None:
+    """1.96 x 5 % of the step alone; with 0.3 of the acceptance, the root of the squares."""
+    sure = predict(acceptance(NARROW, 2.0, 0.0), StepCost(NARROW, 1, 0.01, 0.01, 0.05), TextSize(0.0, 101))
+    assert sure.speedup.low == pytest.approx(2.0 / 1.098) and sure.speedup.high == pytest.approx(2.0 * 1.098)
+    both = predict(acceptance(NARROW, 2.0, 0.3), StepCost(NARROW, 1, 0.01, 0.01, 0.05), TextSize(0.0, 101))
+    assert 2.0 - both.speedup.low == pytest.approx(math.hypot(0.3, 2.0 - 2.0 / 1.098))
 
 
 def test_break_even_is_the_step_time_ratio() -> None:

@@ -5,12 +5,13 @@ the others' prompts are computed, as many as run beside it:
 
     seconds = batch * prompt + (n - 1) / acceptance * step
 
-    predict(acceptance, cost, text).speedup         # Estimate: the interval is that of the acceptance
+    predict(acceptance, cost, text).speedup         # Estimate: how sure acceptance and step time are
     recommend(predictions)[1].shape                  # by batch size; shape None where drafting does not pay
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ class StepCost:
     batch: int
     drafting: float
     plain: float
+    error: float
+    """Relative standard error of their ratio; 0 where it was computed and not timed."""
 
     @property
     def ratio(self) -> float:
@@ -82,16 +85,28 @@ def shape_name(shape: DraftShape) -> str:
 
 
 def predict(acceptance: Acceptance, cost: StepCost, text: TextSize) -> Prediction:
-    """Speed of one setting; a larger acceptance is faster, so its bounds are the speed's."""
+    """Speed of one setting. Its interval joins that of the acceptance and that of the step's time."""
 
     def seconds(accepted: float, step: float) -> float:
         return cost.batch * text.prompt_seconds + (text.tokens - 1) / accepted * step
 
-    plain = seconds(1.0, cost.plain)
+    plain, slower = seconds(1.0, cost.plain), 1 + 1.96 * cost.error
     accepted = Estimate(acceptance.walk, max(1.0, acceptance.walk_low), acceptance.walk_high)
-    speeds = [plain / seconds(a, cost.drafting) for a in (accepted.value, accepted.low, accepted.high)]
+    speed = plain / seconds(accepted.value, cost.drafting)
+    low, high = (
+        math.hypot(speed - plain / seconds(a, cost.drafting), speed - plain / seconds(accepted.value, step))
+        for a, step in ((accepted.low, cost.drafting * slower), (accepted.high, cost.drafting / slower))
+    )
     mine = text.tokens / seconds(accepted.value, cost.drafting)
-    return Prediction(acceptance.shape, cost.batch, accepted, cost, mine, text.tokens / plain, Estimate(*speeds))
+    return Prediction(
+        acceptance.shape,
+        cost.batch,
+        accepted,
+        cost,
+        mine,
+        text.tokens / plain,
+        Estimate(speed, speed - low, speed + high),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """What a decoding step costs for every shape of a grid: timed on this machine, or from a GPU's roofline.
 
 A step's time does not depend on how much of its draft is accepted, so a few steps tell. Drafting and plain steps
-alternate in short runs, so that a change of the machine's speed meets both.
+alternate in short runs, so that a change of the machine's speed meets both; the median of the runs' ratios is not moved
+by a burst of other work in one of them.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,8 +24,12 @@ from trtllm_redrafter.planning.latency import Assumptions, latency_plan
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.redrafter.config import DraftShape
 
-RUNS = 4
+RUNS = 8
 """Pairs of a drafting and a plain run per setting; the steps are spread over them."""
+
+
+_MEDIAN_ERROR = 1.25
+"""Standard error of a median over that of a mean, for normal noise: sqrt(pi / 2)."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +58,31 @@ def measured_costs(
 
 
 def time_steps(runner: Runner, shape: DraftShape, items: Sequence[Item], batch: int, steps: int) -> StepCost:
-    """Mean times of drafting and plain steps."""
+    """The plain step's mean time, and the drafting step's as a multiple of it."""
     each = -(-steps // RUNS)
-    times: dict[bool, list[float]] = {True: [], False: []}
+    plain: list[float] = []
+    ratios: list[float] = []
     for number in range(RUNS):
         # Texts from all over the list: how long a context is matters, how well it drafts does not.
         chosen = [items[(number + i * max(1, len(items) // batch)) % len(items)] for i in range(batch)]
-        for draft in (True, False) if number % 2 == 0 else (False, True):
-            times[draft] += _run(runner, chosen, each, shape.draft_len + 1, draft=draft)
-    if not times[True] or not times[False]:
+        order = (True, False) if number % 2 == 0 else (False, True)
+        times = {draft: _run(runner, chosen, each, shape.draft_len + 1, draft=draft) for draft in order}
+        if times[True] and times[False]:
+            plain += times[False]
+            ratios.append(statistics.fmean(times[True]) / statistics.fmean(times[False]))
+    if len(ratios) < 2:
         raise UsageError(
             f"there is no room to time {shape_name(shape)} at batch {batch}",
             where=runner.info.path,
             remedy="build with a larger --max-seq-len, or use shorter prompts",
         )
-    return StepCost(shape, batch, trimmed_mean(times[True]), trimmed_mean(times[False]))
+    seconds, ratio = trimmed_mean(plain), statistics.median(ratios)
+    error = _MEDIAN_ERROR * statistics.stdev(ratios) / math.sqrt(len(ratios)) / ratio
+    return StepCost(shape, batch, ratio * seconds, seconds, error)
 
 
 def trimmed_mean(values: Sequence[float]) -> float:
-    """Without the slowest and the fastest tenth: trees differ in size, so the middle one alone would not do."""
+    """Without the slowest and the fastest tenth, which belong to the rest of the machine."""
     cut = len(values) // 10
     return statistics.fmean(sorted(values)[cut : len(values) - cut])
 
@@ -118,5 +130,5 @@ def roofline_costs(
             plan = latency_plan(changed, gpu, assumptions, max_batch_size=batch, acceptance_length=None)
             row = plan.rows[-1]
             assert row.batch == batch, shape_name(shape)
-            found.append(StepCost(shape, batch, 1e-3 * row.redrafter_ms, 1e-3 * row.plain_ms))
+            found.append(StepCost(shape, batch, 1e-3 * row.redrafter_ms, 1e-3 * row.plain_ms, 0.0))
     return found

@@ -75,8 +75,8 @@ def lead(found: TuneResult) -> str:
     text += (
         f"{found.facts['written_by']}; step cost: {found.facts['step_cost']}. * is on the frontier: no other setting "
     )
-    text += "is better for one user and for all at once. The interval is that of the acceptance"
-    return text + (", decoding only." if found.target != THIS else "; prompts are counted.")
+    text += "is better for one user and for all at once. Intervals are those of the acceptance"
+    return text + ("; decoding only." if found.target != THIS else " and of the step time; prompts are counted.")
 
 
 def render_text(found: TuneResult) -> str:
