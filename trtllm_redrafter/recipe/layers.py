@@ -129,9 +129,7 @@ def _flatten(layer: Layer, problems: list[Problem]) -> Iterator[tuple[str, Any]]
 def _advice(key: str) -> str:
     """The nearest known key: the same name in another section, else a similar one in this section, else any."""
     if key.endswith("pp_size"):
-        return (
-            "use convert.tp_size; layers are not spread over GPUs, as the drafter needs embedding and LM head on each"
-        )
+        return "use convert.tp_size; layers stay together, because the drafter needs embedding and LM head on every GPU"
     known = list(keys())
     section, _, leaf = key.rpartition(".")
     elsewhere = [k for k in known if k.rpartition(".")[2] == leaf]

@@ -32,7 +32,7 @@ class ConvertSection(Section):
     )
     draft_len: Positive | None = Field(
         default=None,
-        description="tokens drafted per beam, the guaranteed one not counted; derived: what the drafter was trained for",
+        description="tokens drafted per beam, without the guaranteed one; derived: what the drafter was trained for",
     )
     greedy: bool = Field(
         default=True, description="TensorRT-LLM's verification mode; the torch backend does both at any time"
