@@ -13,7 +13,7 @@ from tests.engines import make_runner
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.benchmark.differences import examine
 from trtllm_redrafter.benchmark.figures import batch_figures
-from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, run_round
+from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, _rounds, run_round
 from trtllm_redrafter.benchmark.prompts import Item
 from trtllm_redrafter.benchmark.statistics import Bootstrap
 from trtllm_redrafter.benchmark.verdict import NO_GO, judge
@@ -81,6 +81,20 @@ def test_interruption_keeps_finished_rounds_and_an_idle_runner(runner: TorchRunn
         session.run(stop_at_four)
     assert len(session.batches[0].drafting.records) == len(session.batches[0].autoregression.records) == 4
     assert not runner.has_work and len(runner._free) == runner.info.max_batch_size
+
+
+@pytest.mark.parametrize(
+    ("prompts", "batch", "sizes"), [(3, 1, [1, 1, 1]), (80, 4, [16] * 5), (80, 16, [80]), (17, 2, [8, 9]), (5, 4, [5])]
+)
+def test_rounds_are_equal_parts(prompts: int, batch: int, sizes: list[int]) -> None:
+    items = [Item(f"p{i}", "", (1,)) for i in range(prompts)]
+    rounds = _rounds(items, batch)
+    assert [len(r) for r in rounds] == sizes and [i for r in rounds for i in r] == items
+
+
+def test_a_batch_that_cannot_fill_is_refused(runner: TorchRunner) -> None:
+    with pytest.raises(UsageError, match="6 prompts cannot fill a batch of 9"):
+        Session(runner, runner, ITEMS, MeasureOptions((1, 9), 8, 3, 1))
 
 
 def test_batch_sizes_are_checked(runner: TorchRunner) -> None:

@@ -86,6 +86,7 @@ def test_figures_of_one_side() -> None:
     assert found.seconds_per_token == pytest.approx(3.6 / 200)
     assert found.step_seconds == pytest.approx(0.03) and found.acceptance_length == pytest.approx(2.0)
     assert found.accepted_share == pytest.approx((1.0, 0.0, 0.0))
+    assert found.concurrency == pytest.approx(1.0)
     assert found.gap_seconds["p50"] == pytest.approx(0.02) and found.first_token_seconds["p50"] == pytest.approx(0.2)
 
 

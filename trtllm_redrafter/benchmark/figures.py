@@ -24,6 +24,8 @@ class ArmFigures:
     user_tokens_per_second: float
     """What one user gets, prompt included."""
     decode_tokens_per_second: float
+    concurrency: float
+    """Requests running together on average: below the batch size where a round runs out."""
     first_token_seconds: dict[str, float | None]
     gap_seconds: dict[str, float | None]
     """Between updates of a request's stream; with drafting, an update brings several tokens."""
@@ -51,6 +53,7 @@ def arm_figures(arm: ArmRecords) -> ArmFigures:
         tokens_per_second=divide(arm.tokens, arm.wall_seconds),
         user_tokens_per_second=divide(arm.tokens, sum(r.seconds for r in records)),
         decode_tokens_per_second=divide(decoded, decode_seconds),
+        concurrency=divide(sum(r.seconds for r in records), arm.wall_seconds),
         first_token_seconds=percentiles([r.first_token_seconds for r in records]),
         gap_seconds=percentiles(arm.gaps),
         seconds_per_token=divide(decode_seconds, decoded),

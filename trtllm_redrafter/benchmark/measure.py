@@ -11,6 +11,7 @@ places become free, `batch` of them at a time; the time of a request starts with
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -136,6 +137,7 @@ class Session:
     """The whole measurement. `batches` grows with every finished pair of rounds."""
 
     def __init__(self, runner: Runner, baseline: Runner, items: Sequence[Item], options: MeasureOptions) -> None:
+        check_enough(items, options.batches)
         self._runners = {DRAFTING: runner, AUTOREGRESSION: baseline}
         self._items = list(items)
         self._options = options
@@ -181,10 +183,20 @@ class Session:
                 kept.differences.append(examine(runner, item, mine.token_ids, plain.token_ids, batch))
 
 
+def check_enough(items: Sequence[Item], batches: Sequence[int]) -> None:
+    """Refuse a batch that could never be full: its figures would be those of a smaller one."""
+    if len(items) < max(batches):
+        raise UsageError(
+            f"{len(items)} prompts cannot fill a batch of {max(batches)}",
+            remedy="give more prompts (--prompts, --limit), or smaller batches (--batch)",
+        )
+
+
 def _rounds(items: Sequence[Item], batch: int) -> list[Sequence[Item]]:
-    """One prompt at a time for batch 1, else as many as keep `batch` places busy for a while."""
-    size = 1 if batch == 1 else ROUND * batch
-    return [items[i : i + size] for i in range(0, len(items), size)]
+    """One prompt at a time for batch 1, else as many as keep `batch` places busy for a while, in equal parts."""
+    count = len(items) if batch == 1 else max(1, len(items) // (ROUND * batch))
+    bounds = [i * len(items) // count for i in range(count + 1)]
+    return [items[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def _add(arm: ArmRecords, found: RoundResult) -> None:

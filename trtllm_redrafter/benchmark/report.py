@@ -29,8 +29,8 @@ def number(value: float | None, form: str = ".1f", scale: float = 1.0) -> str:
     return "–" if value is None or value != value else format(scale * value, form)
 
 
-SPEED_HEADER = ["batch", "side", "tokens/s", "per user", "decoding", "first token p50, ms", "p95", "update p50, ms",
-                "p95", "p99", "step, ms"]  # fmt: skip
+SPEED_HEADER = ["batch", "side", "together", "tokens/s", "per user", "decoding", "first token p50, ms", "p95",
+                "update p50, ms", "p95", "p99", "step, ms"]  # fmt: skip
 PAYS_HEADER = ["batch", "speed-up", "interval", "decoding", "all tokens", "tokens/step", "step-time ratio",
                "same output", "of roof, plain", "drafting"]  # fmt: skip
 CATEGORY_HEADER = ["kind of prompt", "batch", "prompts", "speed-up", "interval", "tokens/step"]
@@ -49,7 +49,7 @@ def _speed(arm: ArmFigures) -> list[str]:
     first, gap = arm.first_token_seconds, arm.gap_seconds
     rates = [arm.tokens_per_second, arm.user_tokens_per_second, arm.decode_tokens_per_second]
     times = [first["p50"], first["p95"], gap["p50"], gap["p95"], gap["p99"], arm.step_seconds]
-    return [*(number(r) for r in rates), *(number(t, ".1f", 1e3) for t in times)]
+    return [number(arm.concurrency), *(number(r) for r in rates), *(number(t, ".1f", 1e3) for t in times)]
 
 
 def pays_rows(summary: Summary) -> Rows:

@@ -19,7 +19,7 @@ from trtllm_redrafter.backends.torch.backend import TorchBackend
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.benchmark import environment
 from trtllm_redrafter.benchmark.figures import batch_figures
-from trtllm_redrafter.benchmark.measure import MeasureOptions, Session
+from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, check_enough
 from trtllm_redrafter.benchmark.prediction import (
     Check,
     Prediction,
@@ -152,6 +152,8 @@ def _recorded(
     if options.roof is None:
         MeasureOptions(options.batches, options.max_tokens, CHECK_REPEATS, 1).check(runner, runner.info.path)
     items = make_items(runner, prompts, max_tokens=options.max_tokens)
+    if options.budget:
+        check_enough(items, options.batches)
     return items, engine_texts(runner, items, max_tokens=options.max_tokens, progress=progress)
 
 
