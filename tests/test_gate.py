@@ -17,7 +17,7 @@ from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import Result
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.errors import MismatchError
-from trtllm_redrafter.generation import gate
+from trtllm_redrafter.generation import gate_checks
 from trtllm_redrafter.generation.gate import GateReport, GateRequest, parity_gate
 from trtllm_redrafter.progress import no_progress
 
@@ -82,7 +82,7 @@ def test_a_wrong_token_is_a_fault(models: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_ties_are_told_from_faults_and_counted(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gate.ROUNDING, "float32", 10.0)  # so that rounding "explains" anything
+    monkeypatch.setitem(gate_checks.ROUNDING, "float32", 10.0)  # so that rounding "explains" anything
 
     def change(results: list[Result]) -> None:
         results[0].token_ids[:] = [(t + 1) % VOCAB for t in results[0].token_ids]

@@ -94,7 +94,7 @@ def find_program(name: str) -> Path | None:
 
 
 def find_mpi() -> str | None:
-    """libmpi as the loader will find it: by the system's cache, or in LD_LIBRARY_PATH (containers keep theirs there)."""
+    """libmpi as the loader will find it: by the system's cache, or in LD_LIBRARY_PATH, as in containers."""
     known = ctypes.util.find_library("mpi")
     if known is not None:
         return known
