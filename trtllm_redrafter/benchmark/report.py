@@ -128,6 +128,17 @@ def spec_bench_lines(summary: Summary) -> list[str]:
     ]
 
 
+def position_lines(summary: Summary) -> list[str]:
+    """Share of steps that accept at least so many drafts."""
+    shares = {b.figures.batch: b.figures.drafting.accepted_share for b in summary.batches}
+    return [
+        f"Drafts accepted at batch {batch}: "
+        + ", ".join(f"{j} in {100 * s:.0f} %" for j, s in enumerate(found, start=1))
+        for batch, found in shares.items()
+        if found
+    ]
+
+
 def _interruption(summary: Summary) -> list[str]:
     if summary.result.complete:
         return []
@@ -137,7 +148,7 @@ def _interruption(summary: Summary) -> list[str]:
 def render_text(summary: Summary) -> str:
     """For a terminal."""
     parts = [*_interruption(summary), _aligned(SPEED_HEADER, speed_rows(summary)), ""]
-    parts += [_aligned(PAYS_HEADER, pays_rows(summary)), "", *spec_bench_lines(summary)]
+    parts += [_aligned(PAYS_HEADER, pays_rows(summary)), "", *position_lines(summary), *spec_bench_lines(summary)]
     return "\n".join([*parts, *(v.render() for v in summary.verdicts)])
 
 
@@ -150,11 +161,20 @@ def _aligned(header: list[str], rows: Rows) -> str:
 
 def render_markdown(summary: Summary) -> str:
     parts = [f"# {TITLE}", "", *_interruption(summary), *(f"- **{v.answer}**, {v.render()}" for v in summary.verdicts)]
-    parts += ["", page.markdown_table(PAYS_HEADER, pays_rows(summary)), "", *spec_bench_lines(summary), ""]
+    parts += [
+        "",
+        page.markdown_table(PAYS_HEADER, pays_rows(summary)),
+        "",
+        *_paragraphs(position_lines(summary) + spec_bench_lines(summary)),
+    ]
     parts += [page.markdown_table(SPEED_HEADER, speed_rows(summary)), "", DEFINITIONS, ""]
     parts += [page.markdown_table(CATEGORY_HEADER, category_rows(summary)), ""]
     parts += [page.markdown_table(["measured with", ""], [[k, v] for k, v in fact_rows(summary)]), ""]
     return "\n".join(parts)
+
+
+def _paragraphs(lines: list[str]) -> list[str]:
+    return [text for line in lines for text in (line, "")]
 
 
 def render_html(summary: Summary) -> str:
