@@ -149,7 +149,7 @@ def memory_plan(config: CheckpointConfig, limits: Limits, target: Gpu, *, kv_cac
         Line("embedding", weights.embedding, "whole on every rank" if not config.use_parallel_embedding else "shared"),
     ]
     if config.drafter is not None:
-        lines.append(Line("drafter weights", weights.drafter, "of this rank"))
+        lines.append(Line("drafter weights", weights.drafter, f"of this rank, its LM head {_gb(weights.draft_head)}"))
         lines += _drafting(config, limits.max_batch_size)
     lines.append(_activations(config, limits.max_num_tokens))
     lines.append(Line("reserve", RESERVE, "estimate: CUDA, cuBLAS, NCCL, TensorRT"))

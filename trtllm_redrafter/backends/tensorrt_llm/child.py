@@ -14,7 +14,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -31,12 +31,11 @@ def run_logged(
     log: Path,
     on_line: Callable[[str], None],
     on_tick: Callable[[float], None],
-    environment: Mapping[str, str] | None = None,
 ) -> int:
     """Exit code of the child (negative: killed by that signal). `on_tick` gets the elapsed seconds each second."""
     start = time.monotonic()
     with log.open("w", encoding="utf-8", errors="replace") as file:
-        child = start_child(command, environment)
+        child = start_child(command)
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         assert child.stdout is not None
         reader = threading.Thread(target=_read, args=(child.stdout, lines), daemon=True)
@@ -50,14 +49,13 @@ def run_logged(
             child.stdout.close()
 
 
-def start_child(command: Sequence[str], environment: Mapping[str, str] | None) -> subprocess.Popen[str]:
+def start_child(command: Sequence[str]) -> subprocess.Popen[str]:
     try:
         return subprocess.Popen(
             list(command),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=None if environment is None else {**os.environ, **environment},
             text=True,
             errors="replace",
             start_new_session=True,

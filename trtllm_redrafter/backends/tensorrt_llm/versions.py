@@ -82,8 +82,6 @@ MIN_COMPUTE_CAPABILITY = (8, 0)
 MIN_DRIVER = 580
 """CUDA 13 needs this driver branch, or a data-centre driver with its compatibility package."""
 
-PLAIN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-
 NVIDIA_EXAMPLE_BASES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 """Bases that NVIDIA's own ReDrafter converter accepts; others use the same two classes without one."""
 
