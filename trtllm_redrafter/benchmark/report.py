@@ -121,7 +121,8 @@ def spec_bench_lines(summary: Summary) -> list[str]:
     """Spec-Bench's figures, at batch 1."""
     found = [b.spec_bench for b in summary.batches if b.spec_bench is not None]
     return [
-        f"On these prompts, as Spec-Bench counts (greedy, batch 1, mean over questions and repeats): speed-up {row.speedup:.2f}, "
+        "On these prompts, as Spec-Bench counts (greedy, batch 1, mean over questions and repeats): "
+        f"speed-up {row.speedup:.2f}, "
         f"{row.tokens_per_second:.1f} against {row.baseline_tokens_per_second:.1f} tokens/s, "
         f"{number(row.mean_accepted_tokens, '.2f')} tokens per step."
         for row in found
