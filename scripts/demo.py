@@ -19,6 +19,7 @@ from pathlib import Path
 from fetch_smollm2 import fetch
 from rich.console import Console
 from rich.table import Table
+
 from trtllm_redrafter import load_engine
 from trtllm_redrafter.api import Engine
 from trtllm_redrafter.backends.base import Result

@@ -135,6 +135,24 @@ def test_damaged_files_are_found(tmp_path: Path, damage: str) -> None:
         load(engine)
 
 
+def test_a_damaged_checkpoint_is_not_built(tmp_path: Path) -> None:
+    """Else the engine's new manifest would vouch for the flipped bit."""
+    checkpoint = write_checkpoint(tmp_path)
+    weights = checkpoint / "rank0.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match="content has changed since the checkpoint was written"):
+        build_engine(checkpoint, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_a_cache_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    engine = build_engine(write_checkpoint(tmp_path), tmp_path / "engine", max_batch_size=10**9)
+    with pytest.raises(BackendError, match="not enough memory for the KV cache"):
+        load(engine)
+
+
 def test_draft_shape_can_be_changed_at_load(checkpoint: Path, tmp_path: Path) -> None:
     engine = build_engine(checkpoint, tmp_path / "engine")
     assert load(engine, DraftShape(2, 5)).info.draft_shape == DraftShape(2, 5)

@@ -63,7 +63,11 @@ class EngineTokenizer:
         try:
             rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of its own: whatever it raises is about these messages
-            raise RequestError("the chat template refused the messages", why=str(error)) from error
+            raise RequestError(
+                "the chat template refused the messages",
+                why=str(error),
+                remedy="give the roles in the order the model was trained on, or pass --no-chat",
+            ) from error
         return tuple(self.encode(rendered, add_special_tokens=False))
 
 

@@ -20,6 +20,7 @@ import torch
 
 from trtllm_redrafter import __version__
 from trtllm_redrafter.backends.base import BuildOptions, BuildPlan, EngineInfo
+from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY, EngineTokenizer, eos_token_ids
 from trtllm_redrafter.backends.torch.build_plan import BACKEND, ENGINE_FORMAT, TorchBuildPlan, plan_build
 from trtllm_redrafter.backends.torch.drafting import DRAFT_VOCAB_FILE, Drafting, frequent_rows, load_drafter
 from trtllm_redrafter.backends.torch.executor import Executor
@@ -27,14 +28,13 @@ from trtllm_redrafter.backends.torch.low_rank import find_factor, load_factor, s
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.native.library import NativeUnavailable
 from trtllm_redrafter.backends.torch.runner import TorchRunner
-from trtllm_redrafter.backends.torch.tokenizer import TOKENIZER_DIRECTORY, EngineTokenizer, eos_token_ids
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import ModelWeights, load_weights
 from trtllm_redrafter.base_models.tokenizer import has_tokenizer, tokenizer_files
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.reader import Checkpoint, rank_file
-from trtllm_redrafter.errors import BackendError, InputError, UsageError, raise_together
+from trtllm_redrafter.errors import BackendError, InputError, Problem, UsageError, raise_together
 from trtllm_redrafter.fsio import (
     as_output_error,
     atomic_directory,
@@ -74,7 +74,9 @@ class TorchBackend:
             if factor is not None:
                 save_factor(factor, work)
             write_json(work / "config.json", plan.engine_config())
-            _manifest(plan, work).write(work)
+            manifest = _manifest(plan, work)
+            _check_unchanged(plan.checkpoint, manifest)
+            manifest.write(work)
             progress("build", len(files), len(files), "files")
         return options.output
 
@@ -145,6 +147,18 @@ def _manifest(plan: TorchBuildPlan, work: Path) -> Manifest:
     )
 
 
+def _check_unchanged(checkpoint: Checkpoint, engine: Manifest) -> None:
+    """The checkpoint's files are what its own manifest says: a damaged one must not get a fresh, matching hash."""
+    if checkpoint.manifest is None:
+        return
+    problems = [
+        Problem("the file's content has changed since the checkpoint was written", str(checkpoint.path / name))
+        for name, record in checkpoint.manifest.files.items()
+        if engine.files.get(f"{CHECKPOINT_DIRECTORY}/{name}", record) != record
+    ]
+    raise_together(InputError, problems, "the checkpoint is damaged", where=checkpoint.path, remedy="convert it again")
+
+
 def _read_engine(engine: Path, verify_hashes: bool) -> dict[str, Any]:
     """The engine's config, after a check of what it is and whether its files are whole."""
     from trtllm_redrafter.backends import engine_backend
@@ -207,7 +221,7 @@ def _make_executor(
         reason = str(unavailable)
     try:
         return TorchExecutor(config, weights, max_batch_size=batch, capacity=capacity, detail=reason)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:  # the CPU's allocator raises the last
         raise BackendError(
             "there is not enough memory for the KV cache",
             why=f"{batch} requests of {capacity} positions",

@@ -11,9 +11,9 @@ import torch
 
 from trtllm_redrafter import __version__
 from trtllm_redrafter.backends.base import BuildOptions
+from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY
 from trtllm_redrafter.backends.torch.native.library import NativeUnavailable, load_library
 from trtllm_redrafter.backends.torch.rope import SUPPORTED_SCALINGS, scaling_kind
-from trtllm_redrafter.backends.torch.tokenizer import TOKENIZER_DIRECTORY
 from trtllm_redrafter.base_models.tokenizer import has_tokenizer, tokenizer_files
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.reader import Checkpoint

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Result, Runner, Update
 from trtllm_redrafter.backends.text import TextStream
+from trtllm_redrafter.backends.tokenizer import EngineTokenizer
 from trtllm_redrafter.backends.torch.drafting import Drafting
 from trtllm_redrafter.backends.torch.executor import Executor, TreeOutput
-from trtllm_redrafter.backends.torch.tokenizer import EngineTokenizer
 from trtllm_redrafter.errors import Problem, RequestError, raise_together
 from trtllm_redrafter.redrafter.sampling import SamplingSettings, draw, fresh_seed, uniform
 from trtllm_redrafter.redrafter.token_tree import Tree
