@@ -63,6 +63,24 @@ def test_from_text_to_a_drafter_to_text(program: Program, models: Path, texts: P
     assert program.document["results"][0]["completion_tokens"] == 8
 
 
+def test_prompts_alone_are_answered_by_an_engine_of_the_base(
+    program: Program, models: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers is not asked; the answers are the base model's greedy ones and stay in the work directory."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("transformers was asked to write")
+
+    monkeypatch.setattr("trtllm_redrafter.training.self_distill.TransformersWriter.write", refuse)
+    work = prompts.parent
+    train = ["train", "--base", models / "base", "--prompts", prompts, "--output", work / "drafter", *SMALL]
+    settings = ["--set", "train.max_answer_tokens=20", "--set", "train.held_out=0", "--work-dir", work / "work"]
+    assert program(*train, *settings) == 0
+    answers = [json.loads(line) for line in (work / "work" / "answers.jsonl").read_text().splitlines()]
+    assert len([a for a in answers if "answer" in " ".join(a)]) == 2
+    assert not (work / "work" / "base-engine").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -38,6 +38,7 @@ def train(
     from trtllm_redrafter.recipe.training_options import train_options
     from trtllm_redrafter.training import plan_training
     from trtllm_redrafter.training import train as run_training
+    from trtllm_redrafter.training.engine_writer import answer_writer
 
     resolved = from_flags(
         {
@@ -64,8 +65,8 @@ def train(
         if as_json:
             emit("train", planned_only=True, values=resolved.as_dict(), plan=plan.as_dict())
         return
-    with progress_bar() as progress:
-        result = run_training(plan, progress)
+    with progress_bar() as progress, answer_writer(plan, progress) as writer:
+        result = run_training(plan, progress, writer=writer)
     say(f"drafter written to {result.output}")
     if as_json:
         emit("train", planned_only=False, output=result.output, plan=plan.as_dict(), metrics=result.metrics)

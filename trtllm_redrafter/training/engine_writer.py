@@ -8,6 +8,7 @@ The base model goes through convert and build without a drafter, and the torch b
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.torch.backend import TorchBackend
 from trtllm_redrafter.convert import ConvertOptions, convert, plan_conversion
 from trtllm_redrafter.progress import Progress
-from trtllm_redrafter.training.self_distill import RunnerWriter
+from trtllm_redrafter.training.plan import TrainPlan
+from trtllm_redrafter.training.self_distill import AnswerWriter, RunnerWriter
 
 
 @dataclass(frozen=True)
@@ -73,3 +75,22 @@ def engine_writer(
     finally:
         shutil.rmtree(checkpoint, ignore_errors=True)
         shutil.rmtree(engine, ignore_errors=True)
+
+
+@contextmanager
+def answer_writer(plan: TrainPlan, progress: Progress) -> Iterator[AnswerWriter | None]:
+    """Who writes a plan's answers: an engine; None, so transformers, where several processes share the work."""
+    if not plan.prompts or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield None
+        return
+    options = plan.options
+    longest = max(len(prompt.token_ids) for prompt in plan.prompts)
+    sizes = EngineWriterOptions(
+        dtype=options.dtype,
+        device=options.device,
+        batch=options.writing.batch,
+        max_prompt=longest,
+        max_tokens=longest + options.writing.max_tokens,
+    )
+    with engine_writer(options.base, options.work_dir, sizes, progress) as writer:
+        yield writer
