@@ -13,13 +13,12 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench_decode import decode, machine, median
+from bench_decode import decode, machine, median, publish
 
 from trtllm_redrafter.backends.torch.backend import TorchBackend
 
@@ -61,11 +60,7 @@ def main() -> None:
             for kind in ("without drafting", "with drafting")
         },
     }
-    text = json.dumps(report, indent=1)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
-    print(text)
+    publish(report, options.output)
 
 
 if __name__ == "__main__":

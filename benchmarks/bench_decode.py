@@ -108,6 +108,15 @@ class Transformers:
         }
 
 
+def publish(report: dict[str, Any], output: Path | None) -> None:
+    """Print a result, and keep it where it was asked for."""
+    text = json.dumps(report, indent=1)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n")
+    print(text)
+
+
 def summarise(runs: list[dict[str, Any]], baseline: list[dict[str, Any]], roof: float) -> dict[str, Any]:
     tokens, seconds, steps = (sum(r[k] for r in runs) for k in ("tokens", "seconds", "steps"))
     ratios = [
@@ -183,11 +192,7 @@ def main() -> None:
         "repeats": options.repeats,
         "variants": {name: summarise(r, baseline[: len(r)], roof) for name, r in runs.items()},
     }
-    text = json.dumps(report, indent=1)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
-    print(text)
+    publish(report, options.output)
 
 
 if __name__ == "__main__":

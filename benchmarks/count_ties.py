@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench_decode import machine
+from bench_decode import machine, publish
 
 from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.torch.backend import TorchBackend
@@ -60,11 +60,7 @@ def main() -> None:
     os.environ["REDRAFTER_NATIVE"] = "0"
     library.load_library.cache_clear()
     report["pytorch"] = differences(options.engine, prompts, options.max_tokens)
-    text = json.dumps(report, indent=1)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
-    print(text)
+    publish(report, options.output)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_decode import count_weights, machine, measure_bandwidth, median
+from bench_decode import count_weights, machine, measure_bandwidth, median, publish
 
 from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.torch.backend import TorchBackend
@@ -102,11 +102,7 @@ def main() -> None:
         "with_drafting": step_parts(runner, prompt, draft=True),
         "base_model_pass_by_rows": pass_by_rows(runner, prompt),
     }
-    text = json.dumps(report, indent=1)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
-    print(text)
+    publish(report, options.output)
 
 
 if __name__ == "__main__":
