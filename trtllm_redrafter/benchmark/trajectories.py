@@ -22,6 +22,7 @@ from trtllm_redrafter.benchmark.prompts import BenchPrompt, Item
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid
+from trtllm_redrafter.training.data import chat_token_ids
 from trtllm_redrafter.training.drafter_reader import read_drafter
 from trtllm_redrafter.training.evaluation import draft_vocab
 from trtllm_redrafter.training.fit import BaseTensors
@@ -70,14 +71,9 @@ def transformers_texts(
     """The same without an engine. Of several turns, the first is answered."""
     tokenizer = load_tokenizer(base.path)
     ids = [
-        tuple(
-            tokenizer.apply_chat_template(
-                [*prompt.earlier, {"role": "user", "content": prompt.turns[0]}],
-                tokenize=True, add_generation_prompt=True,
-            )
-        )
-        for prompt in prompts
-    ]  # fmt: skip
+        tuple(chat_token_ids(tokenizer, [*p.earlier, {"role": "user", "content": p.turns[0]}], answer_next=True))
+        for p in prompts
+    ]
     writer, parts, tokens = TransformersWriter(base), [], 0
     options = WritingOptions(max_tokens, 0.0, 0, batch)
     for first in range(0, len(ids), batch):

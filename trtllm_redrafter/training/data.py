@@ -71,7 +71,7 @@ def read_prompts(path: Path, tokenizer: ChatTokenizer, *, max_tokens: int) -> li
         content = record.get("prompt")
         if not isinstance(content, str) or not content:
             raise ValueError("`prompt` is missing or not a text")
-        ids = tuple(_template(tokenizer, [{"role": "user", "content": content}], answer_next=True))
+        ids = tuple(chat_token_ids(tokenizer, [{"role": "user", "content": content}], answer_next=True))
         if len(ids) >= max_tokens:
             raise ValueError(f"the prompt has {len(ids)} tokens, more than {max_tokens - 1}")
         return [ids]
@@ -142,8 +142,8 @@ def _chat(messages: Any, tokenizer: ChatTokenizer, eos: frozenset[int]) -> Token
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tuple(_template(tokenizer, messages[:i], answer_next=True))
-        after = tuple(_template(tokenizer, messages[: i + 1], answer_next=False))
+        before = tuple(chat_token_ids(tokenizer, messages[:i], answer_next=True))
+        after = tuple(chat_token_ids(tokenizer, messages[: i + 1], answer_next=False))
         if after[: len(before)] != before or before[: len(ids)] != ids:
             raise ValueError(
                 f"the chat template rewrites earlier turns at message {i + 1}, so its tokens are not known"
@@ -157,7 +157,8 @@ def _chat(messages: Any, tokenizer: ChatTokenizer, eos: frozenset[int]) -> Token
     return TokenizedText(ids, tuple(spans))
 
 
-def _template(tokenizer: ChatTokenizer, messages: list[dict[str, Any]], *, answer_next: bool) -> list[int]:
+def chat_token_ids(tokenizer: ChatTokenizer, messages: list[dict[str, Any]], *, answer_next: bool) -> list[int]:
+    """A conversation through the chat template; `ValueError` when it refuses. (transformers 5 returns a mapping.)"""
     try:
         ids = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=answer_next)
     except Exception as error:  # templates raise errors of their own kinds for chats they refuse
