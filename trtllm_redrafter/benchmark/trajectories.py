@@ -71,7 +71,11 @@ def transformers_texts(
     """The same without an engine. Of several turns, the first is answered."""
     tokenizer = load_tokenizer(base.path)
     ids = [
-        tuple(chat_token_ids(tokenizer, [*p.earlier, {"role": "user", "content": p.turns[0]}], answer_next=True))
+        tuple(
+            chat_token_ids(
+                tokenizer, [*map(dict, p.earlier), {"role": "user", "content": p.turns[0]}], answer_next=True
+            )
+        )
         for p in prompts
     ]
     writer, parts, tokens = TransformersWriter(base), [], 0
