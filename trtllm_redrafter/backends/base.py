@@ -21,6 +21,7 @@ from trtllm_redrafter.redrafter.config import DraftShape
 
 if TYPE_CHECKING:
     from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
+    from trtllm_redrafter.backends.tokenizer import EngineTokenizer
 
 
 class FinishReason(str, enum.Enum):
@@ -181,6 +182,7 @@ class Runner(ABC):
     """An engine ready to run. Not thread-safe: one thread drives `step()`."""
 
     info: EngineInfo
+    _tokenizer: EngineTokenizer | None
 
     @abstractmethod
     def submit(self, request: Request) -> str:
@@ -204,16 +206,22 @@ class Runner(ABC):
         """Is anything queued or running?"""
 
     @property
-    @abstractmethod
     def has_chat_template(self) -> bool:
         """Can prompts be rendered as chat turns?"""
+        return self._tokenizer is not None and self._tokenizer.has_chat_template
 
-    @abstractmethod
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]], *, chat: bool) -> tuple[int, ...]:
         """Token ids of a prompt: plain text, or with `chat` through the chat template.
 
         Under `chat` a string is one user turn, a sequence is the conversation's messages (`role`, `content`).
         """
+        if self._tokenizer is None:
+            raise RequestError(
+                "the engine has no tokenizer",
+                where=self.info.path,
+                remedy="build it with --tokenizer DIR, or submit token ids",
+            )
+        return self._tokenizer.encode_prompt(prompt, chat=chat)
 
     @abstractmethod
     def close(self) -> None:

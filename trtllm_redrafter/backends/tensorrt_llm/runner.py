@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Result, Runner, Update
 from trtllm_redrafter.backends.tensorrt_llm.client import EngineClient, Event
@@ -63,19 +61,6 @@ class TensorRTRunner(Runner):
     @property
     def has_work(self) -> bool:
         return bool(self._active)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._tokenizer is not None and self._tokenizer.has_chat_template
-
-    def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]], *, chat: bool) -> tuple[int, ...]:
-        if self._tokenizer is None:
-            raise RequestError(
-                "the engine has no tokenizer",
-                where=self.info.path,
-                remedy="build it with --tokenizer DIR, or submit token ids",
-            )
-        return self._tokenizer.encode_prompt(prompt, chat=chat)
 
     def submit(self, request: Request) -> str:
         number = next(self._numbers)

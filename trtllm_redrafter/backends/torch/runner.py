@@ -9,10 +9,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -78,19 +77,6 @@ class TorchRunner(Runner):
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._active)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._tokenizer is not None and self._tokenizer.has_chat_template
-
-    def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]], *, chat: bool) -> tuple[int, ...]:
-        if self._tokenizer is None:
-            raise RequestError(
-                "the engine has no tokenizer",
-                where=str(self.info.path),
-                remedy="build it with --tokenizer DIR, or submit token ids",
-            )
-        return self._tokenizer.encode_prompt(prompt, chat=chat)
 
     def submit(self, request: Request) -> str:
         request_id = request.request_id or f"request-{next(self._numbers)}"
