@@ -6,13 +6,15 @@ print(report.render())        # values and origins, flags, memory, step times an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan, plan_for
 from trtllm_redrafter.doctor import Needs
-from trtllm_redrafter.errors import UsageError
+from trtllm_redrafter.errors import MismatchError, Problem, UsageError, raise_together
+from trtllm_redrafter.planning.acceptance import MeasuredAcceptance, read_acceptance
 from trtllm_redrafter.planning.latency import Assumptions, LatencyPlan, latency_plan
 from trtllm_redrafter.planning.model import ModelSource, PlannedModel, planned_model
 from trtllm_redrafter.planning.sizes import weight_bytes
@@ -29,13 +31,16 @@ class RecipePlan:
     model: PlannedModel
     build: TensorRTPlan
     latency: LatencyPlan
+    acceptance: MeasuredAcceptance | None
+    """Where the latency plan's acceptance length was read from; None where a number or nothing was given."""
 
     def render(self) -> str:
         notes = [f"note: {note}" for note in self.model.notes]
         if self.resolved.recipe.backend != "tensorrt-llm":
             notes.append("note: the recipe's backend is torch; this plans the same checkpoint for tensorrt-llm")
         values = self.resolved.render("", "convert", "build", "tensorrt_llm", "plan")
-        return "\n".join([values, "", *notes, "", self.build.render(), "", self.latency.render()])
+        measured = [] if self.acceptance is None else ["  " + self.acceptance.render()]
+        return "\n".join([values, "", *notes, "", self.build.render(), "", self.latency.render(), *measured])
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -43,6 +48,7 @@ class RecipePlan:
             "notes": list(self.model.notes),
             "build": self.build.as_dict(),
             "latency": self.latency.as_dict(),
+            "acceptance": None if self.acceptance is None else self.acceptance.as_dict(),
         }
 
 
@@ -52,7 +58,7 @@ def plan_recipe(resolved: Resolved, *, name: str) -> RecipePlan:
     model = planned_model(model_source(resolved))
     resolved = with_limits(resolved, model.config.max_position_embeddings)
     build = plan_for(model.config, _build_options(resolved))
-    _check_acceptance(resolved, model)
+    accepted, measured, notes = _acceptance(resolved, model)
     recipe, limits = resolved.recipe, build.flags.limits
     section = recipe.plan
     assumptions = Assumptions(
@@ -66,17 +72,52 @@ def plan_recipe(resolved: Resolved, *, name: str) -> RecipePlan:
         build.target,
         assumptions,
         max_batch_size=limits.max_batch_size,
-        acceptance_length=section.acceptance_length if model.config.drafter is not None else None,
+        acceptance_length=accepted,
     )
-    return RecipePlan(resolved, model, build, latency)
+    model = replace(model, notes=(*model.notes, *notes))
+    return RecipePlan(resolved, model, build, latency, measured)
 
 
-def _check_acceptance(resolved: Resolved, model: PlannedModel) -> None:
-    accepted, shape = resolved.recipe.plan.acceptance_length, model.config.draft_shape
-    if accepted is not None and shape is not None and accepted > shape.draft_len + 1:
+def _acceptance(
+    resolved: Resolved, model: PlannedModel
+) -> tuple[float | None, MeasuredAcceptance | None, tuple[str, ...]]:
+    """Tokens per step, the report they are from, and how its measurement differs from what is planned."""
+    given, shape = resolved.recipe.plan.acceptance_length, model.config.draft_shape
+    if given is None or shape is None:
+        return None, None, ()
+    if isinstance(given, Path):
+        found = read_acceptance(given, shape)
+        return found.tokens_per_step, found, _check_measured(found, resolved, model)
+    if given > shape.draft_len + 1:
         why = f"a step emits at most {shape.draft_len} drafted tokens and the guaranteed one"
         remedy = "use the tokens per step that `evaluate` reports for this draft length"
-        raise UsageError(f"plan.acceptance_length is {accepted}", why=why, remedy=remedy)
+        raise UsageError(f"plan.acceptance_length is {given}", why=why, remedy=remedy)
+    return given, None, ()
+
+
+def _check_measured(found: MeasuredAcceptance, resolved: Resolved, model: PlannedModel) -> tuple[str, ...]:
+    """The report is of this base model and this drafter, as far as names tell; notes on what else differs."""
+    problems, notes, config = [], [], model.config
+    for key, theirs, mine in (
+        ("base", found.base, resolved.recipe.base),
+        ("drafter", found.drafter, resolved.recipe.drafter),
+    ):
+        if theirs is None or mine is None or theirs.lower() == mine.name.lower():
+            continue
+        if key == "base" and config.quant_algo and mine.name.lower().startswith(theirs.lower()):
+            notes.append(f"the acceptance length was measured on {theirs}, before quantization")
+            continue
+        problems.append(Problem(f"the report's {key} is {theirs}, the recipe's is {mine.name}"))
+    raise_together(
+        MismatchError, problems, "the acceptance length was measured on another model", where=found.path,
+        remedy="run `evaluate` on this one; where a directory was only renamed, give the number itself",
+    )  # fmt: skip
+    if found.drafted_from is not None and found.drafted_from < config.vocab_size:
+        notes.append(
+            f"the acceptance length was measured drafting from {found.drafted_from} of {config.vocab_size} tokens; "
+            "TensorRT-LLM drafts from all"
+        )
+    return tuple(notes)
 
 
 def model_source(resolved: Resolved) -> ModelSource:

@@ -7,10 +7,11 @@ themselves. None means "derived": from the drafter, the checkpoint or the recipe
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from trtllm_redrafter.recipe.base import Device, Directory, Positive, Section, Text
 from trtllm_redrafter.recipe.benchmark import BenchSection, TuneSection
@@ -113,11 +114,22 @@ class TensorRTSection(Section):
     multi_block_mode: bool = Field(default=True, description="split long contexts over more of the GPU")
 
 
+def _acceptance_length(value: Any) -> float | Path | None:
+    """A number, or a path to what has it; one message for both."""
+    if value is None or isinstance(value, Path):
+        return value
+    if isinstance(value, str) and value.strip():
+        return Path(value).expanduser()
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 1.0 <= value < math.inf:
+        return float(value)
+    raise ValueError("it should be tokens per step, at least 1, or the path of a report of `evaluate`")
+
+
 class PlanSection(Section):
     """Assumptions of the memory and latency plans."""
 
-    acceptance_length: Annotated[float, Field(ge=1.0)] | None = Field(
-        default=None, description="tokens per step, as `evaluate` measured it; without it only break-even is shown"
+    acceptance_length: Annotated[float | Path | None, BeforeValidator(_acceptance_length)] = Field(
+        default=None, description="tokens per step, or a report of `evaluate`; without it only break-even is shown"
     )
     context_len: Positive | None = Field(
         default=None, description="tokens a request has in the cache on average; derived: half of max_seq_len"
