@@ -66,6 +66,11 @@ def test_recipes_explain_themselves(name: str) -> None:
     assert lines[0].startswith("# ") and max(map(len, lines)) <= 122
 
 
+def test_every_description_has_a_source() -> None:
+    rows = [line for line in (CONFIGS / "models" / "README.md").read_text().splitlines() if line.startswith("| `")]
+    assert {row.split("`")[1] for row in rows} == {path.stem for path in (CONFIGS / "models").glob("*.json")}
+
+
 def test_fp8_recipes_quantize_all_but_the_drafter() -> None:
     config = planned("qwen2.5-7b-fp8").model.config
     assert config.quant_algo == "FP8" and "drafter*" in config.quantization["exclude_modules"]
