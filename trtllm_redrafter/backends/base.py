@@ -82,6 +82,11 @@ class Request:
     """False decodes this request autoregressively, through the same code with an empty tree."""
 
 
+def acceptance_length(steps: int, accepted_tokens: int) -> float | None:
+    """Mean of tokens emitted per decoding step, the guaranteed one included; None without a step."""
+    return None if steps == 0 else 1.0 + accepted_tokens / steps
+
+
 @dataclass
 class Result:
     """A finished request: what was written, and how.
@@ -108,7 +113,7 @@ class Result:
 
     @property
     def acceptance_length(self) -> float | None:
-        return None if self.steps == 0 else 1.0 + self.accepted_tokens / self.steps
+        return acceptance_length(self.steps, self.accepted_tokens)
 
     @property
     def acceptance_rate(self) -> float | None:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from trtllm_redrafter.backends.base import acceptance_length
 from trtllm_redrafter.generation.jobs import Outcome
 
 
@@ -56,7 +57,7 @@ class Summary:
 
     @property
     def acceptance_length(self) -> float | None:
-        return None if self.steps == 0 else 1.0 + self.accepted_tokens / self.steps
+        return acceptance_length(self.steps, self.accepted_tokens)
 
     @property
     def acceptance_rate(self) -> float | None:

@@ -8,6 +8,7 @@ sampled and is not is worse than an error.
 from __future__ import annotations
 
 from trtllm_redrafter.backends.base import EngineInfo, Request
+from trtllm_redrafter.backends.requests import limit_problems
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest
 from trtllm_redrafter.errors import Problem
 
@@ -16,21 +17,7 @@ _IGNORES = "TensorRT-LLM's ReDrafter decoder ignores it"
 
 def request_problems(request: Request, info: EngineInfo, *, greedy: bool, has_tokenizer: bool) -> list[Problem]:
     """Everything that keeps a request from running as it was meant."""
-    count, sampling = len(request.token_ids), request.sampling
-    found = sampling.problems()
-    if count == 0:
-        found.append(Problem("the prompt is empty", remedy="give at least one token"))
-    if any(not 0 <= token < info.vocab_size for token in request.token_ids):
-        found.append(Problem(f"a token id is outside the vocabulary of {info.vocab_size}"))
-    if count > info.max_input_len:
-        what = f"the prompt has {count} tokens, the engine takes {info.max_input_len}"
-        found.append(Problem(what, remedy="shorten it, or build with a larger --max-input-len"))
-    if count + sampling.max_tokens > info.max_seq_len:
-        what = f"{count} prompt tokens and {sampling.max_tokens} to write exceed the engine's {info.max_seq_len}"
-        left = max(0, info.max_seq_len - count)
-        found.append(Problem(what, remedy=f"ask for at most {left} tokens, or build with a larger --max-seq-len"))
-    if sampling.stop and not has_tokenizer:
-        found.append(Problem("stop strings need a tokenizer", remedy="build the engine with --tokenizer"))
+    found = limit_problems(request, info, has_tokenizer=has_tokenizer)
     return found + (_drafting_problems(request, greedy) if info.draft_shape is not None else [])
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Result, Runner, Update
+from trtllm_redrafter.backends.requests import limit_problems
 from trtllm_redrafter.backends.text import TextStream
 from trtllm_redrafter.backends.tokenizer import EngineTokenizer
 from trtllm_redrafter.backends.torch.drafting import Drafting
@@ -110,29 +111,7 @@ class TorchRunner(Runner):
 
     def _problems(self, request: Request, request_id: str) -> list[Problem]:
         """Everything that keeps a request from running, found before any work."""
-        info, count, sampling = self.info, len(request.token_ids), request.sampling
-        found = sampling.problems()
-        if count == 0:
-            found.append(Problem("the prompt is empty", remedy="give at least one token"))
-        if any(not 0 <= t < info.vocab_size for t in request.token_ids):
-            found.append(Problem(f"a token id is outside the vocabulary of {info.vocab_size}"))
-        if count > info.max_input_len:
-            found.append(
-                Problem(
-                    f"the prompt has {count} tokens, the engine takes {info.max_input_len}",
-                    remedy="shorten it, or build with a larger --max-input-len",
-                )
-            )
-        if count + sampling.max_tokens > info.max_seq_len:
-            found.append(
-                Problem(
-                    f"{count} prompt tokens and {sampling.max_tokens} to write exceed the engine's {info.max_seq_len}",
-                    remedy=f"ask for at most {max(0, info.max_seq_len - count)} tokens, or build with a larger "
-                    "--max-seq-len",
-                )
-            )
-        if sampling.stop and self._tokenizer is None:
-            found.append(Problem("stop strings need a tokenizer", remedy="build the engine with --tokenizer"))
+        found = limit_problems(request, self.info, has_tokenizer=self._tokenizer is not None)
         if self._is_known(request_id):
             found.append(Problem(f"the id {request_id!r} is in use", remedy="give each request its own id"))
         return found

@@ -1,0 +1,26 @@
+"""What keeps a request from running on an engine, whichever backend executes it: the engine's limits."""
+
+from __future__ import annotations
+
+from trtllm_redrafter.backends.base import EngineInfo, Request
+from trtllm_redrafter.errors import Problem
+
+
+def limit_problems(request: Request, info: EngineInfo, *, has_tokenizer: bool) -> list[Problem]:
+    """Values out of range, and everything that exceeds the engine; found before any work."""
+    count, sampling = len(request.token_ids), request.sampling
+    found = sampling.problems()
+    if count == 0:
+        found.append(Problem("the prompt is empty", remedy="give at least one token"))
+    if any(not 0 <= token < info.vocab_size for token in request.token_ids):
+        found.append(Problem(f"a token id is outside the vocabulary of {info.vocab_size}"))
+    if count > info.max_input_len:
+        what = f"the prompt has {count} tokens, the engine takes {info.max_input_len}"
+        found.append(Problem(what, remedy="shorten it, or build with a larger --max-input-len"))
+    if count + sampling.max_tokens > info.max_seq_len:
+        what = f"{count} prompt tokens and {sampling.max_tokens} to write exceed the engine's {info.max_seq_len}"
+        left = max(0, info.max_seq_len - count)
+        found.append(Problem(what, remedy=f"ask for at most {left} tokens, or build with a larger --max-seq-len"))
+    if sampling.stop and not has_tokenizer:
+        found.append(Problem("stop strings need a tokenizer", remedy="build the engine with --tokenizer"))
+    return found
