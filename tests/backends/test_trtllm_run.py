@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engines import write_checkpoint, write_tokenizer
+from tests.backends.trtllm_engines import VOCAB, build, expected, run, write_checkpoints
 from tests.standins.host import GPU_LINE, Host, make_host
-from tests.trtllm_options import options, settings
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import FinishReason, Request, Result, Runner, SamplingParams
 from trtllm_redrafter.backends.tensorrt_llm.remote_client import launch_command
 from trtllm_redrafter.errors import BackendError, RedrafterError, RequestError, UsageError
-from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
-
-VOCAB = 259
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`one` and `two` ranks with a 3 x 4 drafter, and `plain` without; a tokenizer beside them."""
-    folder = tmp_path_factory.mktemp("models")
-    write_tokenizer(folder / "tokenizer")
-    for name, changes in (("one", {}), ("plain", {"drafter": False})):
-        write_checkpoint(folder / name, dtype="bfloat16", num_beams=3, draft_len=4, vocab_size=VOCAB, **changes)  # type: ignore[arg-type]
-    write_checkpoint(folder / "two", dtype="bfloat16", tp_size=2, num_beams=3, draft_len=4, vocab_size=260)
-    return folder
+    return write_checkpoints(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -39,31 +28,8 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     return make_host(tmp_path / "host", monkeypatch)
 
 
-def build(checkpoints: Path, folder: Path, name: str = "one", *, tokenizer: bool = True, **changes: Any) -> Path:
-    request = options(
-        replace(settings(cache_dir=folder / "cache"), **changes), checkpoint=checkpoints / name / "checkpoint",
-        output=folder / "engine", tokenizer=checkpoints / "tokenizer" if tokenizer else None,
-        max_batch_size=4, max_input_len=100, max_seq_len=200,
-    )  # fmt: skip
-    backend = load_backend("tensorrt-llm")
-    return backend.build(backend.plan(request), no_progress)
-
-
 def load(engine: Path, device: str = "auto", shape: DraftShape | None = None) -> Runner:
     return load_backend("tensorrt-llm").load(engine, device=device, verify_hashes=True, draft_shape=shape)
-
-
-def expected(prompt: tuple[int, ...], count: int, vocab: int = VOCAB, end: int = 2) -> list[int]:
-    """The stand-in's rule, up to the end token."""
-    found: list[int] = []
-    while len(found) < count and (not found or found[-1] != end):
-        found.append((5 * (found or prompt)[-1] + 7) % vocab)
-    return found
-
-
-def run(runner: Runner, *prompts: tuple[int, ...], **sampling: Any) -> list[Result]:
-    params = SamplingParams(**{"max_tokens": 20, **sampling})
-    return runner.generate([Request(prompt, params) for prompt in prompts])
 
 
 def test_texts_and_statistics(host: Host, checkpoints: Path, tmp_path: Path) -> None:
@@ -179,6 +145,15 @@ def test_several_gpus_are_processes_of_their_own(
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+def test_several_gpus_inside_a_slurm_job(host: Host, checkpoints: Path, tmp_path: Path) -> None:
+    host.gpus(GPU_LINE, GPU_LINE)
+    host.slurm()
+    host.program("mpirun", "#!/bin/sh\nexit 1\n")
+    runner = load(build(checkpoints, tmp_path, "two"))
+    assert run(runner, (5, 6), ignore_eos=True)[0].token_ids == expected((5, 6), 20, 260, end=-1)
+    runner.close()
+
+
 @pytest.mark.parametrize(("how", "says"), [("load-oom", "not enough free memory"), ("die", "ended unexpectedly")])
 def test_failing_ranks_are_reported(
     host: Host, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, says: str
@@ -243,7 +218,8 @@ def test_an_engine_of_several_ranks_needs_them_all(host: Host, checkpoints: Path
 def test_how_ranks_are_started(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch_command(4, {}) == ["mpirun", "-n", "4", "--allow-run-as-root"]
     host.program("srun", "#!/bin/sh\n")
-    assert launch_command(4, {"SLURM_JOB_ID": "1"})[0] == "srun" and launch_command(4, {})[0] == "mpirun"
+    slurm = ["srun", "--mpi=pmix", "--input=0", "-n", "4"]
+    assert launch_command(4, {"SLURM_JOB_ID": "1"}) == slurm and launch_command(4, {})[0] == "mpirun"
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(BackendError, match="mpirun is not installed"):
         launch_command(2, {})

@@ -70,6 +70,14 @@ def next_token(token: int, vocab_size: int) -> int:
     return (5 * token + 7) % vocab_size
 
 
+def meet(rank: int, size: int) -> None:
+    """As MPI: nobody goes on before all ranks are there. Each leaves its process id for the test."""
+    if record := os.environ.get("STANDIN_RANKS"):
+        Path(record, f"rank{rank}").write_text(str(os.getpid()))
+        while len(list(Path(record).glob("rank*"))) < size:
+            time.sleep(0.01)
+
+
 @dataclass
 class Running:
     request: Any
@@ -89,16 +97,12 @@ class Executor:
         assert executor_config.max_beam_width == 1
         config = json.loads(Path(model_path, "config.json").read_text())
         self._how = os.environ.get("STANDIN_RUN", "")
-        self._rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
-        size = int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
         pretrained = config["pretrained_config"]
+        self._rank, size = self._place()
         if size != pretrained.get("mapping", {}).get("world_size", 1):
             raise RuntimeError("world size differs from the engine's")
         assert Path(model_path, f"rank{self._rank}.engine").is_file()
-        if record := os.environ.get("STANDIN_RANKS"):
-            Path(record, f"rank{self._rank}").write_text(str(os.getpid()))
-            while len(list(Path(record).iterdir())) < size:  # as MPI: nobody goes on before all are there
-                time.sleep(0.01)
+        meet(self._rank, size)
         print("a library's own words on standard output", flush=True)
         if self._how == "load-oom":
             raise RuntimeError("[defaultAllocator.cpp] Error Code 1: Cuda Runtime (out of memory)")
@@ -108,6 +112,10 @@ class Executor:
             assert executor_config.decoding_config.decoding_mode == "ExplicitDraftTokens()"
         self._running: dict[int, Running] = {}
         self._next_id = 100
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and number of ranks, as Open MPI tells them."""
+        return int(os.environ.get("OMPI_COMM_WORLD_RANK", "0")), int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
 
     def can_enqueue_requests(self) -> bool:
         return self._rank == 0

@@ -30,6 +30,41 @@ sys.exit(max(child.wait() for child in children))
 """
 """As Open MPI: one process per rank, standard input to the first, each told who it is."""
 
+SRUN = """
+import os, subprocess, sys
+arguments = sys.argv[1:]
+assert arguments[:4] == ["--mpi=pmix", "--input=0", "-n", arguments[3]], arguments
+children = [
+    subprocess.Popen(
+        arguments[4:],
+        stdin=None if rank == 0 else subprocess.DEVNULL,
+        env=os.environ | {"SLURM_PROCID": str(rank), "SLURM_NTASKS": arguments[3],
+                          "OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": arguments[3]},
+    )
+    for rank in range(int(arguments[3]))
+]
+sys.exit(max(child.wait() for child in children))
+"""
+"""Slurm's starter: with `--input=0`, standard input is the first task's."""
+
+LAUNCH = """
+import os, subprocess, sys, time
+rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+stop = os.environ["STANDIN_LEADER"]
+if rank:
+    from tests.standins.bindings import meet
+    meet(rank, size)
+else:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "SLURM_"))}
+    subprocess.Popen(
+        " ".join(sys.argv[1:]).split(), stdin=subprocess.DEVNULL, close_fds=False,
+        env=clean | {"TLLM_SPAWN_PROXY_PROCESS": "1"},
+    )
+while not os.path.exists(stop):
+    time.sleep(0.01)
+"""
+"""As documented: the command on rank 0 without its standard input, and a server that ends when the LLM is shut down."""
+
 
 @dataclass
 class Host:
@@ -69,6 +104,13 @@ class Host:
     def gpus(self, *lines: str) -> None:
         self.program("nvidia-smi", "#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
 
+    def slurm(self) -> None:
+        """Inside a Slurm job, with the launcher that TensorRT-LLM installs."""
+        self.program("srun", f"#!{sys.executable}\n{SRUN}")
+        self.program("trtllm-llmapi-launch", f"#!{sys.executable}\n{LAUNCH}")
+        self.monkeypatch.setenv("SLURM_JOB_ID", "7")
+        self.monkeypatch.setenv("STANDIN_LEADER", str(self.path / "leader-stops"))
+
     def builds(self, how: str) -> None:
         self.monkeypatch.setenv("STANDIN_BUILD", how)
 
@@ -86,8 +128,15 @@ def make_host(path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     (bindings.parent / "__init__.py").write_text("")
     (bindings / "__init__.py").write_text("")
     (bindings / "executor.py").write_text("from tests.standins.bindings import *\n")
+    for name, names in (
+        ("_tensorrt_engine", "LLM"),
+        ("llmapi", "ExtendedRuntimePerfKnobConfig, KvCacheConfig, SamplingParams"),
+    ):
+        (bindings.parent / name).mkdir()
+        (bindings.parent / name / "__init__.py").write_text(f"from tests.standins.llm_api import {names}\n")
     for name in [n for n in sys.modules if n.partition(".")[0] == "tensorrt_llm"]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delenv("TLLM_WORKER_USE_SINGLE_PROCESS", raising=False)
     for name, version in (("tensorrt_llm", "1.2.1"), ("tensorrt", "10.14.1.48.post1")):
         host.package(name, version)
     monkeypatch.setenv("PATH", f"{host.programs}{os.pathsep}{os.environ['PATH']}")

@@ -1,6 +1,7 @@
 """What a runner needs of an engine process, in plain values that can cross a pipe.
 
-Two clients speak it: one holds the executor in this process (one GPU), the other in processes started by MPI.
+Three clients speak it: `ExecutorClient` and `LlmClient` hold the engine, each through another interface of
+TensorRT-LLM; `RemoteClient` has one of them in processes of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Event:
     """What one response of the executor added to a request.
 
     `decoding_iter` counts its iterations so far, the prefill included. `drafted` and `accepted` come with the last
-    event where the release reports them; drafted counts the draft length per step, not the tree's nodes.
+    event where the release reports them; drafted counts the draft length per step, not the tree's nodes. `finish` is
+    in the executor's words: end_id, stop_words, length, timed_out, cancelled.
     """
 
     number: int

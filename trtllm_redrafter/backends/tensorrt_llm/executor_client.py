@@ -1,30 +1,32 @@
 """The engine in this process, through the executor's Python bindings.
 
-The bindings and not the LLM API, because each response is one decoding step: that gives acceptance by position, and
-stop strings across token borders are found by the same code as on the torch backend. Every call here is held against
-the documented signatures by a test. This is the only module that imports `tensorrt_llm`.
+The closest to the engine: each response is one decoding step as the C++ executor reports it, with its own counters, and
+nothing is between them and this process. `llm_client` is the other way. Every call here is held against the documented
+signatures by a test.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
-from trtllm_redrafter.backends.tensorrt_llm.failures import explain
+from trtllm_redrafter.backends.tensorrt_llm.library import import_library, load_error, speculation
 from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions
-from trtllm_redrafter.errors import BackendError
 
 BINDINGS = "tensorrt_llm.bindings.executor"
+_REMEDY = (
+    "run `trtllm-redrafter doctor`, and build the engine again on this host; "
+    "if the bindings of this release are at fault, use tensorrt_llm.api: llm"
+)
 
 
 class ExecutorClient:
     """One executor. Under MPI only the leading rank takes requests; the others serve in threads of their own."""
 
     def __init__(self, engine: Path, *, has_drafter: bool, runtime: RuntimeOptions, device: int | None) -> None:
-        self._bindings = _import_bindings()
+        self._bindings = import_library(BINDINGS)
         self._numbers: dict[int, int] = {}
         self._ids: dict[int, int] = {}
         try:
@@ -32,7 +34,7 @@ class ExecutorClient:
                 str(engine), self._bindings.ModelType.DECODER_ONLY, self._config(has_drafter, runtime, device)
             )
         except Exception as error:  # C++ raises RuntimeError and others: the engine did not load
-            raise _load_error(engine, error) from error
+            raise load_error(engine, error, _REMEDY) from error
 
     def _config(self, has_drafter: bool, runtime: RuntimeOptions, device: int | None) -> Any:
         b = self._bindings
@@ -94,7 +96,7 @@ class ExecutorClient:
         result = response.result
         if result.is_final:
             self._forget(number)
-        drafted, accepted = _speculation(result) if result.is_final else (None, None)
+        drafted, accepted = speculation(result) if result.is_final else (None, None)
         return Event(
             number=number,
             token_ids=tuple(int(token) for token in result.output_token_ids[0]),
@@ -109,41 +111,9 @@ class ExecutorClient:
         self._numbers.pop(self._ids.pop(number))
 
 
-def _import_bindings() -> Any:
-    try:
-        return import_module(BINDINGS)
-    except Exception as error:  # a mismatch of CUDA, MPI or torch shows as any kind of error here
-        known = explain(str(error))
-        raise BackendError(
-            "tensorrt_llm cannot be imported" if known is None else known.what,
-            why=f"{type(error).__name__}: {error}"[:500],
-            remedy="run `trtllm-redrafter doctor`" if known is None else known.remedy,
-        ) from error
-
-
-def _load_error(engine: Path, error: Exception) -> BackendError:
-    known = explain(str(error))
-    return BackendError(
-        "the engine cannot be loaded" if known is None else known.what,
-        where=engine,
-        why=str(error)[:500],
-        remedy="run `trtllm-redrafter doctor`, and build the engine again on this host" if known is None
-        else known.remedy,
-    )  # fmt: skip
-
-
 def _finish(result: Any) -> str | None:
     """`end_id`, `stop_words`, `length`, ...; the binding's enumeration by name."""
     reasons = list(result.finish_reasons or ())
     if not result.is_final or not reasons:
         return None
     return str(getattr(reasons[0], "name", reasons[0])).lower()
-
-
-def _speculation(result: Any) -> tuple[int | None, int | None]:
-    """Drafted and accepted tokens as the release counts them; not every release fills them."""
-    metrics = getattr(result, "request_perf_metrics", None)
-    counts = getattr(metrics, "speculative_decoding", None)
-    drafted = getattr(counts, "total_draft_tokens", None)
-    accepted = getattr(counts, "total_accepted_draft_tokens", None)
-    return (None, None) if not drafted else (int(drafted), int(accepted or 0))

@@ -11,6 +11,7 @@ from trtllm_redrafter.backends.tensorrt_llm.client import EngineClient
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import EngineDirectory, read_engine
 from trtllm_redrafter.backends.tensorrt_llm.executor_client import ExecutorClient
 from trtllm_redrafter.backends.tensorrt_llm.machine import FoundGpu, find_gpus, installed_version
+from trtllm_redrafter.backends.tensorrt_llm.options import APIS, Api
 from trtllm_redrafter.backends.tensorrt_llm.remote_client import RemoteClient
 from trtllm_redrafter.backends.tensorrt_llm.runner import TensorRTRunner
 from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY, EngineTokenizer, eos_token_ids
@@ -19,21 +20,29 @@ from trtllm_redrafter.errors import BackendError, Problem, UsageError, raise_tog
 from trtllm_redrafter.redrafter.config import DraftShape
 
 
-def load_runner(engine: Path, *, device: str, verify_hashes: bool, draft_shape: DraftShape | None) -> TensorRTRunner:
-    """A runner, with the engine in this process (one GPU) or in processes of its own (several)."""
+def load_runner(
+    engine: Path, *, device: str, verify_hashes: bool, draft_shape: DraftShape | None, api: Api | None = None
+) -> TensorRTRunner:
+    """A runner; `api` overrides the interface that the engine was built to be executed through."""
     found = read_engine(engine, verify_hashes=verify_hashes)
+    chosen = api or found.runtime.api
     index = _device_index(device, found)
     gpus = find_gpus()
-    problems = [*_shape_problems(found, draft_shape), *_machine_problems(found, gpus, index)]
+    problems = [*_api_problems(chosen), *_shape_problems(found, draft_shape), *_machine_problems(found, gpus, index)]
     raise_together(BackendError, problems, "the engine cannot run here", where=engine)
     folder = engine / TOKENIZER_DIRECTORY
     tokenizer = EngineTokenizer(folder) if has_tokenizer(folder) else None
-    client: EngineClient
-    if found.world_size > 1:
-        client = RemoteClient(engine, found.world_size)
-    else:
-        client = ExecutorClient(engine, has_drafter=found.draft_shape is not None, runtime=found.runtime, device=index)
+    client = _client(found, chosen, index)
     return TensorRTRunner(_info(found, gpus), client, tokenizer, eos_token_ids(folder, tokenizer), greedy=found.greedy)
+
+
+def _client(engine: EngineDirectory, api: Api, device: int | None) -> EngineClient:
+    """In this process where that needs no process by MPI: the bindings on one GPU."""
+    if api == "executor" and engine.world_size == 1:
+        return ExecutorClient(
+            engine.path, has_drafter=engine.draft_shape is not None, runtime=engine.runtime, device=device
+        )
+    return RemoteClient(engine.path, engine.world_size, api=api, device=device)
 
 
 def _info(engine: EngineDirectory, gpus: list[FoundGpu]) -> EngineInfo:
@@ -61,6 +70,14 @@ def _device_index(device: str, engine: EngineDirectory) -> int | None:
         why = f"the engine takes {engine.world_size} GPUs"
         raise UsageError(f"--device {device} names one GPU", where=engine.path, why=why, remedy="pass --device cuda")
     return None if match.group(1) is None else int(match.group(1))
+
+
+def _api_problems(api: str) -> list[Problem]:
+    """An engine directory may come from a later version, or have been edited."""
+    if api in APIS:
+        return []
+    remedy = f"build it again with tensorrt_llm.api: {' or '.join(APIS)}"
+    return [Problem(f"there is no interface {api!r}", None, None, remedy)]
 
 
 def _shape_problems(engine: EngineDirectory, asked: DraftShape | None) -> list[Problem]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 FlagSetting = str | int | bool
+Api = Literal["executor", "llm"]
+"""TensorRT-LLM's interface for requests: the executor's Python bindings, or the LLM API on top of them."""
+
+APIS: tuple[Api, ...] = get_args(Api)
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,8 @@ class RuntimeOptions:
     kv_cache_fraction: float
     block_reuse: bool
     multi_block_mode: bool
+    api: Api = "executor"
+    """Engines written before this choice existed carry none, and were executed by the bindings."""
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))

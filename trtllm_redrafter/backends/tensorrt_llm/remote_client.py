@@ -1,7 +1,10 @@
-"""The engine in other processes: one per GPU, started by mpirun (or srun inside a Slurm job), spoken to over a pipe.
+"""The engine in other processes, spoken to over a pipe.
 
 This process keeps its own life: it may be the command line, a server or a notebook, needs no MPI itself, and a crash of
-a rank becomes an error with the worker's last words instead of the end of everything.
+a rank becomes an error with the worker's last words instead of the end of everything. Who starts the ranks:
+
+    executor   mpirun, or srun inside a Slurm job: one worker per GPU
+    llm        the LLM API, from the one worker it lives in; inside a Slurm job srun and trtllm-llmapi-launch
 """
 
 from __future__ import annotations
@@ -9,30 +12,44 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.tensorrt_llm.child import end_group
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
 from trtllm_redrafter.backends.tensorrt_llm.failures import explain
+from trtllm_redrafter.backends.tensorrt_llm.llmapi_launch import LAUNCHER, MODULE, OUTSIDE, WORKER
 from trtllm_redrafter.backends.tensorrt_llm.machine import find_program
+from trtllm_redrafter.backends.tensorrt_llm.options import Api
 from trtllm_redrafter.errors import BackendError, Problem
 
-WORKER = "trtllm_redrafter.backends.tensorrt_llm.worker"
 _END_SECONDS = 30.0
 _LAST_WORDS = 2000
 
 
+def worker_command(engine: Path, ranks: int, api: Api, environment: Mapping[str, str]) -> list[str]:
+    """The whole command that starts the workers of an engine here."""
+    python, worker = [sys.executable, "-m"], [str(engine.absolute()), "--api", api]
+    if api == "executor":
+        return [*launch_command(ranks, environment), *python, WORKER, *worker]
+    if ranks == 1 or not _in_slurm(environment):
+        return [*python, WORKER, *worker]
+    _check_launcher([sys.executable, *worker], environment)
+    return [*_srun(ranks), *python, MODULE, OUTSIDE, *worker]
+
+
 def launch_command(ranks: int, environment: Mapping[str, str]) -> list[str]:
     """How to start one process per GPU here. Inside a Slurm job, its own starter knows the hosts."""
-    if "SLURM_JOB_ID" in environment and find_program("srun") is not None:
-        return ["srun", "--mpi=pmix", "-n", str(ranks)]
+    if _in_slurm(environment):
+        return _srun(ranks)
     if find_program("mpirun") is None:
         raise BackendError(
             f"the engine needs {ranks} processes and mpirun is not installed",
@@ -41,29 +58,75 @@ def launch_command(ranks: int, environment: Mapping[str, str]) -> list[str]:
     return ["mpirun", "-n", str(ranks), "--allow-run-as-root"]
 
 
+def _in_slurm(environment: Mapping[str, str]) -> bool:
+    return "SLURM_JOB_ID" in environment and find_program("srun") is not None
+
+
+def _srun(ranks: int) -> list[str]:
+    """Standard input goes to the first task alone; srun's default is a copy for each."""
+    return ["srun", "--mpi=pmix", "--input=0", "-n", str(ranks)]
+
+
+def _check_launcher(words: Sequence[str], environment: Mapping[str, str]) -> None:
+    """The launcher must be there; it takes its command apart at blanks, and expands what looks like a pattern."""
+    if shutil.which(LAUNCHER, path=_with_python(environment)) is None:
+        why = "inside a Slurm job the LLM API needs it to start one process per GPU"
+        remedy = "it is installed with tensorrt_llm: put its folder on PATH; or use tensorrt_llm.api: executor"
+        raise BackendError(f"{LAUNCHER} is not installed", why=why, remedy=remedy)
+    for word in words:
+        if re.fullmatch(r"[\w./:=+,@%-]+", word) is None:
+            why = f"{LAUNCHER} splits its command at blanks and expands patterns"
+            remedy = "use a path of letters, digits and ._-/ only; or tensorrt_llm.api: executor"
+            raise BackendError(f"the path {word!r} cannot be passed on", why=why, remedy=remedy)
+
+
+def _with_python(environment: Mapping[str, str]) -> str:
+    """PATH with this interpreter's folder first: the launcher starts `python3` by name."""
+    return os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+
+
+def worker_environment(ranks: int, api: Api, device: int | None, environment: Mapping[str, str]) -> dict[str, str]:
+    """What the workers see. The LLM API takes no GPU number, so the one that was asked for is the only one it sees."""
+    found = dict(environment)
+    if api == "llm":
+        found["PATH"] = _with_python(environment)
+        if ranks == 1:  # else it starts a process by MPI for one GPU too, which fails on many hosts
+            found.setdefault("TLLM_WORKER_USE_SINGLE_PROCESS", "1")
+    if device is not None:
+        visible = [part.strip() for part in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
+        found["CUDA_VISIBLE_DEVICES"] = visible[device] if device < len(visible) else str(device)
+    return found
+
+
 class RemoteClient:
     """Workers of one engine."""
 
-    def __init__(self, engine: Path, ranks: int) -> None:
-        command = [*launch_command(ranks, os.environ), sys.executable, "-m", WORKER, str(engine)]
+    def __init__(self, engine: Path, ranks: int, *, api: Api, device: int | None = None) -> None:
+        command = worker_command(engine, ranks, api, os.environ)
+        environment = worker_environment(ranks, api, device, os.environ)
         self._engine = engine
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in close()
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
         threading.Thread(target=self._read, daemon=True).start()
         try:
             self._await_ready()
         except BaseException:
+            end_group(self._child)  # a launcher may wait for ever for an engine that did not load
             self.close()
             raise
 
     def _read(self) -> None:
         assert self._child.stdout is not None
         for line in self._child.stdout:
-            if line.startswith("{"):
-                self._messages.put(json.loads(line))
+            message = _message(line)
+            if message is not None and "ended" in message:
+                break  # what started the worker may go on without it
+            if message is not None:
+                self._messages.put(message)
         self._messages.put(None)
 
     def _await_ready(self) -> None:
@@ -116,7 +179,8 @@ class RemoteClient:
         self._log.close()
 
     def _died(self) -> BackendError:
-        self._child.poll()
+        """What to raise; what is left of the ranks goes at once, since it may hold GPUs and wait for ever."""
+        end_group(self._child)
         self._log.seek(0)
         text = self._log.read()
         known = explain(text)
@@ -126,3 +190,14 @@ class RemoteClient:
             why=text[-_LAST_WORDS:].strip() or f"exit code {self._child.returncode}, nothing was said",
             remedy="run `trtllm-redrafter doctor`" if known is None else known.remedy,
         )
+
+
+def _message(line: str) -> dict[str, Any] | None:
+    """A worker's message; None for what others print on the same pipe."""
+    if not line.startswith("{"):
+        return None
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,6 +1,7 @@
-"""One rank of a multi-GPU engine: started once per GPU by mpirun, driven over the first rank's standard input.
+"""An engine in a process of its own, driven over standard input: one rank of it, or the LLM API's holder of them all.
 
-    mpirun -n 4 python -m trtllm_redrafter.backends.tensorrt_llm.worker ENGINE
+    mpirun -n 4 python -m trtllm_redrafter.backends.tensorrt_llm.worker ENGINE --api executor
+    python -m trtllm_redrafter.backends.tensorrt_llm.worker ENGINE --api llm
 
 Messages are JSON lines. To the worker: {"op": "submit", ...}, {"op": "cancel", "number": 3}; end of input ends it. From
 it: {"ready": true}, {"event": {...}}, {"fatal": "..."}. Whatever libraries print goes to standard error instead.
@@ -14,25 +15,29 @@ import queue
 import sys
 import threading
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
-from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest
-from trtllm_redrafter.backends.tensorrt_llm.engine_dir import read_engine
-from trtllm_redrafter.backends.tensorrt_llm.executor_client import ExecutorClient
+from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, EngineClient
+from trtllm_redrafter.backends.tensorrt_llm.engine_dir import EngineDirectory, read_engine
 from trtllm_redrafter.errors import RedrafterError
 
 _POLL_SECONDS = 0.02
 Operations = queue.SimpleQueue[dict[str, Any] | None]
 
 
+class RankClient(EngineClient, Protocol):
+    """A client that knows whether its process is the one to take requests."""
+
+    @property
+    def leads(self) -> bool: ...
+
+
 def main(arguments: list[str]) -> int:
     """Exit code; errors of loading travel to the parent as a `fatal` message."""
     out = _take_stdout()
     try:
-        engine = read_engine(Path(arguments[0]), verify_hashes=False)
-        client = ExecutorClient(
-            engine.path, has_drafter=engine.draft_shape is not None, runtime=engine.runtime, device=None
-        )
+        folder, _, api = arguments
+        client = _client(read_engine(Path(folder), verify_hashes=False), api)
     except RedrafterError as error:
         _send(out, {"fatal": error.as_dict()})
         return error.exit_code
@@ -43,6 +48,16 @@ def main(arguments: list[str]) -> int:
     finally:
         client.close()  # on other ranks this waits for the leader to end
     return 0
+
+
+def _client(engine: EngineDirectory, api: str) -> RankClient:
+    if api == "llm":
+        from trtllm_redrafter.backends.tensorrt_llm.llm_client import LlmClient
+
+        return LlmClient(engine.path, runtime=engine.runtime, tp_size=engine.world_size)
+    from trtllm_redrafter.backends.tensorrt_llm.executor_client import ExecutorClient
+
+    return ExecutorClient(engine.path, has_drafter=engine.draft_shape is not None, runtime=engine.runtime, device=None)
 
 
 def _take_stdout() -> IO[str]:
@@ -58,7 +73,7 @@ def _send(out: IO[str], message: dict[str, Any]) -> None:
     out.flush()
 
 
-def _serve(client: ExecutorClient, out: IO[str]) -> None:
+def _serve(client: RankClient, out: IO[str]) -> None:
     operations: Operations = queue.SimpleQueue()
     threading.Thread(target=_read, args=(operations,), daemon=True).start()
     running: set[int] = set()
@@ -88,7 +103,7 @@ def _next(operations: Operations, *, wait: bool) -> dict[str, Any] | None:
         return None
 
 
-def _apply(client: ExecutorClient, operation: dict[str, Any], running: set[int], out: IO[str]) -> None:
+def _apply(client: RankClient, operation: dict[str, Any], running: set[int], out: IO[str]) -> None:
     if operation["op"] == "cancel":
         client.cancel(int(operation["number"]))
         return
