@@ -17,9 +17,10 @@ import pytest
 from tests.engines import write_checkpoint, write_tokenizer
 from tests.trtllm_options import options, settings
 from trtllm_redrafter.backends import load_backend
-from trtllm_redrafter.backends.base import FinishReason, Request, SamplingParams
+from trtllm_redrafter.backends.base import FinishReason, Request, Result, SamplingParams
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import read_engine
 from trtllm_redrafter.backends.tensorrt_llm.machine import find_gpus, installed_version
+from trtllm_redrafter.backends.tensorrt_llm.options import APIS, Api
 from trtllm_redrafter.backends.tensorrt_llm.versions import Status, release_for
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.errors import RequestError
@@ -60,12 +61,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build(models: Path, name: str = "one", **changes: Any) -> Path:
-    engine = models / name / "engine"
+def build(models: Path, name: str = "one", api: Api = "executor") -> Path:
+    """Compiled once per checkpoint: the engine for the other interface comes from the cache."""
+    engine = models / name / f"engine-{api}"
     if engine.exists():
         return engine
     assert VERSION is not None
-    trt = replace(settings(), gpu=target(), version=VERSION, cache_dir=models / "cache", **changes)
+    trt = replace(
+        settings(), gpu=target(), version=VERSION, cache=True, cache_dir=models / "cache",
+        runtime=replace(settings().runtime, api=api),
+    )  # fmt: skip
     asked = options(
         trt, checkpoint=models / name / "checkpoint", output=engine, tokenizer=models / "tokenizer",
         max_batch_size=4, max_input_len=200, max_seq_len=400,
@@ -74,8 +79,18 @@ def build(models: Path, name: str = "one", **changes: Any) -> Path:
     return backend.build(backend.plan(asked), no_progress)
 
 
-def gate(models: Path, name: str) -> GateRequest:
-    return GateRequest(build(models, name), models / name / "checkpoint", PROMPTS, 64, None, "auto")
+def gate(models: Path, name: str, api: Api = "executor") -> GateRequest:
+    return GateRequest(build(models, name, api), models / name / "checkpoint", PROMPTS, 64, None, "auto")
+
+
+def decode(engine: Path, sampling: SamplingParams) -> list[Result]:
+    """One prompt at a time: how a batch is put together may decide a tie."""
+    runner = load_backend("tensorrt-llm").load(engine, device="auto", verify_hashes=False)
+    try:
+        requests = [Request(runner.encode_prompt(text, chat=False), sampling) for text in PROMPTS]
+        return [result for request in requests for result in runner.generate([request])]
+    finally:
+        runner.close()
 
 
 def test_doctor_agrees() -> None:
@@ -92,20 +107,32 @@ def test_the_builder_did_what_the_plan_said(models: Path) -> None:
     assert found.build["speculative_decoding_mode"] == 16
 
 
-def test_tokens_are_the_checkpoints(models: Path) -> None:
-    report = parity_gate(gate(models, "one"))
+@pytest.mark.parametrize("api", APIS)
+def test_tokens_are_the_checkpoints(models: Path, api: Api) -> None:
+    report = parity_gate(gate(models, "one", api))
     assert not report.faults and report.same > 100, report.render()
     assert report.acceptance is not None and report.reference_acceptance is not None
     assert abs(report.acceptance - report.reference_acceptance) < 0.25 * report.reference_acceptance
 
 
-def test_without_a_drafter(models: Path) -> None:
-    report = parity_gate(gate(models, "plain"))
+@pytest.mark.parametrize("api", APIS)
+def test_without_a_drafter(models: Path, api: Api) -> None:
+    report = parity_gate(gate(models, "plain", api))
     assert not report.faults and report.acceptance is None, report.render()
 
 
-def test_statistics_add_up(models: Path) -> None:
-    runner = load_backend("tensorrt-llm").load(build(models), device="auto", verify_hashes=True)
+@pytest.mark.parametrize("sampling", [SamplingParams(max_tokens=40), SamplingParams(max_tokens=40, stop=("e",))])
+def test_both_interfaces_give_the_same(models: Path, sampling: SamplingParams) -> None:
+    """Tokens, text and the reason of the end; and that the LLM API tells the steps apart as the executor does."""
+    executor, llm = (decode(build(models, "one", api), sampling) for api in APIS)
+    for one, other in zip(executor, llm, strict=True):
+        assert (one.token_ids, one.text, one.finish_reason) == (other.token_ids, other.text, other.finish_reason)
+        assert (one.steps, one.accepted_at) == (other.steps, other.accepted_at)
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_statistics_add_up(models: Path, api: Api) -> None:
+    runner = load_backend("tensorrt-llm").load(build(models, api=api), device="auto", verify_hashes=True)
     try:
         requests = [
             Request(runner.encode_prompt(text, chat=False), SamplingParams(max_tokens=50, ignore_eos=True))
@@ -124,6 +151,7 @@ def test_statistics_add_up(models: Path) -> None:
 
 
 @pytest.mark.skipif(len(GPU_LIST) < 2, reason="needs two GPUs")
-def test_two_gpus(models: Path) -> None:
-    report = parity_gate(gate(models, "two"))
+@pytest.mark.parametrize("api", APIS)
+def test_two_gpus(models: Path, api: Api) -> None:
+    report = parity_gate(gate(models, "two", api))
     assert not report.faults and report.same > 100, report.render()

@@ -47,23 +47,21 @@ sys.exit(max(child.wait() for child in children))
 """
 """Slurm's starter: with `--input=0`, standard input is the first task's."""
 
-LAUNCH = """
-import os, subprocess, sys, time
-rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
-stop = os.environ["STANDIN_LEADER"]
-if rank:
-    from tests.standins.bindings import meet
-    meet(rank, size)
-else:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "SLURM_"))}
-    subprocess.Popen(
-        " ".join(sys.argv[1:]).split(), stdin=subprocess.DEVNULL, close_fds=False,
-        env=clean | {"TLLM_SPAWN_PROXY_PROCESS": "1"},
-    )
-while not os.path.exists(stop):
-    time.sleep(0.01)
+LAUNCH = """#!/bin/bash
+command="$*"
+if [ "$SLURM_PROCID" -ne 0 ]; then
+    [ -z "$STANDIN_RANKS" ] || echo $$ > "$STANDIN_RANKS/rank$SLURM_PROCID"
+else
+    (
+        unset ${!OMPI_*} ${!PMIX_*} ${!SLURM_*}
+        export TLLM_SPAWN_PROXY_PROCESS=1
+        $command
+    ) &
+fi
+until [ -e "$STANDIN_LEADER" ]; do sleep 0.02; done
 """
-"""As documented: the command on rank 0 without its standard input, and a server that ends when the LLM is shut down."""
+"""As documented: the command, split at blanks, in the background on rank 0, where a shell takes its input away;
+and a server that ends when the LLM is shut down."""
 
 
 @dataclass
@@ -107,7 +105,7 @@ class Host:
     def slurm(self) -> None:
         """Inside a Slurm job, with the launcher that TensorRT-LLM installs."""
         self.program("srun", f"#!{sys.executable}\n{SRUN}")
-        self.program("trtllm-llmapi-launch", f"#!{sys.executable}\n{LAUNCH}")
+        self.program("trtllm-llmapi-launch", LAUNCH)
         self.monkeypatch.setenv("SLURM_JOB_ID", "7")
         self.monkeypatch.setenv("STANDIN_LEADER", str(self.path / "leader-stops"))
 
