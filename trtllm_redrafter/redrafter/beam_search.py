@@ -30,6 +30,10 @@ _TIE_ROOM = 14
 """Candidates looked at beyond the 50 before asking whether more tie with the 50th; bf16 logits tie often."""
 
 
+_CHUNK = 1024
+"""Columns looked at together on a GPU."""
+
+
 class DraftModel(Protocol):
     """What the search needs of a drafter; `Drafter` is one, a backend may bring a faster equal."""
 
@@ -90,19 +94,26 @@ class _Candidates:
     threshold: Tensor | None  # [B, R, 1] the 50th largest shifted logit; None: nothing is cut
 
 
-def _candidates(logits: Tensor, vocab_size: int) -> _Candidates:
+def _candidates(logits: Tensor, vocab_size: int, missed_ties: list[Tensor] | None) -> _Candidates:
     """Max-normalise, cut, log-softmax, on the survivors alone. [..., R] -> [..., C] with C <= R.
 
-    C grows until no survivor can have been missed: the smallest candidate is below the 50th, or all are in.
+    C grows until no survivor can have been missed: the smallest candidate is below the 50th, or all are in. With
+    `missed_ties`, whether it should have grown is noted there instead, since a captured graph cannot decide.
     """
     width = logits.shape[-1]
     cuts = vocab_size > TOP_CANDIDATES and width >= TOP_CANDIDATES
     count = min(width, TOP_CANDIDATES + _TIE_ROOM) if cuts else width
     while True:
-        values, columns = logits.topk(count, dim=-1)
+        values, columns = _largest(logits, count)
         values = values - values[..., :1]
         threshold = values[..., TOP_CANDIDATES - 1 : TOP_CANDIDATES] if cuts else None
-        if threshold is None or count == width or bool((values[..., -1:] < threshold).all()):
+        if threshold is None or count == width:
+            break
+        missed = (values[..., -1:] >= threshold).any()
+        if missed_ties is not None:
+            missed_ties.append(missed)
+            break
+        if not bool(missed):
             break
         count = min(width, 4 * count)
     if threshold is not None:
@@ -111,6 +122,23 @@ def _candidates(logits: Tensor, vocab_size: int) -> _Candidates:
     values = values.gather(-1, order)
     norm = values.logsumexp(dim=-1, keepdim=True)
     return _Candidates(columns, values - norm, norm, threshold)
+
+
+def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of [..., R], falling, and their columns.
+
+    A GPU gives each row to one block of threads, which is slow for a few long rows: there the best of each chunk are
+    found first, side by side.
+    """
+    width = logits.shape[-1]
+    if not logits.is_cuda or width < 8 * _CHUNK or count > _CHUNK // 2:
+        values, columns = logits.topk(count, dim=-1)
+        return values, columns
+    padded = F.pad(logits, (0, -width % _CHUNK), value=-torch.inf)
+    values, within = padded.view(*logits.shape[:-1], -1, _CHUNK).topk(count, dim=-1)
+    first = torch.arange(0, padded.shape[-1], _CHUNK, device=logits.device).unsqueeze(-1)
+    values, order = values.flatten(-2).topk(count, dim=-1)
+    return values, (within + first).flatten(-2).gather(-1, order)
 
 
 def _whole_law(logits: Tensor, found: _Candidates, head: DraftHead) -> Tensor:
@@ -156,16 +184,19 @@ def beam_search(
     head: DraftHead | None = None,
     keep_log_probs: bool = False,
     score_dtype: torch.dtype | None = torch.float32,
+    missed_ties: list[Tensor] | None = None,
 ) -> Beams:
     """Draft from context [B, H] (post-final-norm state of the last accepted token) and first_token [B].
 
     `embedding` is the base model's input embedding, [V, H] or a function of token ids. `head` defaults to the
     drafter's own. `score_dtype` None keeps laws and running scores in the model's dtype, as TensorRT-LLM does: in
-    bf16 exact ties are then common. Raises `UsageError` for a shape that cannot be drafted.
+    bf16 exact ties are then common. `missed_ties` collects, per round, whether more tokens tie with the 50th largest
+    logit than were looked at; without it the search looks again. Raises `UsageError` for a shape that cannot be
+    drafted.
     """
     rounds = search_rounds(
         drafter, embedding, context, first_token, shape,
-        head=head, keep_log_probs=keep_log_probs, score_dtype=score_dtype,
+        head=head, keep_log_probs=keep_log_probs, score_dtype=score_dtype, missed_ties=missed_ties,
     )  # fmt: skip
     return deque(rounds, maxlen=1)[0]
 
@@ -181,6 +212,7 @@ def search_rounds(
     head: DraftHead | None = None,
     keep_log_probs: bool = False,
     score_dtype: torch.dtype | None = torch.float32,
+    missed_ties: list[Tensor] | None = None,
 ) -> Iterator[Beams]:
     """The same search, round by round: after round l come the beams that a search of draft_len l returns."""
     shape.check()
@@ -195,7 +227,7 @@ def search_rounds(
         state = drafter.next_state(state, embed(tokens[..., -1]))  # [B, rows, H]
         logits = head.project(drafter.features(context.unsqueeze(1).expand_as(state), state))
         logits = logits if score_dtype is None else logits.to(score_dtype)
-        found = _candidates(logits, head.vocab_size)
+        found = _candidates(logits, head.vocab_size, missed_ties)
         width = found.columns.shape[-1]
         total = scores.unsqueeze(-1) + found.log_probs  # [B, K, C]
         scores, flat = _best(total.flatten(1), shape.num_beams)

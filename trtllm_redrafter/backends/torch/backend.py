@@ -22,6 +22,7 @@ from trtllm_redrafter import __version__
 from trtllm_redrafter.backends.base import BuildOptions, BuildPlan, EngineInfo
 from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY, EngineTokenizer, eos_token_ids
 from trtllm_redrafter.backends.torch.build_plan import BACKEND, ENGINE_FORMAT, TorchBuildPlan, plan_build
+from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimits
 from trtllm_redrafter.backends.torch.drafting import DRAFT_VOCAB_FILE, Drafting, frequent_rows, load_drafter
 from trtllm_redrafter.backends.torch.executor import Executor
 from trtllm_redrafter.backends.torch.low_rank import find_factor, load_factor, save_factor
@@ -220,6 +221,8 @@ def _make_executor(
     except NativeUnavailable as unavailable:
         reason = str(unavailable)
     try:
+        if weights.embedding.is_cuda:
+            return _cuda_executor(config, weights, batch, capacity, shape)
         return TorchExecutor(config, weights, max_batch_size=batch, capacity=capacity, detail=reason)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:  # the CPU's allocator raises the last
         raise BackendError(
@@ -227,3 +230,16 @@ def _make_executor(
             why=f"{batch} requests of {capacity} positions",
             remedy="build with a smaller --max-batch-size or --max-seq-len",
         ) from error
+
+
+def _cuda_executor(
+    config: CheckpointConfig, weights: ModelWeights, batch: int, capacity: int, shape: DraftShape | None
+) -> GraphExecutor:
+    """Graphs, with fused kernels where Triton is. float32 is for comparing, and computed as PyTorch does."""
+    from torch.utils._triton import has_triton
+
+    fused = config.dtype != "float32" and has_triton()
+    nodes, depth = (1, 0) if shape is None else (shape.max_tree_tokens, shape.draft_len)
+    limits = GraphLimits(batch, capacity, max_nodes=nodes, max_depth=depth)
+    detail = "Triton kernels" if fused else "PyTorch's kernels"
+    return GraphExecutor(config, weights, limits, fused=fused, detail=detail)

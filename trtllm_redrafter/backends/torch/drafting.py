@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphSearch
 from trtllm_redrafter.backends.torch.executor import Executor
 from trtllm_redrafter.backends.torch.low_rank import LowRankHead
 from trtllm_redrafter.backends.torch.native.drafter import NativeDrafter
@@ -64,6 +65,7 @@ class Drafting:
     ) -> None:
         self.shape = shape
         self._native: NativeDrafter | None = None
+        self._graphs: GraphSearch | None = None
         if isinstance(executor, NativeExecutor) and NativeDrafter.supports(drafter, rows):
             rows = None if rows is None else rows.sort().values
             self._native = NativeDrafter(
@@ -78,9 +80,13 @@ class Drafting:
         self._drafter = drafter
         self._embedding = embedding
         self._head = draft_head(drafter, rows)
+        if isinstance(executor, GraphExecutor):
+            self._graphs = GraphSearch(drafter, embedding, self._head, shape, executor.pool)
 
     def propose(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[Tree]:
         """Contexts [H] and last tokens of B sequences -> their trees."""
+        if self._graphs is not None:
+            return [Tree.merge(rows) for rows in self._graphs.search(contexts, roots)]
         context = torch.stack(list(contexts))
         tokens = torch.tensor(roots, device=context.device)
         if self._native is not None:

@@ -21,6 +21,7 @@ from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Re
 from trtllm_redrafter.backends.requests import limit_problems
 from trtllm_redrafter.backends.text import TextStream
 from trtllm_redrafter.backends.tokenizer import EngineTokenizer
+from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor
 from trtllm_redrafter.backends.torch.drafting import Drafting
 from trtllm_redrafter.backends.torch.executor import Executor, TreeOutput
 from trtllm_redrafter.errors import Problem, RequestError, raise_together
@@ -105,6 +106,12 @@ class TorchRunner(Runner):
             if self._active:
                 updates.extend(self._decode())
             return updates
+
+    def autoregressive(self) -> TorchRunner:
+        """With CUDA graphs, undrafted steps are padded to a tree as well, so that their bits agree; this spares it."""
+        if not isinstance(self.executor, GraphExecutor) or self._drafting is None:
+            return self
+        return TorchRunner(self.info, self.executor.without_trees(), None, self._tokenizer, self._eos)
 
     def close(self) -> None:
         self.executor.close()

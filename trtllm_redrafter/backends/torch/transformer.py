@@ -9,13 +9,15 @@ Rounding follows transformers: norms in float32, everything else in the model's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from trtllm_redrafter.backends.torch.executor import PREFILL_CHUNK, PromptOutput, TreeOutput
+from trtllm_redrafter.backends.torch.pointwise import EAGER, Pointwise
 from trtllm_redrafter.backends.torch.rope import rotary_tables
 from trtllm_redrafter.backends.torch.weights import LayerWeights, ModelWeights
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
@@ -26,6 +28,20 @@ _CACHE_BUCKET = 64
 """Attention reads the cache in multiples of this many positions, so that shapes repeat."""
 
 
+Attend = Callable[[int, LayerWeights, Tensor], Tensor]
+"""Layer number, its weights, qkv [B, T, (N + 2 N_kv) D] -> [B, T, N D]; keys and values are cached on the way."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the T tokens of each of B sequences stand, on the device."""
+
+    slots: Tensor  # [B] int64
+    bases: Tensor  # [B] int64, committed positions
+    depths: Tensor  # [B, T] int64, position behind the base
+    mask: Tensor  # [B, T, T] bool, which of the T each one sees
+
+
 class TorchExecutor:
     """Base model plus KV cache [layers, slots, N_kv, capacity, D] on one device."""
 
@@ -33,9 +49,17 @@ class TorchExecutor:
     row_invariant = False
 
     def __init__(
-        self, config: CheckpointConfig, weights: ModelWeights, *, max_batch_size: int, capacity: int, detail: str = ""
+        self,
+        config: CheckpointConfig,
+        weights: ModelWeights,
+        *,
+        max_batch_size: int,
+        capacity: int,
+        detail: str = "",
+        pointwise: Pointwise = EAGER,
     ) -> None:
         self.detail = detail
+        self._pointwise = pointwise
         self._config = config
         self._weights = weights
         self._capacity = -(-capacity // _CACHE_BUCKET) * _CACHE_BUCKET
@@ -65,7 +89,9 @@ class TorchExecutor:
     @torch.no_grad()
     def forward(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], *, logits: bool) -> TreeOutput:
         tokens, depths, mask = pad(trees, self._device)
-        padded = self._layers(slots, bases, tokens, depths, mask)
+        span = self._span(max(bases) + tokens.shape[1])
+        rows = Rows(self._index(slots), self._index(bases), depths, mask)
+        padded = self._layers(tokens, self._masked(rows, span))
         hidden = torch.cat([rows[: len(tree)] for rows, tree in zip(padded, trees, strict=True)])
         scores = F.linear(hidden, self._weights.head)
         return TreeOutput(hidden, greedy(scores), scores if logits else None)
@@ -80,86 +106,88 @@ class TorchExecutor:
     def close(self) -> None:
         self._keys = self._values = torch.empty(0)
 
+    def _index(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(list(values), device=self._device)
+
+    def _span(self, needed: int) -> int:
+        """How many cache positions attention looks at, for `needed` in use."""
+        return min(self._capacity, -(-needed // _CACHE_BUCKET) * _CACHE_BUCKET)
+
     @torch.no_grad()
     def _chain(self, slot: int, token_ids: Sequence[int]) -> list[Tensor]:
         """Hidden states [n, H] of a prompt, chunk by chunk."""
         states = []
         for start in range(0, len(token_ids), PREFILL_CHUNK):
-            chunk = torch.tensor([token_ids[start : start + PREFILL_CHUNK]], device=self._device)
+            chunk = self._index(token_ids[start : start + PREFILL_CHUNK]).unsqueeze(0)
             count = chunk.shape[1]
             depths = torch.arange(count, device=self._device).unsqueeze(0)
             mask = torch.ones(1, count, count, dtype=torch.bool, device=self._device).tril()
-            states.append(self._layers([slot], [start], chunk, depths, mask)[0])
+            rows = Rows(self._index([slot]), self._index([start]), depths, mask)
+            states.append(self._layers(chunk, self._masked(rows, self._span(start + count)))[0])
         return states
 
     @torch.no_grad()
-    def _layers(
-        self, slots: Sequence[int], bases: Sequence[int], tokens: Tensor, depths: Tensor, tree_mask: Tensor
-    ) -> Tensor:
-        """[B, T] tokens -> [B, T, H] after the final norm."""
-        width = tokens.shape[1]
-        base = torch.tensor(bases, device=self._device)
-        places = base.unsqueeze(1) + torch.arange(width, device=self._device)  # [B, T] where keys go
-        positions = base.unsqueeze(1) + depths
-        span = min(self._capacity, -(-(max(bases) + width) // _CACHE_BUCKET) * _CACHE_BUCKET)
-        mask = self._attention_mask(base, places, tree_mask, span)
-        slot_index = torch.tensor(slots, device=self._device)
-        rotation = self._cosine[positions].unsqueeze(2), self._sine[positions].unsqueeze(2)  # [B, T, 1, D]
-        x = F.embedding(tokens, self._weights.embedding)
+    def _layers(self, tokens: Tensor, attend: Attend) -> Tensor:
+        """[B, T] tokens -> [B, T, H] after the final norm. Nothing in here waits for the device."""
+        x, ops, epsilon = F.embedding(tokens, self._weights.embedding), self._pointwise, self._config.norm_epsilon
+        delta: Tensor | None = None
         for index, layer in enumerate(self._weights.layers):
-            normed = self._norm(x, layer.input_norm)
-            x = x + self._attention(index, layer, normed, rotation, slot_index, places, mask, span)
-            x = x + _mlp(layer, self._norm(x, layer.post_norm))
-        return self._norm(x, self._weights.final_norm)
+            x, normed = ops.add_norm(x, delta, layer.input_norm, epsilon)
+            mixed = attend(index, layer, F.linear(normed, layer.qkv, layer.qkv_bias))
+            x, normed = ops.add_norm(x, F.linear(mixed, layer.dense, layer.dense_bias), layer.post_norm, epsilon)
+            delta = self._mlp(layer, normed)
+        return ops.add_norm(x, delta, self._weights.final_norm, epsilon)[1]
 
-    def _attention_mask(self, base: Tensor, places: Tensor, tree_mask: Tensor, span: int) -> Tensor:
-        """[B, 1, T, span] bool."""
+    def _masked(self, rows: Rows, span: int) -> Attend:
+        """Attention by PyTorch: every row looks at `span` cache positions through a mask."""
+        width = rows.depths.shape[1]
+        places = rows.bases.unsqueeze(1) + torch.arange(width, device=self._device)  # [B, T] where keys go
+        positions = rows.bases.unsqueeze(1) + rows.depths
+        rotation = self._cosine[positions].unsqueeze(2), self._sine[positions].unsqueeze(2)  # [B, T, 1, D]
+        mask = self._attention_mask(rows, places, span)
+
+        def attend(index: int, layer: LayerWeights, qkv: Tensor) -> Tensor:
+            query, key, value = self._rotated(layer, qkv, rotation)
+            keys, values = self._keys[index], self._values[index]
+            keys[rows.slots.unsqueeze(1), :, places] = key
+            values[rows.slots.unsqueeze(1), :, places] = value
+            return self._mix(query, keys[rows.slots, :, :span], values[rows.slots, :, :span], mask)
+
+        return attend
+
+    def _attention_mask(self, rows: Rows, places: Tensor, span: int) -> Tensor:
+        """[B, 1, G T, span] bool. The G query heads that share a KV head are rows of one product."""
         batch, width = places.shape
-        committed = torch.arange(span, device=base.device).view(1, 1, -1) < base.view(-1, 1, 1)
+        committed = torch.arange(span, device=self._device).view(1, 1, -1) < rows.bases.view(-1, 1, 1)
         mask = committed.expand(batch, width, span).clone()
-        columns = places.unsqueeze(1).expand(batch, width, width)
-        return mask.scatter_(2, columns, tree_mask).unsqueeze(1)
+        mask.scatter_(2, places.unsqueeze(1).expand(batch, width, width), rows.mask)
+        groups = self._config.num_attention_heads // self._config.num_key_value_heads
+        return mask.unsqueeze(1).expand(batch, groups, width, span).reshape(batch, 1, groups * width, span)
 
-    def _attention(
-        self,
-        index: int,
-        layer: LayerWeights,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        slots: Tensor,
-        places: Tensor,
-        mask: Tensor,
-        span: int,
-    ) -> Tensor:
-        config = self._config
-        batch, width, _ = x.shape
+    def _rotated(
+        self, layer: LayerWeights, qkv: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, (N + 2 N_kv) D] -> queries, keys and values [B, T, heads, D], the first two at their positions."""
+        config, ops = self._config, self._pointwise
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(batch, width, heads + 2 * kv_heads, config.head_size)
-        query, key, value = torch.split(qkv, [heads, kv_heads, kv_heads], dim=2)
+        split = qkv.view(*qkv.shape[:2], heads + 2 * kv_heads, config.head_size)
+        query, key, value = torch.split(split, [heads, kv_heads, kv_heads], dim=2)
         if layer.q_norm is not None and layer.k_norm is not None:
-            query, key = self._norm(query, layer.q_norm), self._norm(key, layer.k_norm)
-        query, key = _rotate(query, rotation), _rotate(key, rotation)
-        keys, values = self._keys[index], self._values[index]
-        keys[slots.unsqueeze(1), :, places] = key
-        values[slots.unsqueeze(1), :, places] = value
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2), keys[slots, :, :span], values[slots, :, :span], mask, enable_gqa=heads != kv_heads
-        )
-        return F.linear(mixed.transpose(1, 2).reshape(batch, width, -1), layer.dense, layer.dense_bias)
+            query = ops.norm(query, layer.q_norm, config.norm_epsilon)
+            key = ops.norm(key, layer.k_norm, config.norm_epsilon)
+        return ops.rotate(query, *rotation), ops.rotate(key, *rotation), value
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._config.norm_epsilon)
-        return weight * (wide * scale).to(x.dtype)
+    def _mix(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Queries [B, T, N, D] over keys and values [B, N_kv, span, D] -> [B, T, N D]."""
+        batch, width, heads, size = query.shape
+        kv_heads = keys.shape[1]
+        grouped = query.view(batch, width, kv_heads, heads // kv_heads, size).permute(0, 2, 3, 1, 4)
+        grouped = grouped.reshape(batch, kv_heads, -1, size)
+        mixed = F.scaled_dot_product_attention(grouped, keys, values, mask)
+        mixed = mixed.view(batch, kv_heads, -1, width, size).permute(0, 3, 1, 2, 4)
+        return mixed.reshape(batch, width, heads * size)
 
-
-def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate [B, T, N, D] by its positions; the two halves of a head are the pairs."""
-    cosine, sine = rotation
-    low, high = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat([-high, low], dim=-1) * sine
-
-
-def _mlp(layer: LayerWeights, x: Tensor) -> Tensor:
-    gated = F.silu(F.linear(x, layer.activated, layer.activated_bias)) * F.linear(x, layer.linear, layer.linear_bias)
-    return F.linear(gated, layer.down, layer.down_bias)
+    def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
+        activated = F.linear(x, layer.activated, layer.activated_bias)
+        gated = self._pointwise.gate(activated, F.linear(x, layer.linear, layer.linear_bias))
+        return F.linear(gated, layer.down, layer.down_bias)

@@ -1,0 +1,189 @@
+"""The torch backend on a CUDA device: the same tokens as on the CPU, with graphs, drafting and sampling.
+
+Part of `make test-gpu`, but it needs a GPU and PyTorch only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engines import VOCAB, build_engine, load, with_oracle, write_checkpoint, write_tokenizer
+from tests.tiny_models import FAMILIES
+from trtllm_redrafter.backends.base import Request, SamplingParams
+from trtllm_redrafter.backends.torch.backend import TorchBackend
+from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphSearch
+from trtllm_redrafter.backends.torch.runner import TorchRunner
+from trtllm_redrafter.generation.gate import GateRequest, parity_gate
+from trtllm_redrafter.redrafter.beam_search import beam_search, draft_head
+from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
+from trtllm_redrafter.redrafter.drafter import Drafter
+from trtllm_redrafter.redrafter.token_tree import Tree
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+PROMPTS = ((5, 9, 23, 7), (3,), (11, 60, 2, 44, 31, 17, 8, 9, 10))
+
+
+def on_gpu(engine: Path) -> TorchRunner:
+    return TorchBackend().load(engine, device="cuda", verify_hashes=False)
+
+
+def tokens(runner: TorchRunner, sampling: SamplingParams, *, draft: bool = True) -> list[list[int]]:
+    return [r.token_ids for r in runner.generate([Request(p, sampling, draft=draft) for p in PROMPTS])]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_is_the_cpus(tmp_path: Path, family: str) -> None:
+    engine = build_engine(write_checkpoint(tmp_path, family, tp_size=2), tmp_path / "engine")
+    sampling = SamplingParams(max_tokens=60, ignore_eos=True)
+    expected = tokens(load(engine), sampling)
+    runner = on_gpu(engine)
+    assert isinstance(runner.executor, GraphExecutor)
+    assert tokens(runner, sampling, draft=False) == expected
+    assert tokens(runner, sampling) == expected
+    truth = dict(zip(PROMPTS, expected, strict=True))
+    results = with_oracle(runner, truth, DraftShape(4, 3)).generate([Request(p, sampling) for p in PROMPTS])
+    assert [r.token_ids for r in results] == expected
+    assert all(r.acceptance_length is not None and r.acceptance_length > 1.5 for r in results)
+
+
+def test_sampled_tokens_are_the_cpus(tmp_path: Path) -> None:
+    engine = build_engine(write_checkpoint(tmp_path), tmp_path / "engine")
+    sampling = SamplingParams(max_tokens=60, temperature=0.8, top_p=0.9, seed=11, ignore_eos=True)
+    runner = on_gpu(engine)
+    assert tokens(runner, sampling) == tokens(runner, sampling, draft=False) == tokens(load(engine), sampling)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_drafting_changes_no_16_bit_text(tmp_path: Path, family: str, dtype: str) -> None:
+    """Bits of a row do not depend on the tree around it nor on the batch; heads of 16, groups of 2 and long texts."""
+    checkpoint = write_checkpoint(
+        tmp_path, family, dtype=dtype, hidden_size=64, max_position_embeddings=2048, num_attention_heads=4
+    )
+    runner = on_gpu(build_engine(checkpoint, tmp_path / "engine", max_input_len=1000, max_seq_len=1500))
+    assert runner.executor.row_invariant
+    long = [Request(tuple((7 * i) % VOCAB for i in range(480)), SamplingParams(80, ignore_eos=True), draft=False)]
+    requests = [Request(p, SamplingParams(200, ignore_eos=True), draft=False) for p in PROMPTS] + long
+    expected = [r.token_ids for r in runner.generate(requests)]
+    alone = [runner.generate([request])[0].token_ids for request in requests]
+    assert alone == expected
+    truth = {r.token_ids: tokens for r, tokens in zip(requests, expected, strict=True)}
+    drafted = [replace(request, draft=True) for request in requests]
+    assert [r.token_ids for r in runner.generate(drafted)] == expected
+    results = with_oracle(runner, truth, DraftShape(4, 3)).generate(drafted)
+    assert [r.token_ids for r in results] == expected
+    assert all(r.acceptance_length is not None and r.acceptance_length > 1.5 for r in results)
+    faster = runner.autoregressive()
+    assert faster is not runner and all(r.steps for r in faster.generate(requests))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bits_are_the_checkpoints(tmp_path: Path, dtype: str) -> None:
+    """Every token is the reference's own choice or within rounding of it."""
+    checkpoint = write_checkpoint(tmp_path, "qwen3", dtype=dtype, hidden_size=64, vocab_size=260)
+    engine = build_engine(checkpoint, tmp_path / "engine", write_tokenizer(tmp_path / "tokenizer"))
+    report = parity_gate(GateRequest(engine, checkpoint, ("abc", "d"), 64, None, "cuda"))
+    assert not report.faults and report.same > 50, report.render()
+
+
+def search_case(tie: bool) -> tuple[Drafter, torch.Tensor]:
+    torch.manual_seed(3)
+    drafter = Drafter(DrafterConfig(vocab_size=400, hidden_size=16, exit_dim=32, num_layers=2, rnn=True)).eval()
+    if tie:  # every token as likely as every other: more than are looked at tie with the 50th
+        with torch.no_grad():
+            drafter.lm_head.weight.copy_(drafter.lm_head.weight[:1].expand_as(drafter.lm_head.weight))
+    return drafter, torch.randn(400, 16)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_graphs_draft_what_the_search_does(tie: bool) -> None:
+    drafter, embedding = search_case(tie)
+    shape = DraftShape(4, 5)
+
+    def expected(contexts: torch.Tensor, roots: Sequence[int]) -> list[list[list[int]]]:
+        found: list[list[list[int]]] = beam_search(
+            drafter, embedding, contexts, torch.tensor(roots), shape
+        ).tokens.tolist()
+        return found
+
+    on_device = search_case(tie)[0].cuda()
+    search = GraphSearch(on_device, embedding.cuda(), draft_head(on_device), shape, torch.cuda.graph_pool_handle())
+    for seed, roots in enumerate([[5], [7], [3, 9, 11], [VOCAB, 2, 1]]):
+        contexts = torch.randn(len(roots), 16, generator=torch.Generator().manual_seed(seed))
+        assert search.search(list(contexts.cuda()), roots) == expected(contexts, roots)
+
+
+def attention_case(
+    batch: int, heads: int, kv_heads: int, size: int, bases: list[int], *, normed: bool, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Our attention and what float32 says, over trees of five nodes; the last one of the second tree is a filler."""
+    from trtllm_redrafter.backends.torch.tree_attention import Heads, TreeRows, attend
+
+    torch.manual_seed(4)
+    capacity, width = max(bases) + 40, 5
+    parents, depths = [-1, 0, 0, 1, 2], [0, 1, 1, 2, 2]
+    lines = Tree([0] * width, parents, depths).paths()
+    paths = torch.tensor([[line + line[-1:] * (3 - len(line)) for line in lines]] * batch)
+    paths[1:, -1] = -1
+    slots, keys = [2, 0][:batch], torch.randn(3, kv_heads, capacity, size).to(dtype)
+    values, angles = torch.randn_like(keys), torch.randn(capacity, size // 2)
+    cosine, sine = (torch.cat([f(angles)] * 2, dim=-1).to(dtype) for f in (torch.cos, torch.sin))
+    qkv = torch.randn(batch * width, (heads + 2 * kv_heads) * size).to(dtype)
+    norms = (torch.rand(size).to(dtype), torch.rand(size).to(dtype)) if normed else None
+
+    expected = torch.zeros(batch * width, heads * size)
+    for row in range(batch * width):
+        b, node = divmod(row, width)
+        if int(paths[b, node, 0]) < 0:
+            continue
+
+        def part(source: int, first: int, count: int, weight: torch.Tensor | None, b: int = b) -> torch.Tensor:
+            found = qkv[source].float().view(-1, size)[first : first + count]
+            if weight is not None:
+                found = weight.float() * found * torch.rsqrt(found.pow(2).mean(-1, keepdim=True) + 1e-5)
+            if first < heads + kv_heads:
+                place = bases[b] + depths[source % width]
+                low, high = found.chunk(2, dim=-1)
+                found = found * cosine[place].float() + torch.cat([-high, low], dim=-1) * sine[place].float()
+            return found.to(dtype).float()
+
+        query = part(row, 0, heads, norms and norms[0])
+        line = [b * width + ancestor for ancestor in lines[node]]
+        own_keys = [part(n, heads, kv_heads, norms and norms[1]).unsqueeze(1) for n in line]
+        own_values = [part(n, heads + kv_heads, kv_heads, None).unsqueeze(1) for n in line]
+        k = torch.cat([keys[slots[b], :, : bases[b]].float(), *own_keys], dim=1)
+        v = torch.cat([values[slots[b], :, : bases[b]].float(), *own_values], dim=1)
+        k, v = (x.repeat_interleave(heads // kv_heads, dim=0) for x in (k, v))
+        weights = (torch.einsum("nd,nsd->ns", query, k) * size**-0.5).softmax(dim=-1)
+        expected[row] = torch.einsum("ns,nsd->nd", weights, v).flatten()
+
+    rows = TreeRows(*(torch.tensor(x).cuda() for x in (slots, bases[:batch], [depths] * batch)), paths.cuda())
+    found = attend(
+        qkv.cuda(), norms and (norms[0].cuda(), norms[1].cuda()), (cosine.cuda(), sine.cuda()),
+        (keys.cuda(), values.cuda()), rows, Heads(heads, kv_heads, size, 1e-5), capacity,
+    )  # fmt: skip
+    return found.cpu().float(), expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "size", "bases", "normed"),
+    [
+        (1, 4, 2, 16, [0], False), (2, 4, 2, 16, [70, 130], True), (2, 3, 1, 24, [600, 1100], False),
+        (2, 8, 8, 64, [63, 64], True), (2, 14, 2, 128, [255, 512], True), (2, 32, 32, 80, [254, 770], False),
+    ],
+)  # fmt: skip
+def test_attention_is_float32s(
+    batch: int, heads: int, kv_heads: int, size: int, bases: list[int], normed: bool, dtype: torch.dtype
+) -> None:
+    found, expected = attention_case(batch, heads, kv_heads, size, bases, normed=normed, dtype=dtype)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)

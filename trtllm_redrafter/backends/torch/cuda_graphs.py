@@ -1,0 +1,278 @@
+"""The PyTorch executor and the drafter's search as CUDA graphs: one launch per pass instead of a thousand.
+
+A decoding step of a small batch is some twenty kernels per layer of a few microseconds each; launched one by one from
+Python they take several times longer than they run. A graph fixes shapes and addresses, so inputs are copied into
+its buffers, trees are padded to one width, and the cache is looked at up to a power of two. Graphs are captured
+when a shape first occurs and share one pool of memory.
+
+    executor = GraphExecutor(config, weights, GraphLimits(4, 2048, max_nodes=26, max_depth=5), fused=True)
+    search = GraphSearch(drafter, embedding, head, shape, executor.pool)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trtllm_redrafter.backends.torch.executor import TreeOutput
+from trtllm_redrafter.backends.torch.pointwise import EAGER, Pointwise
+from trtllm_redrafter.backends.torch.transformer import Attend, Rows, TorchExecutor
+from trtllm_redrafter.backends.torch.weights import LayerWeights, ModelWeights
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.redrafter.beam_search import DraftHead, beam_search
+from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.redrafter.drafter import Drafter
+from trtllm_redrafter.redrafter.sampling import greedy
+from trtllm_redrafter.redrafter.token_tree import Tree
+
+_WIDTH = 8
+"""Trees are padded to a multiple of this many nodes."""
+
+_FREE_ROWS = 128
+"""As many rows take no longer than one: the tensor cores wait for the weights (on an H200 until about 200 rows)."""
+
+_SMALLEST_SPAN = 256
+_WARM_UPS = 2
+
+
+class _Graph:
+    """A captured function of one buffer of integers (and whatever else it reads in place)."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=True)
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._graph = torch.cuda.CUDAGraph()
+        self.input = torch.zeros(size, dtype=torch.int64, device=device)
+
+    def fill(self, values: Sequence[int]) -> None:
+        self._copied.synchronize()  # the last copy may still be reading the host's buffer
+        self._host[: len(values)] = torch.tensor(values, dtype=torch.int64)
+        self.input.copy_(self._host, non_blocking=True)
+        self._copied.record()
+
+    def capture(self, function: Callable[[], Any], pool: Any) -> Any:
+        """The function's outputs; each replay writes them anew. The input is filled already: it runs on it first."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):  # libraries choose kernels and reserve memory, which a capture may not do
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self._graph, pool=pool):
+            return function()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a graph of the base model is captured for: trees in a pass, and cache positions to look at."""
+
+    batch: int
+    span: int
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Buffers of one graph, rows of real nodes first."""
+
+    hidden: Tensor  # [batch * width, H]
+    best: Tensor  # [batch * width]
+    logits: Tensor  # [batch * width, V]
+
+
+@dataclass(frozen=True)
+class GraphLimits:
+    """Sizes that graphs are made for. A tree has at most `max_nodes` nodes, none deeper than `max_depth`."""
+
+    max_batch_size: int
+    capacity: int
+    max_nodes: int
+    max_depth: int
+
+    @property
+    def width(self) -> int:
+        """What trees are padded to; without drafting there is one node."""
+        return 1 if self.max_nodes == 1 else -(-self.max_nodes // _WIDTH) * _WIDTH
+
+    @property
+    def fixed_batch(self) -> bool:
+        """Is every pass padded to the largest batch? It costs nothing as long as arithmetic does not."""
+        return self.max_batch_size * self.width <= _FREE_ROWS
+
+
+class GraphExecutor(TorchExecutor):
+    """The same passes as `TorchExecutor`; prompts, and trees beyond the limits, still run without a graph.
+
+    Matrix products always have the same shape (with `fixed_batch`), and attention is `tree_attention`, so a row's bits
+    do not depend on its company: drafting changes no greedy text.
+    """
+
+    name = "cuda-graphs"
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        weights: ModelWeights,
+        limits: GraphLimits,
+        *,
+        fused: bool,
+        detail: str = "",
+    ) -> None:
+        super().__init__(
+            config,
+            weights,
+            max_batch_size=limits.max_batch_size + 1,  # the last slot takes what fillers write
+            capacity=limits.capacity + limits.width,
+            detail=detail,
+            pointwise=_fused() if fused else EAGER,
+        )
+        self._limits = limits
+        self._fused = fused
+        self.row_invariant = fused and limits.fixed_batch
+        self._captured: dict[_Shape, tuple[_Graph, _Outputs]] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    @torch.no_grad()
+    def forward(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], *, logits: bool) -> TreeOutput:
+        limits = self._limits
+        if max(len(tree) for tree in trees) > limits.width or max(max(t.depths) for t in trees) > limits.max_depth:
+            return super().forward(slots, bases, trees, logits=logits)
+        shape = _Shape(limits.max_batch_size if limits.fixed_batch else len(trees), self._power_of_two(max(bases)))
+        values = self._pack(slots, bases, trees, shape.batch)
+        known = self._captured.get(shape)
+        graph = _Graph(len(values), self._device) if known is None else known[0]
+        graph.fill(values)
+        if known is None:
+            outputs: _Outputs = graph.capture(lambda: self._compute(graph.input, shape), self.pool)
+            self._captured[shape] = graph, outputs
+        else:
+            outputs = known[1]
+        graph.replay()
+        count = sum(len(tree) for tree in trees)
+        # Contexts outlive the step, so hidden states are copied out of the graph's buffer; the rest is used at once.
+        scores = outputs.logits[:count] if logits else None
+        return TreeOutput(outputs.hidden[:count].clone(), outputs.best[:count], scores)
+
+    def without_trees(self) -> GraphExecutor:
+        """The same weights with a cache of its own, for passes of one row per request."""
+        limits = replace(self._limits, max_nodes=1, max_depth=0)
+        return GraphExecutor(self._config, self._weights, limits, fused=self._fused, detail=self.detail)
+
+    def close(self) -> None:
+        self._captured.clear()
+        super().close()
+
+    def _power_of_two(self, base: int) -> int:
+        needed = base + self._limits.width
+        return min(self._capacity, max(_SMALLEST_SPAN, 1 << (needed - 1).bit_length()))
+
+    def _pack(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], batch: int) -> list[int]:
+        """Numbers of the real nodes among all; then per tree slot, base, tokens, depths, and each node's path."""
+        width, deepest = self._limits.width, self._limits.max_depth
+        chosen = [number * width + node for number, tree in enumerate(trees) for node in range(len(tree))]
+        packed = chosen + [0] * (batch * width - len(chosen))
+        for slot, base, tree in zip(slots, bases, trees, strict=True):
+            packed += _packed_tree(slot, base, tree, width, deepest)
+        filler = _packed_tree(self._limits.max_batch_size, 0, Tree([], [], []), width, deepest)
+        return packed + filler * (batch - len(trees))
+
+    def _compute(self, packed: Tensor, shape: _Shape) -> _Outputs:
+        """What is captured; the inverse of `_pack` comes first."""
+        batch, width, deepest = shape.batch, self._limits.width, self._limits.max_depth
+        chosen, trees = packed[: batch * width], packed[batch * width :].view(batch, 2 + width * (3 + deepest))
+        sizes = [1, 1, width, width, width * (deepest + 1)]
+        slots, bases, tokens, depths, flat = torch.split(trees, sizes, dim=1)
+        slots, bases, paths = slots.flatten(), bases.flatten(), flat.view(batch, width, deepest + 1)
+        attend = (self._walking if self._fused else self._through_mask)(slots, bases, depths, paths, shape.span)
+        hidden = self._layers(tokens, attend).flatten(0, 1)[chosen]
+        scores = F.linear(hidden, self._weights.head)
+        return _Outputs(hidden, greedy(scores), scores)
+
+    def _through_mask(self, slots: Tensor, bases: Tensor, depths: Tensor, paths: Tensor, span: int) -> Attend:
+        """PyTorch's attention. A node sees its path and itself; a filler itself."""
+        batch, width = depths.shape
+        mask = torch.eye(width, dtype=torch.bool, device=depths.device).repeat(batch, 1, 1)
+        own = torch.arange(width, device=depths.device).view(1, -1, 1)
+        mask = mask.scatter(2, torch.where(paths < 0, own, paths), torch.ones_like(paths, dtype=torch.bool))
+        return self._masked(Rows(slots, bases, depths, mask), span)
+
+    def _walking(self, slots: Tensor, bases: Tensor, depths: Tensor, paths: Tensor, span: int) -> Attend:
+        """Our attention, whose sums follow each row's own sequence."""
+        from trtllm_redrafter.backends.torch.tree_attention import Heads, TreeRows, attend
+
+        config = self._config
+        sizes = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_size, config.norm_epsilon)
+        rows = TreeRows(slots.contiguous(), bases.contiguous(), depths.contiguous(), paths.contiguous())
+
+        def walk(index: int, layer: LayerWeights, qkv: Tensor) -> Tensor:
+            norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+            cache, rotary = (self._keys[index], self._values[index]), (self._cosine, self._sine)
+            return attend(qkv.flatten(0, 1), norms, rotary, cache, rows, sizes, span).view(*qkv.shape[:2], -1)
+
+        return walk
+
+
+def _fused() -> Pointwise:
+    from trtllm_redrafter.backends.torch.fused import FUSED  # needs Triton, which comes with PyTorch for CUDA only
+
+    return FUSED
+
+
+def _packed_tree(slot: int, base: int, tree: Tree, width: int, deepest: int) -> list[int]:
+    """A path ends in its own node, repeated; a filler's is -1."""
+    missing = width - len(tree)
+    paths = [node for path in tree.paths()[: len(tree)] for node in path + path[-1:] * (deepest + 1 - len(path))]
+    paths += [-1] * (missing * (deepest + 1))
+    return [slot, base, *tree.tokens, *[0] * missing, *tree.depths, *[0] * missing, *paths]
+
+
+class GraphSearch:
+    """`beam_search` as a graph per batch size. Lists out, since trees are merged on the host."""
+
+    def __init__(self, drafter: Drafter, embedding: Tensor, head: DraftHead, shape: DraftShape, pool: Any) -> None:
+        self._drafter, self._embedding, self._head, self._shape, self._pool = drafter, embedding, head, shape, pool
+        self._captured: dict[int, tuple[_Graph, Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def search(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[list[list[int]]]:
+        """Contexts [H] and last tokens of B sequences -> beams [B][K][L + 1]."""
+        batch = len(roots)
+        known = self._captured.get(batch)
+        if known is None:
+            graph = _Graph(batch, self._embedding.device)
+            context = torch.stack(list(contexts))
+            graph.fill(roots)
+            outputs = graph.capture(lambda: self._compute(graph.input, context), self._pool)
+            self._captured[batch] = graph, context, outputs
+        else:
+            graph, context, outputs = known
+            torch.stack(list(contexts), out=context)
+            graph.fill(roots)
+        graph.replay()
+        *tokens, missed = outputs.tolist()
+        if missed:
+            beams = self._run(torch.tensor(list(roots), device=context.device), context, None)
+            tokens = beams.flatten().tolist()
+        rows, length = self._shape.num_beams, self._shape.draft_len + 1
+        cut = [tokens[start : start + length] for start in range(0, len(tokens), length)]
+        return [cut[start : start + rows] for start in range(0, len(cut), rows)]
+
+    def _compute(self, roots: Tensor, context: Tensor) -> Tensor:
+        """All beams in one row, and last whether a tie at the cut was left out: [B K (L + 1) + 1]."""
+        missed: list[Tensor] = []
+        beams = self._run(roots, context, missed)
+        flag = torch.stack(missed).any() if missed else torch.zeros((), dtype=torch.bool, device=beams.device)
+        return torch.cat([beams.flatten(), flag.to(beams).view(1)])
+
+    def _run(self, roots: Tensor, context: Tensor, missed: list[Tensor] | None) -> Tensor:
+        found = beam_search(
+            self._drafter, self._embedding, context, roots, self._shape, head=self._head, missed_ties=missed
+        )
+        return found.tokens
