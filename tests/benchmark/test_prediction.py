@@ -114,13 +114,13 @@ def test_steps_are_timed_apart(tmp_path: Path) -> None:
     runner = make_runner(tmp_path, draft_len=3)
     runner._drafting = Slow()  # type: ignore[assignment]
     items = [Item(f"p{i}", "", (3 + i, 4)) for i in range(3)]
-    cost = time_steps(runner, Slow.shape, items, 2, steps=8)
+    cost = time_steps(runner, runner, Slow.shape, items, 2, steps=8)
     assert cost.drafting > 0.02 and cost.plain < cost.drafting
     assert not runner.has_work and len(runner._free) == runner.info.max_batch_size
     short = load(build_engine(write_checkpoint(tmp_path / "b"), tmp_path / "short", max_input_len=31, max_seq_len=32))
     full = [Item("long", "", tuple(range(3, 33)))]  # 30 of 32 positions
     with pytest.raises(UsageError, match="no room"):
-        time_steps(short, Slow.shape, full, 1, steps=8)
+        time_steps(short, short, Slow.shape, full, 1, steps=8)
 
 
 def test_trimmed_mean() -> None:

@@ -228,6 +228,13 @@ class Runner(ABC):
             )
         return self._tokenizer.encode_prompt(prompt, chat=chat)
 
+    def autoregressive(self) -> Runner:
+        """The runner to compare drafting with: this one, or one of the same weights that decodes faster undrafted.
+
+        Where it is another one, it is closed by itself.
+        """
+        return self
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the engine's memory."""

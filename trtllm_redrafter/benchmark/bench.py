@@ -6,15 +6,16 @@ summary.verdicts, summary.result.complete
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends import engine_backend, load_backend
 from trtllm_redrafter.backends.base import Runner
 from trtllm_redrafter.benchmark import environment
-from trtllm_redrafter.benchmark.measure import MeasureOptions, Session
+from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, both_sides
 from trtllm_redrafter.benchmark.plots import require_matplotlib
 from trtllm_redrafter.benchmark.prompts import BUILT_IN, BenchPrompt, built_in_prompts, choose, make_items, read_prompts
 from trtllm_redrafter.benchmark.records import BenchResult
@@ -48,15 +49,9 @@ class BenchOptions:
 def bench(options: BenchOptions, progress: Progress) -> Summary:
     """Measure, and write the report if one is asked for. Everything that can be refused is refused before loading."""
     prompts = _checked(options)
-    with ExitStack() as stack:
-        runner = stack.enter_context(closing(_load(options.engine, options.device, options.draft_shape)))
-        if runner.info.draft_shape is None:
-            remedy = "convert with --drafter, and pass the plain engine as --baseline"
-            raise UsageError("the engine has no drafter: nothing to compare", where=options.engine, remedy=remedy)
-        baseline = runner
-        if options.baseline is not None:
-            baseline = stack.enter_context(closing(_load(options.baseline, options.device, None)))
-            _check_same_vocabulary(runner, baseline)
+    with both_sides(_load(options.engine, options.device, options.draft_shape), partial(_baseline, options)) as sides:
+        runner, baseline = sides
+        _check_same_vocabulary(runner, baseline)
         options.measure.check(runner, options.engine)
         options.measure.check(baseline, options.baseline or options.engine)
         result = _measure(options, runner, baseline, prompts, progress)
@@ -85,6 +80,15 @@ def _checked(options: BenchOptions) -> list[BenchPrompt]:
 
 def _load(engine: Path, device: str, shape: DraftShape | None) -> Runner:
     return load_backend(engine_backend(engine)).load(engine, device=device, verify_hashes=False, draft_shape=shape)
+
+
+def _baseline(options: BenchOptions, runner: Runner) -> Runner:
+    if runner.info.draft_shape is None:
+        remedy = "convert with --drafter, and pass the plain engine as --baseline"
+        raise UsageError("the engine has no drafter: nothing to compare", where=options.engine, remedy=remedy)
+    if options.baseline is None:
+        return runner.autoregressive()
+    return _load(options.baseline, options.device, None)
 
 
 def _check_same_vocabulary(runner: Runner, baseline: Runner) -> None:

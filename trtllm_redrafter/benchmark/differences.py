@@ -4,7 +4,7 @@ In 16 bits, many rows computed together can round differently from one row. Then
 than rounding explains may change places; both texts are greedy texts of the model. Anything wider is a fault, and so is
 any difference on an executor whose rows do not depend on their company.
 
-    examine(runner, item, drafted, plain, batch).kind      # "tie", "fault" or "unexamined"
+    examine(runner, item, drafted, plain, batch, alike=True).kind      # "tie", "fault" or "unexamined"
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ from trtllm_redrafter.generation.parity import ROUNDING
 TIE, FAULT, UNEXAMINED = "tie", "fault", "unexamined"
 
 
-def examine(runner: Runner, item: Item, drafted: Sequence[int], plain: Sequence[int], batch: int) -> Difference:
-    """Find the first difference and its cause. The runner must be idle; only the torch backend shows its logits."""
+def examine(
+    runner: Runner, item: Item, drafted: Sequence[int], plain: Sequence[int], batch: int, *, alike: bool
+) -> Difference:
+    """Find the first difference and its cause. `alike`: one executor wrote both texts.
+
+    The runner must be idle; only the torch backend shows its logits.
+    """
     position = next((i for i, (a, b) in enumerate(zip(drafted, plain, strict=False)) if a != b), None)
     if position is None:  # one text ends where the other goes on
         return Difference(item.item_id, batch, min(len(drafted), len(plain)), FAULT, None, None)
@@ -28,7 +33,7 @@ def examine(runner: Runner, item: Item, drafted: Sequence[int], plain: Sequence[
     if measured is None:
         return Difference(item.item_id, batch, position, UNEXAMINED, None, None)
     gap, bound, invariant = measured
-    kind = TIE if gap <= bound and not invariant else FAULT
+    kind = TIE if gap <= bound and not (invariant and alike) else FAULT
     return Difference(item.item_id, batch, position, kind, gap, bound)
 
 

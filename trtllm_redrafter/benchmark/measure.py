@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +52,24 @@ class MeasureOptions:
         if len(set(self.batches)) < len(self.batches):
             found.append(Problem("a batch size is given twice", remedy="name each once"))
         raise_together(UsageError, found, "the benchmark cannot start", where=where)
+
+
+def _autoregressive(runner: Runner) -> Runner:
+    return runner.autoregressive()
+
+
+@contextmanager
+def both_sides(
+    runner: Runner, baseline: Callable[[Runner], Runner] = _autoregressive
+) -> Iterator[tuple[Runner, Runner]]:
+    """The runner that drafts and the one that does not, both closed at the end; they may be the same."""
+    with closing(runner):
+        other = baseline(runner)
+        try:
+            yield runner, other
+        finally:
+            if other is not runner:
+                other.close()
 
 
 @dataclass
@@ -180,7 +199,8 @@ class Session:
             mine, plain = (pair[arm].results[item.item_id] for arm in ARMS)
             if mine.token_ids != plain.token_ids and item.item_id not in seen:
                 runner = self._runners[AUTOREGRESSION]
-                kept.differences.append(examine(runner, item, mine.token_ids, plain.token_ids, batch))
+                alike = runner is self._runners[DRAFTING]
+                kept.differences.append(examine(runner, item, mine.token_ids, plain.token_ids, batch, alike=alike))
 
 
 def check_enough(items: Sequence[Item], batches: Sequence[int]) -> None:

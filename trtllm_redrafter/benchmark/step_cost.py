@@ -11,10 +11,10 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 
 from trtllm_redrafter.backends.base import Request, Runner, SamplingParams, Update
+from trtllm_redrafter.benchmark.measure import both_sides
 from trtllm_redrafter.benchmark.prediction import StepCost, shape_name
 from trtllm_redrafter.benchmark.prompts import Item
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
@@ -50,14 +50,16 @@ def measured_costs(
     """Load the engine with each shape in turn and time its steps."""
     found: list[StepCost] = []
     for shape in grid:
-        with closing(load(shape)) as runner:
+        with both_sides(load(shape)) as (runner, plain_runner):
             for batch in timing.batches:
-                found.append(time_steps(runner, shape, items, batch, timing.steps))
+                found.append(time_steps(runner, plain_runner, shape, items, batch, timing.steps))
                 progress("time steps", len(found), len(grid) * len(timing.batches), "settings")
     return _with_common_plain(found)
 
 
-def time_steps(runner: Runner, shape: DraftShape, items: Sequence[Item], batch: int, steps: int) -> StepCost:
+def time_steps(
+    runner: Runner, plain_runner: Runner, shape: DraftShape, items: Sequence[Item], batch: int, steps: int
+) -> StepCost:
     """The plain step's mean time, and the drafting step's as a multiple of it."""
     each = -(-steps // RUNS)
     plain: list[float] = []
@@ -66,7 +68,8 @@ def time_steps(runner: Runner, shape: DraftShape, items: Sequence[Item], batch: 
         # Texts from all over the list: how long a context is matters, how well it drafts does not.
         chosen = [items[(number + i * max(1, len(items) // batch)) % len(items)] for i in range(batch)]
         order = (True, False) if number % 2 == 0 else (False, True)
-        times = {draft: _run(runner, chosen, each, shape.draft_len + 1, draft=draft) for draft in order}
+        sides = {True: runner, False: plain_runner}
+        times = {draft: _run(sides[draft], chosen, each, shape.draft_len + 1, draft=draft) for draft in order}
         if times[True] and times[False]:
             plain += times[False]
             ratios.append(statistics.fmean(times[True]) / statistics.fmean(times[False]))

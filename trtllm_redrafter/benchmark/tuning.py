@@ -19,7 +19,7 @@ from trtllm_redrafter.backends.torch.backend import TorchBackend
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.benchmark import environment
 from trtllm_redrafter.benchmark.figures import batch_figures
-from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, check_enough
+from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, both_sides, check_enough
 from trtllm_redrafter.benchmark.prediction import (
     Check,
     Prediction,
@@ -181,9 +181,9 @@ def _checks(
     for batch in options.batches if options.budget else ():
         for prediction in ranked(predictions, batch)[: options.budget]:
             assert options.engine is not None
-            with closing(_load(options.engine, options.device, prediction.shape)) as runner:
+            with both_sides(_load(options.engine, options.device, prediction.shape)) as (runner, plain_runner):
                 measure = MeasureOptions((batch,), options.max_tokens, CHECK_REPEATS, warmup=1)
-                session = Session(runner, runner, items, measure)
+                session = Session(runner, plain_runner, items, measure)
                 session.run(progress)
             figures = batch_figures(session.batches[0], options.bootstrap)
             mine = figures.drafting
