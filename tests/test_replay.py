@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,8 +33,8 @@ from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.redrafter.token_tree import Tree
 from trtllm_redrafter.training.execute import train
 from trtllm_redrafter.training.model import HeadKind
-from trtllm_redrafter.training.options import WritingOptions
 from trtllm_redrafter.training.plan import plan_training
+from trtllm_redrafter.training.self_distill import WritingOptions
 
 PROMPTS = ("Number A0", "Number C2", "Number E4")
 
@@ -47,7 +47,7 @@ VOCAB = 10
 class Table:
     """A base model by table: `best[t]` are the tokens that may follow t, equally likely. Hidden states are [t]."""
 
-    def __init__(self, best: dict[int, tuple[int, ...]]) -> None:
+    def __init__(self, best: Mapping[int, tuple[int, ...]]) -> None:
         self._best = best
         self.cached: list[int] = []
         self._nodes: list[int] = []
@@ -86,13 +86,13 @@ class Drafts:
         return Beams(tokens, torch.zeros(tokens.shape), laws)
 
 
-def replay(best: dict[int, tuple[int, ...]], beams: dict[int, list[list[int]]]) -> tuple[Replay, Table, Drafts]:
+def replay(best: Mapping[int, tuple[int, ...]], beams: dict[int, list[list[int]]]) -> tuple[Replay, Table, Drafts]:
     table, drafts = Table(best), Drafts(beams)
     return Replay(SimpleNamespace(executor=table), drafts, greedy=True), table, drafts  # type: ignore[arg-type]
 
 
 def test_steps_by_hand() -> None:
-    following = {1: (2,), 2: (3,), 3: (4,), 4: (5,), 5: (6,), 6: (7,), 7: (8,), 8: (9,), 9: (1,)}
+    following = {token: (token + 1,) for token in range(1, 9)} | {9: (1,)}
     drafted = {
         2: [[3, 9], [3, 4]],  # the second beam is right twice: 3, 4, then 5 by the base itself
         5: [[9, 9], [8, 8]],  # nothing
