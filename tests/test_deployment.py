@@ -65,11 +65,12 @@ def test_dockerfile() -> None:
     assert set(stages) == {"base", "build", "serve"}
     for stage in ("build", "serve"):
         last_user = [args for name, args in stages[stage] if name == "USER"][-1]
-        assert last_user == "redrafter", "never root"
+        assert last_user == "10001", "never root, and a number, which a host can check without the image's passwd"
         order = [name for name, _ in stages[stage]]
         assert "RUN" not in order[order.index("USER") :]
         check_command(json.loads(dict(stages[stage])["CMD"]))
     assert ("ENTRYPOINT", '["trtllm-redrafter"]') in stages["base"]
+    assert any("useradd --create-home --uid 10001 " in args for name, args in stages["base"] if name == "RUN")
     for name, args in found:
         assert name not in ("ADD",) and "sudo" not in args and "--break-system" not in args
         if name in ("ARG", "ENV"):
