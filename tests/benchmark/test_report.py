@@ -6,12 +6,13 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from tests.benchmark.made import batch_records, result
 from trtllm_redrafter.benchmark.records import BatchRecords, read_result
-from trtllm_redrafter.benchmark.report import render_html, render_markdown, render_text, write_report
+from trtllm_redrafter.benchmark.report import draw_plots, render_html, render_markdown, render_text, write_report
 from trtllm_redrafter.benchmark.statistics import Bootstrap
 from trtllm_redrafter.benchmark.summary import Summary, summarize
 from trtllm_redrafter.errors import InputError, OutputError
@@ -66,7 +67,7 @@ def summary() -> Summary:
 
 
 def test_html_is_well_formed_and_alone(summary: Summary) -> None:
-    html = render_html(summary)
+    html = render_html(summary, draw_plots(summary))
     check_page(html)
     assert "prefers-color-scheme: dark" in html and "width=device-width" in html
     assert html.count("<svg") == 5 and "bench &lt;engine&gt; &amp; more" in html
@@ -75,7 +76,7 @@ def test_html_is_well_formed_and_alone(summary: Summary) -> None:
 
 
 def test_markdown_and_text_show_the_same_figures(summary: Summary) -> None:
-    markdown, text = render_markdown(summary), render_text(summary)
+    markdown, text = render_markdown(summary, draw_plots(summary)), render_text(summary)
     speed = f"{summary.batches[0].figures.speedup.value:.2f}"
     assert speed in markdown and speed in text and "no-go" in text and "| kind of prompt |" in markdown
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
@@ -85,7 +86,13 @@ def test_markdown_and_text_show_the_same_figures(summary: Summary) -> None:
 def test_files_round_trip(summary: Summary, tmp_path: Path) -> None:
     folder = tmp_path / "report"
     write_report(summary, folder, overwrite=False)
-    assert {f.name for f in folder.iterdir()} == {"report.html", "report.md", "result.json", "manifest.json"}
+    names = {f.name for f in folder.iterdir()}
+    drawings = {"speedup.svg", "kinds.svg", "latency.svg", "acceptance.svg", "roof.svg"}
+    assert names == drawings | {"report.html", "report.md", "result.json", "manifest.json"}
+    for name in drawings:
+        assert f"({name})" in (folder / "report.md").read_text()
+        tree = ElementTree.parse(folder / name)
+        assert tree.getroot().tag == "{http://www.w3.org/2000/svg}svg" and tree.getroot().get("viewBox")
     again = read_result(folder)
     assert summarize(again, summary.bootstrap).batches[0].figures.speedup == summary.batches[0].figures.speedup
     assert again.batches[1].drafting.records == summary.result.batches[1].drafting.records
@@ -98,11 +105,11 @@ def test_json_has_no_nan_and_an_interrupted_page_says_so() -> None:
         result(batch_records(1.2, prompts=1, repeats=1), BatchRecords(4), complete=False), Bootstrap(100, 0.95, 0)
     )
     json.dumps(short.file_dict(), allow_nan=False)
-    html = render_html(short)
+    html = render_html(short, draw_plots(short))
     check_page(html)
     assert "interrupted" in html and "not significant" in html
     check = summarize(result(complete=False), Bootstrap(100, 0.95, 0))
-    assert "interrupted" in render_html(check) and "interrupted" in render_text(check)
+    assert "interrupted" in render_html(check, draw_plots(check)) and "interrupted" in render_text(check)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-_STYLE = """
+_COLOURS = """
 :root { color-scheme: light dark; --paper: #fcfcfb; --card: #ffffff; --ink: #1d2126; --soft: #5b6470; --faint: #c9ced6;
   --accent: #1c6fd1; --second: #c2570c; --good: #12743b; --bad: #b3261e; --open: #7a5a00; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171b; --card: #1c2026; --ink: #e7eaee; --soft: #a3acb8;
   --faint: #434b56; --accent: #6fb1ff; --second: #ffa45c; --good: #6bd394; --bad: #ff8b80; --open: #e8c35a; } }
+""".strip()
+
+_STYLE = (
+    _COLOURS
+    + """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
@@ -39,7 +44,8 @@ table.facts td { white-space: normal; text-align: left; overflow-wrap: anywhere;
 table.facts td:first-child { white-space: nowrap; color: var(--soft); position: static; }
 @media (max-width: 34rem) { main { padding: 1rem .7rem 3rem; } h1 { font-size: 1.35rem; }
   th, td { padding: .35rem .5rem; } figure { padding: .5rem; } }
-""".strip()
+"""
+).strip()
 
 
 def page(title: str, parts: Sequence[str]) -> str:
@@ -74,6 +80,14 @@ def plots(entries: Sequence[tuple[str, str, str]]) -> str:
         for caption, text, svg in entries
     ]
     return f'<div class="plots">{"".join(cells)}</div>'
+
+
+def picture(svg: str) -> str:
+    """A plot of the page as a file of its own, for Markdown: the page's colours, light and dark, on a card."""
+    attributes, _, drawing = svg.removeprefix("<svg").partition(">")
+    style = f"<style>{_COLOURS} svg {{ font-family: sans-serif; }}</style>"
+    card = '<rect width="100%" height="100%" fill="var(--card)"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg"{attributes}>{style}{card}{drawing}\n'
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,10 +1,12 @@
 """A benchmark for readers: tables as text and Markdown, one HTML page with plots, JSON beside them.
 
-write_report(summary, Path("report"), overwrite=False)     # report.html, report.md, result.json, manifest.json
+write_report(summary, Path("report"), overwrite=False)     # report.html, report.md, *.svg, result.json
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from trtllm_redrafter.benchmark import page, plots
@@ -160,8 +162,9 @@ def _aligned(header: list[str], rows: Rows) -> str:
     )
 
 
-def render_markdown(summary: Summary) -> str:
-    parts = [f"# {TITLE}", "", *_interruption(summary), *(f"- **{v.answer}**, {v.render()}" for v in summary.verdicts)]
+def render_markdown(summary: Summary, drawn: Sequence[Plot]) -> str:
+    parts = [f"# {TITLE}", "", *_interruption(summary), *(f"- {v.render()}" for v in summary.verdicts), ""]
+    parts += [f"![{plot.caption}: {plot.text}]({plot.name}.svg)" for plot in drawn]
     parts += [
         "",
         page.markdown_table(PAYS_HEADER, pays_rows(summary)),
@@ -178,7 +181,7 @@ def _paragraphs(lines: list[str]) -> list[str]:
     return [text for line in lines for text in (line, "")]
 
 
-def render_html(summary: Summary) -> str:
+def render_html(summary: Summary, drawn: Sequence[Plot]) -> str:
     engine = summary.result.engine
     lead = (
         f"{engine['path']}, {engine['backend']} on {engine['device']}, {str(summary.result.environment['date'])[:10]}"
@@ -186,8 +189,8 @@ def render_html(summary: Summary) -> str:
     parts = [f"<h1>{TITLE}</h1>", page.paragraph(lead, soft=True)]
     parts += [page.paragraph(text) for text in _interruption(summary)]
     parts += [page.verdict_box(v.answer, f"Batch {v.batch}: {v.answer}", v.reason) for v in summary.verdicts]
-    if summary.batches:
-        parts.append(page.plots(_plots(summary)))
+    if drawn:
+        parts.append(page.plots([(plot.caption, plot.text, plot.svg) for plot in drawn]))
     parts += [page.heading("Does it pay?"), page.table(PAYS_HEADER, pays_rows(summary))]
     parts += [page.paragraph(line) for line in spec_bench_lines(summary)]
     parts += [page.heading("Speed and latency"), page.table(SPEED_HEADER, speed_rows(summary))]
@@ -197,29 +200,45 @@ def render_html(summary: Summary) -> str:
     return page.page(TITLE, parts)
 
 
-def _plots(summary: Summary) -> list[tuple[str, str, str]]:
+@dataclass(frozen=True)
+class Plot:
+    """A drawing with its words; `name` is its file's."""
+
+    name: str
+    caption: str
+    text: str
+    svg: str
+
+
+def draw_plots(summary: Summary) -> list[Plot]:
+    """Everything that can be drawn of what was measured."""
+    if not summary.batches:
+        return []
     first = summary.batches[0]
+    batch = f"batch {first.figures.batch}"
+    interval, waits = "end to end, with its interval; 1 is autoregression", "how long a reader waits for more text"
     found = [
-        (
-            "Speed-up by batch size",
-            "end to end, with its interval; 1 is autoregression",
-            plots.speedup_by_batch(summary),
-        ),
-        ("Speed-up by kind of prompt", f"batch {first.figures.batch}", plots.speedup_by_category(first)),
-        ("Time between updates", "how long a reader waits for more text", plots.latency_distribution(first, summary)),
+        Plot("speedup", "Speed-up by batch size", interval, plots.speedup_by_batch(summary)),
+        Plot("kinds", "Speed-up by kind of prompt", batch, plots.speedup_by_category(first)),
+        Plot("latency", "Time between updates", waits, plots.latency_distribution(first, summary)),
     ]
     if first.figures.drafting.accepted_share:
-        text = f"batch {first.figures.batch}; tokens per step is 1 plus their sum"
-        found.append(("Acceptance by position", text, plots.acceptance_by_position(summary)))
+        text = f"{batch}; tokens per step is 1 plus their sum"
+        found.append(Plot("acceptance", "Acceptance by position", text, plots.acceptance_by_position(summary)))
     roof = plots.roofline(summary)
     if roof is not None:
-        found.append(("Under the bandwidth roof", "a step cannot be faster than reading the weights once", roof))
+        text = "a step cannot be faster than reading the weights once"
+        found.append(Plot("roof", "Under the bandwidth roof", text, roof))
     return found
 
 
 def write_report(summary: Summary, folder: Path, *, overwrite: bool) -> None:
+    """One HTML page, Markdown with its pictures beside it, and the measurement as JSON."""
+    drawn = draw_plots(summary)
     with atomic_directory(folder, overwrite=overwrite) as work:
         write_json(work / "result.json", summary.file_dict())
-        (work / "report.md").write_text(render_markdown(summary), encoding="utf-8")
-        (work / "report.html").write_text(render_html(summary), encoding="utf-8")
+        (work / "report.md").write_text(render_markdown(summary, drawn), encoding="utf-8")
+        (work / "report.html").write_text(render_html(summary, drawn), encoding="utf-8")
+        for plot in drawn:
+            (work / f"{plot.name}.svg").write_text(page.picture(plot.svg), encoding="utf-8")
         write_json(work / "manifest.json", {"kind": "report", "creator": {"name": CREATOR}})

@@ -50,6 +50,7 @@ def engine_texts(runner: TorchRunner, items: Sequence[Item], *, max_tokens: int,
     """Answers, states and prompt times of an idle engine."""
     parts: list[tuple[Tensor, Tensor]] = []
     prompt_seconds = tokens = 0.0
+    runner.generate([Request(items[0].token_ids, SamplingParams(2))])  # a first prompt may have kernels compiled
     for number, item in enumerate(items, start=1):
         [result] = runner.generate([Request(item.token_ids, SamplingParams(max_tokens))])
         prompt_seconds += result.prefill_seconds
