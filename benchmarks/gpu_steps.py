@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimits, GraphSearch
 from trtllm_redrafter.backends.torch.weights import DTYPES, LayerWeights, ModelWeights
@@ -30,7 +32,7 @@ from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.planning.gpus import gpu
 from trtllm_redrafter.planning.latency import Assumptions, latency_plan
 from trtllm_redrafter.planning.model import planned_model
-from trtllm_redrafter.planning.sizes import weight_bytes
+from trtllm_redrafter.planning.sizes import base_parameters, weight_bytes
 from trtllm_redrafter.recipe.hardware_plan import model_source
 from trtllm_redrafter.recipe.layers import resolve
 from trtllm_redrafter.recipe.sources import file_layers
@@ -40,6 +42,7 @@ from trtllm_redrafter.redrafter.token_tree import Tree
 
 STEPS = 30
 ROUNDS = 5
+ROWS = (1, 8, 16, 32, 64, 128, 192, 256, 384, 512)
 
 
 def random_weights(config: CheckpointConfig) -> ModelWeights:
@@ -144,40 +147,88 @@ def measure(config: CheckpointConfig, context: int, batches: list[int]) -> list[
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", default="h200", help="row of the planning table that this GPU is")
-    parser.add_argument("--recipes", default="vicuna-7b,llama-3.1-8b,mistral-7b,qwen3-8b")
-    parser.add_argument("--batches", default="1,2,4,8")
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    target, batches = gpu(args.gpu), [int(b) for b in args.batches.split(",")]
-    report: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "context": args.context, "models": {},
-    }  # fmt: skip
-    for name in args.recipes.split(","):
-        resolved = resolve(file_layers(Path("configs") / f"{name}.yaml"))
-        config = replace(planned_model(model_source(resolved)).config, tp_size=1)
-        plan = resolved.recipe.plan
-        assumptions = Assumptions(args.context, plan.bandwidth_efficiency, plan.compute_efficiency, plan.kernel_us)
-        measured = measure(config, args.context, batches)
-        for row in measured:
+def measure_products(config: CheckpointConfig) -> list[dict[str, float]]:
+    """Milliseconds of a pass's matrix products alone, by rows: what `plan` calls reading and computing."""
+    weights = random_weights(config)
+    found = []
+    for rows in ROWS:
+        inputs = {n: torch.randn(rows, n, device="cuda", dtype=weights.head.dtype) for n in _widths(config)}
+        matrices = [m for layer in weights.layers for m in (layer.qkv, layer.dense, layer.activated, layer.linear)]
+        matrices += [layer.down for layer in weights.layers] + [weights.head]
+
+        def run(inputs: dict[int, torch.Tensor] = inputs, matrices: list[torch.Tensor] = matrices) -> None:
+            for matrix in matrices:
+                F.linear(inputs[matrix.shape[1]], matrix)
+
+        for _ in range(2):
+            run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        found.append({"rows": rows, "ms": time_calls(graph.replay)[0]})
+    return found
+
+
+def _widths(config: CheckpointConfig) -> set[int]:
+    return {config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_size}
+
+
+def planned_config(name: str) -> tuple[CheckpointConfig, Any]:
+    """A recipe's model on one GPU, and its `plan` section."""
+    resolved = resolve(file_layers(Path("configs") / f"{name}.yaml"))
+    return replace(planned_model(model_source(resolved)).config, tp_size=1), resolved.recipe.plan
+
+
+def add_plan(report: dict[str, Any]) -> None:
+    """What the plan of today says of each measured row; needs no GPU."""
+    target, context = gpu(report["plan_of"]), report["context"]
+    for name, model in report["models"].items():
+        config, plan = planned_config(name)
+        assumptions = Assumptions(context, plan.bandwidth_efficiency, plan.compute_efficiency, plan.kernel_us)
+        for row in model["rows"]:
             planned = latency_plan(config, target, assumptions, max_batch_size=row["batch"], acceptance_length=None)
             row["planned"] = {**asdict(planned.rows[-1]), "break_even": planned.rows[-1].break_even}
             row["break_even"] = (row["verify_ms"] + row["draft_ms"]) / row["plain_ms"]
             row["break_even_wall"] = (row["verify_wall_ms"] + row["draft_wall_ms"]) / row["plain_wall_ms"]
-        sizes = weight_bytes(config)
-        shape = config.draft_shape
+        reading = weight_bytes(config).streamed / (target.bandwidth * plan.bandwidth_efficiency)
+        for row in model.get("products", []):
+            rate = target.flops(fp8=False) * plan.compute_efficiency
+            computing = 2 * row["rows"] * base_parameters(config) / rate
+            row["planned_ms"] = 1e3 * math.hypot(reading, computing)
+
+
+def measure_all(args: argparse.Namespace) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(), "plan_of": args.gpu, "torch": torch.__version__,
+        "context": args.context, "models": {},
+    }  # fmt: skip
+    for name in args.recipes.split(","):
+        config, _ = planned_config(name)
+        shape, sizes = config.draft_shape, weight_bytes(config)
         assert shape is not None
         report["models"][name] = {
             "draft": [shape.num_beams, shape.draft_len],
             "streamed_bytes": sizes.streamed,
             "drafter_bytes": sizes.drafter,
-            "rows": measured,
+            "rows": measure(config, args.context, [int(b) for b in args.batches.split(",")]) if args.batches else [],
+            "products": measure_products(config),
         }
         gc.collect()
         torch.cuda.empty_cache()
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", default="h200", help="row of the planning table that this GPU is")
+    parser.add_argument("--recipes", default="vicuna-7b,llama-3.1-8b,mistral-7b,qwen3-8b")
+    parser.add_argument("--batches", default="1,2,4,8", help="empty: matrix products only")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--again", type=Path, help="an earlier result: measure nothing, compare it with the plan anew")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    report = measure_all(args) if args.again is None else json.loads(args.again.read_text())
+    add_plan(report)
     text = json.dumps(report, indent=1)
     if args.output:
         args.output.write_text(text + "\n")

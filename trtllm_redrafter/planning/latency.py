@@ -1,9 +1,9 @@
 """How long a decoding step takes, plain and with ReDrafter, from bytes and arithmetic (a roofline).
 
-A kernel takes the longer of moving its bytes and doing its arithmetic, each at an assumed share of the peak, plus a
-fixed cost. Decoding one request moves all weights for one row, which is why verifying more rows is nearly free - until
-the rows of a whole batch make arithmetic the longer side. Drafting is not free: the drafter's LM head is read once per
-drafted position. The quotient of the two step times is the acceptance length from which drafting pays:
+A matrix product moves its bytes and does its arithmetic, each at a share of the peak, overlapped in part, and every
+kernel has a fixed cost. Decoding one request moves all weights for one row, which is why verifying more rows is nearly
+free - until the rows of a whole batch make arithmetic the longer side. Drafting is not free: the drafter's LM head is
+read once per drafted position. The quotient of the two step times is the acceptance length from which drafting pays:
 
     plan = latency_plan(config, gpu("h100-80gb"), assumptions, batch_sizes=(1, 8), max_batch_size=8)
     plan.rows[0].break_even            # 1.77 tokens per step
@@ -12,6 +12,7 @@ drafted position. The quotient of the two step times is the acceptance length fr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +29,9 @@ from trtllm_redrafter.planning.sizes import (
 KERNELS_PER_LAYER = 10
 """Norms, projections, attention, activation, residuals; a few are fused, a few are split."""
 
-KERNELS_PER_DRAFT = 25
-"""RNN, blocks, LM head, top-50, log-softmax, two top-k, gathers of one drafted position."""
+KERNELS_PER_DRAFT = 84
+"""Of one drafted position: RNN, blocks, LM head, top-50, log-softmax, two top-k, gathers. Measured, as 180 to 200 us
+beside the reads of the weights, with the embedded backend's graphs on an H200 (benchmarks/results/gpu_steps.json)."""
 
 LINK_LATENCY_US = 10.0
 """Assumed cost of one all-reduce over NVLink beyond its bytes."""
@@ -87,7 +89,7 @@ class LatencyPlan:
         lines = [
             f"time of a decoding step on {self.ranks} x {self.gpu.title}, {a.context_len} tokens per request cached",
             f"  assumed: {a.bandwidth_efficiency:g} of the bandwidth, {a.compute_efficiency:g} of the arithmetic, "
-            f"{a.kernel_us:g} us per kernel; nothing was measured",
+            f"{a.kernel_us:g} us per kernel; TensorRT-LLM was not measured",
             f"  {'batch':>5} {'plain':>9} {'verify':>9} {'draft':>9} {'break-even':>11}"
             + ("" if accepted is None else f" {'speed-up at ' + format(accepted, '.2f'):>18}"),
         ]
@@ -141,6 +143,12 @@ def latency_plan(
     return LatencyPlan(target, config.tp_size, tuple(rows), assumptions, acceptance_length, limit)
 
 
+def _overlapped(reading: float, computing: float) -> float:
+    """Seconds of a product. Neither side hides wholly behind the other: with the recipe's shares of the peaks, this is
+    within 9 % of what an H200 takes for 1 to 512 rows (benchmarks/results/gpu_steps.json)."""
+    return math.hypot(reading, computing)
+
+
 class _Roof:
     """Times in seconds for one model on one kind of GPU."""
 
@@ -159,7 +167,7 @@ class _Roof:
         """One base-model forward over `rows` tokens of each of `batch` requests."""
         config, tp = self._config, self._config.tp_size
         arithmetic = 2 * batch * rows * base_parameters(config) / tp / self._base_rate
-        weights = max(self._weights.streamed / self._bandwidth, arithmetic)
+        weights = _overlapped(self._weights.streamed / self._bandwidth, arithmetic)
         cache = batch * self._context * kv_bytes_per_token(config) / self._bandwidth
         width = config.num_attention_heads * config.head_size // tp
         scores = 4 * batch * rows * self._context * width * config.num_hidden_layers / self._dense_rate
@@ -174,7 +182,7 @@ class _Roof:
         for depth in range(shape.draft_len):
             rows = batch * (1 if depth == 0 else shape.num_beams)
             arithmetic = 2 * rows * drafter_parameters(config) / config.tp_size / self._dense_rate
-            weights = max(self._weights.drafter / self._bandwidth, arithmetic)
+            weights = _overlapped(self._weights.drafter / self._bandwidth, arithmetic)
             arrays = VOCABULARY_PASSES * rows * config.vocab_size * dtype_bytes(config.dtype) / self._bandwidth
             total += weights + arrays + self._kernel * KERNELS_PER_DRAFT + self._gather(rows)
         return total
