@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.backends.trtllm_engines import VOCAB, build, expected, run, write_checkpoints
+from tests.engines import build_engine, write_checkpoint
 from tests.standins.host import CONTRACT, GPU_LINE, Host, make_host
 from tests.trtllm_options import settings
 from trtllm_redrafter.backends.base import FinishReason, Request, Result, Runner, SamplingParams
@@ -22,8 +23,9 @@ from trtllm_redrafter.backends.tensorrt_llm.loading import load_runner
 from trtllm_redrafter.backends.tensorrt_llm.options import Api, RuntimeOptions
 from trtllm_redrafter.backends.tensorrt_llm.remote_client import worker_command, worker_environment
 from trtllm_redrafter.checkpoint.manifest import Manifest
-from trtllm_redrafter.errors import BackendError
+from trtllm_redrafter.errors import BackendError, UsageError
 from trtllm_redrafter.fsio import read_json, write_json
+from trtllm_redrafter.generation.session import open_runner
 from trtllm_redrafter.recipe.layers import Layer, Origin, resolve
 from trtllm_redrafter.recipe.options import tensorrt_options
 
@@ -171,6 +173,30 @@ def test_the_recipe_chooses_and_the_engine_keeps_it(host: Host, checkpoints: Pat
         found[api] = type(runner._client).__name__  # type: ignore[attr-defined]
         runner.close()
     assert found == {None: "RemoteClient", "executor": "ExecutorClient"}
+
+
+@pytest.mark.parametrize(("layers", "client"), [
+    ([], "RemoteClient"),
+    ([Layer(Origin("flag", "--api"), {"tensorrt_llm": {"api": "executor"}})], "ExecutorClient"),
+    ([Layer(Origin("file", "recipe.yaml"), {"tensorrt_llm": {"api": "executor"}})], "ExecutorClient"),
+])  # fmt: skip
+def test_a_run_may_choose_another(
+    host: Host, checkpoints: Path, tmp_path: Path, layers: list[Layer], client: str
+) -> None:
+    engine = build(checkpoints, tmp_path, runtime=RUNTIME)
+    chosen = resolve([*layers, Layer(Origin("flag", "--engine"), {"engine": str(engine)})])
+    runner = open_runner(chosen, verify_hashes=False)
+    assert type(runner._client).__name__ == client  # type: ignore[attr-defined]
+    runner.close()
+
+
+def test_torch_engines_have_no_choice(tmp_path: Path) -> None:
+    engine = build_engine(write_checkpoint(tmp_path), tmp_path / "engine")
+    here = Layer(Origin("flag", "--engine"), {"engine": str(engine)})
+    choice = {"tensorrt_llm": {"api": "llm"}}
+    open_runner(resolve([Layer(Origin("file", "recipe.yaml"), choice), here]), verify_hashes=False).close()
+    with pytest.raises(UsageError, match="only TensorRT-LLM engines"):
+        open_runner(resolve([Layer(Origin("flag", "--api"), choice), here]), verify_hashes=False)
 
 
 def edit_notes(engine: Path, **changes: Any) -> None:

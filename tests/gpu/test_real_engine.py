@@ -110,9 +110,8 @@ def test_the_builder_did_what_the_plan_said(models: Path) -> None:
 @pytest.mark.parametrize("api", APIS)
 def test_tokens_are_the_checkpoints(models: Path, api: Api) -> None:
     report = parity_gate(gate(models, "one", api))
-    assert not report.faults and report.same > 100, report.render()
-    assert report.acceptance is not None and report.reference_acceptance is not None
-    assert abs(report.acceptance - report.reference_acceptance) < 0.25 * report.reference_acceptance
+    assert not report.faults and not report.alarms and report.same > 100, report.render()
+    assert report.acceptance is not None
 
 
 @pytest.mark.parametrize("api", APIS)

@@ -302,6 +302,17 @@ class Backend(Protocol):
 
     def build(self, plan: BuildPlan, progress: Progress) -> Path: ...
 
-    def load(self, engine: Path, *, device: str, verify_hashes: bool, draft_shape: DraftShape | None = None) -> Runner:
-        """`draft_shape` overrides the engine's own where the backend can (a TensorRT engine has it baked in)."""
+    def load(
+        self,
+        engine: Path,
+        *,
+        device: str,
+        verify_hashes: bool,
+        draft_shape: DraftShape | None = None,
+        api: str | None = None,
+    ) -> Runner:
+        """`draft_shape` overrides the engine's own where the backend can (a TensorRT engine has it baked in).
+
+        `api` overrides the interface a TensorRT engine was built to be executed through.
+        """
         ...

@@ -28,6 +28,7 @@ def run(
     draft_len: Annotated[int | None, setting("run.draft_len", "--draft-len")] = None,
     no_draft: Annotated[bool, typer.Option("--no-draft", help="Decode without the drafter.")] = False,
     device: Annotated[str | None, setting("run.device", "--device")] = None,
+    api: Annotated[str | None, setting("tensorrt_llm.api", "--api")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check the hashes of the engine's files first.")] = False,
     stream: Annotated[
         bool | None,
@@ -61,6 +62,7 @@ def run(
             "run.draft_len": ("--draft-len", draft_len),
             "run.draft": ("--no-draft", False if no_draft else None),
             "run.device": ("--device", device),
+            "tensorrt_llm.api": ("--api", api),
         }
     )
     if stream is None:

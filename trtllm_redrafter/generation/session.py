@@ -36,7 +36,15 @@ def open_runner(resolved: Resolved, *, verify_hashes: bool) -> Runner:
         _check_horizon(engine, shape)
     choose = run.device == AUTO_DEVICE and backend == "torch"  # a TensorRT engine finds its GPUs itself
     device = best_device() if choose else run.device
-    return load_backend(backend).load(engine, device=device, verify_hashes=verify_hashes, draft_shape=shape)
+    return load_backend(backend).load(
+        engine, device=device, verify_hashes=verify_hashes, draft_shape=shape, api=_chosen_api(resolved, backend)
+    )
+
+
+def _chosen_api(resolved: Resolved, backend: str) -> str | None:
+    """None: as the engine was built. A recipe's section for the other backend is no mistake, a flag is."""
+    is_flag = resolved.origins["tensorrt_llm.api"].kind == "flag"
+    return resolved.recipe.tensorrt_llm.api if is_flag or backend != "torch" else None
 
 
 def defaults_for(resolved: Resolved, runner: Runner) -> Defaults:

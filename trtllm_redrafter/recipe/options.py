@@ -119,7 +119,9 @@ def tensorrt_options(resolved: Resolved) -> TensorRTOptions:
              "cache", "cache_dir")  # fmt: skip
     origins = {key.rpartition(".")[2]: origin.render() for key, origin in resolved.origins.items()
                if key.startswith(("build.", "tensorrt_llm."))}  # fmt: skip
-    runtime = RuntimeOptions(section.kv_cache_fraction, section.block_reuse, section.multi_block_mode, section.api)
+    runtime = RuntimeOptions(
+        section.kv_cache_fraction, section.block_reuse, section.multi_block_mode, section.api or "executor"
+    )
     return TensorRTOptions(**{name: getattr(section, name) for name in names}, runtime=runtime, origins=origins)
 
 

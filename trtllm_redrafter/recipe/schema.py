@@ -112,8 +112,10 @@ class TensorRTSection(Section):
         default=False, description="share KV blocks of equal prefixes; nobody has verified it with ReDrafter"
     )
     multi_block_mode: bool = Field(default=True, description="split long contexts over more of the GPU")
-    api: Literal["executor", "llm"] = Field(
-        default="executor", description="TensorRT-LLM's interface that runs the engine: executor bindings or LLM API"
+    api: Literal["executor", "llm"] | None = Field(
+        default=None,
+        description="interface that runs a TensorRT engine, executor or llm (LLM API); derived: what it was built "
+        "with, at first executor",
     )
 
 

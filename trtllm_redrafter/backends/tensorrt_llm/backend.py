@@ -11,7 +11,7 @@ from trtllm_redrafter.redrafter.config import DraftShape
 
 
 class TensorRTBackend:
-    """Builds with `trtllm-build` in a child process, runs through the executor's Python bindings."""
+    """Builds with `trtllm-build` in a child process, runs through the executor's Python bindings or the LLM API."""
 
     name = BACKEND
 
@@ -26,8 +26,16 @@ class TensorRTBackend:
         assert isinstance(plan, TensorRTPlan)
         return build_engine(plan, progress)
 
-    def load(self, engine: Path, *, device: str, verify_hashes: bool, draft_shape: DraftShape | None = None) -> Runner:
+    def load(
+        self,
+        engine: Path,
+        *,
+        device: str,
+        verify_hashes: bool,
+        draft_shape: DraftShape | None = None,
+        api: str | None = None,
+    ) -> Runner:
         """Open an engine on this host; a TensorRT engine has its draft shape baked in."""
         from trtllm_redrafter.backends.tensorrt_llm.loading import load_runner
 
-        return load_runner(engine, device=device, verify_hashes=verify_hashes, draft_shape=draft_shape)
+        return load_runner(engine, device=device, verify_hashes=verify_hashes, draft_shape=draft_shape, api=api)

@@ -83,6 +83,11 @@ FAILURES: tuple[Failure, ...] = (
         "a tensor of the checkpoint has the wrong dtype: run `trtllm-redrafter verify CHECKPOINT`",
     ),
     _failure(
+        "mpi-spawn", r"MPI_ERR_SPAWN|could not spawn processes",
+        "the LLM API cannot start processes by MPI on this host",
+        "pass --api executor to `run`, or build with tensorrt_llm.api: executor, which needs none",
+    ),
+    _failure(
         "mpi", r"libmpi\.so|ORTE was unable|There are not enough slots|MPI_Init",
         "MPI does not work on this host",
         "install libopenmpi (libmpi.so.40), or use the release container; for slots, pass as many GPUs as ranks",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import cast
 
 from trtllm_redrafter.backends.base import EngineInfo
 from trtllm_redrafter.backends.tensorrt_llm.build_plan import BACKEND
@@ -21,7 +22,7 @@ from trtllm_redrafter.redrafter.config import DraftShape
 
 
 def load_runner(
-    engine: Path, *, device: str, verify_hashes: bool, draft_shape: DraftShape | None, api: Api | None = None
+    engine: Path, *, device: str, verify_hashes: bool, draft_shape: DraftShape | None, api: str | None = None
 ) -> TensorRTRunner:
     """A runner; `api` overrides the interface that the engine was built to be executed through."""
     found = read_engine(engine, verify_hashes=verify_hashes)
@@ -32,7 +33,7 @@ def load_runner(
     raise_together(BackendError, problems, "the engine cannot run here", where=engine)
     folder = engine / TOKENIZER_DIRECTORY
     tokenizer = EngineTokenizer(folder) if has_tokenizer(folder) else None
-    client = _client(found, chosen, index)
+    client = _client(found, cast(Api, chosen), index)
     return TensorRTRunner(_info(found, gpus), client, tokenizer, eos_token_ids(folder, tokenizer), greedy=found.greedy)
 
 
@@ -76,7 +77,7 @@ def _api_problems(api: str) -> list[Problem]:
     """An engine directory may come from a later version, or have been edited."""
     if api in APIS:
         return []
-    remedy = f"build it again with tensorrt_llm.api: {' or '.join(APIS)}"
+    remedy = f"pass --api {' or --api '.join(APIS)}, or build it again"
     return [Problem(f"there is no interface {api!r}", None, None, remedy)]
 
 

@@ -82,9 +82,18 @@ class TorchBackend:
         return options.output
 
     def load(
-        self, engine: Path, *, device: str, verify_hashes: bool, draft_shape: DraftShape | None = None
+        self,
+        engine: Path,
+        *,
+        device: str,
+        verify_hashes: bool,
+        draft_shape: DraftShape | None = None,
+        api: str | None = None,
     ) -> TorchRunner:
         """Load an engine on `device` ("cpu", "cuda", "cuda:1"). Sizes of all files are checked, hashes on request."""
+        if api is not None:
+            remedy = "leave --api out"
+            raise UsageError("only TensorRT-LLM engines have a choice of interface", where=engine, remedy=remedy)
         config = _read_engine(engine, verify_hashes)
         checkpoint = Checkpoint.open(engine / CHECKPOINT_DIRECTORY)
         shape = _draft_shape(checkpoint.config, config, draft_shape, engine)
