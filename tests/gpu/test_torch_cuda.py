@@ -16,6 +16,7 @@ from tests.engines import VOCAB, build_engine, load, with_oracle, write_checkpoi
 from tests.tiny_models import FAMILIES
 from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.torch.backend import TorchBackend
+from trtllm_redrafter.backends.torch.captured import CapturedGraph
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphSearch
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.generation.gate import GateRequest, parity_gate
@@ -31,8 +32,8 @@ pytestmark = [
 PROMPTS = ((5, 9, 23, 7), (3,), (11, 60, 2, 44, 31, 17, 8, 9, 10))
 
 
-def on_gpu(engine: Path) -> TorchRunner:
-    return TorchBackend().load(engine, device="cuda", verify_hashes=False)
+def on_gpu(engine: Path, device: str = "cuda") -> TorchRunner:
+    return TorchBackend().load(engine, device=device, verify_hashes=False)
 
 
 def tokens(runner: TorchRunner, sampling: SamplingParams, *, draft: bool = True) -> list[list[int]]:
@@ -52,6 +53,60 @@ def test_float32_is_the_cpus(tmp_path: Path, family: str) -> None:
     results = with_oracle(runner, truth, DraftShape(4, 3)).generate([Request(p, sampling) for p in PROMPTS])
     assert [r.token_ids for r in results] == expected
     assert all(r.acceptance_length is not None and r.acceptance_length > 1.5 for r in results)
+
+
+def test_graphs_of_many_batch_sizes_share_buffers(tmp_path: Path) -> None:
+    """Too many rows to pad every pass to the largest batch: a graph per size, as requests end one by one."""
+    engine = build_engine(write_checkpoint(tmp_path), tmp_path / "engine", max_batch_size=12)
+    requests = [Request((3 + i, 9, 4), SamplingParams(4 + 3 * i, ignore_eos=True)) for i in range(12)]
+    runner = on_gpu(engine)
+    executor = runner.executor
+    assert isinstance(executor, GraphExecutor) and not executor._limits.fixed_batch
+    expected = [r.token_ids for r in load(engine).generate(requests)]
+    for draft in (True, False, True):
+        found = runner.generate([replace(request, draft=draft) for request in requests])
+        assert [r.token_ids for r in found] == expected
+    assert len({outputs.logits.data_ptr() for _, outputs in executor._captured.values()}) == 1 < len(executor._captured)
+    runner.close()
+    assert not executor._captured
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_second_gpu_is_used_as_the_first(tmp_path: Path, dtype: str) -> None:
+    engine = build_engine(write_checkpoint(tmp_path, dtype=dtype, hidden_size=64), tmp_path / "engine")
+    sampling = SamplingParams(max_tokens=40, ignore_eos=True)
+    torch.cuda.set_device(0)
+    first, second = on_gpu(engine, "cuda:0"), on_gpu(engine, "cuda:1")
+    before = torch.cuda.memory_allocated(0)
+    assert tokens(second, sampling) == tokens(second, sampling, draft=False) == tokens(first, sampling)
+    assert second.executor.device == "cuda:1" and torch.cuda.current_device() == 0
+    assert torch.cuda.memory_allocated(0) - before < 2**20
+
+
+def test_a_failed_capture_changes_nothing() -> None:
+    """The stream is the caller's again, and the next capture works."""
+    pool, device = torch.cuda.graph_pool_handle(), torch.device("cuda", torch.cuda.current_device())
+    stream, calls = torch.cuda.current_stream(), []
+
+    def fails() -> torch.Tensor:
+        calls.append(0)
+        if len(calls) > 2:  # two runs warm up
+            raise KeyboardInterrupt
+        return graph.input + 1
+
+    graph = CapturedGraph(3, device)
+    graph.fill([1, 2, 3])
+    with pytest.raises(KeyboardInterrupt):
+        graph.capture(fails, pool)
+    assert torch.cuda.current_stream() == stream and not torch.cuda.is_current_stream_capturing()
+    graph = CapturedGraph(3, device)
+    graph.fill([1, 2, 3])
+    doubled = graph.capture(lambda: graph.input * 2, pool)
+    for values in ([4, 5, 6], [7, 8, 9]):
+        graph.fill(values)
+        graph.replay()
+        assert doubled.tolist() == [2 * value for value in values]
 
 
 def test_sampled_tokens_are_the_cpus(tmp_path: Path) -> None:
@@ -187,3 +242,23 @@ def test_attention_is_float32s(
     found, expected = attention_case(batch, heads, kv_heads, size, bases, normed=normed, dtype=dtype)
     assert found.isfinite().all()
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < 12 * 2**30, reason="needs 12 GiB of GPU memory"
+)
+def test_more_partial_sums_than_32_bits_count() -> None:
+    """4,096 equal rows of 32 heads of 128, in room for 129 units each: 2^31 numbers and more."""
+    from trtllm_redrafter.backends.torch.tree_attention import Heads, TreeRows, attend
+
+    torch.manual_seed(4)
+    count, capacity, sizes = 4096, 320, Heads(32, 8, 128, 1e-5)
+    qkv = torch.randn(1, 48 * 128, device="cuda").bfloat16().expand(count, -1).contiguous()
+    keys = torch.randn(1, 8, capacity, 128, device="cuda").bfloat16()
+    rotary = torch.ones(capacity, 128, device="cuda").bfloat16(), torch.zeros(capacity, 128, device="cuda").bfloat16()
+    zeros = torch.zeros(count, dtype=torch.int64, device="cuda")
+    rows = TreeRows(zeros, zeros + 300, zeros.view(-1, 1), zeros.view(-1, 1, 1))
+    found = attend(qkv, None, rotary, (keys, keys.clone()), rows, sizes, 129 * 256)
+    few = TreeRows(rows.slots[:1], rows.bases[:1], rows.depths[:1], rows.paths[:1])
+    expected = attend(qkv[:1], None, rotary, (keys, keys.clone()), few, sizes, capacity)
+    assert torch.equal(found, expected.expand(count, -1))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.redrafter.toy import random_drafter
 from trtllm_redrafter.errors import UsageError
-from trtllm_redrafter.redrafter.beam_search import DraftHead, beam_search, draft_head
+from trtllm_redrafter.redrafter.beam_search import DraftHead, _largest_of_chunks, beam_search, draft_head
 from trtllm_redrafter.redrafter.config import CUT, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
 
@@ -167,3 +167,24 @@ def test_shapes_that_cannot_be_drafted(shape: DraftShape, text: str) -> None:
     with pytest.raises(UsageError, match=text) as caught:
         beam_search(drafter, torch.randn(90, 8), torch.zeros(1, 8), torch.tensor([0]), shape)
     assert "remedy" in str(caught.value)
+
+
+@pytest.mark.parametrize(("width", "count"), [(8192, 64), (8193, 64), (10_000, 512), (151_936, 256)])
+def test_the_largest_are_found_in_chunks_too(width: int, count: int) -> None:
+    """What a GPU does: the same values; where they do not tie, the same columns."""
+    logits = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+    values, columns = _largest_of_chunks(logits, count)
+    assert torch.equal(values, logits.topk(count).values) and torch.equal(values, logits.gather(-1, columns))
+    assert columns.max() < width and all(len(set(row.tolist())) == count for row in columns.flatten(0, 1))
+
+
+@pytest.mark.parametrize(("tied", "missed"), [(0, False), (13, False), (14, True), (200, True)])
+def test_missed_ties_are_noted(tied: int, missed: bool) -> None:
+    """64 candidates are looked at; the 50th may tie with 14 more, and one of them could be the 65th."""
+    row = torch.tensor((torch.arange(49, 0, -1.0) / 64).tolist() + [0.0] * (1 + tied) + [-1.0] * 300)
+    head = DraftHead(lambda state: row.expand(*state.shape[:-1], -1), len(row))
+    noted: list[torch.Tensor] = []
+    found = beam_search(
+        Markov([[1.0]]), embed, torch.zeros(1, 1), torch.tensor([0]), DraftShape(4, 2), head=head, missed_ties=noted
+    )
+    assert [bool(flag) for flag in noted] == [missed, missed] and found.tokens.shape == (1, 4, 3)

@@ -29,7 +29,6 @@ from trtllm_redrafter.redrafter.drafter import Drafter
 _TIE_ROOM = 14
 """Candidates looked at beyond the 50 before asking whether more tie with the 50th; bf16 logits tie often."""
 
-
 _CHUNK = 1024
 """Columns looked at together on a GPU."""
 
@@ -131,10 +130,15 @@ def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     found first, side by side.
     """
     width = logits.shape[-1]
-    if not logits.is_cuda or width < 8 * _CHUNK or count > _CHUNK // 2:
-        values, columns = logits.topk(count, dim=-1)
-        return values, columns
-    padded = F.pad(logits, (0, -width % _CHUNK), value=-torch.inf)
+    if logits.is_cuda and width >= 8 * _CHUNK and count <= _CHUNK // 2:
+        return _largest_of_chunks(logits, count)
+    values, columns = logits.topk(count, dim=-1)
+    return values, columns
+
+
+def _largest_of_chunks(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The same in two rounds; `count` is at most a chunk and at most the row."""
+    padded = F.pad(logits, (0, -logits.shape[-1] % _CHUNK), value=-torch.inf)
     values, within = padded.view(*logits.shape[:-1], -1, _CHUNK).topk(count, dim=-1)
     first = torch.arange(0, padded.shape[-1], _CHUNK, device=logits.device).unsqueeze(-1)
     values, order = values.flatten(-2).topk(count, dim=-1)

@@ -26,6 +26,7 @@ from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimi
 from trtllm_redrafter.backends.torch.drafting import DRAFT_VOCAB_FILE, Drafting, frequent_rows, load_drafter
 from trtllm_redrafter.backends.torch.executor import Executor
 from trtllm_redrafter.backends.torch.low_rank import find_factor, load_factor, save_factor
+from trtllm_redrafter.backends.torch.memory_errors import explained
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.native.library import NativeUnavailable
 from trtllm_redrafter.backends.torch.runner import TorchRunner
@@ -98,7 +99,8 @@ class TorchBackend:
         checkpoint = Checkpoint.open(engine / CHECKPOINT_DIRECTORY)
         shape = _draft_shape(checkpoint.config, config, draft_shape, engine)
         target = _device(device)
-        weights = load_weights(checkpoint, target)
+        with explained("the weights", why=str(target), remedy="use a device with more, or end what else runs on it"):
+            weights = load_weights(checkpoint, target)
         limits = config["build_config"]
         executor = _make_executor(checkpoint.config, weights, limits, shape)
         drafting = None
@@ -216,6 +218,9 @@ def _device(name: str) -> torch.device:
         raise UsageError(f"{name!r} is not a device", remedy='use "cpu", "cuda" or "cuda:N"') from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendError("no CUDA device can be used here", remedy="run with --device cpu, or check the driver")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        known = ", ".join(f"cuda:{n}" for n in range(torch.cuda.device_count()))
+        raise UsageError(f"there is no device {name!r}", remedy=f"use one of: {known}")
     return device
 
 
@@ -229,25 +234,24 @@ def _make_executor(
         return NativeExecutor(config, weights, max_batch_size=batch, capacity=capacity, max_rows=batch * tree)
     except NativeUnavailable as unavailable:
         reason = str(unavailable)
-    try:
+    why = f"{batch} requests of {capacity} positions"
+    with explained("the KV cache", why=why, remedy="build with a smaller --max-batch-size or --max-seq-len"):
         if weights.embedding.is_cuda:
             return _cuda_executor(config, weights, batch, capacity, shape)
         return TorchExecutor(config, weights, max_batch_size=batch, capacity=capacity, detail=reason)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:  # the CPU's allocator raises the last
-        raise BackendError(
-            "there is not enough memory for the KV cache",
-            why=f"{batch} requests of {capacity} positions",
-            remedy="build with a smaller --max-batch-size or --max-seq-len",
-        ) from error
 
 
 def _cuda_executor(
     config: CheckpointConfig, weights: ModelWeights, batch: int, capacity: int, shape: DraftShape | None
 ) -> GraphExecutor:
-    """Graphs, with fused kernels where Triton is. float32 is for comparing, and computed as PyTorch does."""
+    """Graphs, with fused kernels where Triton is and the GPU has tensor cores for both 16-bit dtypes.
+
+    float32 is for comparing, and computed as PyTorch does.
+    """
     from torch.utils._triton import has_triton
 
-    fused = config.dtype != "float32" and has_triton()
+    able = torch.cuda.get_device_capability(weights.embedding.device) >= (8, 0)
+    fused = config.dtype != "float32" and able and has_triton()
     nodes, depth = (1, 0) if shape is None else (shape.max_tree_tokens, shape.draft_len)
     limits = GraphLimits(batch, capacity, max_nodes=nodes, max_depth=depth)
     detail = "Triton kernels" if fused else "PyTorch's kernels"

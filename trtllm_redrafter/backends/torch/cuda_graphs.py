@@ -11,14 +11,14 @@ when a shape first occurs and share one pool of memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from trtllm_redrafter.backends.torch.captured import CapturedGraph, on_device
 from trtllm_redrafter.backends.torch.executor import TreeOutput
 from trtllm_redrafter.backends.torch.pointwise import EAGER, Pointwise
 from trtllm_redrafter.backends.torch.transformer import Attend, Rows, TorchExecutor
@@ -37,37 +37,6 @@ _FREE_ROWS = 128
 """As many rows take no longer than one: the tensor cores wait for the weights (on an H200 until about 200 rows)."""
 
 _SMALLEST_SPAN = 256
-_WARM_UPS = 2
-
-
-class _Graph:
-    """A captured function of one buffer of integers (and whatever else it reads in place)."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=True)
-        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._graph = torch.cuda.CUDAGraph()
-        self.input = torch.zeros(size, dtype=torch.int64, device=device)
-
-    def fill(self, values: Sequence[int]) -> None:
-        self._copied.synchronize()  # the last copy may still be reading the host's buffer
-        self._host[: len(values)] = torch.tensor(values, dtype=torch.int64)
-        self.input.copy_(self._host, non_blocking=True)
-        self._copied.record()
-
-    def capture(self, function: Callable[[], Any], pool: Any) -> Any:
-        """The function's outputs; each replay writes them anew. The input is filled already: it runs on it first."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):  # libraries choose kernels and reserve memory, which a capture may not do
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph, pool=pool):
-            return function()
-
-    def replay(self) -> None:
-        self._graph.replay()
 
 
 @dataclass(frozen=True)
@@ -80,7 +49,7 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Buffers of one graph, rows of real nodes first."""
+    """Of one pass, rows of real nodes first. `hidden` and `logits` lie in buffers that all graphs write to."""
 
     hidden: Tensor  # [batch * width, H]
     best: Tensor  # [batch * width]
@@ -136,18 +105,32 @@ class GraphExecutor(TorchExecutor):
         self._limits = limits
         self._fused = fused
         self.row_invariant = fused and limits.fixed_batch
-        self._captured: dict[_Shape, tuple[_Graph, _Outputs]] = {}
+        self._captured: dict[_Shape, tuple[CapturedGraph, _Outputs]] = {}
+        rows = limits.max_batch_size * limits.width
+        self._hidden = weights.embedding.new_empty(rows, config.hidden_size)
+        self._logits = weights.head.new_empty(rows, weights.head.shape[0])
         self.pool = torch.cuda.graph_pool_handle()
 
     @torch.no_grad()
     def forward(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], *, logits: bool) -> TreeOutput:
         limits = self._limits
+        room = max(bases) + max(limits.width, *(len(tree) for tree in trees))
+        if room > self._capacity:  # a kernel would write into the next slot
+            raise ValueError(f"a tree ends at position {room}, the cache at {self._capacity}")
         if max(len(tree) for tree in trees) > limits.width or max(max(t.depths) for t in trees) > limits.max_depth:
-            return super().forward(slots, bases, trees, logits=logits)
+            with on_device(self._device):
+                return super().forward(slots, bases, trees, logits=logits)
+        with on_device(self._device):
+            return self._replayed(slots, bases, trees, logits=logits)
+
+    def _replayed(
+        self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], *, logits: bool
+    ) -> TreeOutput:
+        limits = self._limits
         shape = _Shape(limits.max_batch_size if limits.fixed_batch else len(trees), self._power_of_two(max(bases)))
         values = self._pack(slots, bases, trees, shape.batch)
         known = self._captured.get(shape)
-        graph = _Graph(len(values), self._device) if known is None else known[0]
+        graph = CapturedGraph(len(values), self._device) if known is None else known[0]
         graph.fill(values)
         if known is None:
             outputs: _Outputs = graph.capture(lambda: self._compute(graph.input, shape), self.pool)
@@ -167,7 +150,12 @@ class GraphExecutor(TorchExecutor):
 
     def close(self) -> None:
         self._captured.clear()
+        self._hidden = self._logits = torch.empty(0)
         super().close()
+
+    def _chain(self, slot: int, token_ids: Sequence[int]) -> list[Tensor]:
+        with on_device(self._device):
+            return super()._chain(slot, token_ids)
 
     def _power_of_two(self, base: int) -> int:
         needed = base + self._limits.width
@@ -191,8 +179,9 @@ class GraphExecutor(TorchExecutor):
         slots, bases, tokens, depths, flat = torch.split(trees, sizes, dim=1)
         slots, bases, paths = slots.flatten(), bases.flatten(), flat.view(batch, width, deepest + 1)
         attend = (self._walking if self._fused else self._through_mask)(slots, bases, depths, paths, shape.span)
-        hidden = self._layers(tokens, attend).flatten(0, 1)[chosen]
-        scores = F.linear(hidden, self._weights.head)
+        rows = len(chosen)
+        hidden = torch.index_select(self._layers(tokens, attend).flatten(0, 1), 0, chosen, out=self._hidden[:rows])
+        scores = torch.mm(hidden, self._weights.head.t(), out=self._logits[:rows])
         return _Outputs(hidden, greedy(scores), scores)
 
     def _through_mask(self, slots: Tensor, bases: Tensor, depths: Tensor, paths: Tensor, span: int) -> Attend:
@@ -238,15 +227,19 @@ class GraphSearch:
 
     def __init__(self, drafter: Drafter, embedding: Tensor, head: DraftHead, shape: DraftShape, pool: Any) -> None:
         self._drafter, self._embedding, self._head, self._shape, self._pool = drafter, embedding, head, shape, pool
-        self._captured: dict[int, tuple[_Graph, Tensor, Tensor]] = {}
+        self._captured: dict[int, tuple[CapturedGraph, Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def search(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[list[list[int]]]:
         """Contexts [H] and last tokens of B sequences -> beams [B][K][L + 1]."""
+        with on_device(self._embedding.device):
+            return self._search(contexts, roots)
+
+    def _search(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[list[list[int]]]:
         batch = len(roots)
         known = self._captured.get(batch)
         if known is None:
-            graph = _Graph(batch, self._embedding.device)
+            graph = CapturedGraph(batch, self._embedding.device)
             context = torch.stack(list(contexts))
             graph.fill(roots)
             outputs = graph.capture(lambda: self._compute(graph.input, context), self._pool)

@@ -24,6 +24,7 @@ from trtllm_redrafter.backends.tokenizer import EngineTokenizer
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor
 from trtllm_redrafter.backends.torch.drafting import Drafting
 from trtllm_redrafter.backends.torch.executor import Executor, TreeOutput
+from trtllm_redrafter.backends.torch.memory_errors import explained
 from trtllm_redrafter.errors import Problem, RequestError, raise_together
 from trtllm_redrafter.redrafter.sampling import SamplingSettings, draw, fresh_seed, uniform
 from trtllm_redrafter.redrafter.token_tree import Tree
@@ -99,7 +100,9 @@ class TorchRunner(Runner):
 
     @torch.no_grad()
     def step(self) -> list[Update]:
-        with _quiet_threads(self.executor):
+        what = f"a step of {len(self._active) + len(self._waiting)} requests"
+        remedy = "send fewer or shorter ones together, or build with a smaller --max-batch-size or --max-seq-len"
+        with _quiet_threads(self.executor), explained(what, why=self.executor.device, remedy=remedy):
             updates = []
             while self._waiting and self._free:
                 updates.append(self._admit(self._waiting.popleft()))
@@ -111,9 +114,13 @@ class TorchRunner(Runner):
         """With CUDA graphs, undrafted steps are padded to a tree as well, so that their bits agree; this spares it."""
         if not isinstance(self.executor, GraphExecutor) or self._drafting is None:
             return self
-        return TorchRunner(self.info, self.executor.without_trees(), None, self._tokenizer, self._eos)
+        remedy = "build with a smaller --max-batch-size or --max-seq-len"
+        with explained("a second KV cache, which decoding without drafting has", remedy=remedy):
+            executor = self.executor.without_trees()
+        return TorchRunner(self.info, executor, None, self._tokenizer, self._eos)
 
     def close(self) -> None:
+        self._drafting = None  # its graphs hold memory of the executor's
         self.executor.close()
 
     def _problems(self, request: Request, request_id: str) -> list[Problem]:

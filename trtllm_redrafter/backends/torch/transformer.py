@@ -108,7 +108,9 @@ class TorchExecutor:
             cache[:, slot, :, base : base + len(path)] = cache[:, slot, :, source]
 
     def close(self) -> None:
-        self._keys = self._values = torch.empty(0)
+        nothing = torch.empty(0)
+        self._keys = self._values = nothing
+        self._weights = ModelWeights(nothing, (), nothing, nothing)
 
     def _index(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(list(values), device=self._device)

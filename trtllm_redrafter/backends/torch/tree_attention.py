@@ -74,7 +74,7 @@ def _attend_kernel(
     heads: tl.constexpr, kv_heads: tl.constexpr, size: tl.constexpr, size_block: tl.constexpr,
     tile: tl.constexpr, path_length: tl.constexpr, block: tl.constexpr, unit: tl.constexpr,
 ):  # fmt: skip
-    row, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, kv_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)  # rows x units x N x D
     group: tl.constexpr = heads // kv_heads
     most: tl.constexpr = tile // group
     sequence, node = row // width, row % width
@@ -125,7 +125,7 @@ def _combine_kernel(
     width, units,
     heads: tl.constexpr, size: tl.constexpr, size_block: tl.constexpr, path_length: tl.constexpr, unit: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, size_block)
     inside = column < size
     is_filler = tl.load(paths + row * path_length) < 0

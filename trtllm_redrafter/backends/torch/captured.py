@@ -1,0 +1,76 @@
+"""One function as a CUDA graph: captured once, then replayed with other integers in the same buffer.
+
+    graph = CapturedGraph(len(values), device)
+    graph.fill(values)
+    outputs = graph.capture(lambda: compute(graph.input), pool)
+    graph.fill(others)
+    graph.replay()              # `outputs` are written anew
+
+Everything runs on the device's current stream; `on_device` makes the device of the tensors the current one, which
+streams, events, captures and Triton's launches go by.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+
+_WARM_UPS = 2
+
+_ONE_AT_A_TIME = threading.Lock()
+"""CUDA captures one graph at a time in a process."""
+
+
+def on_device(device: torch.device) -> Any:
+    """`with on_device(device):` makes a GPU the current one; for a CPU it does nothing."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def _side_stream(index: int) -> Any:
+    """Warm-ups and captures of a GPU share a stream: libraries keep a workspace of megabytes for each."""
+    return torch.cuda.Stream(device=index)  # type: ignore[no-untyped-call]
+
+
+class CapturedGraph:
+    """A captured function of one buffer of integers (and whatever else it reads in place)."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=True)
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._graph = torch.cuda.CUDAGraph()
+        self.input = torch.zeros(size, dtype=torch.int64, device=device)
+
+    def fill(self, values: Sequence[int]) -> None:
+        self._copied.synchronize()  # the last copy may still be reading the host's buffer
+        self._host[: len(values)] = torch.tensor(values, dtype=torch.int64)
+        self.input.copy_(self._host, non_blocking=True)
+        self._copied.record()
+
+    def capture(self, function: Callable[[], Any], pool: Any) -> Any:
+        """The function's outputs; each replay writes them anew. The input is filled already: it runs on it first.
+
+        Graphs of one pool use each other's memory for what is not an output, and an output may lie where an older
+        graph works: it must be read before another graph of the pool is replayed.
+        """
+        device = self.input.device
+        main, side = torch.cuda.current_stream(device), _side_stream(device.index)
+        with _ONE_AT_A_TIME, torch.cuda.stream(main):  # PyTorch does not leave the stream of a capture that fails
+            side.wait_stream(main)
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(_WARM_UPS):  # libraries choose kernels and reserve memory, which a capture may not
+                        function()
+            finally:
+                main.wait_stream(side)
+            # Other threads may go on using the GPU.
+            with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                return function()
+
+    def replay(self) -> None:
+        self._graph.replay()
