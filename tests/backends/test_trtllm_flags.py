@@ -107,6 +107,12 @@ def test_what_the_builder_changes() -> None:
     assert high.limits.max_num_tokens == 2060 == high.expected["max_num_tokens"]
     asked = plan_flags(model_config(), options(), settings(flags={"reduce_fusion": "enable", "user_buffer": "enable"}))
     assert {"reduce_fusion", "user_buffer"} <= {c.name for c in asked.changes if c.becomes == "disable"}
+    forced = {"use_paged_context_fmha": "enable", "use_fused_mlp": "enable"}
+    cached = model_config(quantization={"kv_cache_quant_algo": "FP8"})
+    off = {c.name: c.why for c in plan_flags(cached, options(), settings(flags=forced)).changes if c.given == "enable"}
+    assert set(off) == {"use_paged_context_fmha"} and "FP8 KV cache under bfloat16" in off["use_paged_context_fmha"]
+    awq = model_config(quantization={"quant_algo": "W4A16_AWQ"})
+    assert "use_fused_mlp" in {c.name for c in plan_flags(awq, options(), settings(flags=forced)).changes}
     assert plan.changes and not plan_flags(model_config(drafter=False), options(), settings()).changes
 
 
@@ -162,6 +168,16 @@ def refusal(config_changes: dict[str, Any] | None = None, **changes: Any) -> str
         ({}, {"flags": {"kv_cache_type": "continuous"}}, "kv_cache_type", "leave it out"),
         ({}, {"flags": {"speculative_decoding_mode": "medusa"}}, "medusa", "leave it out"),
         ({}, {"flags": {"gpt_attention_plugin": "disable"}}, "gpt_attention_plugin", "leave it out"),
+        ({}, {"flags": {"strip_plan": True}}, "strip_plan", "leave it out"),
+        ({}, {"gemm_plugin": "fp8"}, "the weights are bfloat16", "FP8 base"),
+        ({}, {"gemm_plugin": "float16"}, "gemm_plugin is float16", "leave it out"),
+        ({"quantization": FP8 | {"quant_algo": "NVFP4"}}, {}, "NVFP4 cannot run on H100", "FP8 instead"),
+        (
+            {"quantization": FP8 | {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}},
+            {"gpu": "a100-80gb"},
+            "FP8_PER_CHANNEL_PER_TOKEN weights cannot run",
+            "Hopper",
+        ),
         ({}, {"flags": {"gemm_swiglu_plugin": "fp8"}}, "gemm_swiglu_plugin", "leave it out"),
         ({}, {"flags": {"max_draft_len": 9}}, "follows from another setting", "convert.num_beams"),
         ({}, {"flags": {"reduce_fusions": "enable"}}, "no flag 'reduce_fusions'", "'reduce_fusion'"),

@@ -318,8 +318,8 @@ def test_a_crash_under_slurm_is_noticed(
 def test_the_command_under_slurm(host: Host) -> None:
     host.slurm()
     command = worker_command(Path("/engines/a"), 4, "llm", SLURM | {"PATH": str(host.programs)})
-    assert command[:5] == ["srun", "--mpi=pmix", "--input=0", "-n", "4"]
-    assert command[6:] == [
+    assert command[:6] == ["srun", "--mpi=pmix", "--input=0", "--kill-on-bad-exit=1", "-n", "4"]
+    assert command[7:] == [
         "-m", "trtllm_redrafter.backends.tensorrt_llm.llmapi_launch", "outside", "/engines/a", "--api", "llm",
     ]  # fmt: skip
     for ranks, environment in ((4, {}), (1, SLURM)):

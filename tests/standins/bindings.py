@@ -2,7 +2,10 @@
 
 Every class is made from the parameter list in trtllm_api.json, so a call with a parameter that is not documented is a
 TypeError here. The executor "generates" by a fixed rule, in steps of varying length, and counts as the real one does:
-the prefill is an iteration, drafted tokens are path lengths. `STANDIN_RUN` makes it fail: load-oom, error, merge, die.
+the prefill is an iteration, drafted tokens are path lengths, and the end token is cut off (the decoder of explicit
+draft tokens sets the length to its position; stop words stay). `STANDIN_RUN` makes it differ or fail: load-oom, error,
+response-error, merge, pairs (two steps in a response), keep-end, overrun (tokens behind the end), none (no response is
+None), poll-error (and then `shutdown` waits for ever), die, lost-rank (rank 1 dies while rank 0 waits for it).
 """
 
 from __future__ import annotations
@@ -106,12 +109,17 @@ class Executor:
         print("a library's own words on standard output", flush=True)
         if self._how == "load-oom":
             raise RuntimeError("[defaultAllocator.cpp] Error Code 1: Cuda Runtime (out of memory)")
+        if self._how == "lost-rank":
+            if self._rank == 1:
+                os._exit(9)
+            time.sleep(600)
         self._vocab = pretrained["vocab_size"]
         self._draft_len = pretrained.get("redrafter_draft_len_per_beam", 0)
         if self._draft_len:
             assert executor_config.decoding_config.decoding_mode == "ExplicitDraftTokens()"
         self._running: dict[int, Running] = {}
         self._next_id = 100
+        self._polls = 0
 
     def _place(self) -> tuple[int, int]:
         """Rank and number of ranks, as Open MPI tells them."""
@@ -137,9 +145,16 @@ class Executor:
         time.sleep(0.001)
         if self._how == "die" and self._running:
             os._exit(3)
+        if self._how == "poll-error" and self._running:
+            raise RuntimeError("[TensorRT-LLM][ERROR] CUDA runtime error in cudaEventSynchronize: illegal access")
+        self._polls += 1
+        if self._how == "none" and self._polls % 2:
+            return None  # type: ignore[return-value]
         return [response for id in list(self._running) if (response := self._step(id)) is not None]
 
     def shutdown(self) -> None:
+        if self._how == "poll-error":
+            time.sleep(600)
         self._running.clear()
 
     def _step(self, id: int) -> Any:
@@ -150,7 +165,7 @@ class Executor:
         running.iterations += 1
         new, reason = self._generate(running)
         final = reason is not FinishReason.NOT_FINISHED
-        if self._how == "merge" and not final:
+        if not final and (self._how == "merge" or (self._how == "pairs" and not running.pending)):
             running.pending.append(new)
             return None
         new = [token for part in running.pending for token in part] + new
@@ -185,14 +200,18 @@ class Executor:
             token = next_token((running.tokens or request.input_token_ids)[-1], self._vocab)
             running.tokens.append(token)
             new.append(token)
+            if reason is not FinishReason.NOT_FINISHED:
+                continue
             if token == request.end_id:
                 reason = FinishReason.END_ID
             elif token in stops:
                 reason = FinishReason.STOP_WORDS
             elif len(running.tokens) >= request.max_tokens:
                 reason = FinishReason.LENGTH
-            if reason is not FinishReason.NOT_FINISHED:
+            if reason is not FinishReason.NOT_FINISHED and self._how != "overrun":
                 break
+        if reason is FinishReason.END_ID and self._how not in ("keep-end", "overrun"):
+            new = new[: new.index(request.end_id)]
         if running.iterations > 1:
             running.accepted += len(new) - 1
             running.drafted += self._draft_len

@@ -16,11 +16,11 @@ GPU_LINE = "NVIDIA H100 80GB HBM3, 81559, 81000, 9.0, 580.82.07"
 MPIRUN = """
 import os, subprocess, sys
 arguments = sys.argv[1:]
-assert arguments[0] == "-n" and arguments[2] == "--allow-run-as-root", arguments
+assert arguments[0] == "-n" and arguments[2:5] == ["--allow-run-as-root", "--bind-to", "none"], arguments
 ranks = int(arguments[1])
 children = [
     subprocess.Popen(
-        arguments[3:],
+        arguments[5:],
         stdin=None if rank == 0 else subprocess.DEVNULL,
         env=os.environ | {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": str(ranks)},
     )
@@ -31,8 +31,10 @@ sys.exit(max(child.wait() for child in children))
 """As Open MPI: one process per rank, standard input to the first, each told who it is."""
 
 SRUN = """
-import os, subprocess, sys
+import os, subprocess, sys, time
 arguments = sys.argv[1:]
+kills = "--kill-on-bad-exit=1" in arguments
+arguments = [word for word in arguments if word != "--kill-on-bad-exit=1"]
 assert arguments[:4] == ["--mpi=pmix", "--input=0", "-n", arguments[3]], arguments
 children = [
     subprocess.Popen(
@@ -43,9 +45,13 @@ children = [
     )
     for rank in range(int(arguments[3]))
 ]
-sys.exit(max(child.wait() for child in children))
+while any(child.poll() is None for child in children):
+    if kills and any(child.poll() for child in children):
+        [child.kill() for child in children]
+    time.sleep(0.02)
+sys.exit(max(abs(child.wait()) for child in children))
 """
-"""Slurm's starter: with `--input=0`, standard input is the first task's."""
+"""Slurm's starter: with `--input=0`, standard input is the first task's; ranks outlive one that failed unless asked."""
 
 LAUNCH = """#!/bin/bash
 command="$*"

@@ -247,7 +247,7 @@ class Runner(ABC):
         ids = [self.submit(request) for request in requests]
         while len(results) < len(ids):
             for update in self.step():
-                if update.result is not None:
+                if update.result is not None and update.request_id in ids:  # others may be running too
                     results[update.request_id] = update.result
         return [results[i] for i in ids]
 

@@ -23,6 +23,8 @@ from trtllm_redrafter.errors import BackendError
 
 GRACE_SECONDS = 10.0
 _TICK_SECONDS = 1.0
+_SILENT_TICKS = 3
+"""How long output is awaited from a child that has ended: a process it left behind may hold the pipe open for ever."""
 
 
 def run_logged(
@@ -41,12 +43,13 @@ def run_logged(
         reader = threading.Thread(target=_read, args=(child.stdout, lines), daemon=True)
         reader.start()
         try:
-            _follow(lines, file, start, on_line, on_tick)
+            _follow(child, lines, file, start, on_line, on_tick)
             return child.wait()
         finally:
             end_group(child)
             reader.join(GRACE_SECONDS)
-            child.stdout.close()
+            if not reader.is_alive():  # closing would wait for what still holds the pipe
+                child.stdout.close()
 
 
 def start_child(command: Sequence[str]) -> subprocess.Popen[str]:
@@ -72,18 +75,21 @@ def _read(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
 
 
 def _follow(
+    child: subprocess.Popen[str],
     lines: queue.SimpleQueue[str | None],
     file: IO[str],
     start: float,
     on_line: Callable[[str], None],
     on_tick: Callable[[float], None],
 ) -> None:
-    """Until the child closes its output."""
-    while True:
+    """Until the child closes its output, or has ended and nothing more comes."""
+    silent = 0
+    while silent < _SILENT_TICKS:
         on_tick(time.monotonic() - start)
         try:
             line = lines.get(timeout=_TICK_SECONDS)
         except queue.Empty:
+            silent += child.poll() is not None
             continue
         if line is None:
             return
@@ -93,12 +99,14 @@ def _follow(
 
 
 def end_group(child: subprocess.Popen[str], grace: float = GRACE_SECONDS) -> None:
-    """Make sure that the child and its own children are gone."""
-    _signal_group(child, signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        child.wait(grace)
-    _signal_group(child, signal.SIGKILL)
-    child.wait()
+    """Make sure that the child and its own children are gone, also when a second Ctrl-C cuts the waiting short."""
+    try:
+        _signal_group(child, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(grace)
+    finally:
+        _signal_group(child, signal.SIGKILL)
+        child.wait()
 
 
 def _signal_group(child: subprocess.Popen[str], number: int) -> None:

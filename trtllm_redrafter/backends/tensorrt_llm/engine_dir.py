@@ -35,6 +35,8 @@ class EngineDirectory:
     pretrained: Mapping[str, Any]
     build: Mapping[str, Any]
     notes: Mapping[str, Any]
+    tensorrt: str | None
+    """TensorRT's version that compiled it, as the manifest says."""
 
     @property
     def world_size(self) -> int:
@@ -82,9 +84,11 @@ def read_engine(path: Path, *, verify_hashes: bool) -> EngineDirectory:
     if notes.get("format") != ENGINE_FORMAT:
         what = f"the engine has format {notes.get('format')!r}, this version reads {ENGINE_FORMAT}"
         raise BackendError(what, where=path, remedy="build it again")
-    engine = EngineDirectory(path, str(config.get("version", "")), pretrained, build, notes)
+    manifest = Manifest.read(path)
+    versions = manifest.derived.get("versions") or {}
+    engine = EngineDirectory(path, str(config.get("version", "")), pretrained, build, notes, versions.get("tensorrt"))
     problems = [*rank_problems(path, engine.world_size)]
-    problems = problems or Manifest.read(path).check_files(path, hashes=verify_hashes)
+    problems = problems or manifest.check_files(path, hashes=verify_hashes)
     raise_together(InputError, problems, "the engine is not whole", where=path, remedy="build it again")
     return engine
 

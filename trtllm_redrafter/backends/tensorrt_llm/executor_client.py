@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
-from trtllm_redrafter.backends.tensorrt_llm.library import import_library, load_error, speculation
+from trtllm_redrafter.backends.tensorrt_llm.library import import_library, load_error, run_error, speculation
 from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions
 
 BINDINGS = "tensorrt_llm.bindings.executor"
@@ -80,7 +80,11 @@ class ExecutorClient:
             self._executor.cancel_request(self._ids[number])
 
     def poll(self, timeout: float) -> list[Event]:
-        responses = self._executor.await_responses(timedelta(seconds=timeout))
+        """`BackendError` when the engine itself has failed: then no request will be answered any more."""
+        try:
+            responses = self._executor.await_responses(timedelta(seconds=timeout)) or ()
+        except Exception as error:  # C++ raises RuntimeError and others
+            raise run_error(error) from error
         return [event for response in responses if (event := self._event(response)) is not None]
 
     def close(self) -> None:

@@ -30,7 +30,15 @@ def _failure(name: str, pattern: str, what: str, remedy: str) -> Failure:
     return Failure(name, re.compile(pattern, re.IGNORECASE), what, remedy)
 
 
+_KILLED_WHY = "the system ends processes like this when the main memory is used up"
+_KILLED = _failure(
+    "killed", r"BrokenProcessPool|process in the process pool was terminated abruptly",
+    "trtllm-build was killed",
+    "build fewer ranks at once (tensorrt_llm.workers), or give the host or container more memory",
+)  # fmt: skip
+
 FAILURES: tuple[Failure, ...] = (
+    _KILLED,
     _failure(
         "missing-kernel", r"No available XQA kernels are found for speculative decoding",
         "no attention kernel verifies draft tokens for this grouping of heads",
@@ -119,14 +127,12 @@ def explain(text: str) -> Failure | None:
 def build_error(code: int, log: Path) -> BackendError:
     """What to raise when trtllm-build ended with `code`."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    if code == -signal.SIGKILL or code == 128 + signal.SIGKILL:  # whatever TensorRT warned of before
+        return BackendError(_KILLED.what, where=log, why=_KILLED_WHY, remedy=_KILLED.remedy)
     known = explain(text)
     if known is not None:
         line = next((row.strip() for row in text.splitlines() if known.pattern.search(row)), "")
         return BackendError(known.what, where=log, why=line[:300] or None, remedy=known.remedy)
-    if code == -signal.SIGKILL or code == 128 + signal.SIGKILL:
-        why = "the system ends processes like this when the main memory is used up"
-        remedy = "build fewer ranks at once (tensorrt_llm.workers), or on a host with more memory"
-        return BackendError("trtllm-build was killed", where=log, why=why, remedy=remedy)
     tail = "\n".join(text.splitlines()[-_TAIL_LINES:]) or "it wrote nothing"
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return BackendError(f"trtllm-build failed with {how}", where=log, why=tail, remedy="read the log")

@@ -158,9 +158,9 @@ def _kernel_flags(config: CheckpointConfig, settings: TensorRTOptions) -> list[P
     gemm = settings.gemm_plugin or ("fp8" if fp8_model else config.dtype)
     gemm_origin = settings.origin("gemm_plugin") if settings.gemm_plugin else "derived from the checkpoint"
     gemm_reason = "NVIDIA's ReDrafter example for FP8 uses it; its tuning guide switches it off for FP8: try both"
-    paged = "disable" if (fp8_kv and not fp8_model) or config.kv_cache_quant_algo == "INT8" else "enable"
+    paged = "enable" if _no_paged_context(config) is None else "disable"
     fp8_fmha = "enable" if fp8_model and fp8_kv and paged == "enable" else "disable"
-    fused = "enable" if config.quant_algo in FUSED_MLP_ALGOS else "disable"
+    fused = "enable" if _no_fused_mlp(config) is None else "disable"
     checkpoint = "derived from the checkpoint"
     flags = [
         PassedFlag("gpt_attention_plugin", config.dtype, checkpoint, "attention kernels that verify draft tokens"),
@@ -205,9 +205,29 @@ def _changes(
         for name in FUSION_FLAGS
         if given.get(name) == "enable" and config.drafter is not None
     ]
+    found += [
+        Change(name, "enable", "disable", why)
+        for name, why in (
+            ("use_paged_context_fmha", _no_paged_context(config)),
+            ("use_fused_mlp", _no_fused_mlp(config)),
+        )
+        if why is not None and given.get(name) == "enable"
+    ]
     if given.get("use_fp8_context_fmha") == "enable" and not _allows_fp8_context(config):
         found.append(Change("use_fp8_context_fmha", "enable", "disable", "weights and KV cache are not both FP8"))
     return found
+
+
+def _no_paged_context(config: CheckpointConfig) -> str | None:
+    """Why the builder reads prompts' cache in one piece; None: it does not."""
+    cache = config.kv_cache_quant_algo
+    if cache == "INT8" or (cache == "FP8" and config.quant_algo != "FP8"):
+        return f"not with an {cache} KV cache under {config.quant_algo or config.dtype} weights"
+    return None
+
+
+def _no_fused_mlp(config: CheckpointConfig) -> str | None:
+    return None if config.quant_algo in FUSED_MLP_ALGOS else f"the builder has no fused MLP for {config.quant_algo}"
 
 
 def _allows_fp8_context(config: CheckpointConfig) -> bool:

@@ -41,6 +41,16 @@ def load_error(engine: Path, error: Exception, remedy: str) -> BackendError:
     )
 
 
+def run_error(error: Exception) -> BackendError:
+    """What to raise when a loaded engine fails as a whole."""
+    known = explain(str(error))
+    return BackendError(
+        "the engine has failed while running" if known is None else known.what,
+        why=f"{type(error).__name__}: {error}"[:_LONGEST],
+        remedy="load it again; where it fails again, " + _DOCTOR if known is None else known.remedy,
+    )
+
+
 def speculation(holder: Any) -> tuple[int | None, int | None]:
     """Drafted and accepted tokens as the release counts them; not every release fills them."""
     metrics = getattr(holder, "request_perf_metrics", None)

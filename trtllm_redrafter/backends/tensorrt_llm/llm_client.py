@@ -17,6 +17,8 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +93,11 @@ class LlmClient:
         if self._closed:
             return
         self._closed = True
-        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(_CLOSE_SECONDS)
-        self._llm.shutdown()
+        try:
+            with suppress(TimeoutError, FutureTimeout):
+                asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(_CLOSE_SECONDS)
+        finally:
+            self._llm.shutdown()  # ends the ranks, whatever became of the requests
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CLOSE_SECONDS)
         if not self._loop.is_running():

@@ -33,8 +33,9 @@ def load_runner(
     raise_together(BackendError, problems, "the engine cannot run here", where=engine)
     folder = engine / TOKENIZER_DIRECTORY
     tokenizer = EngineTokenizer(folder) if has_tokenizer(folder) else None
-    client = _client(found, cast(Api, chosen), index)
-    return TensorRTRunner(_info(found, gpus), client, tokenizer, eos_token_ids(folder, tokenizer), greedy=found.greedy)
+    info, ends = _info(found, gpus[index or 0]), eos_token_ids(folder, tokenizer)
+    client = _client(found, cast(Api, chosen), index)  # last: nothing may fail while it holds GPUs
+    return TensorRTRunner(info, client, tokenizer, ends, greedy=found.greedy)
 
 
 def _client(engine: EngineDirectory, api: Api, device: int | None) -> EngineClient:
@@ -46,12 +47,12 @@ def _client(engine: EngineDirectory, api: Api, device: int | None) -> EngineClie
     return RemoteClient(engine.path, engine.world_size, api=api, device=device)
 
 
-def _info(engine: EngineDirectory, gpus: list[FoundGpu]) -> EngineInfo:
+def _info(engine: EngineDirectory, gpu: FoundGpu) -> EngineInfo:
     count = f"{engine.world_size} x " if engine.world_size > 1 else ""
     return EngineInfo(
         path=engine.path,
         backend=BACKEND,
-        device=f"{count}{gpus[0].name}",
+        device=f"{count}{gpu.name}",
         dtype=str(engine.pretrained.get("dtype", "")),
         vocab_size=int(engine.pretrained["vocab_size"]),
         max_batch_size=int(engine.build["max_batch_size"]),
@@ -100,6 +101,10 @@ def _machine_problems(engine: EngineDirectory, gpus: list[FoundGpu], index: int 
         why = "a TensorRT engine runs with the release that built it only"
         remedy = f"install {engine.version}, or build the engine again"
         found.append(Problem(f"the engine is of {engine.version}, installed is {installed}", None, why, remedy))
+    tensorrt, built_with = installed_version("tensorrt"), engine.tensorrt
+    if None not in (tensorrt, built_with) and tensorrt != built_with:
+        what = f"the engine was compiled by TensorRT {built_with}, installed is {tensorrt}"
+        found.append(Problem(what, None, "compiled engines load in that version only", "build the engine again"))
     if not gpus:
         found.append(Problem("there is no NVIDIA GPU here", None, None, "run it on a GPU host"))
     elif len(gpus) < engine.world_size or (index is not None and index >= len(gpus)):
@@ -107,9 +112,10 @@ def _machine_problems(engine: EngineDirectory, gpus: list[FoundGpu], index: int 
         found.append(Problem(f"{needs} GPU(s) are needed, {len(gpus)} are here", None, None, "use another host"))
     else:
         capability = tuple(built_on.get("compute_capability", ()))
-        used = gpus[index] if index is not None else gpus[0]
-        if capability and used.compute_capability != capability:
+        used = gpus[: engine.world_size] if index is None else [gpus[index]]
+        others = sorted({gpu.name for gpu in used if capability and gpu.compute_capability != capability})
+        if others:
             why = f"it was built on {built_on.get('name')}"
-            what = f"the engine is not for {used.name}"
-            found.append(Problem(what, None, why, "build it on this kind of GPU"))
+            what = f"the engine is not for {', '.join(others)}"
+            found.append(Problem(what, None, why, "build it on this kind of GPU; CUDA_VISIBLE_DEVICES hides others"))
     return found

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ from trtllm_redrafter.backends.tensorrt_llm.options import Api
 from trtllm_redrafter.errors import BackendError, Problem
 
 _END_SECONDS = 30.0
+_READER_SECONDS = 2.0
 _LAST_WORDS = 2000
+_LOG_BYTES = 2**20
+_KINDS = {"ready", "event", "fatal", "ended"}
 
 
 def worker_command(engine: Path, ranks: int, api: Api, environment: Mapping[str, str]) -> list[str]:
@@ -55,7 +59,8 @@ def launch_command(ranks: int, environment: Mapping[str, str]) -> list[str]:
             f"the engine needs {ranks} processes and mpirun is not installed",
             remedy="apt-get install libopenmpi-dev openmpi-bin, or use the release container",
         )
-    return ["mpirun", "-n", str(ranks), "--allow-run-as-root"]
+    # unbound: by itself mpirun ties each of two ranks to one core, which the executor's threads would share
+    return ["mpirun", "-n", str(ranks), "--allow-run-as-root", "--bind-to", "none"]
 
 
 def _in_slurm(environment: Mapping[str, str]) -> bool:
@@ -63,8 +68,11 @@ def _in_slurm(environment: Mapping[str, str]) -> bool:
 
 
 def _srun(ranks: int) -> list[str]:
-    """Standard input goes to the first task alone; srun's default is a copy for each."""
-    return ["srun", "--mpi=pmix", "--input=0", "-n", str(ranks)]
+    """Standard input goes to the first task alone; srun's default is a copy for each.
+
+    Unless told so, srun leaves the other ranks when one dies, and they wait for it for ever.
+    """
+    return ["srun", "--mpi=pmix", "--input=0", "--kill-on-bad-exit=1", "-n", str(ranks)]
 
 
 def _check_launcher(words: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -105,14 +113,16 @@ class RemoteClient:
         command = worker_command(engine, ranks, api, os.environ)
         environment = worker_environment(ranks, api, device, os.environ)
         self._engine = engine
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in close()
+        self._failure: BackendError | None = None
+        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed in close()
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment,
-            start_new_session=True,
+            errors="replace", start_new_session=True,
         )  # fmt: skip
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
         try:
+            self._reader.start()
             self._await_ready()
         except BaseException:
             end_group(self._child)  # a launcher may wait for ever for an engine that did not load
@@ -131,14 +141,8 @@ class RemoteClient:
 
     def _await_ready(self) -> None:
         message = self._messages.get()
-        if message is None:
-            raise self._died()
-        if "fatal" in message:
-            error = message["fatal"]
-            problems = [Problem(**problem) for problem in error["problems"]]
-            raise BackendError(
-                error["what"], where=error["where"], why=error["why"], remedy=error["remedy"], problems=problems
-            )
+        if message is None or "fatal" in message:
+            raise self._fail(message)
 
     def submit(self, request: ClientRequest) -> None:
         self._send({"op": "submit", "request": request.as_dict()})
@@ -151,38 +155,63 @@ class RemoteClient:
         try:
             self._child.stdin.write(json.dumps(message) + "\n")
             self._child.stdin.flush()
-        except (BrokenPipeError, ValueError) as error:
-            raise self._died() from error
+        except (OSError, ValueError) as error:
+            raise self._fail(self._last_message()) from error
 
     def poll(self, timeout: float) -> list[Event]:
+        """Events that came before the end of the workers are given out first; the end is then said at every call."""
         events: list[Event] = []
         deadline = time.monotonic() + timeout
-        while True:
+        while self._failure is None:
             wait = 0.0 if events else max(0.0, deadline - time.monotonic())
             try:
                 message = self._messages.get(timeout=wait) if wait > 0 else self._messages.get_nowait()
             except queue.Empty:
                 return events
-            if message is None:
-                raise self._died()
-            events.append(Event.from_dict({"token_ids": [], **message["event"]}))
+            if message is None or "fatal" in message:
+                self._fail(message)
+            elif "event" in message:
+                events.append(Event.from_dict({"token_ids": [], **message["event"]}))
+        if events:
+            return events
+        raise self._failure
 
     def close(self) -> None:
-        """Ask the workers to end; end them if they do not."""
-        if self._child.stdin is not None and not self._child.stdin.closed:
-            try:
-                self._child.stdin.close()
-                self._child.wait(_END_SECONDS if self._child.poll() is None else 0)
-            except (BrokenPipeError, subprocess.TimeoutExpired):
-                pass  # what did not listen is ended below
-        end_group(self._child)
-        self._log.close()
+        """Ask the workers to end; end them if they do not, or if the user does not wait for them."""
+        try:
+            if self._child.stdin is not None and not self._child.stdin.closed:
+                with suppress(OSError):  # a pipe that nobody reads any more
+                    self._child.stdin.close()
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(_END_SECONDS)
+        finally:
+            end_group(self._child)
+            self._reader.join(_READER_SECONDS)
+            if self._child.stdout is not None and not self._reader.is_alive():
+                self._child.stdout.close()
+            self._log.close()
+
+    def _last_message(self) -> dict[str, Any] | None:
+        """What the workers said last, if it says why they ended."""
+        with suppress(queue.Empty):
+            while (message := self._messages.get_nowait()) is not None:
+                if "fatal" in message:
+                    return message
+        return None
+
+    def _fail(self, message: dict[str, Any] | None) -> BackendError:
+        """What to raise from now on. What is left of the ranks goes at once: it may hold GPUs and wait for ever."""
+        if self._failure is None:
+            end_group(self._child)
+            self._failure = self._died() if message is None else _said(message["fatal"])
+        return self._failure
 
     def _died(self) -> BackendError:
-        """What to raise; what is left of the ranks goes at once, since it may hold GPUs and wait for ever."""
-        end_group(self._child)
-        self._log.seek(0)
-        text = self._log.read()
+        """Nobody said why: by the end of what the workers wrote to their standard error."""
+        if self._log.closed:
+            return BackendError("the engine has been closed", where=self._engine, remedy="load it again")
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - _LOG_BYTES))
+        text = self._log.read().decode("utf-8", errors="replace")
         known = explain(text)
         return BackendError(
             "an engine process ended unexpectedly" if known is None else known.what,
@@ -190,6 +219,14 @@ class RemoteClient:
             why=text[-_LAST_WORDS:].strip() or f"exit code {self._child.returncode}, nothing was said",
             remedy="run `trtllm-redrafter doctor`" if known is None else known.remedy,
         )
+
+
+def _said(error: dict[str, Any]) -> BackendError:
+    """A worker's own error."""
+    problems = [Problem(**problem) for problem in error["problems"]]
+    return BackendError(
+        error["what"], where=error["where"], why=error["why"], remedy=error["remedy"], problems=problems
+    )
 
 
 def _message(line: str) -> dict[str, Any] | None:
@@ -200,4 +237,4 @@ def _message(line: str) -> dict[str, Any] | None:
         value = json.loads(line)
     except ValueError:
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and _KINDS & value.keys() else None

@@ -7,6 +7,8 @@ sampled and is not is worse than an error.
 
 from __future__ import annotations
 
+import secrets
+
 from trtllm_redrafter.backends.base import EngineInfo, Request
 from trtllm_redrafter.backends.requests import limit_problems
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest
@@ -54,6 +56,7 @@ def client_request(number: int, request: Request, info: EngineInfo, eos: frozens
         stop_words=[[token] for token in ends[1:]],
         temperature=sampling.temperature if sampled else None,
         top_k=1 if plain_greedy else (sampling.top_k or None),
-        top_p=sampling.top_p if sampled and sampling.top_p < 1.0 else None,
-        seed=sampling.seed if sampled else None,
+        # TensorRT-LLM decodes greedily where neither top-k nor top-p is given, so "all of the mass" must be said
+        top_p=sampling.top_p if sampled and info.draft_shape is None else None,
+        seed=(secrets.randbits(63) if sampling.seed is None else sampling.seed) if sampled else None,  # its own is 0
     )

@@ -36,6 +36,7 @@ MAX_GROUP = 64
 LARGE_BATCH = 64
 FP8_FLAGS = ("gemm_swiglu_plugin", "low_latency_gemm_plugin", "low_latency_gemm_swiglu_plugin")
 NUM_TOKENS_WARNING = 16384
+FP4_COMPUTE_CAPABILITY = (10, 0)
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,13 @@ def _option_warnings(config: CheckpointConfig, options: BuildOptions, settings: 
 
 def _flag_refusals(config: CheckpointConfig, settings: TensorRTOptions) -> Iterator[Problem]:
     where = "tensorrt_llm.flags"
+    gemm = settings.gemm_plugin
+    if gemm == "fp8" and config.quant_algo != "FP8":
+        why = f"the weights are {config.quant_algo or config.dtype}"
+        yield Problem("gemm_plugin is fp8", "tensorrt_llm.gemm_plugin", why, "leave it out, or use an FP8 base")
+    elif gemm in ("float16", "bfloat16") and gemm != config.dtype:
+        why = f"the checkpoint is {config.dtype}, and the network is typed strictly"
+        yield Problem(f"gemm_plugin is {gemm}", "tensorrt_llm.gemm_plugin", why, "leave it out")
     for name, value in settings.flags.items():
         if name in OWNED:
             yield Problem(f"{name} follows from another setting", where, None, f"set {OWNED[name]}")
@@ -194,6 +202,7 @@ _FIXED: dict[str, tuple[FlagSetting, str]] = {
     "remove_input_padding": ("enable", "in-flight batching packs its requests"),
     "multiple_profiles": ("disable", "its several token ranges do not fit the one profile of ReDrafter's tensors"),
     "streamingllm": ("disable", "the builder refuses it"),
+    "strip_plan": (False, "an engine without weights must be refitted before it runs, which nothing here does"),
     "gather_context_logits": (False, "the builder refuses it together with draft tokens"),
     "gather_all_token_logits": (False, "it includes context logits, which the builder refuses with draft tokens"),
 }
@@ -224,9 +233,13 @@ def _combination_refusals(
 def _gpu_refusals(config: CheckpointConfig, target: Gpu, where: str) -> Iterator[Problem]:
     if target.compute_capability < MIN_COMPUTE_CAPABILITY:
         yield Problem(f"{target.title} is older than compute capability 8.0", "tensorrt_llm.gpu", None, None)
-    if config.quant_algo == "FP8" and target.fp8_flops is None:
-        why = "it has no FP8 arithmetic"
-        yield Problem(f"FP8 weights cannot run on {target.title}", "tensorrt_llm.gpu", why, "use a Hopper or Ada GPU")
+    algo, cache = config.quant_algo or "", config.kv_cache_quant_algo or ""
+    if (algo.startswith("FP8") or algo == "W4A8_AWQ") and target.fp8_flops is None:
+        what, why = f"{algo} weights cannot run on {target.title}", "it has no FP8 arithmetic"
+        yield Problem(what, "tensorrt_llm.gpu", why, "use a Hopper or Ada GPU")
+    if "NVFP4" in (algo, cache) and target.compute_capability < FP4_COMPUTE_CAPABILITY:
+        what = f"{'weights' if algo == 'NVFP4' else 'a KV cache'} in NVFP4 cannot run on {target.title}"
+        yield Problem(what, "tensorrt_llm.gpu", "FP4 arithmetic begins with Blackwell", "quantize to FP8 instead")
     if config.drafter is None:
         return
     group = config.num_attention_heads // max(config.num_key_value_heads, 1)

@@ -1,23 +1,24 @@
 """The tensorrt-llm backend's runner: requests in, updates out, over whichever client executes the engine.
 
 TensorRT-LLM batches and schedules by itself, so `submit` hands a request over at once and `step` waits for what comes
-back. A response is one decoding step of one request; its statistics follow TensorRT-LLM's own counting: a step drafts
-`draft_len` tokens (the length of the path that can be accepted), where the torch backend counts the nodes of its tree.
+back. What responses say of steps and acceptance is counted in `counting`.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from dataclasses import dataclass
 
 from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Result, Runner, Update
-from trtllm_redrafter.backends.tensorrt_llm.client import EngineClient, Event
+from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, EngineClient, Event
+from trtllm_redrafter.backends.tensorrt_llm.counting import StepCounter
 from trtllm_redrafter.backends.tensorrt_llm.failures import explain
 from trtllm_redrafter.backends.tensorrt_llm.requests import client_request, request_problems
 from trtllm_redrafter.backends.text import TextStream
 from trtllm_redrafter.backends.tokenizer import EngineTokenizer
-from trtllm_redrafter.errors import BackendError, Problem, RequestError, raise_together
+from trtllm_redrafter.errors import BackendError, Problem, RedrafterError, RequestError, raise_together
 
 _STEP_SECONDS = 1.0
 """Longest wait of one `step()`, so that callers can cancel and stop."""
@@ -30,12 +31,16 @@ class _Active:
     """A request at the executor."""
 
     request: Request
-    number: int
+    sent: ClientRequest
     result: Result
     text: TextStream
+    counter: StepCounter
     since: float
     first: float | None = None
-    responses: int = 0
+
+    @property
+    def number(self) -> int:
+        return self.sent.number
 
 
 class TensorRTRunner(Runner):
@@ -56,6 +61,7 @@ class TensorRTRunner(Runner):
         self._eos = eos_token_ids
         self._greedy = greedy
         self._active: dict[int, _Active] = {}
+        self._come: deque[Event] = deque()
         self._numbers = itertools.count()
 
     @property
@@ -70,18 +76,36 @@ class TensorRTRunner(Runner):
         if any(a.result.request_id == request_id for a in self._active.values()):
             problems.append(Problem(f"the id {request_id!r} is in use", remedy="give each request its own id"))
         raise_together(RequestError, problems, "the request cannot run", where=request_id)
-        result = Result(request_id, len(request.token_ids))
-        if self.info.draft_shape is not None:
-            result.accepted_at = [0] * self.info.draft_shape.draft_len
+        sent = client_request(number, request, self.info, self._eos)
+        try:
+            self._client.submit(sent)
+        except RedrafterError:
+            raise
+        except Exception as error:  # TensorRT-LLM refuses a request by whatever C++ raises; the engine goes on
+            raise _refusal(RequestError, request_id, str(error)) from error
+        result, shape = Result(request_id, len(request.token_ids)), self.info.draft_shape
+        counter = StepCounter(result, None if shape is None else shape.draft_len)
         text = TextStream(self._tokenizer, request.sampling.stop)
-        self._client.submit(client_request(number, request, self.info, self._eos))
-        self._active[number] = _Active(request, number, result, text, time.perf_counter())
+        self._active[number] = _Active(request, sent, result, text, counter, time.perf_counter())
         return request_id
 
     def step(self) -> list[Update]:
-        """What has come back; may be empty when nothing did within a second."""
-        events = self._client.poll(_STEP_SECONDS) if self._active else []
-        return [self._apply(self._active[event.number], event) for event in events if event.number in self._active]
+        """What has come back; may be empty when nothing did within a second.
+
+        A request that failed raises. What came for others before it is returned first, and what came after it by the
+        next call: an error of one request takes no token from another.
+        """
+        if self._active and not self._come:
+            self._come.extend(self._client.poll(_STEP_SECONDS))
+        updates: list[Update] = []
+        while self._come:
+            active = self._active.get(self._come[0].number)
+            if active is not None and self._come[0].error is not None and updates:
+                break
+            event = self._come.popleft()
+            if active is not None:
+                updates.append(self._apply(active, event))
+        return updates
 
     def cancel(self, request_id: str) -> Result | None:
         for active in self._active.values():
@@ -97,13 +121,12 @@ class TensorRTRunner(Runner):
     def _apply(self, active: _Active, event: Event) -> Update:
         if event.error is not None:
             del self._active[event.number]
-            raise _request_error(active, event.error)
-        now = time.perf_counter()
-        if active.first is None and event.token_ids:
+            raise _refusal(BackendError, active.result.request_id, event.error)
+        now, tokens = time.perf_counter(), _with_end(active.sent, event)
+        if active.first is None and tokens:
             active.first, active.result.prefill_seconds = now, now - active.since
-        active.responses += bool(event.token_ids)
-        taken, reason = self._take(active, event.token_ids)
-        self._count(active, event, taken)
+        taken, reason = self._take(active, tokens)
+        active.counter.add(event, emitted=len(tokens), taken=taken)
         if reason is not None and not event.final:
             self._client.cancel(active.number)  # a stop string: the executor does not know of it
         elif reason is None and event.final:
@@ -113,8 +136,7 @@ class TensorRTRunner(Runner):
         if reason is not None:
             self._finish(active, reason)
         piece = active.text.take(final=reason is not None)
-        tokens = tuple(event.token_ids[:taken])
-        return Update(active.result.request_id, tokens, piece, active.result if reason is not None else None)
+        return Update(active.result.request_id, tokens[:taken], piece, active.result if reason is not None else None)
 
     def _take(self, active: _Active, tokens: tuple[int, ...]) -> tuple[int, FinishReason | None]:
         """Append tokens up to one that ends the request; how many were taken."""
@@ -130,43 +152,30 @@ class TensorRTRunner(Runner):
                 return count, FinishReason.LENGTH
         return len(tokens), None
 
-    def _count(self, active: _Active, event: Event, taken: int) -> None:
-        """Steps and acceptance. The first response is the prefill's token."""
-        result, shape = active.result, self.info.draft_shape
-        if taken and active.responses > 1:
-            result.steps += 1
-            result.accepted_tokens += taken - 1
-            for depth in range(min(taken - 1, len(result.accepted_at))):
-                result.accepted_at[depth] += 1
-        if shape is not None:
-            result.drafted_tokens = result.steps * shape.draft_len
-        iterations = event.decoding_iter
-        if event.final and iterations is not None and iterations != active.responses:
-            self._recount(result, iterations, event)
-
-    def _recount(self, result: Result, iterations: int, event: Event) -> None:
-        """Responses were merged on the way: totals by TensorRT-LLM's own counters, nothing by position."""
-        result.steps = max(0, iterations - 1)
-        result.accepted_at = []
-        if result.steps:
-            shape = self.info.draft_shape
-            own = 0 if shape is None else result.steps * shape.draft_len
-            result.drafted_tokens = event.drafted if event.drafted is not None else own
-            counted = max(0, len(result.token_ids) - 1 - result.steps)
-            result.accepted_tokens = event.accepted if event.accepted is not None else counted
-
     def _finish(self, active: _Active, reason: FinishReason) -> None:
         active.text.finish()
+        active.counter.settle()
         active.result.text = active.text.text
         active.result.finish_reason = reason
         del self._active[active.number]
 
 
-def _request_error(active: _Active, message: str) -> BackendError:
+def _with_end(sent: ClientRequest, event: Event) -> tuple[int, ...]:
+    """The event's tokens and the end token. ReDrafter's decoder cuts that one off and keeps stop words; others keep it.
+
+    With it in both cases, texts, token ids and statistics do not depend on who decoded.
+    """
+    end = sent.end_id
+    if event.finish == "end_id" and end is not None and end not in event.token_ids:
+        return (*event.token_ids, end)
+    return event.token_ids
+
+
+def _refusal(kind: type[RedrafterError], request_id: str, message: str) -> RedrafterError:
     known = explain(message)
-    return BackendError(
+    return kind(
         "TensorRT-LLM refused the request" if known is None else known.what,
-        where=active.result.request_id,
+        where=request_id,
         why=message[:500],
         remedy="see the message; `trtllm-redrafter doctor` checks the machine" if known is None else known.remedy,
     )

@@ -4,7 +4,7 @@
     python -m trtllm_redrafter.backends.tensorrt_llm.worker ENGINE --api llm
 
 Messages are JSON lines. To the worker: {"op": "submit", ...}, {"op": "cancel", "number": 3}; end of input ends it. From
-it: {"ready": true}, {"event": {...}}, {"fatal": "..."}. Whatever libraries print goes to standard error instead.
+it: {"ready": true}, {"event": {...}}, {"fatal": {...}}. Whatever libraries print goes to standard error instead.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import queue
 import sys
 import threading
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NoReturn, Protocol
 
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, EngineClient
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import EngineDirectory, read_engine
+from trtllm_redrafter.backends.tensorrt_llm.library import run_error
 from trtllm_redrafter.errors import RedrafterError
 
 _POLL_SECONDS = 0.02
+_CLOSE_SECONDS = 10.0
 Operations = queue.SimpleQueue[dict[str, Any] | None]
 
 
@@ -45,9 +47,23 @@ def main(arguments: list[str]) -> int:
         if client.leads:
             _send(out, {"ready": True})
             _serve(client, out)
-    finally:
-        client.close()  # on other ranks this waits for the leader to end
+    except BrokenPipeError:
+        _abandon(client, 1)  # nobody reads any more
+    except Exception as error:  # noqa: BLE001 - said before closing, which may wait for ranks that hang
+        failure = error if isinstance(error, RedrafterError) else run_error(error)
+        _send(out, {"fatal": failure.as_dict()})
+        _abandon(client, failure.exit_code)
+    client.close()  # on other ranks this waits for the leader to end
     return 0
+
+
+def _abandon(client: RankClient, code: int) -> NoReturn:
+    """End now, closed or not: ranks that have failed may wait for each other for ever, and would keep their GPUs."""
+    closing = threading.Thread(target=client.close, daemon=True)
+    closing.start()
+    closing.join(_CLOSE_SECONDS)
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _client(engine: EngineDirectory, api: str) -> RankClient:
@@ -91,9 +107,14 @@ def _serve(client: RankClient, out: IO[str]) -> None:
 
 
 def _read(operations: Operations) -> None:
-    for line in sys.stdin:
-        operations.put(json.loads(line))
-    operations.put({"op": "end"})
+    """Whatever ends the input ends the worker: a parent that was killed may leave half a line."""
+    try:
+        for line in sys.stdin:
+            operations.put(json.loads(line))
+    except ValueError:
+        print("the request pipe broke off within a message", file=sys.stderr)
+    finally:
+        operations.put({"op": "end"})
 
 
 def _next(operations: Operations, *, wait: bool) -> dict[str, Any] | None:

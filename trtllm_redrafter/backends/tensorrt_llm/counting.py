@@ -1,0 +1,70 @@
+"""Steps and acceptance of one request, out of the responses it gets.
+
+A response is one decoding step, the first one the prefill. The counting is TensorRT-LLM's own: a step drafts
+`draft_len` tokens (the length of the path that can be accepted), where the torch backend counts the nodes of its tree.
+
+Responses may be merged on the way. `decoding_iter` tells: the iterations since the first response are the steps, and
+where they are not the number of responses, totals follow them and nothing is said by position. Where a release does not
+report iterations, a response that is longer than a step can be shows it; then the figures are not known, and left out.
+
+    counter = StepCounter(result, draft_len=4)
+    counter.add(event, emitted=3, taken=3)      # one response with three tokens
+    counter.settle()                            # result.steps, accepted_tokens, ... are final
+"""
+
+from __future__ import annotations
+
+from trtllm_redrafter.backends.base import Result
+from trtllm_redrafter.backends.tensorrt_llm.client import Event
+
+
+class StepCounter:
+    """Keeps the counts in `result`. `draft_len` None: an engine without a drafter."""
+
+    def __init__(self, result: Result, draft_len: int | None) -> None:
+        self._result = result
+        self._draft_len = draft_len or 0
+        self._responses = 0
+        self._emitted = 0  # tokens the engine wrote, those behind a stop string included
+        self._prefill_iterations = 1
+        self._iterations: int | None = None
+        self._drafted: int | None = None
+        self._merged = False
+        result.accepted_at = [0] * self._draft_len
+
+    def add(self, event: Event, *, emitted: int, taken: int) -> None:
+        """One response: `emitted` tokens, of which `taken` belong to the text."""
+        self._iterations = event.decoding_iter or self._iterations
+        self._drafted = event.drafted if event.drafted is not None else self._drafted
+        if not emitted:
+            return
+        self._responses += 1
+        self._emitted += emitted
+        if self._responses == 1:
+            self._merged = emitted > 1
+            if not self._merged and event.decoding_iter is not None:
+                self._prefill_iterations = event.decoding_iter
+            return
+        self._merged = self._merged or emitted > self._draft_len + 1
+        self._result.steps += 1
+        self._result.accepted_tokens += taken - 1
+        self._result.drafted_tokens += self._draft_len
+        for depth in range(min(taken - 1, self._draft_len)):
+            self._result.accepted_at[depth] += 1
+
+    def settle(self) -> None:
+        """No more responses: were they the steps?"""
+        if self._iterations is None:
+            if self._merged:
+                self._replace(0, 0, 0)
+            return
+        steps = max(0, self._iterations - self._prefill_iterations)
+        if steps != self._result.steps or self._merged:
+            drafted = steps * self._draft_len if self._drafted is None else self._drafted
+            self._replace(steps, max(0, self._emitted - 1 - steps), drafted)
+
+    def _replace(self, steps: int, accepted: int, drafted: int) -> None:
+        """Totals without positions, which are not known, and not made up."""
+        self._result.steps, self._result.accepted_tokens = steps, accepted
+        self._result.drafted_tokens = drafted if steps else 0
+        self._result.accepted_at = []
