@@ -13,8 +13,9 @@ import pytest
 from tests.cli.tiny import Program
 from tests.standins.host import GPU_LINE, Host, make_host
 from trtllm_redrafter.backends.tensorrt_llm.machine import find_gpus
-from trtllm_redrafter.doctor import Check, DoctorReport, State, examine
+from trtllm_redrafter.doctor import Check, DoctorReport, Needs, State, checks, examine
 from trtllm_redrafter.doctor.checks import OWN_REQUIREMENTS
+from trtllm_redrafter.doctor.host import MainMemory, main_memory
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "configs" / "llama-3.1-8b.yaml"
@@ -122,11 +123,74 @@ def test_a_recipe_adds_its_needs(host: Host, program: Program, tmp_path: Path, m
     assert program("doctor", RECIPE, *huge, "--json") == 6
     found = {c["name"]: c for c in program.document["checks"]}
     assert found["recipe: gpu"]["state"] == "fail" and "1 of 4" in found["recipe: gpu"]["found"]
+    assert "1 rank(s)" in found["recipe: memory"]["found"]
+    program("doctor", RECIPE, *huge, "--set", "tensorrt_llm.workers=8", "--json")
+    assert any("build 4 rank(s) at a time" in c["found"] for c in program.document["checks"])
     assert not program.document["able"] and program.document["serves"]["tensorrt-llm"] is False
     host.gpus(GPU_LINE.replace("81000", "20000"))
     program("doctor", RECIPE, "--json")
     busy = next(c for c in program.document["checks"] if c["name"] == "recipe: gpu")
     assert busy["state"] == "warn" and "only 25 % free" in busy["found"]
+
+
+def test_the_limit_of_a_container_or_job_is_what_counts(tmp_path: Path) -> None:
+    """The machine's memory is not what a build may use of it."""
+    here = main_memory().total
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable: 5000 kB\n")
+    assert main_memory(tmp_path) == MainMemory(here, 5000 * 1024, None)
+    job = tmp_path / "sys" / "fs" / "cgroup" / "jobs" / "seven"
+    job.mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text("0::/jobs/seven\n")
+    (job / "memory.max").write_text("max\n")
+    (job.parent / "memory.max").write_text("4000000\n")
+    (tmp_path / "sys" / "fs" / "cgroup" / "memory.max").write_text(f"{2 * here}\n")
+    found = main_memory(tmp_path)
+    assert (found.limit, found.usable, found.free) == (4000000, 4000000, 4000000)
+    (tmp_path / "proc" / "self" / "cgroup").write_text("5:cpu,cpuacct:/a\n4:memory:/docker/x\n")
+    (old := tmp_path / "sys" / "fs" / "cgroup" / "memory").mkdir()
+    (old / "memory.limit_in_bytes").write_text("3000000\n")
+    assert main_memory(tmp_path).limit == 3000000
+
+
+def test_memory_that_is_there_but_not_free(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def judged(memory: MainMemory, workers: int = 1) -> Check:
+        monkeypatch.setattr(checks, "main_memory", lambda: memory)
+        needs = Needs("1.2.1", "h100-80gb", 1, Path("engine"), workers, 10**6, workers * 20 * 10**9)
+        return check(examine(needs), "recipe: memory")
+
+    gb = 10**9
+    assert judged(MainMemory(64 * gb, 50 * gb, None)).state is State.OK
+    assert judged(MainMemory(64 * gb, 9 * gb, None)).state is State.WARN
+    limited = judged(MainMemory(64 * gb, 50 * gb, 16 * gb))
+    assert limited.state is State.FAIL and "limited by container or job" in limited.found
+    assert judged(MainMemory(64 * gb, 60 * gb, None), workers=4).state is State.FAIL
+
+
+def test_containers_get_their_own_hints(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = Needs("1.2.1", "h100-80gb", 2, Path("engine"), 1, 1, 1)
+    host.gpus(GPU_LINE, GPU_LINE)
+    monkeypatch.setattr(checks, "shared_memory_bytes", lambda: 64 * 2**20)
+    monkeypatch.setattr(checks, "inside_container", lambda: False)
+    assert "recipe: shared memory" not in states(examine(needs))
+    monkeypatch.setattr(checks, "inside_container", lambda: True)
+    small = check(examine(needs), "recipe: shared memory")
+    assert small.state is State.WARN and "--ipc host" in (small.remedy or "")
+    host.gpus()
+    assert "--gpus all" in (check(examine(None), "gpu").remedy or "")
+    monkeypatch.setattr(checks, "inside_container", lambda: False)
+    assert "GPU host" in (check(examine(None), "gpu").remedy or "")
+
+
+def test_a_recipe_for_more_memory_or_several_ranks(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 has the H200's compute capability, and not its memory: the build would refuse it."""
+    needs = Needs("1.2.1", "h200", 2, Path("engine"), 1, 1, 1)
+    host.gpus(GPU_LINE, GPU_LINE)
+    report = examine(needs)
+    assert "0 of 2" in check(report, "recipe: gpu").found and not report.serves("tensorrt-llm")
+    assert states(report)["recipe: mpirun"] is State.OK
+    monkeypatch.setattr(checks, "find_program", lambda name: None)
+    assert states(examine(needs))["recipe: mpirun"] is State.WARN
 
 
 def test_this_machine_serves_the_embedded_backend(program: Program) -> None:

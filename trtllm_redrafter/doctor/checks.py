@@ -29,6 +29,7 @@ from trtllm_redrafter.backends.tensorrt_llm.versions import (
     same_line,
     satisfies,
 )
+from trtllm_redrafter.doctor.host import inside_container, main_memory, shared_memory_bytes
 from trtllm_redrafter.doctor.report import BACKENDS, Check, Needs, State
 from trtllm_redrafter.planning.gpus import gpu as planned_gpu
 
@@ -36,7 +37,8 @@ TRT = ("tensorrt-llm",)
 OWN_REQUIREMENTS = {"torch": ">=2.9", "transformers": ">=4.57,<6", "safetensors": ">=0.5", "numpy": ">=1.26"}
 """What this package needs for itself, on either backend; pyproject.toml has the same ranges."""
 
-_CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))
+_SHARED_MEMORY = 10**9
+"""NVIDIA's advice for NCCL in containers; Docker gives 64 MB."""
 
 
 def all_checks(needs: Needs | None) -> Iterator[Check]:
@@ -119,8 +121,10 @@ def _libmpi() -> Check:
 
 def _gpu_checks(gpus: list[FoundGpu], needs: Needs | None) -> Iterator[Check]:
     if not gpus:
-        yield Check("gpu", State.FAIL, "none: nvidia-smi is missing or finds none", TRT,
-                    "build and run on a GPU host; `plan` and `build --dry-run` work here")  # fmt: skip
+        remedy = "build and run on a GPU host; `plan` and `build --dry-run` work here"
+        if inside_container():
+            remedy = "start the container with --gpus all (it needs NVIDIA's container toolkit on the host)"
+        yield Check("gpu", State.FAIL, "none: nvidia-smi is missing or finds none", TRT, remedy)
         return
     first = gpus[0]
     names = ", ".join(f"{g.name} ({g.memory_bytes / 1e9:.0f} GB, {g.sm})" for g in gpus)
@@ -141,8 +145,8 @@ def _gpu_checks(gpus: list[FoundGpu], needs: Needs | None) -> Iterator[Check]:
 
 def _planned_gpu(gpus: list[FoundGpu], needs: Needs) -> Check:
     target = planned_gpu(needs.gpu)
-    fitting = [g for g in gpus if g.compute_capability == target.compute_capability]
-    found = f"{len(fitting)} of {needs.ranks} needed with the compute capability of {target.title}"
+    fitting = [g for g in gpus if g.stands_for(target)]
+    found = f"{len(fitting)} of {needs.ranks} needed with compute capability and memory of {target.title}"
     if len(fitting) < needs.ranks:
         remedy = "use that kind of host, or plan the recipe for this one: --set tensorrt_llm.gpu=…"
         return Check("recipe: gpu", State.FAIL, found, TRT, remedy)
@@ -154,7 +158,7 @@ def _planned_gpu(gpus: list[FoundGpu], needs: Needs) -> Check:
 
 
 def _container() -> Check:
-    inside = any(mark.exists() for mark in _CONTAINER_MARKS)
+    inside = inside_container()
     found = "inside a container" if inside else f"not in a container; {CONTAINER} has everything that fits together"
     return Check("container", State.OK, found, ())
 
@@ -167,8 +171,33 @@ def _needs(needs: Needs) -> Iterator[Check]:
     found = f"{free / 1e9:.1f} GB free in {parent}, {needs.disk_bytes / 1e9:.1f} GB needed for checkpoint and engine"
     enough = free >= needs.disk_bytes
     yield Check("recipe: disk", State.OK if enough else State.FAIL, found, BACKENDS, "choose another work_dir")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = f"{memory / 1e9:.1f} GB, about {needs.host_bytes / 1e9:.1f} GB needed to build one rank"
-    enough = memory >= needs.host_bytes
-    remedy = "build on a host with more memory; the process would be killed without a message"
-    yield Check("recipe: memory", State.OK if enough else State.FAIL, found, TRT, remedy)
+    yield _main_memory(needs)
+    if needs.ranks > 1:
+        yield from _several_ranks()
+
+
+def _main_memory(needs: Needs) -> Check:
+    memory = main_memory()
+    whose = "" if memory.limit is None else f" (of {memory.total / 1e9:.1f} GB, limited by container or job)"
+    found = (
+        f"{memory.usable / 1e9:.1f} GB{whose}, {memory.free / 1e9:.1f} GB free, about {needs.host_bytes / 1e9:.1f} GB "
+        f"needed to build {needs.workers} rank(s) at a time"
+    )
+    if memory.usable < needs.host_bytes:
+        remedy = "use more memory, or fewer tensorrt_llm.workers; the process would be killed without a message"
+        return Check("recipe: memory", State.FAIL, found, TRT, remedy)
+    remedy = "end what else runs here before building; the process would be killed without a message"
+    return Check("recipe: memory", State.OK if memory.free >= needs.host_bytes else State.WARN, found, TRT, remedy)
+
+
+def _several_ranks() -> Iterator[Check]:
+    """What one engine process per GPU needs, beyond libmpi."""
+    starters = ("srun", "mpirun") if "SLURM_JOB_ID" in os.environ else ("mpirun",)
+    path = next((path for name in starters if (path := find_program(name)) is not None), None)
+    remedy = "apt-get install openmpi-bin; without it only tensorrt_llm.api: llm can run the engine"
+    yield Check("recipe: mpirun", State.OK if path is not None else State.WARN, str(path or "not on PATH"), TRT, remedy)
+    size = shared_memory_bytes()
+    if inside_container() and size is not None and size < _SHARED_MEMORY:
+        found = f"{size / 1e6:.0f} MB in /dev/shm"
+        remedy = "start the container with --ipc host or --shm-size 1g; NCCL fails or hangs without"
+        yield Check("recipe: shared memory", State.WARN, found, TRT, remedy)

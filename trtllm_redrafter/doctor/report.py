@@ -40,8 +40,11 @@ class Needs:
     gpu: str
     ranks: int
     output: Path
+    workers: int
+    """Ranks built at the same time."""
     disk_bytes: int
     host_bytes: int
+    """Main memory of a build, all its workers together."""
 
 
 @dataclass(frozen=True)

@@ -163,11 +163,13 @@ def machine_needs(resolved: Resolved, *, name: str) -> Needs:
     weights = weight_bytes(model.config).total
     recipe = resolved.recipe
     assert recipe.engine is not None
+    workers = min(recipe.tensorrt_llm.workers, model.config.tp_size)
     return Needs(
         version=recipe.tensorrt_llm.version,
         gpu=recipe.tensorrt_llm.gpu,
         ranks=model.config.tp_size,
         output=recipe.engine,
         disk_bytes=2 * weights * model.config.tp_size,
-        host_bytes=2 * weights,
+        workers=workers,
+        host_bytes=2 * weights * workers,
     )

@@ -18,6 +18,8 @@ from trtllm_redrafter.planning.gpus import Gpu, gpu_by_driver_name
 
 _QUERY = "name,memory.total,memory.free,compute_cap,driver_version"
 _TIMEOUT_SECONDS = 20
+MEMORY_TOLERANCE = 0.95
+"""A driver may report a little less than the data sheet: some memory is reserved."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class FoundGpu:
     def kind(self) -> Gpu | None:
         """The row of the planning table, for a GPU that is in it."""
         return gpu_by_driver_name(self.name)
+
+    def stands_for(self, target: Gpu) -> bool:
+        """Does it run what is planned for `target`: the same compute capability, and no less memory?"""
+        enough = self.memory_bytes >= MEMORY_TOLERANCE * target.memory_bytes
+        return self.compute_capability == target.compute_capability and enough
 
     @property
     def sm(self) -> str:

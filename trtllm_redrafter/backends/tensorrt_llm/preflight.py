@@ -21,8 +21,6 @@ from trtllm_redrafter.errors import BackendError, Problem, raise_together
 from trtllm_redrafter.planning.sizes import weight_bytes
 
 PROGRAM = "trtllm-build"
-_MEMORY_TOLERANCE = 0.95
-"""A driver may report a little less than the data sheet: some memory is reserved."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def _gpus(plan: TensorRTPlan, gpus: list[FoundGpu]) -> list[Problem]:
     if first.compute_capability != target.compute_capability:
         why = f"engines run on the compute capability they were built on, {target.title} is another"
         found.append(Problem(f"the GPU is {first.name}", None, why, f"pass --gpu for {first.name}, or use that GPU"))
-    elif first.memory_bytes < _MEMORY_TOLERANCE * target.memory_bytes:
+    elif not first.stands_for(target):
         why = f"it has {first.memory_bytes / 1e9:.0f} GB, {target.title} is planned for"
         found.append(Problem(f"the GPU is {first.name}", None, why, "pass --gpu for the GPU that is here"))
     names = {gpu.name for gpu in gpus}

@@ -1,0 +1,86 @@
+"""What this host, container or job may use of main memory, and whether it is a container.
+
+Inside a container or a Slurm job the machine's own figures mislead: a build is killed at the limit of its control
+group, however much memory the machine has.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_CONTAINER_MARKS = ("/.dockerenv", "/run/.containerenv")
+_LIMITS = {"": "memory.max", "memory": "memory.limit_in_bytes"}
+"""Controller in /proc/self/cgroup (none in version 2) → the file with the limit."""
+
+
+@dataclass(frozen=True)
+class MainMemory:
+    """Bytes. `limit` is the control group's where there is one below the machine's size."""
+
+    total: int
+    available: int
+    limit: int | None
+
+    @property
+    def usable(self) -> int:
+        return self.total if self.limit is None else self.limit
+
+    @property
+    def free(self) -> int:
+        """What can be had now without anything else being ended."""
+        return min(self.available, self.usable)
+
+
+def main_memory(root: Path = Path("/")) -> MainMemory:
+    """`root` is another directory in tests."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [limit for limit in _group_limits(root) if limit < total]
+    return MainMemory(total, min(total, _available(root) or total), min(limits) if limits else None)
+
+
+def inside_container() -> bool:
+    return any(Path(mark).exists() for mark in _CONTAINER_MARKS)
+
+
+def shared_memory_bytes() -> int | None:
+    """Size of /dev/shm, which NCCL uses between ranks; containers get 64 MB unless told otherwise."""
+    try:
+        return shutil.disk_usage("/dev/shm").total
+    except OSError:
+        return None
+
+
+def _available(root: Path) -> int | None:
+    """`MemAvailable` of Linux; None elsewhere."""
+    for line in _lines(root / "proc" / "meminfo"):
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return None
+
+
+def _group_limits(root: Path) -> Iterator[int]:
+    """Limits of this process's control group and of those it lies in; all of them hold."""
+    for line in _lines(root / "proc" / "self" / "cgroup"):
+        _, controllers, group = line.split(":", 2)
+        for controller in controllers.split(","):
+            if controller not in _LIMITS:
+                continue
+            top = root / "sys" / "fs" / "cgroup" / controller
+            place = top / group.strip("/")
+            for folder in (place, *place.parents):
+                yield from (int(text) for text in _lines(folder / _LIMITS[controller]) if text.isdigit())
+                if folder == top:
+                    break
+
+
+def _lines(file: Path) -> list[str]:
+    """[] where the system has no such file."""
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
