@@ -4,7 +4,9 @@
     python scripts/ci_engines.py golden --report gate.out --file configs/golden/llama-3.1-8b.json
 
 `matrix` plans every recipe in configs/ for the tensorrt-llm backend, so a recipe that no longer fits its GPU fails here
-and not after an hour on a GPU runner. The key changes with everything a recipe says and with this package's version.
+and not after an hour on a GPU runner. The key changes with everything a recipe says and with this package's version,
+not with the models' content, which only the runner sees: it keeps two builds of one engine from running at once, and
+what was built is found again by `tensorrt_llm.cache_dir`, whose keys hold the checkpoint's hashes.
 `golden` compares the tokens of a parity report with those of the first accepted build. Where there are none yet it
 writes them, for a person to look at and commit, and exits with 10, so that nobody takes an unchecked file for a proof.
 """
@@ -69,13 +71,14 @@ def entry(name: str, plan: RecipePlan) -> dict[str, Any]:
 
 
 def content_key(plan: RecipePlan) -> str:
-    """Changes with the model's sizes, every flag, the release and this package; not with directories."""
+    """Changes with the model's sizes, every flag, how it runs, the release and this package; not with directories."""
     described = {
         "version": __version__,
         "model": plan.model.config.to_dict(),
         "flags": [(flag.name, flag.value) for flag in plan.build.flags.flags],
         "release": plan.build.settings.version,
         "gpu": plan.build.target.name,
+        "runtime": plan.build.settings.runtime.as_dict(),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

@@ -22,6 +22,7 @@ from trtllm_redrafter.recipe.schema import keys
 
 ROOT = Path(__file__).parent.parent
 CONTRACT = json.loads((ROOT / "tests" / "data" / "trtllm" / "trtllm_api.json").read_text())
+DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -93,7 +94,15 @@ def test_compose() -> None:
         assert (ROOT / "docker" / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
         assert service["image"].endswith(service["build"]["target"])
         device = service["deploy"]["resources"]["reservations"]["devices"][0]
-        assert device["capabilities"] == ["gpu"] and any(v.endswith(":/engines") for v in service["volumes"])
+        assert device["capabilities"] == ["gpu"] and service["init"] is True
+        mounts = {v["target"]: v for v in service["volumes"]}
+        assert "/engines" in mounts and mounts["/workspace/models"]["read_only"] is True
+        for mount in mounts.values():
+            assert mount["type"] == "volume" or mount["bind"] == {"create_host_path": False}, (
+                "root's, if Docker makes it"
+            )
+        caches = [path for path, mount in mounts.items() if mount["type"] == "volume"]
+        assert caches and all(path in DOCKERFILE for path in caches), "a volume takes its owner from the image"
         assert "environment" not in service and "env_file" not in service
         if name != "serve":
             check_command([re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", word) for word in service["command"]])
@@ -104,6 +113,12 @@ def test_compose() -> None:
     assert serve["entrypoint"] == ["trtllm-serve", "serve"]
     assert {word for word in serve["command"] if word.startswith("--")} <= documented
     assert serve["command"][serve["command"].index("--backend") + 1] == "tensorrt", "its default is another engine"
+    more = serve["command"][serve["command"].index("--extra_llm_api_options") + 1]
+    assert f"COPY docker/{Path(more).name} {Path(more).parent}/" in DOCKERFILE
+    served = yaml.safe_load((ROOT / "docker" / Path(more).name).read_text())
+    assert served["kv_cache_config"]["enable_block_reuse"] is False, "the LLM API's default shares blocks"
+    assert "/health" in serve["healthcheck"]["test"][-1] and "8000" in serve["healthcheck"]["test"][-1]
+    compile(serve["healthcheck"]["test"][-1], "healthcheck", "exec")
 
 
 def workflow() -> dict[str, Any]:
@@ -131,6 +146,26 @@ def test_workflow() -> None:
     assert used == {"name", "gpu", "ranks", "base", "drafter", "min_acceptance", "key"}
 
 
+def test_engines_are_built_once_and_not_cut_short() -> None:
+    """An empty matrix is an error to GitHub; a push must not cancel a build; hosted caches end at 10 GB."""
+    whole, engines = workflow(), workflow()["jobs"]["engines"]
+    assert engines["if"] == "needs.matrix.outputs.engines != '[]'"
+    assert "github.event_name" in whole["concurrency"]["group"]
+    assert "workflow_dispatch" in whole["concurrency"]["cancel-in-progress"]
+    assert engines["concurrency"] == {"group": "engine-${{ matrix.engine.key }}", "cancel-in-progress": False}
+    assert all("timeout-minutes" in job for job in whole["jobs"].values())
+    assert not any("actions/cache" in step.get("uses", "") for step in engines["steps"])
+    build = next(step["run"] for step in engines["steps"] if "pipeline" in step.get("run", ""))
+    kept = re.findall(r"tensorrt_llm\.cache_dir=(\S+)", build)
+    assert [f"{path}:{path}" in engines["container"]["volumes"] for path in kept] == [True]
+
+
+def test_a_matrix_may_be_empty(ci_engines: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cpu.yaml").write_text("backend: torch\nbase: models/x\n")
+    assert ci_engines.main(["matrix", "--configs", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "engines=[]\n"
+
+
 def test_matrix_of_engines(ci_engines: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     engines = ci_engines.matrix(ROOT / "configs", [])
     assert {e["name"] for e in engines} >= {"llama-3.1-8b", "llama-3.3-70b-tp4", "qwen2.5-7b-fp8"}
@@ -155,7 +190,8 @@ def test_the_key_follows_content(ci_engines: ModuleType, tmp_path: Path) -> None
         return found
 
     assert key("") == key("work_dir: elsewhere\n") and key("") == key("")
-    assert len({key(""), key("build: {max_batch_size: 2}\n"), key("tensorrt_llm: {gpu: h200}\n")}) == 3
+    others = ("build: {max_batch_size: 2}", "tensorrt_llm: {gpu: h200}", "tensorrt_llm: {kv_cache_fraction: 0.8}")
+    assert len({key(""), *(key(other + "\n") for other in others)}) == 4
 
 
 def test_a_recipe_that_does_not_fit_fails_the_matrix(
