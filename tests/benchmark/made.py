@@ -20,12 +20,13 @@ def record(
     accepted: int = 0,
     step_seconds: float = 1.0,
     category: str = CATEGORIES[0],
+    gaps: int | None = None,
 ) -> Record:
     first = 0.1 * seconds
     return Record(
         item=item, category=category, repeat=repeat, tokens=tokens, first_token_seconds=first, seconds=seconds,
         decode_seconds=seconds - first, step_seconds=step_seconds, steps=steps, drafted=3 * steps, accepted=accepted,
-        accepted_at=(accepted, 0, 0), output="same",
+        accepted_at=(accepted, 0, 0), output="same", gaps=gaps,
     )  # fmt: skip
 
 

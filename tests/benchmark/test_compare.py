@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.benchmark.made import batch_records, result
-from trtllm_redrafter.benchmark.compare import REGRESSION, SPEEDUP, compare
+from trtllm_redrafter.benchmark.compare import REGRESSION, SPEEDUP, TOO_LITTLE, compare
 from trtllm_redrafter.benchmark.records import BenchResult
 from trtllm_redrafter.benchmark.statistics import Bootstrap
 from trtllm_redrafter.errors import MismatchError, UsageError
@@ -57,3 +57,18 @@ def test_notes_name_what_else_differs() -> None:
     new = BenchResult(new.engine, {**new.settings, "max_tokens": 7}, new.environment, new.batches, complete=False)
     text = compare([("a", made(1.5, 1)), ("b", new)], BOOTSTRAP, tolerance=0.02).render()
     assert "max_tokens differs" in text and "b was interrupted" in text
+
+
+def test_an_interrupted_result_is_not_slower_for_the_prompts_it_reached() -> None:
+    """The second repeat ended after the slowest prompts: counted, they would weigh twice and look like a regression."""
+    new = batch_records(1.5, repeats=2)
+    for arm in (new.drafting, new.autoregression):
+        arm.records = [r for r in arm.records if r.repeat == 0 or int(r.item[1:]) % 5 == 4]
+    found = compare([("old", result(batch_records(1.5))), ("new", result(new))], BOOTSTRAP, tolerance=0.02)
+    assert [c.ratio.value for c in found.changes] == pytest.approx([1.0, 1.0, 1.0]) and found.exit_code == 0
+
+
+def test_a_few_measurements_are_no_regression() -> None:
+    old, new = (result(batch_records(f, prompts=1, repeats=3)) for f in (1.5, 1.0))
+    found = compare([("old", old), ("new", new)], BOOTSTRAP, tolerance=0.02)
+    assert {c.verdict for c in found.changes} == {TOO_LITTLE} and found.exit_code == 0

@@ -13,7 +13,7 @@ from tests.engines import make_runner
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.benchmark.differences import examine
 from trtllm_redrafter.benchmark.figures import batch_figures
-from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, _rounds, run_round
+from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, _rounds, _warm_up, run_round
 from trtllm_redrafter.benchmark.prompts import Item
 from trtllm_redrafter.benchmark.statistics import Bootstrap
 from trtllm_redrafter.benchmark.verdict import NO_GO, judge
@@ -47,7 +47,8 @@ def test_both_sides_are_measured_on_the_same(runner: TorchRunner) -> None:
             assert mine.step_seconds <= mine.decode_seconds < mine.seconds
         plain_arm = batch.autoregression
         # the first token comes with the first step's, every other one alone
-        assert len(plain_arm.gaps) == sum(max(0, r.tokens - 2) for r in plain_arm.records)
+        assert [r.gaps for r in plain_arm.records] == [max(0, r.tokens - 2) for r in plain_arm.records]
+        assert all(len(arm.gaps) == sum(r.gaps or 0 for r in arm.records) for arm in (batch.drafting, plain_arm))
         assert min(plain_arm.gaps) > 0
         assert sum(r.seconds for r in plain_arm.records) <= batch.batch * plain_arm.wall_seconds
     assert not runner.has_work
@@ -90,6 +91,13 @@ def test_rounds_are_equal_parts(prompts: int, batch: int, sizes: list[int]) -> N
     items = [Item(f"p{i}", "", (1,)) for i in range(prompts)]
     rounds = _rounds(items, batch)
     assert [len(r) for r in rounds] == sizes and [i for r in rounds for i in r] == items
+
+
+@pytest.mark.parametrize(("count", "lengths"), [(1, [9]), (2, [9, 2]), (3, [9, 7, 2]), (6, [9, 9, 7, 7, 5, 2])])
+def test_warm_up_goes_from_the_longest_to_the_shortest(count: int, lengths: list[int]) -> None:
+    rounds = [[Item("a", "", (1,) * 2)], [Item("b", "", (1,) * 9)], [Item("c", "", (1,) * 5)],
+              [Item("d", "", (1,) * 7), Item("e", "", (1,))]]  # fmt: skip
+    assert [max(len(i.token_ids) for i in items) for items in _warm_up(rounds, count)] == lengths
 
 
 def test_a_batch_that_cannot_fill_is_refused(runner: TorchRunner) -> None:

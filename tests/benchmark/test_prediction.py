@@ -163,3 +163,14 @@ def test_recipe_for_another_gpu_limits_the_batch() -> None:
 def test_recipe_without_a_paying_setting_leaves_the_drafter_out() -> None:
     found = result("this", prediction(WIDE, 1.4, 1.6))
     assert yaml.safe_load(tuned_recipe({"base": "b", "drafter": "d"}, found)) == {"base": "b"}
+
+
+def test_recipe_for_another_gpu_limits_the_batch_to_where_the_written_shape_pays() -> None:
+    """At batch 16 drafting pays with a narrow shape only, and the recipe says the wide one."""
+    found = result("h100-80gb", prediction(WIDE, 2.4, 1.6), prediction(NARROW, 1.6, 1.2),
+                   prediction(WIDE, 2.4, 1.9, batch=4), prediction(NARROW, 1.6, 1.5, batch=4),
+                   prediction(WIDE, 2.4, 2.6, batch=16), prediction(NARROW, 1.6, 1.5, batch=16))  # fmt: skip
+    values = {"base": "b", "build": {"max_batch_size": 64}, "run": {"num_beams": 9, "draft_len": 2, "device": "cpu"}}
+    written = yaml.safe_load(tuned_recipe(values, found))
+    assert written["convert"] == {"num_beams": 4, "draft_len": 4} and written["build"] == {"max_batch_size": 4}
+    assert written["run"] == {"device": "cpu"}  # its own shape would hide the chosen one

@@ -10,11 +10,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.benchmark.made import batch_records, result
+from tests.benchmark.made import batch_records, record, result
+from trtllm_redrafter.benchmark.plots import log_ticks
 from trtllm_redrafter.benchmark.records import BatchRecords, read_result
 from trtllm_redrafter.benchmark.report import draw_plots, render_html, render_markdown, render_text, write_report
 from trtllm_redrafter.benchmark.statistics import Bootstrap
-from trtllm_redrafter.benchmark.summary import Summary, summarize
+from trtllm_redrafter.benchmark.summary import MULTI_TURN, Summary, spec_bench_row, summarize
 from trtllm_redrafter.errors import InputError, OutputError
 
 VOID = {"meta", "br", "link", "img", "input", "hr", "path", "use", "rect", "circle", "line"}
@@ -120,3 +121,50 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     file.write_text('{"kind": "benchmark", "schema": 1, "batches": [{}]}')
     with pytest.raises(InputError, match="damaged"):
         read_result(file)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.9, 12, [1, 2, 5, 10]), (0.5, 60, [0.5, 1, 2, 5, 10, 20, 50]), (3, 30, [5, 10, 20]),
+        (0.01, 1000, [0.01, 0.1, 1, 10, 100, 1000]), (1, 3.2, [1, 1.5, 2, 2.5, 3]), (97, 104, [98, 100, 102, 104]),
+    ],
+)  # fmt: skip
+def test_ticks_of_a_logarithmic_axis(low: float, high: float, ticks: list[float]) -> None:
+    assert log_ticks(low, high) == ticks
+
+
+def test_every_tick_of_the_latencies_has_its_number(summary: Summary) -> None:
+    svg = next(plot.svg for plot in draw_plots(summary) if plot.name == "latency")
+    marks = re.findall(r'id="latency-xtick_\d+"', svg)
+    assert marks and len(marks) == len(re.findall(r'id="latency-xtick_\d+">.*?<text', svg, flags=re.S))
+
+
+def test_a_category_is_a_name_and_no_formula() -> None:
+    made = batch_records(1.4, noise=0.05)
+    for arm in (made.drafting, made.autoregression):
+        arm.records = [record(r.item, r.repeat, r.seconds, category=r"$\frac$ & <b>") for r in arm.records]
+    shown = summarize(result(made), Bootstrap(100, 0.95, 0))
+    html = render_html(shown, draw_plots(shown))
+    check_page(html)
+    assert html.count(r"$\frac$") >= 2 and "<b>\n" not in html
+
+
+def test_spec_bench_counts_questions_by_task() -> None:
+    """Two turns of a question: 300 tokens in 2 s and 4 s. Then 100 in 1 s, 2 s; a translation, 100 in 2 s, 2 s."""
+    made = batch_records(1.0, prompts=0)
+    cases = [("81-turn-1", "writing", 100, 1.0, 2.0), ("81-turn-2", "writing", 200, 1.0, 2.0),
+             ("x-turn-y", "stem", 100, 1.0, 2.0), ("x", "translation", 100, 2.0, 2.0)]  # fmt: skip
+    for item, category, tokens, mine, plain in cases:
+        made.drafting.records.append(record(item, 0, mine, tokens=tokens, category=category, accepted=25))
+        made.autoregression.records.append(record(item, 0, plain, tokens=tokens, category=category))
+    row = spec_bench_row(made)
+    assert row is not None
+    assert row.tokens_per_second == pytest.approx((150 + 100 + 50) / 3)
+    assert row.baseline_tokens_per_second == pytest.approx((75 + 50 + 50) / 3)
+    assert row.speedup == pytest.approx(300 / 175) and row.mean_accepted_tokens == pytest.approx(1.5)
+    assert row.tasks == {MULTI_TURN: pytest.approx((150 + 100) / (75 + 50)), "translation": pytest.approx(1.0)}
+    for arm in (made.drafting, made.autoregression):  # another file's categories stay its own
+        arm.records.append(record("z", 0, 1.0, category="my own"))
+    row = spec_bench_row(made)
+    assert row is not None and set(row.tasks) == {"writing", "stem", "translation", "my own"}

@@ -10,7 +10,7 @@ import pytest
 from tests.benchmark.made import batch_records, record
 from trtllm_redrafter.benchmark.figures import arm_figures, batch_figures
 from trtllm_redrafter.benchmark.records import ArmRecords, BatchRecords
-from trtllm_redrafter.benchmark.statistics import Bootstrap, Estimate, Table, percentiles, speedup
+from trtllm_redrafter.benchmark.statistics import Bootstrap, Estimate, Table, percentiles, speed_ratio, speedup
 
 BOOTSTRAP = Bootstrap(draws=2000, level=0.95, seed=0)
 
@@ -97,3 +97,39 @@ def test_step_time_ratio_and_categories() -> None:
     assert {name: c.prompts for name, c in figures.categories.items()} == {"translation": 10, "question answering": 10}
     assert all(c.speedup.value == pytest.approx(1.5) for c in figures.categories.values())
     assert figures.total_speedup == pytest.approx(1.5)
+
+
+def test_unpaired_repeats_by_hand() -> None:
+    """One prompt of 100 tokens; a took 1 s twice, b 1 s and 3 s. a over b: 200/2 over 200/4; draws of b: 1, 2, 3 s."""
+    one, other = BatchRecords(1), BatchRecords(1)
+    for made, seconds in ((one, (1.0, 1.0)), (other, (1.0, 3.0))):
+        made.drafting.records = [record("p", repeat, s) for repeat, s in enumerate(seconds)]
+        made.autoregression.records = list(made.drafting.records)
+    found = speed_ratio(Table.of(one).drafting, Table.of(other).drafting, "seconds", BOOTSTRAP)
+    assert (found.value, found.low, found.high) == (pytest.approx(2.0), pytest.approx(1.0), pytest.approx(3.0))
+
+
+def test_no_sample_is_no_interval() -> None:
+    found = BOOTSTRAP.interval(1.5, np.array([np.nan, np.inf]))
+    assert found.value == 1.5 and math.isnan(found.low) and math.isnan(found.high)
+
+
+def test_a_repeat_cut_short_can_be_left_out() -> None:
+    batch = batch_records(2.0, prompts=4, repeats=3)
+    batch.drafting.records.pop()
+    table = Table.of(batch)
+    assert table.pairs == 11 and table.whole_repeats().drafting.seconds.shape == (4, 2)
+    only = Table.of(batch_records(2.0, prompts=4, repeats=1))
+    assert only.whole_repeats() is only
+
+
+def test_gaps_belong_to_their_category() -> None:
+    arm = ArmRecords(
+        [record("a", 0, 1.0, gaps=2), record("b", 0, 1.0, category="other", gaps=1), record("c", 0, 1.0, gaps=1)],
+        gaps=[0.01, 0.02, 0.3, 0.04],
+    )
+    own = arm.of_category("translation")
+    assert [r.item for r in own.records] == ["a", "c"] and own.gaps == [0.01, 0.02, 0.04]
+    assert arm.of_category("other").gaps == [0.3]
+    old = ArmRecords([record("a", 0, 1.0)], gaps=[0.01])  # a result that does not say
+    assert arm_figures(old.of_category("translation")).gap_seconds["p50"] is None

@@ -54,3 +54,10 @@ def test_ties_and_unexamined_differences_are_said() -> None:
 
 def test_nothing_measured_decides_nothing() -> None:
     assert judge(batch_figures(BatchRecords(1), BOOTSTRAP), []).answer == NOT_SIGNIFICANT
+
+
+@pytest.mark.parametrize(("repeats", "answer"), [(4, NOT_SIGNIFICANT), (5, GO)])
+def test_a_handful_of_measurements_decides_nothing(repeats: int, answer: str) -> None:
+    """One prompt, always as fast: the spread of so few is no measure of what the next one would be."""
+    figures = batch_figures(batch_records(1.5, prompts=1, repeats=repeats), BOOTSTRAP)
+    assert figures.speedup.low > 1.0 and judge(figures, []).answer == answer

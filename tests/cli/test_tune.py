@@ -59,3 +59,10 @@ def test_refusals(program: Program, recipe: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.yaml"
     empty.write_text("backend: torch\n")
     assert program("tune", empty) == 2 and "base" in program.err and "drafter" in program.err
+
+
+def test_texts_of_one_token_cannot_be_tuned_for(program: Program, recipe: Path, tmp_path: Path) -> None:
+    """A base model that ends every text at once would divide by nothing."""
+    target = ["--target", "h100-80gb", "--set", f"engine={tmp_path / 'absent'}"]
+    assert program("tune", recipe, *target, "--max-tokens", 1) == 2 and "nothing to draft" in program.err
+    assert program("tune", recipe, "--max-tokens", 1) == 2 and "nothing to draft" in program.err

@@ -19,7 +19,6 @@ from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, both_sid
 from trtllm_redrafter.benchmark.plots import require_matplotlib
 from trtllm_redrafter.benchmark.prompts import BUILT_IN, BenchPrompt, built_in_prompts, choose, make_items, read_prompts
 from trtllm_redrafter.benchmark.records import BenchResult
-from trtllm_redrafter.benchmark.report import write_report
 from trtllm_redrafter.benchmark.statistics import Bootstrap
 from trtllm_redrafter.benchmark.summary import Summary, summarize
 from trtllm_redrafter.errors import InputError, MismatchError, UsageError
@@ -47,7 +46,7 @@ class BenchOptions:
 
 
 def bench(options: BenchOptions, progress: Progress) -> Summary:
-    """Measure, and write the report if one is asked for. Everything that can be refused is refused before loading."""
+    """Measure. Everything that can be refused is refused before loading; the report is written by `write_report`."""
     prompts = _checked(options)
     with both_sides(_load(options.engine, options.device, options.draft_shape), partial(_baseline, options)) as sides:
         runner, baseline = sides
@@ -55,10 +54,7 @@ def bench(options: BenchOptions, progress: Progress) -> Summary:
         options.measure.check(runner, options.engine)
         options.measure.check(baseline, options.baseline or options.engine)
         result = _measure(options, runner, baseline, prompts, progress)
-    summary = summarize(result, options.bootstrap)
-    if options.report is not None:
-        write_report(summary, options.report, overwrite=options.overwrite)
-    return summary
+    return summarize(result, options.bootstrap)
 
 
 def _checked(options: BenchOptions) -> list[BenchPrompt]:

@@ -18,13 +18,14 @@ import numpy as np
 
 from trtllm_redrafter.benchmark.page import markdown_table
 from trtllm_redrafter.benchmark.records import AUTOREGRESSION, DRAFTING, BenchResult
-from trtllm_redrafter.benchmark.statistics import Array, Bootstrap, Estimate, Table, divide, speed_ratio
+from trtllm_redrafter.benchmark.statistics import FEWEST, Array, Bootstrap, Estimate, Table, divide, speed_ratio
 from trtllm_redrafter.benchmark.summary import without_nan
 from trtllm_redrafter.errors import MismatchError, Problem, UsageError, VerificationError, raise_together
 
 SPEEDUP = "speed-up"
 CLOCK = "seconds"
 FASTER, SLOWER, SAME, REGRESSION = "faster", "slower", "no difference", "REGRESSION"
+TOO_LITTLE = "too little measured"
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def compare(results: Sequence[tuple[str, BenchResult]], bootstrap: Bootstrap, *,
 
 def _shared(one: Table, other: Table) -> tuple[Table, Table]:
     items = [item for item in one.items if item in other.items]
-    return one.only([one.items.index(i) for i in items]), other.only([other.items.index(i) for i in items])
+    tables = one.only([one.items.index(i) for i in items]), other.only([other.items.index(i) for i in items])
+    return tables[0].whole_repeats(), tables[1].whole_repeats()  # the same mix of prompts on both sides
 
 
 def _changes(name: str, batch: int, new: Table, old: Table, bootstrap: Bootstrap, tolerance: float) -> list[Change]:
@@ -117,10 +119,16 @@ def _changes(name: str, batch: int, new: Table, old: Table, bootstrap: Bootstrap
         f"{AUTOREGRESSION}, tokens/s": speed_ratio(new.autoregression, old.autoregression, CLOCK, bootstrap),
         SPEEDUP: _speedup_ratio(new, old, bootstrap),
     }
-    return [Change(name, batch, figure, ratio, _verdict(ratio, tolerance)) for figure, ratio in figures.items()]
+    few = min(new.pairs, old.pairs) < FEWEST
+    return [
+        Change(name, batch, figure, ratio, TOO_LITTLE if few else _verdict(ratio, tolerance))
+        for figure, ratio in figures.items()
+    ]
 
 
 def _verdict(ratio: Estimate, tolerance: float) -> str:
+    if not ratio.low <= ratio.high:  # NaN
+        return TOO_LITTLE
     if ratio.high < 1.0 - tolerance:
         return REGRESSION
     if ratio.high < 1.0:

@@ -9,6 +9,7 @@ import datetime
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ def describe(info: EngineInfo, command: Sequence[str]) -> dict[str, Any]:
         "commit": _commit(),
         "versions": {"trtllm-redrafter": __version__, "python": platform.python_version(), **_versions()},
         "machine": machine(info),
-        "clocks": clocks(),
+        "clocks": clocks(info),
         "load_before": _load(),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
@@ -44,7 +45,7 @@ def describe(info: EngineInfo, command: Sequence[str]) -> dict[str, Any]:
 
 def afterwards(info: EngineInfo) -> dict[str, Any]:
     """Taken after it: whether the clocks or the load have changed, and how much memory it took."""
-    return {"clocks_after": clocks(), "load_after": _load(), "memory": memory(info)}
+    return {"clocks_after": clocks(info), "load_after": _load(), "memory": memory(info)}
 
 
 def machine(info: EngineInfo) -> dict[str, Any]:
@@ -66,7 +67,12 @@ def _gpu_name(info: EngineInfo) -> str | None:
         return None
     import torch
 
-    return torch.cuda.get_device_name()
+    return torch.cuda.get_device_name(_cuda_device(info))
+
+
+def _cuda_device(info: EngineInfo) -> str:
+    """ "cuda:1" of "cuda:1 (cuda-graphs: ...)"."""
+    return info.device.partition(" ")[0]
 
 
 def _on_cuda(info: EngineInfo) -> bool:
@@ -79,14 +85,31 @@ def _cpuinfo(field: str) -> str | None:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), None)
 
 
-def clocks() -> dict[str, Any]:
-    """Megahertz of the first core now, and who governs it; None where the system does not say."""
+def clocks(info: EngineInfo) -> dict[str, Any]:
+    """Megahertz of the first core now, and who governs it; None where the system does not say. GPUs' beside them."""
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     megahertz = _cpuinfo("cpu MHz")
-    return {
+    found: dict[str, Any] = {
         "mhz": None if megahertz is None else round(float(megahertz)),
         "governor": governor.read_text().strip() if governor.exists() else None,
     }
+    on_gpu = info.backend == "tensorrt-llm" or _on_cuda(info)
+    return {**found, "gpus": gpu_clocks()} if on_gpu else found
+
+
+def gpu_clocks() -> list[dict[str, str]]:
+    """Megahertz of each GPU's cores and memory now, and the most its cores may take; [] where the driver is silent."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    names = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "clocks.max.sm": "max_sm_mhz"}
+    command = [program, f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
+    return [dict(zip(names.values(), line, strict=True)) for line in lines if len(line) == len(names)]
 
 
 def _load() -> float | None:
@@ -126,7 +149,7 @@ def memory(info: EngineInfo) -> dict[str, int]:
     if _on_cuda(info):
         import torch
 
-        found["peak_gpu_bytes"] = int(torch.cuda.max_memory_allocated())
+        found["peak_gpu_bytes"] = int(torch.cuda.max_memory_allocated(_cuda_device(info)))
     return found
 
 

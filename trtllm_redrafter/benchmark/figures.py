@@ -64,6 +64,10 @@ def arm_figures(arm: ArmRecords) -> ArmFigures:
     )
 
 
+def _step_time_ratio(mine: ArmFigures, plain: ArmFigures) -> float:
+    return divide(mine.step_seconds, plain.step_seconds)
+
+
 @dataclass(frozen=True)
 class CategoryFigures:
     """One kind of prompt."""
@@ -73,8 +77,13 @@ class CategoryFigures:
     autoregression: ArmFigures
     speedup: Estimate
 
+    @property
+    def step_time_ratio(self) -> float:
+        return _step_time_ratio(self.drafting, self.autoregression)
+
     def as_dict(self) -> dict[str, Any]:
         return {
+            "step_time_ratio": self.step_time_ratio,
             "prompts": self.prompts,
             DRAFTING: self.drafting.as_dict(),
             AUTOREGRESSION: self.autoregression.as_dict(),
@@ -99,7 +108,7 @@ class BatchFigures:
     @property
     def step_time_ratio(self) -> float:
         """A drafting step's time over a plain one's: the acceptance length from which drafting pays."""
-        return divide(self.drafting.step_seconds, self.autoregression.step_seconds)
+        return _step_time_ratio(self.drafting, self.autoregression)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -130,6 +139,5 @@ def batch_figures(batch: BatchRecords, bootstrap: Bootstrap) -> BatchFigures:
 
 
 def _category(batch: BatchRecords, name: str, part: Table, bootstrap: Bootstrap) -> CategoryFigures:
-    sides = [ArmRecords([r for r in batch.arm(a).records if r.category == name]) for a in (DRAFTING, AUTOREGRESSION)]
-    mine, plain = (arm_figures(side) for side in sides)
+    mine, plain = (arm_figures(batch.arm(side).of_category(name)) for side in (DRAFTING, AUTOREGRESSION))
     return CategoryFigures(len(part.items), mine, plain, speedup(part, "seconds", bootstrap))

@@ -80,6 +80,7 @@ class _Open:
     submitted: float
     first: float | None = None
     last: float = 0.0
+    gaps: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -123,12 +124,13 @@ def _note(update: Update, now: float, running: dict[str, _Open], found: RoundRes
         if request.first is None:
             request.first = now
         elif now > request.last:  # a prompt's first token can come together with its first step's
-            found.gaps.append(now - request.last)
+            request.gaps.append(now - request.last)
         request.last = now
     if update.result is not None:
         del running[update.request_id]
         found.results[request.item.item_id] = update.result
         found.records.append(_record(request, update.result, repeat))
+        found.gaps += request.gaps
 
 
 def _record(request: _Open, result: Result, repeat: int) -> Record:
@@ -148,6 +150,7 @@ def _record(request: _Open, result: Result, repeat: int) -> Record:
         drafted=result.drafted_tokens,
         accepted=result.accepted_tokens,
         accepted_at=tuple(result.accepted_at),
+        gaps=len(request.gaps),
         output=hashlib.sha256(repr(result.token_ids).encode()).hexdigest()[:16],
     )
 
@@ -167,8 +170,8 @@ class Session:
         rounds = {b: _rounds(self._items, b) for b in self._options.batches}
         total, done = self._options.repeats * sum(len(r) for r in rounds.values()), 0
         for batch in self._options.batches:
-            for number in range(self._options.warmup):
-                self._pair(batch, rounds[batch][number % len(rounds[batch])], number)
+            for number, items in enumerate(_warm_up(rounds[batch], self._options.warmup)):
+                self._pair(batch, items, number)
         for repeat in range(self._options.repeats):
             for batch in self._options.batches:  # batches inside: a repeat's drift meets all of them
                 for number, items in enumerate(rounds[batch]):
@@ -217,6 +220,13 @@ def _rounds(items: Sequence[Item], batch: int) -> list[Sequence[Item]]:
     count = len(items) if batch == 1 else max(1, len(items) // (ROUND * batch))
     bounds = [i * len(items) // count for i in range(count + 1)]
     return [items[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def _warm_up(rounds: Sequence[Sequence[Item]], count: int) -> list[Sequence[Item]]:
+    """From the longest prompts to the shortest: no round that counts waits for what a backend prepares for a length."""
+    ordered = sorted(rounds, key=lambda items: -max(len(item.token_ids) for item in items))
+    last = max(1, count - 1)
+    return [ordered[number * (len(ordered) - 1) // last] for number in range(count)]
 
 
 def _add(arm: ArmRecords, found: RoundResult) -> None:

@@ -7,6 +7,7 @@ dark. Text stays text. Needs the `report` extra; it is imported when a plot is d
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 5.2, 3.1
 """Inches; 374 points wide, which a phone shows at its own size."""
 
-INK, FAINT, ACCENT, SECOND, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505"
-_VARIABLES = {INK: "--ink", FAINT: "--faint", ACCENT: "--accent", SECOND: "--second", PAPER: "--paper"}
+INK, FAINT, ACCENT, SECOND, CARD = "#010101", "#020202", "#030303", "#040404", "#050505"
+_VARIABLES = {INK: "--ink", FAINT: "--faint", ACCENT: "--accent", SECOND: "--second", CARD: "--card"}
+
+
+_FEWEST_TICKS, _MOST_TICKS = 3, 10
 
 
 def require_matplotlib() -> None:
@@ -41,7 +45,9 @@ def draw(name: str, paint: Callable[[Any, Any], None], *, height: float = HEIGHT
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 10,
+    # Names of categories are the user's: a dollar sign in them is no formula.
+    style = {"text.parse_math": False,
+             "svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 10,
              "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK,
              "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none",
              "figure.facecolor": "none", "grid.color": FAINT, "grid.linewidth": 0.5}  # fmt: skip
@@ -76,7 +82,8 @@ def speedup_by_batch(summary: Summary) -> str:
         values = [b.figures.speedup.value for b in rows]
         _intervals(axis, list(places), [b.figures.speedup for b in rows], vertical=True)
         for x, value in zip(places, values, strict=True):
-            axis.annotate(f"{value:.2f}", (x, value), (8, 0), textcoords="offset points", va="center", color=INK)
+            axis.annotate(f"{value:.2f}", (x, value), (9, 0), textcoords="offset points", va="center", color=INK,
+                          bbox={"facecolor": CARD, "edgecolor": "none", "pad": 1})  # fmt: skip
         axis.set_xticks(list(places), [str(b.figures.batch) for b in rows])
         axis.set_xlim(-0.6, len(rows) - 0.4)
         axis.set_ylim(bottom=0, top=1.1 * max([1.2, *(b.figures.speedup.high for b in rows)]))
@@ -138,25 +145,42 @@ def latency_distribution(batch: BatchSummary, summary: Summary) -> str:
             gaps = sorted(1e3 * g for g in records.arm(arm).gaps)
             step = max(1, len(gaps) // 400)  # a curve needs no more points
             share = [100 * (i + 1) / len(gaps) for i in range(len(gaps))]
-            axis.plot(gaps[::step], share[::step], color=colour, linestyle=dash, linewidth=2, label=arm)
+            x, y = gaps[::step] + gaps[-1:], share[::step] + share[-1:]  # the longest wait is among them
+            axis.plot(x, y, color=colour, linestyle=dash, linewidth=2, label=arm)
         axis.set_xscale("log")
-        _plain_ticks(axis)
+        _readable_ticks(axis)
         axis.set_ylim(0, 101)
         axis.grid(True, axis="y")
         axis.set_xlabel(f"milliseconds between updates, batch {batch.figures.batch}")
         axis.set_ylabel("updates up to that, %")
-        axis.legend(frameon=False, loc="lower right")
+        figure.legend(frameon=False, loc="outside upper center", ncols=2)
 
     return draw("latency", paint, title="Distribution of the time between updates")
 
 
-def _plain_ticks(axis: Any) -> None:
-    """10, 20, 50 and no powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _readable_ticks(axis: Any) -> None:
+    """Every tick of a logarithmic axis has its number."""
+    from matplotlib.ticker import NullLocator
 
-    axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    ticks = log_ticks(*axis.get_xlim())
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two positive ones: 1, 2, 5, 10, 20, ...; over a wide range 1, 10, 100; over a narrow
+    one, where there would be too few, even steps.
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 2, 5), (1,)):
+        found = [tick for n in powers for d in digits if low <= (tick := float(f"{d}e{n}")) <= high]
+        if _FEWEST_TICKS <= len(found) <= _MOST_TICKS:
+            return found
+    if len(found) > _MOST_TICKS:
+        return found[:: -(-len(found) // _MOST_TICKS)]
+    power = 10.0 ** math.floor(math.log10((high - low) / _FEWEST_TICKS))
+    step = next(d * power for d in (1, 2, 5, 10) if (high - low) / (d * power) <= 2 * _FEWEST_TICKS)
+    return [float(f"{n * step:.6g}") for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def roofline(summary: Summary) -> str | None:

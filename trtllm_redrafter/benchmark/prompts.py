@@ -11,6 +11,7 @@ results are shown for each.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -23,6 +24,7 @@ from trtllm_redrafter.errors import InputError, MismatchError, Problem, raise_to
 BUILT_IN = "built-in"
 UNNAMED = "other"
 _TURN = "-turn-"
+_LAST_TURN = re.compile(rf"{_TURN}\d+$")
 SHOWN = 20
 """Problems of one file that a message lists."""
 
@@ -148,7 +150,7 @@ def _items_of(runner: Runner, prompt: BenchPrompt, max_tokens: int) -> list[Item
 
 def question_of(item_id: str) -> str:
     """The prompt that an item is a turn of."""
-    return item_id.partition(_TURN)[0]
+    return _LAST_TURN.sub("", item_id)
 
 
 def _encode(runner: Runner, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:

@@ -26,7 +26,8 @@ class Record:
     `first_token_seconds` is when a reader sees it, which can be a step later: a runner may hand out both together.
 
     `step_seconds` is the runner's own time in decoding steps; the rest of `decode_seconds` went to other requests'
-    prompts. `output` is a hash of the emitted token ids.
+    prompts. `output` is a hash of the emitted token ids. `gaps`: how many of the side's gaps, which are in the order
+    of its records, are this request's; None in results that do not say.
     """
 
     item: str
@@ -42,6 +43,7 @@ class Record:
     accepted: int
     accepted_at: tuple[int, ...]
     output: str
+    gaps: int | None = None
 
 
 @dataclass
@@ -55,6 +57,16 @@ class ArmRecords:
     @property
     def tokens(self) -> int:
         return sum(r.tokens for r in self.records)
+
+    def of_category(self, name: str) -> ArmRecords:
+        """Its requests and their gaps. Rounds mix categories, so there is no wall time."""
+        found, first = ArmRecords(), 0
+        for record in self.records:
+            if record.category == name:
+                found.records.append(record)
+                found.gaps += self.gaps[first : first + (record.gaps or 0)]
+            first += record.gaps or 0
+        return found
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ write_report(summary, Path("report"), overwrite=False)     # report.html, report
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trtllm_redrafter.benchmark import page, plots
 from trtllm_redrafter.benchmark.figures import ArmFigures
@@ -35,7 +36,8 @@ SPEED_HEADER = ["batch", "side", "together", "tokens/s", "per user", "decoding",
                 "update p50, ms", "p95", "p99", "step, ms"]  # fmt: skip
 PAYS_HEADER = ["batch", "speed-up", "interval", "decoding", "all tokens", "tokens/step", "step-time ratio",
                "same output", "of roof, plain", "drafting"]  # fmt: skip
-CATEGORY_HEADER = ["kind of prompt", "batch", "prompts", "speed-up", "interval", "tokens/step"]
+CATEGORY_HEADER = ["kind of prompt", "batch", "prompts", "speed-up", "interval", "tokens/step", "step-time ratio",
+                   "per user", "undrafted", "update p95, ms", "undrafted"]  # fmt: skip
 
 
 def speed_rows(summary: Summary) -> Rows:
@@ -87,6 +89,9 @@ def category_rows(summary: Summary) -> Rows:
             number(c.speedup.value, ".2f"),
             _interval(c.speedup.low, c.speedup.high),
             number(c.drafting.acceptance_length, ".2f"),
+            number(c.step_time_ratio, ".2f"),
+            *(number(side.user_tokens_per_second) for side in (c.drafting, c.autoregression)),
+            *(number(side.gap_seconds["p95"], ".1f", 1e3) for side in (c.drafting, c.autoregression)),
         ]
         for b in summary.batches
         for name, c in sorted(b.figures.categories.items())
@@ -100,7 +105,7 @@ def fact_rows(summary: Summary) -> list[tuple[str, str]]:
     rows = [
         ("engine", f"{engine['path']}: {engine['backend']}, {engine['dtype']}, drafts {engine['draft_shape']}"),
         ("machine", f"{machine.get('gpu') or machine['processor']}, {machine['cores']} cores; {machine['device']}"),
-        ("clock", f"{clocks['mhz'] or '?'} MHz, governor {clocks['governor'] or 'not shown'}"),
+        ("clock", _clock(clocks)),
         ("load", f"{env['load_before']} before, {env.get('load_after', '–')} after"),
         ("versions", ", ".join(f"{k} {v}" for k, v in env["versions"].items())),
         ("commit", str(env["commit"] or "not a git checkout")),
@@ -119,6 +124,13 @@ def fact_rows(summary: Summary) -> list[tuple[str, str]]:
     return rows
 
 
+def _clock(clocks: Mapping[str, Any]) -> str:
+    text = f"{clocks['mhz'] or '?'} MHz, governor {clocks['governor'] or 'not shown'}"
+    for number, found in enumerate(clocks.get("gpus", [])):
+        text += f"; GPU {number}: {found['sm_mhz']} of {found['max_sm_mhz']} MHz, memory {found['memory_mhz']} MHz"
+    return text
+
+
 def spec_bench_lines(summary: Summary) -> list[str]:
     """Spec-Bench's figures, at batch 1."""
     found = [b.spec_bench for b in summary.batches if b.spec_bench is not None]
@@ -126,7 +138,9 @@ def spec_bench_lines(summary: Summary) -> list[str]:
         "On these prompts, as Spec-Bench counts (greedy, batch 1, mean over questions and repeats): "
         f"speed-up {row.speedup:.2f}, "
         f"{row.tokens_per_second:.1f} against {row.baseline_tokens_per_second:.1f} tokens/s, "
-        f"{number(row.mean_accepted_tokens, '.2f')} tokens per step."
+        f"{number(row.mean_accepted_tokens, '.2f')} tokens per step. By task: "
+        + ", ".join(f"{task} {number(value, '.2f')}" for task, value in row.tasks.items())
+        + "."
         for row in found
     ]
 

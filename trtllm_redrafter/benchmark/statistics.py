@@ -20,6 +20,9 @@ from trtllm_redrafter.benchmark.records import BatchRecords, Record
 
 Array = NDArray[np.float64]
 
+FEWEST = 5
+"""Measurements of both sides from which an interval says anything: the bootstrap knows only what it has seen."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -61,7 +64,7 @@ class Bootstrap:
         tail = (1 - self.level) / 2
         samples = samples[np.isfinite(samples)]
         if not len(samples):
-            return Estimate(value, value, value)
+            return Estimate(value, float("nan"), float("nan"))
         low, high = np.quantile(samples, [tail, 1 - tail])
         return Estimate(value, float(low), float(high))
 
@@ -121,6 +124,22 @@ class Table:
             for side in (self.drafting, self.autoregression)
         ]
         return Table(tuple(self.items[i] for i in rows), tuple(self.categories[i] for i in rows), *chosen)
+
+    @property
+    def pairs(self) -> int:
+        """Prompts times repeats that both sides have measured."""
+        return int((self.drafting.seconds > 0).sum())
+
+    def whole_repeats(self) -> Table:
+        """Without the repeat that an interruption cut short, in which some prompts count and others do not."""
+        kept = (self.drafting.seconds > 0).all(axis=0)
+        if kept.all() or not kept.any():
+            return self
+        sides = [
+            Column(*(values[:, kept] for values in vars(side).values()))
+            for side in (self.drafting, self.autoregression)
+        ]
+        return Table(self.items, self.categories, *sides)
 
     def by_category(self) -> dict[str, Table]:
         names = dict.fromkeys(self.categories)

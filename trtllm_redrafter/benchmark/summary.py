@@ -15,8 +15,13 @@ from trtllm_redrafter.benchmark.differences import FAULT, TIE, UNEXAMINED
 from trtllm_redrafter.benchmark.figures import BatchFigures, batch_figures
 from trtllm_redrafter.benchmark.prompts import question_of
 from trtllm_redrafter.benchmark.records import BatchRecords, BenchResult, Record
-from trtllm_redrafter.benchmark.statistics import Bootstrap
+from trtllm_redrafter.benchmark.statistics import Bootstrap, divide
 from trtllm_redrafter.benchmark.verdict import Verdict, judge
+
+MULTI_TURN = "multi-turn conversation"
+_CONVERSATION = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
+_OTHER_TASKS = {"translation", "summarization", "qa", "math_reasoning", "rag"}
+"""Categories of Spec-Bench's question file. Its leaderboard has one column for the first eight, one for each other."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +81,15 @@ class SpecBench:
     tokens_per_second: float
     baseline_tokens_per_second: float
     mean_accepted_tokens: float | None
+    tasks: Mapping[str, float]
+    """Speed-up of each kind of question; Spec-Bench's first eight kinds are one task."""
 
     @property
     def speedup(self) -> float:
         return self.tokens_per_second / self.baseline_tokens_per_second
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "speedup": self.speedup}
+        return {**vars(self), "tasks": dict(self.tasks), "speedup": self.speedup}
 
 
 @dataclass(frozen=True)
@@ -147,17 +154,34 @@ def spec_bench_row(batch: BatchRecords) -> SpecBench | None:
         return None
     steps = sum(r.steps for r in batch.drafting.records)
     accepted = 1 + sum(r.accepted for r in batch.drafting.records) / steps if steps else None
-    mine, plain = (sum(side) / len(side) for side in sides)
-    return SpecBench(mine, plain, accepted)
+    task_of = _spec_bench_tasks({r.category for r in batch.drafting.records})
+    means = [_means_by_task(side, task_of) for side in sides]
+    tasks = {task: divide(speed, means[1].get(task, 0.0)) for task, speed in sorted(means[0].items())}
+    mine, plain = (sum(speed for _, speed in side) / len(side) for side in sides)
+    return SpecBench(mine, plain, accepted, tasks)
 
 
-def _question_speeds(records: Sequence[Record]) -> list[float]:
-    sums: dict[tuple[str, int], tuple[int, float]] = {}
+def _question_speeds(records: Sequence[Record]) -> list[tuple[str, float]]:
+    """Category and tokens per second of every question and repeat."""
+    sums: dict[tuple[str, int], tuple[str, int, float]] = {}
     for r in records:
         key = (question_of(r.item), r.repeat)
-        tokens, seconds = sums.get(key, (0, 0.0))
-        sums[key] = (tokens + r.tokens, seconds + r.seconds)
-    return [tokens / seconds for tokens, seconds in sums.values() if seconds > 0]
+        _, tokens, seconds = sums.get(key, (r.category, 0, 0.0))
+        sums[key] = (r.category, tokens + r.tokens, seconds + r.seconds)
+    return [(category, tokens / seconds) for category, tokens, seconds in sums.values() if seconds > 0]
+
+
+def _spec_bench_tasks(categories: set[str]) -> dict[str, str]:
+    """Category to task. A file with other kinds than Spec-Bench's keeps its own."""
+    official = categories <= _CONVERSATION | _OTHER_TASKS
+    return {name: MULTI_TURN if official and name in _CONVERSATION else name for name in categories}
+
+
+def _means_by_task(speeds: Sequence[tuple[str, float]], task_of: Mapping[str, str]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for category, speed in speeds:
+        found.setdefault(task_of.get(category, category), []).append(speed)
+    return {task: sum(values) / len(values) for task, values in found.items()}
 
 
 def without_nan(value: Any) -> Any:

@@ -105,10 +105,10 @@ def render_html(found: TuneResult) -> str:
 
 
 def tuned_recipe(values: Mapping[str, Any], found: TuneResult) -> str:
-    """The recipe with the shape for the first batch size asked for, and the others as comments.
+    """The recipe with the shape for the smallest batch size at which one pays, and the others as comments.
 
-    For another GPU, the engine's batch is limited to sizes at which drafting is predicted to pay; its token limits are
-    derived from that and from the shape when it is built.
+    For another GPU, the engine's batch is limited to sizes at which that shape is predicted to pay; its token limits
+    are derived from that and from the shape when it is built.
     """
     chosen = list(found.recommendations.values())
     comments = ["# Draft shape chosen by `trtllm-redrafter tune`.", *(f"# {r.render()}" for r in chosen)]
@@ -119,9 +119,13 @@ def tuned_recipe(values: Mapping[str, Any], found: TuneResult) -> str:
         assert shape is not None
         section = changed["convert"] = dict(changed.get("convert") or {})
         section["num_beams"], section["draft_len"] = shape.num_beams, shape.draft_len
+        if isinstance(changed.get("run"), dict):  # what it says would hide the choice
+            changed["run"] = {k: v for k, v in changed["run"].items() if k not in ("num_beams", "draft_len")}
         if found.target != THIS:
             build = changed["build"] = dict(changed.get("build") or {})
-            build["max_batch_size"] = max(r.batch for r in paying)
+            build["max_batch_size"] = max(
+                p.batch for p in found.predictions if p.shape == shape and p.speedup.value > 1.0
+            )
     else:
         changed.pop("drafter", None)
         comments.append("# No setting pays: the drafter is left out.")

@@ -125,6 +125,12 @@ def tune(options: TuneOptions, progress: Progress) -> TuneResult:
         with closing(_load(options.engine, options.device, None)) as runner:
             items, texts = _recorded(runner, prompts, options, progress)
             facts["environment"] = environment.describe(runner.info, options.command)
+    if texts.mean_tokens <= 1.0:
+        raise UsageError(
+            "the base model ends every text at its first token, so there is nothing to draft",
+            where=options.base,
+            remedy="pass other --prompts; a base model without a chat template needs texts to continue",
+        )
     accepted = grid_acceptance(
         base, options.drafter, texts, options.grid, head_rows=options.head_rows, progress=progress
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from trtllm_redrafter.benchmark.differences import FAULT, TIE, UNEXAMINED
 from trtllm_redrafter.benchmark.figures import BatchFigures
 from trtllm_redrafter.benchmark.records import Difference
+from trtllm_redrafter.benchmark.statistics import FEWEST
 
 GO, NO_GO, NOT_SIGNIFICANT = "go", "no-go", "not significant"
 
@@ -38,7 +39,8 @@ def judge(figures: BatchFigures, differences: Sequence[Difference]) -> Verdict:
         reason = f"{faults} output(s) differ from autoregression by more than rounding explains; speed does not matter"
         return Verdict(figures.batch, NO_GO, reason)
     speed = figures.speedup
-    if not speed.low <= speed.high:  # also when nothing was measured: NaN compares false
+    few = min(figures.drafting.requests, figures.autoregression.requests) < FEWEST
+    if few or not speed.low <= speed.high:  # also when nothing was measured: NaN compares false
         return Verdict(figures.batch, NOT_SIGNIFICANT, "too little was measured to say anything")
     if speed.low > 1.0:
         answer = GO

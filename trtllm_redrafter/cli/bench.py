@@ -73,12 +73,13 @@ def bench(
         resolved, name=Path(target[0]).stem, baseline=baseline, overwrite=overwrite, command=_command()
     )
     from trtllm_redrafter.benchmark.bench import bench as run_bench
-    from trtllm_redrafter.benchmark.report import render_text
+    from trtllm_redrafter.benchmark.report import render_text, write_report
 
     with progress_bar() as progress:
         summary = run_bench(options, progress)
-    say(render_text(summary))
+    say(render_text(summary))  # before anything can go wrong with files
     if options.report is not None:
+        write_report(summary, options.report, overwrite=overwrite)
         note(f"report written to {options.report / 'report.html'}")
     if as_json:
         emit("bench", **summary.as_dict())
