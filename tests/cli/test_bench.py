@@ -91,3 +91,31 @@ def test_an_interrupted_run_keeps_what_it_measured(
     assert not measured["complete"] and measured["summary"][0]["drafting"]["requests"] == 3
     kept = json.loads((tmp_path / "report" / "result.json").read_text())
     assert len(kept["batches"][0]["drafting"]["records"]) == 3
+
+
+def test_answers_of_one_token_have_no_latencies(
+    program: Program, artefacts: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Nothing is decoded: no step, no gap, no ratio, and still a report."""
+    flags = ["--prompts", prompts, "--batch", "1", "--max-tokens", 1, "--report", tmp_path / "report", "--json"]
+    assert program("bench", artefacts / "engine", *flags) == 0, program.err
+    [found] = program.document["summary"]
+    assert found["step_time_ratio"] is None and found["drafting"]["gap_seconds"]["p50"] is None
+    assert found["decode_speedup"]["value"] is None and found["speedup"]["value"] > 0
+    assert "NaN" not in (tmp_path / "report" / "result.json").read_text()
+    assert "nan" not in (tmp_path / "report" / "report.html").read_text().lower().replace("nano", "")
+
+
+def test_a_report_that_cannot_be_written_leaves_the_figures(
+    program: Program, artefacts: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trtllm_redrafter.benchmark import report
+    from trtllm_redrafter.errors import OutputError
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OutputError("no space left")
+
+    monkeypatch.setattr(report, "write_report", full)
+    flags = ["--prompts", prompts, "--batch", "1", "--max-tokens", 4, "--report", tmp_path / "report"]
+    assert program("bench", artefacts / "engine", *flags) == 5
+    assert "batch 1: " in program.out and "no space left" in program.err
