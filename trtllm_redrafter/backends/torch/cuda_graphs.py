@@ -139,8 +139,8 @@ class GraphExecutor(TorchExecutor):
             outputs = known[1]
         graph.replay()
         count = sum(len(tree) for tree in trees)
-        # Contexts outlive the step, so hidden states are copied out of the graph's buffer; the rest is used at once.
-        scores = outputs.logits[:count] if logits else None
+        # What callers may keep is copied out of the buffers: contexts outlive the step, laws are collected by checks.
+        scores = outputs.logits[:count].clone() if logits else None
         return TreeOutput(outputs.hidden[:count].clone(), outputs.best[:count], scores)
 
     def without_trees(self) -> GraphExecutor:

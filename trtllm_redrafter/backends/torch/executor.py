@@ -24,7 +24,7 @@ class TreeOutput:
     """One row per tree node, N in all: the first tree's nodes, then the second's, ..."""
 
     hidden: Tensor  # [N, H] in the model's dtype, after the final norm
-    best: Tensor  # [N] int64, token of the largest logit, the lowest of equals
+    best: Tensor  # [N] int64, token of the largest logit, the lowest of equals; to be read before the next pass
     logits: Tensor | None  # [N, V]; only when asked for
 
 
