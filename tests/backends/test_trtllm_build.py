@@ -190,6 +190,23 @@ def test_measured_kernels_are_kept_and_recorded(host: Host, checkpoint: Path, tm
     assert read_json(tmp_path / "cache" / "times.json")
 
 
+def test_builds_that_share_a_cache_do_not_meet(tmp_path: Path) -> None:
+    """Two processes at once: neither may take the other's unfinished file for its own."""
+    code = (
+        "import sys; from pathlib import Path; "
+        "from trtllm_redrafter.backends.tensorrt_llm.engine_cache import BuildIdentity, EngineCache; "
+        "folder, name = Path(sys.argv[1]), sys.argv[2]; file = folder / name; "
+        "file.write_bytes(name.encode() * 200000); "
+        "cache = EngineCache(folder / 'cache'); identity = BuildIdentity({}, (), {'tensorrt': '1'}, 'gpu')\n"
+        "for _ in range(150): cache.keep_timing_cache(identity, file); cache.remember_seconds(name, 1.0)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    running = [subprocess.Popen([*command, name], cwd=ROOT, stderr=subprocess.PIPE, text=True) for name in "ab"]
+    assert [process.communicate()[1] for process in running] == ["", ""]
+    (kept,) = (tmp_path / "cache" / "timing").iterdir()
+    assert len(set(kept.read_bytes())) == 1 and read_json(tmp_path / "cache" / "times.json")
+
+
 def test_a_cache_that_cannot_be_written_costs_no_engine(host: Host, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the cache should be")
     engine = build(wanted(checkpoint, tmp_path, cache=True))
@@ -244,6 +261,8 @@ def test_what_the_host_lacks_comes_at_once(
 def test_different_gpus_are_refused_for_several_ranks(host: Host, checkpoint: Path, tmp_path: Path) -> None:
     host.gpus(GPU_LINE, "NVIDIA H200, 143771, 143000, 9.0, 580.82.07")
     assert "the GPUs differ" in refused(wanted(checkpoint, tmp_path))
+    host.gpus(GPU_LINE.replace("81000", "0"), GPU_LINE)
+    assert "is in use" in refused(wanted(checkpoint, tmp_path))
     host.gpus("NVIDIA H100 PCIe, 40000, 39000, 9.0, 580.82.07")
     assert "it has 42 GB" in refused(wanted(checkpoint, tmp_path))
 

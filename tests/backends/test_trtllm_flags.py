@@ -214,6 +214,7 @@ def test_warnings_do_not_refuse() -> None:
     assert "max_batch_size is 128" in warnings({}, max_batch_size=128)
     assert "shared between prompts" in warnings({}, runtime=replace(settings().runtime, block_reuse=True))
     assert "not the release" in warnings({}, version="1.1.0")
+    assert "split over the ranks" in warnings({"use_parallel_embedding": True, "tp_size": 2})
     assert "heads have 96" in warnings({"head_size": 96})
     assert "MistralForCausalLM" in warnings({"architecture": "MistralForCausalLM"})
     assert "FP8" in warnings({"architecture": "Qwen2ForCausalLM", "quantization": FP8})

@@ -215,7 +215,10 @@ def test_engines_from_before_the_choice(host: Host, checkpoints: Path, tmp_path:
     runner = load(engine, None)
     assert run(runner, (5, 6))[0].token_ids == expected((5, 6), 20)
     runner.close()
-    edit_notes(engine, api="triton")
+    edit_notes(engine, api="executor", lookahead=True)
+    with pytest.raises(BackendError, match="does not know"):
+        load(engine, None)
+    edit_notes(engine, api="triton", lookahead=None)
     with pytest.raises(BackendError, match="no interface 'triton'"):
         load(engine, None)
 
@@ -318,8 +321,8 @@ def test_a_crash_under_slurm_is_noticed(
 def test_the_command_under_slurm(host: Host) -> None:
     host.slurm()
     command = worker_command(Path("/engines/a"), 4, "llm", SLURM | {"PATH": str(host.programs)})
-    assert command[:6] == ["srun", "--mpi=pmix", "--input=0", "--kill-on-bad-exit=1", "-n", "4"]
-    assert command[7:] == [
+    assert command[:7] == ["srun", "--mpi=pmix", "--input=0", "--overlap", "--kill-on-bad-exit=1", "-n", "4"]
+    assert command[8:] == [
         "-m", "trtllm_redrafter.backends.tensorrt_llm.llmapi_launch", "outside", "/engines/a", "--api", "llm",
     ]  # fmt: skip
     for ranks, environment in ((4, {}), (1, SLURM)):

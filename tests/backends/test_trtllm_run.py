@@ -218,7 +218,7 @@ def test_an_engine_of_several_ranks_needs_them_all(host: Host, checkpoints: Path
 def test_how_ranks_are_started(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch_command(4, {}) == ["mpirun", "-n", "4", "--allow-run-as-root", "--bind-to", "none"]
     host.program("srun", "#!/bin/sh\n")
-    slurm = ["srun", "--mpi=pmix", "--input=0", "--kill-on-bad-exit=1", "-n", "4"]
+    slurm = ["srun", "--mpi=pmix", "--input=0", "--overlap", "--kill-on-bad-exit=1", "-n", "4"]
     assert launch_command(4, {"SLURM_JOB_ID": "1"}) == slurm and launch_command(4, {})[0] == "mpirun"
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(BackendError, match="mpirun is not installed"):

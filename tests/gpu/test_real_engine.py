@@ -21,6 +21,7 @@ from trtllm_redrafter.backends.base import FinishReason, Request, Result, Sampli
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import read_engine
 from trtllm_redrafter.backends.tensorrt_llm.machine import find_gpus, installed_version
 from trtllm_redrafter.backends.tensorrt_llm.options import APIS, Api
+from trtllm_redrafter.backends.tensorrt_llm.runner import TensorRTRunner
 from trtllm_redrafter.backends.tensorrt_llm.versions import Status, release_for
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.errors import RequestError
@@ -127,6 +128,34 @@ def test_both_interfaces_give_the_same(models: Path, sampling: SamplingParams) -
     for one, other in zip(executor, llm, strict=True):
         assert (one.token_ids, one.text, one.finish_reason) == (other.token_ids, other.text, other.finish_reason)
         assert (one.steps, one.accepted_at) == (other.steps, other.accepted_at)
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("others", [frozenset[int](), frozenset({0})])
+def test_the_end_token_ends_the_text(models: Path, api: Api, others: frozenset[int]) -> None:
+    """It is the last token and its step is counted, whether the decoder cuts it off or not.
+
+    The smallest end token is the executor's own, which ReDrafter's decoder cuts off; the others are stop words.
+    """
+    runner = load_backend("tensorrt-llm").load(build(models, api=api), device="auto", verify_hashes=False)
+    assert isinstance(runner, TensorRTRunner)
+    checked = 0
+    try:
+        for text in PROMPTS:
+            prompt = runner.encode_prompt(text, chat=False)
+            (whole,) = runner.generate([Request(prompt, SamplingParams(max_tokens=30, ignore_eos=True))])
+            tokens = whole.token_ids
+            place = next((i for i in range(2, len(tokens)) if tokens[i] not in {*tokens[:i], *others}), None)
+            if place is None or others & {*tokens[:place]}:
+                continue  # it repeats itself from the start
+            runner._eos = others | {tokens[place]}
+            (ended,) = runner.generate([Request(prompt, SamplingParams(max_tokens=30))])
+            assert ended.token_ids == tokens[: place + 1] and ended.finish_reason is FinishReason.STOP
+            assert ended.steps + ended.accepted_tokens == place and sum(ended.accepted_at) == ended.accepted_tokens
+            checked += 1
+    finally:
+        runner.close()
+    assert checked, "no prompt wrote a new token after its second one"
 
 
 @pytest.mark.parametrize("api", APIS)

@@ -71,6 +71,9 @@ def test_what_is_left_is_the_cache() -> None:
     assert plan.kv_tokens == plan.kv_bytes // 4096
     assert plan.longest_request == 2048 + 12 and plan.full_requests == plan.kv_tokens // 2060
     assert not plan.problems() and not plan.warnings()
+    held = ("base weights", "embedding", "drafter weights", "activations")
+    assert plan.build_gpu_bytes == sum(line(plan.lines, name) for name in held) == plan.as_dict()["build_gpu_bytes"]
+    assert "build GPU" in plan.render() and "build host" in plan.render()
     assert plan.as_dict()["kv_tokens"] == plan.kv_tokens and "fits" in plan.render()
 
 

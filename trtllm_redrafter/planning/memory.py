@@ -27,6 +27,8 @@ ACTIVATION_COPIES = 1.25
 LOW_KV_SHARE = 0.05
 """Below this share of the GPU, the cache is so small that any estimate above may be the one that fails."""
 
+COMPILED_WITH = ("base weights", "embedding", "drafter weights", "activations")
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -64,6 +66,11 @@ class MemoryPlan:
     @property
     def used_bytes(self) -> int:
         return sum(line.nbytes for line in self.lines)
+
+    @property
+    def build_gpu_bytes(self) -> int:
+        """What compiling cannot do without; the more is free beyond it, the more kernels TensorRT can try."""
+        return sum(line.nbytes for line in self.lines if line.name in COMPILED_WITH)
 
     @property
     def free_bytes(self) -> int:
@@ -122,6 +129,8 @@ class MemoryPlan:
         rows.append(f"  {'KV cache':<{width}}  {_gb(self.kv_bytes):>9}  {kv} of {self.kv_bytes_per_token:,} bytes")
         fits = f"{self.full_requests} requests of {self.longest_request} positions at the same time"
         rows.append(f"  {'fits':<{width}}  {'':>9}  {fits}")
+        compiling = "weights and activations while compiling; TensorRT tries kernels in what is left"
+        rows.append(f"  {'build GPU':<{width}}  {_gb(self.build_gpu_bytes):>9}  {compiling}")
         rows.append(
             f"  {'build host':<{width}}  {_gb(self.build_host_bytes):>9}  main memory per rank built (estimate)"
         )
@@ -137,6 +146,7 @@ class MemoryPlan:
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "kv_tokens": self.kv_tokens,
             "full_requests": self.full_requests,
+            "build_gpu_bytes": self.build_gpu_bytes,
             "build_host_bytes": self.build_host_bytes,
         }
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,17 @@ class BuildIdentity:
             sort_keys=True,
         )  # fmt: skip
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A file of this process's own that takes `target`'s place: several builds may share the cache."""
+    temporary = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class EngineCache:
@@ -89,9 +103,8 @@ class EngineCache:
     def keep_timing_cache(self, identity: BuildIdentity, written: Path) -> None:
         target = self.timing_cache(identity)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(target.name + ".tmp")
-        shutil.copyfile(written, temporary)
-        temporary.replace(target)
+        with _beside(target) as temporary:
+            shutil.copyfile(written, temporary)
 
     def last_seconds(self, model: str) -> float | None:
         value = self._read_times().get(model)
@@ -100,7 +113,8 @@ class EngineCache:
     def remember_seconds(self, model: str, seconds: float) -> None:
         times = self._read_times() | {model: round(seconds, 1)}
         self._times.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self._times, times)
+        with _beside(self._times) as temporary:
+            write_json(temporary, times)
 
     def _read_times(self) -> dict[str, Any]:
         try:

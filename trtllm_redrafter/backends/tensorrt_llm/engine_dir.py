@@ -64,7 +64,11 @@ class EngineDirectory:
 
     @property
     def runtime(self) -> RuntimeOptions:
-        return RuntimeOptions(**self.notes["runtime"])
+        try:
+            return RuntimeOptions(**self.notes["runtime"])
+        except (KeyError, TypeError) as error:
+            what = f"{NOTES_FILE} has runtime options that this version does not know"
+            raise BackendError(what, where=self.path, why=str(error), remedy="build it again") from error
 
 
 def read_engine(path: Path, *, verify_hashes: bool) -> EngineDirectory:

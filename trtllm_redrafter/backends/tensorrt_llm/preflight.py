@@ -71,6 +71,11 @@ def _gpus(plan: TensorRTPlan, gpus: list[FoundGpu]) -> list[Problem]:
     elif not first.stands_for(target):
         why = f"it has {first.memory_bytes / 1e9:.0f} GB, {target.title} is planned for"
         found.append(Problem(f"the GPU is {first.name}", None, why, "pass --gpu for the GPU that is here"))
+    weights = weight_bytes(plan.config).total
+    if first.free_bytes < weights:
+        why = f"{first.free_bytes / 1e9:.1f} GB are free, the weights of a rank alone are {weights / 1e9:.1f} GB"
+        remedy = "end what runs on it (`nvidia-smi`), or hide it: CUDA_VISIBLE_DEVICES"
+        found.append(Problem(f"the GPU {first.name} is in use", None, why, remedy))
     names = {gpu.name for gpu in gpus}
     if plan.config.tp_size > 1 and len(names) > 1:
         found.append(

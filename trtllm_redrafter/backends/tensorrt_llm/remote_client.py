@@ -70,9 +70,10 @@ def _in_slurm(environment: Mapping[str, str]) -> bool:
 def _srun(ranks: int) -> list[str]:
     """Standard input goes to the first task alone; srun's default is a copy for each.
 
-    Unless told so, srun leaves the other ranks when one dies, and they wait for it for ever.
+    Unless told so, srun leaves the other ranks when one dies, and they wait for it for ever; and it waits for ever
+    itself where a step of the job, such as an interactive shell, holds the GPUs already.
     """
-    return ["srun", "--mpi=pmix", "--input=0", "--kill-on-bad-exit=1", "-n", str(ranks)]
+    return ["srun", "--mpi=pmix", "--input=0", "--overlap", "--kill-on-bad-exit=1", "-n", str(ranks)]
 
 
 def _check_launcher(words: Sequence[str], environment: Mapping[str, str]) -> None:

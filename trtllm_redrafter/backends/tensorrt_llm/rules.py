@@ -119,6 +119,9 @@ def _model_warnings(config: CheckpointConfig, where: str) -> Iterator[Problem]:
     if config.drafter is not None and config.head_size not in SAFE_HEAD_SIZES:
         why = "the kernels that verify draft tokens are known to cover 64 and 128"
         yield Problem(f"heads have {config.head_size} values", where, why, "be ready for a missing kernel at run time")
+    if config.drafter is not None and config.use_parallel_embedding and config.tp_size > 1:
+        why = "the drafter looks tokens up at every drafted position; NVIDIA's test does not split the embedding"
+        yield Problem("the embedding is split over the ranks", where, why, "leave convert.parallel_embedding off")
     if config.kv_cache_quant_algo == "FP8" and config.family == "qwen":
         why = "an FP8 KV cache made a Qwen-14B engine wrong (TensorRT-LLM issue 2607)"
         yield Problem("the KV cache of a Qwen model is FP8", where, why, "check the engine with `verify --reference`")
