@@ -157,7 +157,9 @@ def test_report_and_recipe() -> None:
 def test_recipe_for_another_gpu_limits_the_batch() -> None:
     found = result("h100-80gb", prediction(WIDE, 2.4, 1.6), prediction(WIDE, 2.4, 1.7, batch=4),
                    prediction(WIDE, 2.4, 3.0, batch=16))  # fmt: skip
-    assert yaml.safe_load(tuned_recipe({"base": "b"}, found))["build"] == {"max_batch_size": 4}
+    written = yaml.safe_load(tuned_recipe({"base": "b", "tensorrt_llm": {"workers": 2}}, found))
+    assert written["build"] == {"max_batch_size": 4}
+    assert written["tensorrt_llm"] == {"workers": 2, "gpu": "h100-80gb"}
 
 
 def test_recipe_without_a_paying_setting_leaves_the_drafter_out() -> None:

@@ -66,3 +66,39 @@ def test_texts_of_one_token_cannot_be_tuned_for(program: Program, recipe: Path, 
     target = ["--target", "h100-80gb", "--set", f"engine={tmp_path / 'absent'}"]
     assert program("tune", recipe, *target, "--max-tokens", 1) == 2 and "nothing to draft" in program.err
     assert program("tune", recipe, "--max-tokens", 1) == 2 and "nothing to draft" in program.err
+
+
+def test_what_a_gpu_cannot_hold_is_left_out(program: Program, recipe: Path, tmp_path: Path) -> None:
+    """A tiny model keeps a few hundred bytes a token; some millions of requests are still too many for 80 GB."""
+    flags = ["--target", "h100-80gb", "--grid", "1x2", "--set", f"engine={tmp_path / 'absent'}", "--json"]
+    assert program("tune", recipe, *flags, "--batch", "1,9000000", "--report", tmp_path / "report") == 0, program.err
+    document = program.document
+    assert [p["batch"] for p in document["predictions"]] == [1]
+    [left_out] = document["left_out"]
+    assert left_out["batch"] == 9000000 and left_out["why"] and "1 setting(s) are left out" in program.out
+    [limit] = document["engine_limits"]
+    assert limit["max_num_tokens"] > 0
+    text = (tmp_path / "report" / "recipe.yaml").read_text()
+    assert f"max_num_tokens is {limit['max_num_tokens']}" in text
+    assert program("tune", recipe, *flags, "--batch", "9000000") == 4 and "no setting fits" in program.err
+
+
+def test_an_interrupted_budget_keeps_the_predictions(
+    program: Program, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trtllm_redrafter.benchmark.measure import Session
+
+    run, calls = Session.run, []
+
+    def interrupted(self: Session, *arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        run(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Session, "run", interrupted)
+    report = tmp_path / "report"
+    flags = ["--grid", "1x2,2x3", "--budget", 1, "--report", report, "--json"]
+    assert program("tune", recipe, *flags) == 130 and "were interrupted" in program.out
+    kept = json.loads((report / "tune.json").read_text())
+    assert len(kept["predictions"]) == 4 and [c["batch"] for c in kept["checks"]] == [1] and not kept["complete"]

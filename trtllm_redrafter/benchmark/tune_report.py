@@ -76,7 +76,10 @@ def lead(found: TuneResult) -> str:
         f"{found.facts['written_by']}; step cost: {found.facts['step_cost']}. * is on the frontier: no other setting "
     )
     text += "is better for one user and for all at once. Intervals are those of the acceptance"
-    return text + ("; decoding only." if found.target != THIS else " and of the step time; prompts are counted.")
+    text += "; decoding only." if found.target != THIS else " and of the step time; prompts are counted."
+    if found.facts.get("left_out"):
+        text += f" {len(found.facts['left_out'])} setting(s) are left out: the GPU cannot hold their batch."
+    return text if found.complete else f"{text} The measurements were interrupted."
 
 
 def render_text(found: TuneResult) -> str:
@@ -112,6 +115,10 @@ def tuned_recipe(values: Mapping[str, Any], found: TuneResult) -> str:
     """
     chosen = list(found.recommendations.values())
     comments = ["# Draft shape chosen by `trtllm-redrafter tune`.", *(f"# {r.render()}" for r in chosen)]
+    comments += [
+        f"# batch {limit['batch']}, {limit['setting']}: the engine's max_num_tokens is {limit['max_num_tokens']}"
+        for limit in found.facts.get("engine_limits", [])
+    ]
     paying = [r for r in chosen if r.shape is not None]
     changed: dict[str, Any] = {key: dict(v) if isinstance(v, Mapping) else v for key, v in values.items()}
     if paying:
@@ -126,6 +133,7 @@ def tuned_recipe(values: Mapping[str, Any], found: TuneResult) -> str:
             build["max_batch_size"] = max(
                 p.batch for p in found.predictions if p.shape == shape and p.speedup.value > 1.0
             )
+            changed["tensorrt_llm"] = {**(changed.get("tensorrt_llm") or {}), "gpu": found.target}
     else:
         changed.pop("drafter", None)
         comments.append("# No setting pays: the drafter is left out.")

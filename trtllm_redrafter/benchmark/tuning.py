@@ -7,8 +7,8 @@ found.checks                        # with a budget: predictions beside measurem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from trtllm_redrafter.benchmark.statistics import Bootstrap
 from trtllm_redrafter.benchmark.step_cost import Timing, measured_costs, roofline_costs
 from trtllm_redrafter.benchmark.trajectories import Texts, engine_texts, grid_acceptance, transformers_texts
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.errors import Problem, UsageError, raise_together
+from trtllm_redrafter.errors import MismatchError, Problem, UsageError, raise_together
 from trtllm_redrafter.planning.gpus import Gpu
 from trtllm_redrafter.planning.latency import Assumptions
 from trtllm_redrafter.progress import Progress
@@ -47,12 +47,21 @@ CHECK_REPEATS = 3
 
 
 @dataclass(frozen=True)
+class EngineSize:
+    """An engine for one setting and batch size: its token limit, and why it cannot hold that batch, if it cannot."""
+
+    max_num_tokens: int
+    refusal: str | None
+
+
+@dataclass(frozen=True)
 class Roof:
     """A target that is not here."""
 
     gpu: Gpu
     config: CheckpointConfig
     assumptions: Assumptions
+    size_of: Callable[[DraftShape, int], EngineSize]
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,8 @@ class TuneResult:
     predictions: tuple[Prediction, ...]
     checks: tuple[Check, ...]
     facts: dict[str, Any]
+    complete: bool = True
+    """False: the measurements of `budget` were interrupted. The predictions are whole."""
 
     @property
     def recommendations(self) -> dict[int, Recommendation]:
@@ -104,6 +115,7 @@ class TuneResult:
     def as_dict(self) -> dict[str, Any]:
         return {
             "target": self.target,
+            "complete": self.complete,
             "recommendations": [r.as_dict() for r in self.recommendations.values()],
             "frontier": [{"setting": p.name, "batch": p.batch} for p in frontier(self.predictions)],
             "checks": [c.as_dict() for c in self.checks],
@@ -136,6 +148,9 @@ def tune(options: TuneOptions, progress: Progress) -> TuneResult:
     )
     del base
     predictions = _predict(options, items, texts, {a.shape: a for a in accepted}, progress)
+    if options.roof is not None:
+        predictions, sizes = _that_fit(options.roof, predictions)
+        facts |= sizes
     facts |= {
         "texts": len(texts.categories),
         "tokens": len(texts.rows),
@@ -143,9 +158,33 @@ def tune(options: TuneOptions, progress: Progress) -> TuneResult:
         "max_tokens": options.max_tokens,
         "step_cost": "roofline" if options.roof else f"means of {options.steps} steps",
     }
-    checks = _checks(options, predictions, items, progress)
-    target = THIS if options.roof is None else options.roof.gpu.name
-    return TuneResult(target, tuple(predictions), tuple(checks), facts)
+    checks: list[Check] = []
+    target, complete = THIS if options.roof is None else options.roof.gpu.name, False
+    with suppress(KeyboardInterrupt):
+        for check in _checks(options, predictions, items, progress):
+            checks.append(check)
+        complete = True
+    return TuneResult(target, tuple(predictions), tuple(checks), facts, complete)
+
+
+def _that_fit(roof: Roof, predictions: Sequence[Prediction]) -> tuple[list[Prediction], dict[str, Any]]:
+    """Predictions whose batch the GPU can hold, the others by name, and the limits of the engines that are best."""
+    sizes = {(p.shape, p.batch): roof.size_of(p.shape, p.batch) for p in predictions}
+    left_out = [
+        {"setting": p.name, "batch": p.batch, "why": size.refusal}
+        for p in predictions
+        if (size := sizes[p.shape, p.batch]).refusal is not None
+    ]
+    kept = [p for p in predictions if sizes[p.shape, p.batch].refusal is None]
+    if not kept:
+        why = str(left_out[0]["why"])
+        remedy = "use more ranks, FP8 weights, shorter texts (build.max_seq_len), or smaller batches and trees"
+        raise MismatchError("no setting fits the target", where=roof.gpu.title, why=why, remedy=remedy)
+    limits = [
+        {"batch": r.batch, "setting": r.best.name, "max_num_tokens": sizes[r.best.shape, r.batch].max_num_tokens}
+        for r in recommend(kept).values()
+    ]
+    return kept, {"left_out": left_out, "engine_limits": limits}
 
 
 def _load(engine: Path, device: str, shape: DraftShape | None) -> TorchRunner:
@@ -181,9 +220,8 @@ def _predict(
 
 def _checks(
     options: TuneOptions, predictions: Sequence[Prediction], items: Sequence[Item], progress: Progress
-) -> list[Check]:
+) -> Iterator[Check]:
     """The best `budget` settings of every batch size, measured as `bench` does."""
-    found = []
     for batch in options.batches if options.budget else ():
         for prediction in ranked(predictions, batch)[: options.budget]:
             assert options.engine is not None
@@ -193,5 +231,4 @@ def _checks(
                 session.run(progress)
             figures = batch_figures(session.batches[0], options.bootstrap)
             mine = figures.drafting
-            found.append(Check(prediction, figures.speedup, mine.user_tokens_per_second, mine.acceptance_length))
-    return found
+            yield Check(prediction, figures.speedup, mine.user_tokens_per_second, mine.acceptance_length)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trtllm_redrafter.cli.console import emit, note, progress_bar, say
+from trtllm_redrafter.cli.console import INTERRUPTED, emit, note, progress_bar, say
 from trtllm_redrafter.cli.options import Changes, Json, Overwrite, setting
 from trtllm_redrafter.fsio import check_replaceable
 
@@ -65,3 +65,5 @@ def tune(
         note(f"report and recipe written to {folder}")
     if as_json:
         emit("tune", **found.as_dict())
+    if not found.complete:
+        raise typer.Exit(INTERRUPTED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.planning.gpus import gpu
 from trtllm_redrafter.recipe.benchmark import parse_batches
 from trtllm_redrafter.recipe.layers import Layer, Origin, Resolved, nest
-from trtllm_redrafter.recipe.options import draft_shape, require, with_directories, with_limits
+from trtllm_redrafter.recipe.options import draft_shape, require, tensorrt_options, with_directories, with_limits
 from trtllm_redrafter.recipe.sources import PRESET_KEY, file_layers
 from trtllm_redrafter.recipe.training import parse_grid
 from trtllm_redrafter.recipe.training_options import within
@@ -144,17 +145,32 @@ def _grid(resolved: Resolved, drafter: Path) -> tuple[DraftShape, ...]:
 
 
 def _roof(resolved: Resolved, name: str, target: str) -> Roof:
-    """The latency plan's assumptions for the recipe's model on that GPU."""
-    from trtllm_redrafter.benchmark.tuning import Roof
+    """The latency plan's assumptions for the recipe's model on that GPU, and what engines it can hold."""
+    from trtllm_redrafter.backends.tensorrt_llm.flag_plan import plan_flags
+    from trtllm_redrafter.benchmark.tuning import EngineSize, Roof
     from trtllm_redrafter.planning.latency import Assumptions
+    from trtllm_redrafter.planning.memory import memory_plan
     from trtllm_redrafter.planning.model import planned_model
-    from trtllm_redrafter.recipe.hardware_plan import model_source
+    from trtllm_redrafter.recipe.hardware_plan import build_options, model_source
 
     row = gpu(target)
-    config = planned_model(model_source(with_directories(resolved, name=name))).config
-    limits = with_limits(resolved, config.max_position_embeddings).recipe
-    section = limits.plan
-    assert limits.build.max_seq_len is not None
-    context = section.context_len or max(1, limits.build.max_seq_len // 2)
+    resolved = with_directories(resolved, name=name)
+    config = planned_model(model_source(resolved)).config
+    resolved = with_limits(resolved, config.max_position_embeddings)
+    section, limits = resolved.recipe.plan, resolved.recipe.build
+    assert limits.max_seq_len is not None
+    context = section.context_len or max(1, limits.max_seq_len // 2)
     assumed = Assumptions(context, section.bandwidth_efficiency, section.compute_efficiency, section.kernel_us)
-    return Roof(row, config, assumed)
+    options, settings = build_options(resolved), tensorrt_options(resolved)
+
+    def size_of(shape: DraftShape, batch: int) -> EngineSize:
+        model = replace(config, draft_shape=shape)
+        flags = plan_flags(model, replace(options, max_batch_size=batch), settings)
+        memory = memory_plan(model, flags.limits, row, kv_cache_fraction=settings.runtime.kv_cache_fraction)
+        needed = batch * (context + shape.max_tree_tokens)
+        refusal = "; ".join(problem.render() for problem in memory.problems()) or None
+        if refusal is None and memory.kv_tokens < needed:
+            refusal = f"its KV cache holds {memory.kv_tokens} tokens, {batch} requests of {context} need {needed}"
+        return EngineSize(flags.limits.max_num_tokens, refusal)
+
+    return Roof(row, config, assumed, size_of)

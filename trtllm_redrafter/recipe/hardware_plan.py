@@ -57,7 +57,7 @@ def plan_recipe(resolved: Resolved, *, name: str) -> RecipePlan:
     resolved = with_directories(resolved, name=name)
     model = planned_model(model_source(resolved))
     resolved = with_limits(resolved, model.config.max_position_embeddings)
-    build = plan_for(model.config, _build_options(resolved))
+    build = plan_for(model.config, build_options(resolved))
     accepted, measured, notes = _acceptance(resolved, model)
     recipe, limits = resolved.recipe, build.flags.limits
     section = recipe.plan
@@ -138,7 +138,7 @@ def model_source(resolved: Resolved) -> ModelSource:
     )
 
 
-def _build_options(resolved: Resolved) -> BuildOptions:
+def build_options(resolved: Resolved) -> BuildOptions:
     recipe = resolved.recipe
     build = recipe.build
     assert recipe.checkpoint is not None and recipe.engine is not None
