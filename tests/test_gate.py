@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.cli.tiny import Program
 from tests.engines import build_engine, write_checkpoint, write_tokenizer
@@ -16,9 +18,11 @@ from tests.trtllm_options import options, settings
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import Result
 from trtllm_redrafter.backends.torch.runner import TorchRunner
+from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
+from trtllm_redrafter.checkpoint.layout import tensor_specs
 from trtllm_redrafter.errors import MismatchError
 from trtllm_redrafter.generation import gate_checks
-from trtllm_redrafter.generation.gate import GateReport, GateRequest, parity_gate
+from trtllm_redrafter.generation.gate import GateReport, GateRequest, parity_gate, reference_device
 from trtllm_redrafter.progress import no_progress
 
 PROMPTS = ("one", "a second prompt", "3")
@@ -161,3 +165,15 @@ def test_an_engine_of_tensorrt_llm_that_writes_nonsense_fails(
     flags = ["verify", models / "float32" / "engine", "--reference", models / "float32" / "checkpoint"]
     assert program(*flags, "--max-tokens", 40, "--prompt", "one", "--prompt", "two", "--json") == 0, program.err
     assert program.document["ok"] and program.document["acceptance_length"]
+
+
+def test_a_reference_that_no_gpu_holds_runs_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a 70B engine over four GPUs: after hours of building it must not end in an out-of-memory error."""
+    checkpoint = write_checkpoint(tmp_path, tp_size=2)
+    whole = sum(math.prod(spec.shape) for spec in tensor_specs(read_checkpoint_config(checkpoint)).values()) * 4
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert reference_device(checkpoint) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for free, device in ((whole, "cpu"), (2 * whole, "cuda")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, free))
+        assert reference_device(checkpoint) == device

@@ -16,7 +16,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from trtllm_redrafter.errors import MismatchError, Problem
 from trtllm_redrafter.generation.gate_acceptance import AcceptanceCheck, StepCounts, tolerance
 from trtllm_redrafter.generation.gate_checks import compare, sampled_alarms, token_alarms
 from trtllm_redrafter.generation.session import best_device, built_shape
+from trtllm_redrafter.planning.sizes import weight_bytes
 from trtllm_redrafter.progress import no_progress
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ PROMPTS = (
     "Translate into French: The train leaves at nine, but the station opens at seven.",
 )
 """What is decoded when nobody names prompts: prose, story, list, translation."""
+
+REFERENCE_SHARE = 1.3
+"""Of the model's bytes, what its reference takes: the replay's second copy of drafter and embedding, logits, cache."""
 
 
 @dataclass(frozen=True)
@@ -124,14 +128,15 @@ def parity_gate(request: GateRequest) -> GateReport:
     same, ties, faults, alarms = 0, 0, list[Problem](), list[Problem]()
     quantized = read_checkpoint_config(request.reference).quant_algo is not None
     steps = None
-    with _reference_runner(request, prompts) as reference:
+    device = reference_device(request.reference)  # asked once: the replay's tensors meet the reference's
+    with _reference_runner(request, prompts, device) as reference:
         if sampled:
             alarms += sampled_alarms(request.engine, reference, prompts, results)
         else:
             same, ties, faults = compare(request.engine, reference, quantized, prompts, results)
         if shape is not None:
             allowed = tolerance(reference.info.dtype, quantized=quantized, sampled=sampled)
-            steps = _replayed(request, reference, shape, prompts, results, allowed, sampled=sampled)
+            steps = _replayed(request, reference, device, shape, prompts, results, allowed, sampled=sampled)
     alarms += token_alarms(request.engine, results, same, ties)
     if steps is not None and shape is not None:
         alarms += steps.alarms(request.engine, shape.draft_len, request.min_acceptance)
@@ -158,13 +163,13 @@ def _decode(request: GateRequest, *, sampled: bool) -> tuple[list[tuple[int, ...
 
 
 def _replayed(
-    request: GateRequest, reference: TorchRunner, shape: DraftShape, prompts: Sequence[tuple[int, ...]],
+    request: GateRequest, reference: TorchRunner, device: str, shape: DraftShape, prompts: Sequence[tuple[int, ...]],
     results: Sequence[Result], allowed: float, *, sampled: bool,
 ) -> AcceptanceCheck:  # fmt: skip
     """The engine's steps beside those its texts take."""
     from trtllm_redrafter.generation.replay import load_replay
 
-    replay = load_replay(request.engine, request.reference, reference, shape, best_device(), greedy=not sampled)
+    replay = load_replay(request.engine, request.reference, reference, shape, device, greedy=not sampled)
     texts = [replay.steps(prompt, result.token_ids) for prompt, result in zip(prompts, results, strict=True)]
     found, expected = StepCounts.of_results(results), StepCounts.of_replay(texts, shape.draft_len)
     return AcceptanceCheck(found, expected, sum(text.parted for text in texts), allowed, sampled)
@@ -200,8 +205,24 @@ def _encode(runner: Runner, text: str, max_tokens: int) -> tuple[int, ...]:
     return runner.encode_prompt(text, chat=runner.has_chat_template)[-room:]
 
 
+def reference_device(checkpoint: Path) -> str:
+    """The GPU where the whole model in 16 bits fits into what is free on one; else the CPU.
+
+    An engine over several GPUs has a reference that none of them holds: slower is better than out of memory after hours
+    of building.
+    """
+    device = best_device()
+    if device == "cpu":
+        return device
+    import torch
+
+    whole = weight_bytes(replace(read_checkpoint_config(checkpoint), tp_size=1, quantization={})).total
+    free, _ = torch.cuda.mem_get_info()
+    return device if REFERENCE_SHARE * whole <= free else "cpu"
+
+
 @contextmanager
-def _reference_runner(request: GateRequest, prompts: Sequence[tuple[int, ...]]) -> Iterator[TorchRunner]:
+def _reference_runner(request: GateRequest, prompts: Sequence[tuple[int, ...]], device: str) -> Iterator[TorchRunner]:
     """The checkpoint on the torch backend, for as long as it is needed."""
     from trtllm_redrafter.backends.torch.backend import TorchBackend
 
@@ -215,7 +236,7 @@ def _reference_runner(request: GateRequest, prompts: Sequence[tuple[int, ...]]) 
             overwrite=False,
         )  # fmt: skip
         backend.build(backend.plan(options), no_progress)
-        runner = backend.load(options.output, device=best_device(), verify_hashes=False)
+        runner = backend.load(options.output, device=device, verify_hashes=False)
         try:
             yield runner
         finally:
