@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.engines import VOCAB, build_engine, load, with_oracle, write_checkpoint, write_tokenizer
+from tests.kernel_cases import SHAPES, attention_case, pointwise_case
 from tests.tiny_models import FAMILIES
 from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.torch.backend import TorchBackend
@@ -23,7 +24,6 @@ from trtllm_redrafter.generation.gate import GateRequest, parity_gate
 from trtllm_redrafter.redrafter.beam_search import beam_search, draft_head
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
-from trtllm_redrafter.redrafter.token_tree import Tree
 
 pytestmark = [
     pytest.mark.gpu,
@@ -176,72 +176,18 @@ def test_graphs_draft_what_the_search_does(tie: bool) -> None:
         assert search.search(list(contexts.cuda()), roots) == expected(contexts, roots)
 
 
-def attention_case(
-    batch: int, heads: int, kv_heads: int, size: int, bases: list[int], *, normed: bool, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Our attention and what float32 says, over trees of five nodes; the last one of the second tree is a filler."""
-    from trtllm_redrafter.backends.torch.tree_attention import Heads, TreeRows, attend
-
-    torch.manual_seed(4)
-    capacity, width = max(bases) + 40, 5
-    parents, depths = [-1, 0, 0, 1, 2], [0, 1, 1, 2, 2]
-    lines = Tree([0] * width, parents, depths).paths()
-    paths = torch.tensor([[line + line[-1:] * (3 - len(line)) for line in lines]] * batch)
-    paths[1:, -1] = -1
-    slots, keys = [2, 0][:batch], torch.randn(3, kv_heads, capacity, size).to(dtype)
-    values, angles = torch.randn_like(keys), torch.randn(capacity, size // 2)
-    cosine, sine = (torch.cat([f(angles)] * 2, dim=-1).to(dtype) for f in (torch.cos, torch.sin))
-    qkv = torch.randn(batch * width, (heads + 2 * kv_heads) * size).to(dtype)
-    norms = (torch.rand(size).to(dtype), torch.rand(size).to(dtype)) if normed else None
-
-    expected = torch.zeros(batch * width, heads * size)
-    for row in range(batch * width):
-        b, node = divmod(row, width)
-        if int(paths[b, node, 0]) < 0:
-            continue
-
-        def part(source: int, first: int, count: int, weight: torch.Tensor | None, b: int = b) -> torch.Tensor:
-            found = qkv[source].float().view(-1, size)[first : first + count]
-            if weight is not None:
-                found = weight.float() * found * torch.rsqrt(found.pow(2).mean(-1, keepdim=True) + 1e-5)
-            if first < heads + kv_heads:
-                place = bases[b] + depths[source % width]
-                low, high = found.chunk(2, dim=-1)
-                found = found * cosine[place].float() + torch.cat([-high, low], dim=-1) * sine[place].float()
-            return found.to(dtype).float()
-
-        query = part(row, 0, heads, norms and norms[0])
-        line = [b * width + ancestor for ancestor in lines[node]]
-        own_keys = [part(n, heads, kv_heads, norms and norms[1]).unsqueeze(1) for n in line]
-        own_values = [part(n, heads + kv_heads, kv_heads, None).unsqueeze(1) for n in line]
-        k = torch.cat([keys[slots[b], :, : bases[b]].float(), *own_keys], dim=1)
-        v = torch.cat([values[slots[b], :, : bases[b]].float(), *own_values], dim=1)
-        k, v = (x.repeat_interleave(heads // kv_heads, dim=0) for x in (k, v))
-        weights = (torch.einsum("nd,nsd->ns", query, k) * size**-0.5).softmax(dim=-1)
-        expected[row] = torch.einsum("ns,nsd->nd", weights, v).flatten()
-
-    rows = TreeRows(*(torch.tensor(x).cuda() for x in (slots, bases[:batch], [depths] * batch)), paths.cuda())
-    found = attend(
-        qkv.cuda(), norms and (norms[0].cuda(), norms[1].cuda()), (cosine.cuda(), sine.cuda()),
-        (keys.cuda(), values.cuda()), rows, Heads(heads, kv_heads, size, 1e-5), capacity,
-    )  # fmt: skip
-    return found.cpu().float(), expected
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("batch", "heads", "kv_heads", "size", "bases", "normed"),
-    [
-        (1, 4, 2, 16, [0], False), (2, 4, 2, 16, [70, 130], True), (2, 3, 1, 24, [600, 1100], False),
-        (2, 8, 8, 64, [63, 64], True), (2, 14, 2, 128, [255, 512], True), (2, 32, 32, 80, [254, 770], False),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "size", "bases", "normed"), SHAPES)
 def test_attention_is_float32s(
     batch: int, heads: int, kv_heads: int, size: int, bases: list[int], normed: bool, dtype: torch.dtype
 ) -> None:
-    found, expected = attention_case(batch, heads, kv_heads, size, bases, normed=normed, dtype=dtype)
+    found, expected = attention_case(batch, heads, kv_heads, size, bases, normed=normed, dtype=dtype, device="cuda")
     assert found.isfinite().all()
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+
+
+def test_fused_operations_are_pytorchs() -> None:
+    assert pointwise_case("cuda") < 0.01
 
 
 @pytest.mark.skipif(
