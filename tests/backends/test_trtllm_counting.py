@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Result, SamplingParams, Update
+from trtllm_redrafter.backends.tensorrt_llm import runner as runner_module
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
 from trtllm_redrafter.backends.tensorrt_llm.runner import TensorRTRunner
 from trtllm_redrafter.errors import BackendError, RequestError
@@ -152,7 +154,19 @@ def test_responses_in_flight_when_a_request_is_cancelled() -> None:
     assert finished(runner.step()) == {"other": [20]} and runner.step() == []
 
 
-def test_a_refused_request_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+def test_silence_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that was killed answers nothing, and neither do the ones that wait for it."""
+    monkeypatch.setattr(runner_module, "SILENCE_SECONDS", 0.05)
+    runner = make(Script([Event(0, (10,), decoding_iter=1)]))
+    time.sleep(0.1)  # idle: nobody is expected to answer
+    runner.submit(Request((5,), SamplingParams(max_tokens=9)))
+    assert runner.step()[0].token_ids == (10,) and runner.step() == []
+    time.sleep(0.1)
+    with pytest.raises(BackendError, match="has not answered"):
+        runner.step()
+
+
+def test_a_refused_request_is_a_message() -> None:
     runner = make(Script())
     with pytest.raises(RequestError, match="prompt is refused"):
         runner.submit(Request((9,), SamplingParams(max_tokens=3)))

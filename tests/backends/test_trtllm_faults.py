@@ -121,6 +121,16 @@ def test_what_came_before_the_end_is_given_out_first(host: Host, tmp_path: Path)
     client.close()
 
 
+def test_workers_that_never_load(host: Host, tmp_path: Path) -> None:
+    """Ranks that cannot reach each other wait in silence."""
+    script = "import sys, time; print('NCCL INFO waiting', file=sys.stderr, flush=True); time.sleep(600)"
+    host.monkeypatch.setattr(remote_client, "worker_command", lambda *_: [sys.executable, "-c", script])
+    host.monkeypatch.setattr(remote_client, "LOAD_SECONDS", 0.5)
+    with pytest.raises(BackendError, match="not been loaded") as caught:
+        RemoteClient(tmp_path, 1, api="executor")
+    assert "NCCL INFO waiting" in caught.value.render() and "--ipc host" in caught.value.render()
+
+
 def test_an_impatient_user_leaves_nothing_behind(host: Host, tmp_path: Path) -> None:
     """Ctrl-C while `close` waits for workers that do not listen."""
     script = "import json, signal, time; print(json.dumps({'ready': 1}), flush=True); time.sleep(600)"

@@ -355,3 +355,17 @@ def test_the_client_uses_documented_names_only(host: Host, checkpoints: Path, tm
         client.submit(replace(request, stop_words=[[3, 4]]))
     client.close()
     client.close()
+
+
+def test_ranks_are_ended_whatever_became_of_the_requests(
+    host: Host, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop that does not get to its requests in time must not keep the GPUs."""
+    from trtllm_redrafter.backends.tensorrt_llm import llm_client
+
+    monkeypatch.setenv("TLLM_WORKER_USE_SINGLE_PROCESS", "1")
+    monkeypatch.setattr(llm_client, "_CLOSE_SECONDS", 0.2)
+    client = llm_client.LlmClient(build(checkpoints, tmp_path), runtime=RUNTIME, tp_size=1)
+    client._loop.call_soon_threadsafe(time.sleep, 1.0)
+    client.close()
+    assert not client._llm._open

@@ -33,6 +33,9 @@ from trtllm_redrafter.backends.tensorrt_llm.options import Api
 from trtllm_redrafter.errors import BackendError, Problem
 
 _END_SECONDS = 30.0
+LOAD_SECONDS = 3600.0
+"""A 70B engine from a slow disk takes half of it. Ranks that cannot reach each other would be waited for for ever."""
+
 _READER_SECONDS = 2.0
 _LAST_WORDS = 2000
 _LOG_BYTES = 2**20
@@ -141,7 +144,12 @@ class RemoteClient:
         self._messages.put(None)
 
     def _await_ready(self) -> None:
-        message = self._messages.get()
+        try:
+            message = self._messages.get(timeout=LOAD_SECONDS)
+        except queue.Empty:
+            what = f"the engine has not been loaded after {LOAD_SECONDS / 60:.0f} minutes"
+            remedy = "run `trtllm-redrafter doctor`; in a container, several ranks need shared memory (--ipc host)"
+            raise BackendError(what, where=self._engine, why=self._last_words() or None, remedy=remedy) from None
         if message is None or "fatal" in message:
             raise self._fail(message)
 
@@ -211,15 +219,19 @@ class RemoteClient:
         """Nobody said why: by the end of what the workers wrote to their standard error."""
         if self._log.closed:
             return BackendError("the engine has been closed", where=self._engine, remedy="load it again")
-        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - _LOG_BYTES))
-        text = self._log.read().decode("utf-8", errors="replace")
+        text = self._last_words(_LOG_BYTES)
         known = explain(text)
         return BackendError(
             "an engine process ended unexpectedly" if known is None else known.what,
             where=self._engine,
-            why=text[-_LAST_WORDS:].strip() or f"exit code {self._child.returncode}, nothing was said",
+            why=text[-_LAST_WORDS:] or f"exit code {self._child.returncode}, nothing was said",
             remedy="run `trtllm-redrafter doctor`" if known is None else known.remedy,
         )
+
+    def _last_words(self, limit: int = _LAST_WORDS) -> str:
+        """The end of what the workers and those who started them wrote to standard error."""
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - limit))
+        return self._log.read().decode("utf-8", errors="replace").strip()
 
 
 def _said(error: dict[str, Any]) -> BackendError:

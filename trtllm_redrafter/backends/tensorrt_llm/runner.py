@@ -23,6 +23,10 @@ from trtllm_redrafter.errors import BackendError, Problem, RedrafterError, Reque
 _STEP_SECONDS = 1.0
 """Longest wait of one `step()`, so that callers can cancel and stop."""
 
+SILENCE_SECONDS = 600.0
+"""Far beyond any step or prompt: whatever runs, some request gets its next tokens sooner."""
+
+_DOCTOR = "run `trtllm-redrafter doctor`, and see with `nvidia-smi` what its processes do"
 _FINISH = {"end_id": FinishReason.STOP, "stop_words": FinishReason.STOP, "cancelled": FinishReason.CANCELLED}
 
 
@@ -63,6 +67,7 @@ class TensorRTRunner(Runner):
         self._active: dict[int, _Active] = {}
         self._come: deque[Event] = deque()
         self._numbers = itertools.count()
+        self._heard = time.monotonic()
 
     @property
     def has_work(self) -> bool:
@@ -86,6 +91,7 @@ class TensorRTRunner(Runner):
         result, shape = Result(request_id, len(request.token_ids)), self.info.draft_shape
         counter = StepCounter(result, None if shape is None else shape.draft_len)
         text = TextStream(self._tokenizer, request.sampling.stop)
+        self._heard = time.monotonic() if not self._active else self._heard
         self._active[number] = _Active(request, sent, result, text, counter, time.perf_counter())
         return request_id
 
@@ -97,6 +103,7 @@ class TensorRTRunner(Runner):
         """
         if self._active and not self._come:
             self._come.extend(self._client.poll(_STEP_SECONDS))
+            self._check_silence()
         updates: list[Update] = []
         while self._come:
             active = self._active.get(self._come[0].number)
@@ -117,6 +124,16 @@ class TensorRTRunner(Runner):
 
     def close(self) -> None:
         self._client.close()
+
+    def _check_silence(self) -> None:
+        """Ranks that wait for each other, or for one that was killed, say nothing, and would be waited for for ever."""
+        now = time.monotonic()
+        if self._come:
+            self._heard = now
+        elif now - self._heard > SILENCE_SECONDS:
+            what = f"the engine has not answered for {SILENCE_SECONDS:.0f} seconds"
+            why = f"{len(self._active)} request(s) are running; a rank may have been killed, or wait for another one"
+            raise BackendError(what, where=self.info.path, why=why, remedy="load it again; " + _DOCTOR)
 
     def _apply(self, active: _Active, event: Event) -> Update:
         if event.error is not None:
