@@ -303,6 +303,8 @@ def test_an_engine_that_lost_a_file_is_refused(host: Host, checkpoint: Path, tmp
         ("unknown-flag", "trtllm-build: error: unrecognized arguments: --max_output_len 3"),
         ("version", "The engine plan file is not compatible: version mismatch, expecting 10.14 got 10.11"),
         ("mpi-spawn", "mpi4py.MPI.Exception: MPI_ERR_SPAWN: could not spawn processes"),
+        ("nccl", "Failed, NCCL error cpp/tensorrt_llm/runtime/ncclCommunicator.cpp:111 'unhandled system error'"),
+        ("slurm-pmi", 'The application appears to have been direct launched using "srun", but OMPI was not built with'),
         ("wrong-sm", "The engine plan file is generated on an incompatible device, expecting compute 9.0 got 8.9"),
     ],
 )

@@ -17,7 +17,7 @@ from trtllm_redrafter.backends.tensorrt_llm.flag_plan import plan_flags
 from trtllm_redrafter.backends.tensorrt_llm.flag_table import CHOICE, FLAGS, INT, OWNED, SWITCH
 from trtllm_redrafter.backends.tensorrt_llm.versions import RELEASES, Status, parse_version, release_for, satisfies
 from trtllm_redrafter.errors import MismatchError
-from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 
 CONTRACT: dict[str, Any] = json.loads(
     (Path(__file__).parent.parent / "data" / "trtllm" / "trtllm_build_flags.json").read_text()
@@ -198,6 +198,13 @@ def test_groups_of_heads_have_kernels_by_rule() -> None:
     seven = {"num_attention_heads": 14, "num_key_value_heads": 2, "quantization": FP8}
     assert plan_for(model_config(**seven), options()).flags  # Hopper and an FP8 cache: compiled on demand
     assert "groups of 7" in refusal(seven, gpu="l40s")
+    sizes = {"num_attention_heads": 24, "num_key_value_heads": 2, "intermediate_size": 2880, "hidden_size": 1536,
+             "vocab_size": 32004}  # fmt: skip
+    drafter = DrafterConfig(vocab_size=32004, hidden_size=1536, exit_dim=3072, num_layers=2)
+    twelve = replace(model_config(**sizes), drafter=drafter)
+    with pytest.raises(MismatchError, match="groups of 12"):
+        plan_for(twelve, options())
+    assert plan_for(replace(twelve, tp_size=6), options()).flags  # KV heads are repeated: each has 4 heads on its rank
     plain = {"num_attention_heads": 14, "num_key_value_heads": 2}
     assert plan_for(model_config(drafter=False, **plain), options()).flags  # without draft tokens any group works
 

@@ -101,6 +101,16 @@ FAILURES: tuple[Failure, ...] = (
         "install libopenmpi (libmpi.so.40), or use the release container; for slots, pass as many GPUs as ranks",
     ),
     _failure(
+        "slurm-pmi", r"direct launched using .{0,2}srun|OMPI was not built with SLURM",
+        "MPI believes that Slurm has started this process, and was not built for that",
+        "start the program from a batch script or with `srun --mpi=pmix`, not inside a plain srun step",
+    ),
+    _failure(
+        "nccl", r"ncclSystemError|ncclUnhandledCudaError|NCCL error|unhandled (system|cuda) error",
+        "the GPUs cannot reach each other",
+        "in a container, give it shared memory (--ipc host, or --shm-size 1g); NCCL_DEBUG=WARN says more",
+    ),
+    _failure(
         "cuda-library", r"(libcublasLt|libcudart|libnvinfer|libcuda)[\w.]*: cannot open shared object file"
         r"|CUDA driver version is insufficient",
         "a CUDA library or a new enough driver is missing",

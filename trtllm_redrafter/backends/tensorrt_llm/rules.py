@@ -245,12 +245,13 @@ def _gpu_refusals(config: CheckpointConfig, target: Gpu, where: str) -> Iterator
         yield Problem(what, "tensorrt_llm.gpu", "FP4 arithmetic begins with Blackwell", "quantize to FP8 instead")
     if config.drafter is None:
         return
-    group = config.num_attention_heads // max(config.num_key_value_heads, 1)
+    heads, kv_heads = config.num_attention_heads // config.tp_size, max(config.num_key_value_heads // config.tp_size, 1)
+    group = heads // kv_heads  # of a rank: with fewer KV heads than ranks each has one, for fewer heads
     has_precompiled = group > 0 and MAX_GROUP % group == 0
     compiles = target.is_hopper and config.kv_cache_quant_algo == "FP8" and group <= MAX_GROUP
     if not has_precompiled and not compiles:
         why = (
-            f"{config.num_attention_heads} heads over {config.num_key_value_heads} KV heads are groups of {group}; "
+            f"{heads} heads over {kv_heads} KV heads on each rank are groups of {group}; "
             "kernels that verify draft tokens are precompiled for groups that divide 64"
         )
         remedy = "quantize the KV cache to FP8 and use a Hopper GPU: there the kernel is compiled on demand"
