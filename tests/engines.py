@@ -15,7 +15,7 @@ from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.torch.backend import TorchBackend
 from trtllm_redrafter.backends.torch.drafting import Drafting
 from trtllm_redrafter.backends.torch.runner import TorchRunner
-from trtllm_redrafter.convert import ConvertOptions, convert, plan_conversion
+from trtllm_redrafter.conversion import ConvertOptions, convert, plan_conversion
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.redrafter.token_tree import Tree

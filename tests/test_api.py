@@ -26,7 +26,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         "import trtllm_redrafter, sys; assert 'torch' not in sys.modules",
         "from trtllm_redrafter import convert; convert",
-        "import trtllm_redrafter.convert; from trtllm_redrafter import convert, build; convert",
+        "import trtllm_redrafter.conversion; from trtllm_redrafter import convert, build; convert",
         "from trtllm_redrafter import build, load_engine, convert; convert",
         "import trtllm_redrafter.api; from trtllm_redrafter import convert",
     ],

@@ -19,8 +19,8 @@ from typing import Any
 
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import EngineInfo, Request, Result, Runner, Update
-from trtllm_redrafter.convert import convert as run_conversion
-from trtllm_redrafter.convert import plan_conversion
+from trtllm_redrafter.conversion import convert as run_conversion
+from trtllm_redrafter.conversion import plan_conversion
 from trtllm_redrafter.errors import RequestError
 from trtllm_redrafter.generation import defaults_for, open_runner
 from trtllm_redrafter.progress import Progress, no_progress

@@ -17,10 +17,10 @@ from tests.tiny_models import write_base, write_drafter
 from trtllm_redrafter.checkpoint.inspect import inspect
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.verify import verify_files
-from trtllm_redrafter.convert.against import verify
-from trtllm_redrafter.convert.execute import convert
-from trtllm_redrafter.convert.options import ConvertOptions
-from trtllm_redrafter.convert.plan import plan_conversion
+from trtllm_redrafter.conversion.against import verify
+from trtllm_redrafter.conversion.execute import convert
+from trtllm_redrafter.conversion.options import ConvertOptions
+from trtllm_redrafter.conversion.plan import plan_conversion
 from trtllm_redrafter.errors import InputError, VerificationError
 from trtllm_redrafter.progress import no_progress
 

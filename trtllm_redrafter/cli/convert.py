@@ -27,8 +27,8 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert a Hugging Face base model and a ReDrafter drafter into a TensorRT-LLM checkpoint."""
-    from trtllm_redrafter.convert import convert as run_conversion
-    from trtllm_redrafter.convert import plan_conversion
+    from trtllm_redrafter.conversion import convert as run_conversion
+    from trtllm_redrafter.conversion import plan_conversion
     from trtllm_redrafter.recipe.options import convert_options
 
     resolved = from_flags(

@@ -44,7 +44,7 @@ def verify(
         run = from_flags({"run.max_tokens": ("--max-tokens", max_tokens)}).recipe.run
         _gate(path, reference, tuple(prompt or ()), run.max_tokens, min_acceptance, device=run.device, as_json=as_json)
         return
-    from trtllm_redrafter.convert.against import verify as run_checks
+    from trtllm_redrafter.conversion.against import verify as run_checks
 
     with progress_bar() as progress:
         report = run_checks(path, against=against, hashes=True, progress=progress)

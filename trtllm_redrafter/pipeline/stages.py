@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends import load_backend
-from trtllm_redrafter.convert import convert, plan_conversion
+from trtllm_redrafter.conversion import convert, plan_conversion
 from trtllm_redrafter.errors import InputError, OutputError, UsageError
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.pipeline.cache import Fingerprint, HashCache, StageRecords, Verdict

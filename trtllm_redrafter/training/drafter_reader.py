@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.convert.drafter_files import DrafterFiles
-from trtllm_redrafter.convert.sources import OpenFiles, Source
+from trtllm_redrafter.conversion.drafter_files import DrafterFiles
+from trtllm_redrafter.conversion.sources import OpenFiles, Source
 from trtllm_redrafter.errors import InputError, raise_together
 from trtllm_redrafter.training.export import load_weights, weight_names
 from trtllm_redrafter.training.model import DrafterSpec, HeadKind, TrainableDrafter

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.torch.backend import TorchBackend
-from trtllm_redrafter.convert import ConvertOptions, convert, plan_conversion
+from trtllm_redrafter.conversion import ConvertOptions, convert, plan_conversion
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.training.plan import TrainPlan
 from trtllm_redrafter.training.self_distill import AnswerWriter, RunnerWriter

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.convert.conftest import Options
+from tests.conversion.conftest import Options
 from tests.tiny_models import write_base, write_drafter, write_drafter_config, write_tied_drafter
-from trtllm_redrafter.convert.execute import convert
-from trtllm_redrafter.convert.plan import plan_conversion
+from trtllm_redrafter.conversion.execute import convert
+from trtllm_redrafter.conversion.plan import plan_conversion
 from trtllm_redrafter.errors import InputError, MismatchError, OutputError, RedrafterError, UsageError
 from trtllm_redrafter.progress import no_progress
 

@@ -14,9 +14,9 @@ from tests.tiny_models import write_base
 MEASURE = """
     import sys
     from pathlib import Path
-    from trtllm_redrafter.convert.execute import convert
-    from trtllm_redrafter.convert.options import ConvertOptions
-    from trtllm_redrafter.convert.plan import plan_conversion
+    from trtllm_redrafter.conversion.execute import convert
+    from trtllm_redrafter.conversion.options import ConvertOptions
+    from trtllm_redrafter.conversion.plan import plan_conversion
     from trtllm_redrafter.progress import no_progress
     base, out, dtype, tp = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     def memory(field):

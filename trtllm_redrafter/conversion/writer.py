@@ -19,8 +19,8 @@ from pathlib import Path
 
 from trtllm_redrafter.checkpoint.manifest import FileRecord
 from trtllm_redrafter.checkpoint.safetensors_io import tensor_bytes
-from trtllm_redrafter.convert.shards import Block, Extent, RankPlan, blocks
-from trtllm_redrafter.convert.sources import OpenFiles
+from trtllm_redrafter.conversion.shards import Block, Extent, RankPlan, blocks
+from trtllm_redrafter.conversion.sources import OpenFiles
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.progress import Progress
 

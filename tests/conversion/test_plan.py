@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.convert.conftest import Options
+from tests.conversion.conftest import Options
 from tests.tiny_models import write_base, write_drafter
-from trtllm_redrafter.convert.execute import convert
-from trtllm_redrafter.convert.plan import plan_conversion
+from trtllm_redrafter.conversion.execute import convert
+from trtllm_redrafter.conversion.plan import plan_conversion
 from trtllm_redrafter.progress import no_progress
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from trtllm_redrafter.checkpoint.config import DTYPES
-from trtllm_redrafter.convert.base import Base
-from trtllm_redrafter.convert.drafter_files import DrafterFiles
-from trtllm_redrafter.convert.options import AUTO_DTYPE, ConvertOptions
+from trtllm_redrafter.conversion.base import Base
+from trtllm_redrafter.conversion.drafter_files import DrafterFiles
+from trtllm_redrafter.conversion.options import AUTO_DTYPE, ConvertOptions
 from trtllm_redrafter.errors import Problem, RedrafterError, UsageError
 from trtllm_redrafter.fsio import overlaps
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.convert.conftest import Convert, Options
-from tests.convert.fp8 import quantize_fp8
+from tests.conversion.conftest import Convert, Options
+from tests.conversion.fp8 import quantize_fp8
 from tests.tiny_models import drafter_tensors, write_base, write_drafter, write_tied_drafter
 from trtllm_redrafter.checkpoint import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import read_header
 from trtllm_redrafter.checkpoint.verify import verify_files
-from trtllm_redrafter.convert.plan import plan_conversion
+from trtllm_redrafter.conversion.plan import plan_conversion
 from trtllm_redrafter.errors import MismatchError
 
 PEER = Path(__file__).parents[1] / "data" / "peer"

@@ -21,7 +21,7 @@ from torch import Tensor
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.layout import TensorSpec, rank_slice
 from trtllm_redrafter.checkpoint.safetensors_io import TORCH_DTYPES, Layout
-from trtllm_redrafter.convert.sources import Source
+from trtllm_redrafter.conversion.sources import Source
 from trtllm_redrafter.errors import MismatchError
 
 BLOCK_BYTES = 2 * 2**20

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from trtllm_redrafter.checkpoint import Checkpoint
-from trtllm_redrafter.convert import ConvertOptions
-from trtllm_redrafter.convert.execute import convert
-from trtllm_redrafter.convert.plan import plan_conversion
+from trtllm_redrafter.conversion import ConvertOptions
+from trtllm_redrafter.conversion.execute import convert
+from trtllm_redrafter.conversion.plan import plan_conversion
 from trtllm_redrafter.progress import no_progress
 
 Options = Callable[..., ConvertOptions]

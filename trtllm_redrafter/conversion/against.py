@@ -18,9 +18,9 @@ from trtllm_redrafter.checkpoint.layout import DRAFTER
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, TensorInfo, tensor_bytes
 from trtllm_redrafter.checkpoint.verify import VerifyReport, checkpoint_directory, verify_files
-from trtllm_redrafter.convert.base import from_huggingface
-from trtllm_redrafter.convert.shards import Extent, TensorPlan, blocks
-from trtllm_redrafter.convert.sources import OpenFiles
+from trtllm_redrafter.conversion.base import from_huggingface
+from trtllm_redrafter.conversion.shards import Extent, TensorPlan, blocks
+from trtllm_redrafter.conversion.sources import OpenFiles
 from trtllm_redrafter.errors import Problem, RedrafterError
 from trtllm_redrafter.progress import Progress
 

@@ -18,15 +18,15 @@ from typing import Any, TypeVar
 
 from trtllm_redrafter.checkpoint.config import ARCHITECTURES, CheckpointConfig
 from trtllm_redrafter.checkpoint.layout import DRAFTER, divisibility_problems, tensor_specs
-from trtllm_redrafter.convert.base import Base, open_base
-from trtllm_redrafter.convert.draft_shape import ResolvedShape, resolve_shape
-from trtllm_redrafter.convert.drafter_checks import LM_HEAD
-from trtllm_redrafter.convert.drafter_files import DrafterFiles
-from trtllm_redrafter.convert.options import ConvertOptions
-from trtllm_redrafter.convert.render import plan_dict, render_plan
-from trtllm_redrafter.convert.shards import RankPlan, plan_tensor
-from trtllm_redrafter.convert.sources import Folded, OpenFiles, Source
-from trtllm_redrafter.convert.validate import option_problems, pair_problems
+from trtllm_redrafter.conversion.base import Base, open_base
+from trtllm_redrafter.conversion.draft_shape import ResolvedShape, resolve_shape
+from trtllm_redrafter.conversion.drafter_checks import LM_HEAD
+from trtllm_redrafter.conversion.drafter_files import DrafterFiles
+from trtllm_redrafter.conversion.options import ConvertOptions
+from trtllm_redrafter.conversion.render import plan_dict, render_plan
+from trtllm_redrafter.conversion.shards import RankPlan, plan_tensor
+from trtllm_redrafter.conversion.sources import Folded, OpenFiles, Source
+from trtllm_redrafter.conversion.validate import option_problems, pair_problems
 from trtllm_redrafter.errors import InputError, MismatchError, OutputError, Problem, RedrafterError
 from trtllm_redrafter.fsio import check_replaceable
 

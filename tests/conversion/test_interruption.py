@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from tests.convert.conftest import Options
+from tests.conversion.conftest import Options
 from tests.tiny_models import write_base, write_drafter
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.verify import verify_files
-from trtllm_redrafter.convert import execute, writer
-from trtllm_redrafter.convert.execute import convert
-from trtllm_redrafter.convert.plan import ConversionPlan, plan_conversion
+from trtllm_redrafter.conversion import execute, writer
+from trtllm_redrafter.conversion.execute import convert
+from trtllm_redrafter.conversion.plan import ConversionPlan, plan_conversion
 from trtllm_redrafter.errors import InputError, OutputError
 from trtllm_redrafter.progress import no_progress
 
@@ -144,10 +144,10 @@ def test_overwriting_keeps_the_old_checkpoint_when_it_fails(
 SLOW = """
     import sys, time
     from pathlib import Path
-    from trtllm_redrafter.convert.execute import convert
-    from trtllm_redrafter.convert.options import ConvertOptions
-    from trtllm_redrafter.convert import writer
-    from trtllm_redrafter.convert.plan import plan_conversion
+    from trtllm_redrafter.conversion.execute import convert
+    from trtllm_redrafter.conversion.options import ConvertOptions
+    from trtllm_redrafter.conversion import writer
+    from trtllm_redrafter.conversion.plan import plan_conversion
     from trtllm_redrafter.progress import no_progress
     real = writer._write_block
     def slow(*args):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trtllm_redrafter.convert.plan import ConversionPlan
+    from trtllm_redrafter.conversion.plan import ConversionPlan
 
 
 def human_bytes(count: int) -> str:

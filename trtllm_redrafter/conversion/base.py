@@ -20,9 +20,9 @@ from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
 from trtllm_redrafter.checkpoint.layout import EMBEDDING, LM_HEAD, TensorSpec, tensor_specs
 from trtllm_redrafter.checkpoint.reader import Checkpoint, rank_file
 from trtllm_redrafter.checkpoint.verify import structure_problems
-from trtllm_redrafter.convert.options import AUTO_DTYPE, ConvertOptions
-from trtllm_redrafter.convert.shards import TensorPlan, plan_tensor, whole
-from trtllm_redrafter.convert.sources import FileSource, OpenFiles, Source, stacked
+from trtllm_redrafter.conversion.options import AUTO_DTYPE, ConvertOptions
+from trtllm_redrafter.conversion.shards import TensorPlan, plan_tensor, whole
+from trtllm_redrafter.conversion.sources import FileSource, OpenFiles, Source, stacked
 from trtllm_redrafter.errors import InputError, Problem
 from trtllm_redrafter.fsio import read_json
 

@@ -25,8 +25,8 @@ from typing import Any
 
 from trtllm_redrafter.checkpoint.fields import FieldReader
 from trtllm_redrafter.checkpoint.safetensors_io import STORED_DTYPES, read_header
-from trtllm_redrafter.convert.drafter_checks import FACTOR, LM_HEAD, draft_vocab_problems, tensor_problems
-from trtllm_redrafter.convert.sources import FileSource, OpenFiles, Source, TensorSource
+from trtllm_redrafter.conversion.drafter_checks import FACTOR, LM_HEAD, draft_vocab_problems, tensor_problems
+from trtllm_redrafter.conversion.sources import FileSource, OpenFiles, Source, TensorSource
 from trtllm_redrafter.errors import InputError, Problem, raise_together
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.redrafter.config import DrafterConfig

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
-from trtllm_redrafter.convert.sources import Source
+from trtllm_redrafter.conversion.sources import Source
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.redrafter.config import DrafterConfig
 

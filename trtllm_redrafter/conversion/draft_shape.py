@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trtllm_redrafter.convert.drafter_files import DrafterFiles
-from trtllm_redrafter.convert.options import ConvertOptions
+from trtllm_redrafter.conversion.drafter_files import DrafterFiles
+from trtllm_redrafter.conversion.options import ConvertOptions
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.redrafter.config import MAX_NUM_BEAMS, NVIDIA_DRAFT_LEN, NVIDIA_NUM_BEAMS, DraftShape
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from tests.convert.conftest import Convert
+from tests.conversion.conftest import Convert
 from trtllm_redrafter.checkpoint.safetensors_io import read_header
 from trtllm_redrafter.checkpoint.verify import verify_files
-from trtllm_redrafter.convert.against import verify
+from trtllm_redrafter.conversion.against import verify
 from trtllm_redrafter.progress import no_progress
 
 PEER = Path(os.environ.get("REDRAFTER_PEER_DIR") or Path(__file__).parents[1] / "data" / "peer")

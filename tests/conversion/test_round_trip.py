@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.convert.conftest import Convert
+from tests.conversion.conftest import Convert
 from tests.tiny_models import (
     DRAFTER_LAYOUTS,
     FAMILIES,
@@ -23,7 +23,7 @@ from tests.tiny_models import (
     write_tied_drafter,
 )
 from trtllm_redrafter.checkpoint import Checkpoint
-from trtllm_redrafter.convert.against import verify
+from trtllm_redrafter.conversion.against import verify
 from trtllm_redrafter.progress import no_progress
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
