@@ -37,9 +37,9 @@ FIXED_BYTES = BYTES * (2 * VOCAB * HIDDEN + HIDDEN)
 CHILD = """
 import json, sys, time
 from pathlib import Path
-from trtllm_redrafter.convert.execute import convert
-from trtllm_redrafter.convert.options import ConvertOptions
-from trtllm_redrafter.convert.plan import plan_conversion
+from trtllm_redrafter.conversion.execute import convert
+from trtllm_redrafter.conversion.options import ConvertOptions
+from trtllm_redrafter.conversion.plan import plan_conversion
 from trtllm_redrafter.progress import no_progress
 def memory(field):
     lines = Path("/proc/self/status").read_text().splitlines()
