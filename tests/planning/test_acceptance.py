@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from tests.cli.tiny import Program
+from tests.tiny_models import write_drafter_config
 from tests.training.conftest import train_options
 from tests.training.test_train import evaluate_options
+from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.errors import InputError, MismatchError
+from trtllm_redrafter.fsio import sha256_file
 from trtllm_redrafter.planning.acceptance import read_acceptance
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.training.acceptance import Acceptance
@@ -120,6 +123,21 @@ def test_plan_refuses_a_report_of_another_model(program: Program, tmp_path: Path
     assert program(*flags) == 4 and "the report's base is Qwen3-8B, the recipe's is Llama-3.1-8B" in program.err
     report(tmp_path / "report.json", base="Qwen3-8B", drafter="other")
     assert program(*flags) == 4 and "the report's drafter is other" in program.err and "Qwen3-8B" in program.err
+
+
+def test_plan_knows_a_drafter_by_its_weights(program: Program, tmp_path: Path) -> None:
+    drafter = tmp_path / "renamed"
+    drafter.mkdir()
+    write_drafter_config(drafter, hidden_size=4096, exit_dim=64, num_draft_layers=2, rnn=True, vocab_size=128256)
+    (drafter / "model.safetensors").write_bytes(b"what a plan does not read")
+    Manifest("drafter", {}, {}, {}, record_tree(drafter)).write(drafter)
+    measured_hash = sha256_file(drafter / "model.safetensors")
+    flags = ["plan", CONFIGS / "llama-3.1-8b.yaml", "--set", "plan.acceptance_length=report.json", "--set",
+             f"drafter={drafter}"]  # fmt: skip
+    report(tmp_path / "report.json", drafter_sha256=measured_hash)
+    assert program(*flags) == 0, program.err
+    report(tmp_path / "report.json", drafter="renamed", drafter_sha256="0" * 64)
+    assert program(*flags) == 4 and "the drafter has changed since it was evaluated" in program.err
 
 
 def test_plan_says_how_the_measurement_differs(program: Program, tmp_path: Path) -> None:

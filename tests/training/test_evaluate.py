@@ -15,6 +15,7 @@ from tests.training.conftest import VOCAB, fit_options, train_options
 from tests.training.test_train import evaluate_options
 from trtllm_redrafter.backends.base import Request, Result, SamplingParams
 from trtllm_redrafter.errors import UsageError
+from trtllm_redrafter.fsio import sha256_file
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.training.acceptance import Walk, summarize, walk_text
@@ -83,6 +84,7 @@ def totals(results: Sequence[Result], length: int) -> tuple[int, int, list[int]]
 
 def test_it_agrees_with_real_decoding(trained: TrainOptions, tmp_path: Path) -> None:
     report = evaluate(evaluate_options(trained, grid=GRID, use_draft_vocab=True), no_progress)
+    assert report.as_dict()["drafter_sha256"] == sha256_file(trained.output / "model.safetensors")
     seen = set()
     for shape, found in zip(GRID, report.acceptance, strict=True):
         steps, accepted, at = totals(decode(trained, shape, tmp_path / f"{shape}"), shape.draft_len)

@@ -25,6 +25,9 @@ from trtllm_redrafter.fsio import CREATOR, read_json, safe_join, sha256_file, wr
 
 MANIFEST = "manifest.json"
 OWN_HASH = "manifest_sha256"
+DRAFTER_WEIGHTS = "model.safetensors"
+"""The file of a drafter directory whose content is its identity."""
+
 KINDS = ("checkpoint", "engine", "drafter")
 
 

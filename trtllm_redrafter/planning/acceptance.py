@@ -35,6 +35,8 @@ class MeasuredAcceptance:
     tokens: int | None
     base: str | None
     drafter: str | None
+    drafter_sha256: str | None
+    """Of the weights that were measured; older reports do not say."""
     drafted_from: int | None
     """Token ids that drafts were taken from; fewer than the vocabulary where `evaluate.draft_vocab` was on."""
 
@@ -80,6 +82,7 @@ def read_acceptance(path: Path, shape: DraftShape) -> MeasuredAcceptance:
         tokens=_optional(report, "tokens", int),
         base=_optional(report, "base", str),
         drafter=_optional(report, "drafter", str),
+        drafter_sha256=_optional(report, "drafter_sha256", str),
         drafted_from=_optional(report, "drafted_from_tokens", int),
     )
 

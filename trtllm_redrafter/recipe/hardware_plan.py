@@ -12,6 +12,7 @@ from typing import Any
 
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan, plan_for
+from trtllm_redrafter.checkpoint.manifest import DRAFTER_WEIGHTS, Manifest
 from trtllm_redrafter.doctor import Needs
 from trtllm_redrafter.errors import MismatchError, Problem, UsageError, raise_together
 from trtllm_redrafter.planning.acceptance import MeasuredAcceptance, read_acceptance
@@ -96,13 +97,18 @@ def _acceptance(
 
 
 def _check_measured(found: MeasuredAcceptance, resolved: Resolved, model: PlannedModel) -> tuple[str, ...]:
-    """The report is of this base model and this drafter, as far as names tell; notes on what else differs."""
+    """The report is of this base model and this drafter, by content where both tell, else by name; and notes."""
     problems, notes, config = [], [], model.config
+    same = _same_drafter(found.drafter_sha256, resolved.recipe.drafter)
+    if same is False:
+        problems.append(Problem("the drafter has changed since it was evaluated", str(resolved.recipe.drafter)))
     for key, theirs, mine in (
         ("base", found.base, resolved.recipe.base),
         ("drafter", found.drafter, resolved.recipe.drafter),
     ):
         if theirs is None or mine is None or theirs.lower() == mine.name.lower():
+            continue
+        if key == "drafter" and same is not None:
             continue
         if key == "base" and config.quant_algo and mine.name.lower().startswith(theirs.lower()):
             notes.append(f"the acceptance length was measured on {theirs}, before quantization")
@@ -118,6 +124,13 @@ def _check_measured(found: MeasuredAcceptance, resolved: Resolved, model: Planne
             "TensorRT-LLM drafts from all"
         )
     return tuple(notes)
+
+
+def _same_drafter(measured: str | None, drafter: Path | None) -> bool | None:
+    """Are the weights those that were measured, by the drafter's manifest? None: not known. Nothing is hashed here."""
+    manifest = None if measured is None or drafter is None else Manifest.find(drafter)
+    record = None if manifest is None else manifest.files.get(DRAFTER_WEIGHTS)
+    return None if record is None else record.sha256 == measured
 
 
 def model_source(resolved: Resolved) -> ModelSource:

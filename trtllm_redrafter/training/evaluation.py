@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from trtllm_redrafter.checkpoint.manifest import DRAFTER_WEIGHTS
 from trtllm_redrafter.errors import Problem, UsageError, raise_together
-from trtllm_redrafter.fsio import CREATOR, atomic_directory, check_replaceable, write_json
+from trtllm_redrafter.fsio import CREATOR, atomic_directory, check_replaceable, sha256_file, write_json
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid, token_accuracy
 from trtllm_redrafter.training.data import TokenizedText, read_prompts
@@ -46,6 +47,8 @@ class EvaluationReport:
     accuracy: list[dict[str, float]]
     drafted_from: int
     """Token ids the head was computed on."""
+    drafter_sha256: str | None = None
+    """Of its weights, so that a plan can tell whether the figures are this drafter's; None: not one file."""
 
     @property
     def best(self) -> Acceptance:
@@ -60,6 +63,7 @@ class EvaluationReport:
         return {
             "base": self.options.base.name,
             "drafter": self.options.drafter.name,
+            "drafter_sha256": self.drafter_sha256,
             "prompts": self.texts,
             "tokens": self.tokens,
             "max_tokens": self.options.writing.max_tokens,
@@ -119,7 +123,9 @@ def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWrit
     )
     accuracy = token_accuracy(drafter, tensors, rows, head=head, batch=batch)
     size = base.head.shape[0] if vocab is None else len(vocab)
-    report = EvaluationReport(options, len(texts), len(rows), found, accuracy, size)
+    weights = options.drafter / DRAFTER_WEIGHTS
+    sha256 = sha256_file(weights) if weights.is_file() else None
+    report = EvaluationReport(options, len(texts), len(rows), found, accuracy, size, sha256)
     if options.report is not None:
         report.write(options.report)
     return report
