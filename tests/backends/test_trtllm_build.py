@@ -16,7 +16,7 @@ import pytest
 
 from tests.cli.tiny import Program
 from tests.engines import write_checkpoint, write_tokenizer
-from tests.standins.host import GPU_LINE, ROOT, Host, make_host
+from tests.standins.host import GPU_LINE, ROOT, Host
 from tests.trtllm_options import options, settings
 from trtllm_redrafter import api
 from trtllm_redrafter.backends import load_backend
@@ -35,11 +35,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     write_tokenizer(folder / "tokenizer")
     return write_checkpoint(folder, dtype="bfloat16", tp_size=2, num_beams=3, draft_len=3)
-
-
-@pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    return make_host(tmp_path / "host", monkeypatch)
 
 
 def wanted(checkpoint: Path, folder: Path, *, cache: bool = False, **changes: Any) -> BuildOptions:

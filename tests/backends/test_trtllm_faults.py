@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.backends.test_trtllm_llm_api import gone
-from tests.backends.trtllm_engines import VOCAB, build, expected, run, write_checkpoints
+from tests.backends.trtllm_engines import VOCAB, build, expected, run
 from tests.standins.host import GPU_LINE, Host, make_host
 from trtllm_redrafter.backends.base import FinishReason, Runner
 from trtllm_redrafter.backends.tensorrt_llm import child, remote_client
@@ -23,11 +23,6 @@ from trtllm_redrafter.backends.tensorrt_llm.failures import build_error
 from trtllm_redrafter.backends.tensorrt_llm.loading import load_runner
 from trtllm_redrafter.backends.tensorrt_llm.remote_client import RemoteClient
 from trtllm_redrafter.errors import BackendError, InputError
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoints(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

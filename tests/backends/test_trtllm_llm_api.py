@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.backends.trtllm_engines import VOCAB, build, expected, run, write_checkpoints
+from tests.backends.trtllm_engines import VOCAB, build, expected, run
 from tests.engines import build_engine, write_checkpoint
-from tests.standins.host import CONTRACT, GPU_LINE, Host, make_host
+from tests.standins.host import CONTRACT, GPU_LINE, Host
 from tests.trtllm_options import settings
 from trtllm_redrafter.backends.base import FinishReason, Request, Result, Runner, SamplingParams
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
@@ -31,16 +31,6 @@ from trtllm_redrafter.recipe.options import tensorrt_options
 
 RUNTIME = replace(settings().runtime, api="llm")
 SLURM = {"SLURM_JOB_ID": "7"}
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoints(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    return make_host(tmp_path / "host", monkeypatch)
 
 
 def load(engine: Path, api: Api | None = "llm", device: str = "auto") -> Runner:

@@ -9,23 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.backends.trtllm_engines import VOCAB, build, expected, run, write_checkpoints
-from tests.standins.host import GPU_LINE, Host, make_host
+from tests.backends.trtllm_engines import VOCAB, build, expected, run
+from tests.standins.host import GPU_LINE, Host
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import FinishReason, Request, Result, Runner, SamplingParams
 from trtllm_redrafter.backends.tensorrt_llm.remote_client import launch_command
 from trtllm_redrafter.errors import BackendError, RedrafterError, RequestError, UsageError
 from trtllm_redrafter.redrafter.config import DraftShape
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoints(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    return make_host(tmp_path / "host", monkeypatch)
 
 
 def load(engine: Path, device: str = "auto", shape: DraftShape | None = None) -> Runner:

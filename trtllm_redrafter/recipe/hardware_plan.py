@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import BuildOptions
-from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan, plan_for
+from trtllm_redrafter.backends.tensorrt_llm.build_plan import BACKEND, TensorRTPlan, plan_for
 from trtllm_redrafter.checkpoint.manifest import DRAFTER_WEIGHTS, Manifest
 from trtllm_redrafter.doctor import Needs
 from trtllm_redrafter.errors import MismatchError, Problem, UsageError, raise_together
@@ -20,7 +20,7 @@ from trtllm_redrafter.planning.latency import Assumptions, LatencyPlan, latency_
 from trtllm_redrafter.planning.model import ModelSource, PlannedModel, planned_model
 from trtllm_redrafter.planning.sizes import weight_bytes
 from trtllm_redrafter.recipe.layers import Resolved
-from trtllm_redrafter.recipe.options import tensorrt_options, with_directories, with_limits
+from trtllm_redrafter.recipe.options import complete_build_options, tensorrt_options, with_directories, with_limits
 from trtllm_redrafter.redrafter.config import NVIDIA_DRAFT_LEN, NVIDIA_NUM_BEAMS, DraftShape
 
 
@@ -152,21 +152,8 @@ def model_source(resolved: Resolved) -> ModelSource:
 
 
 def build_options(resolved: Resolved) -> BuildOptions:
-    recipe = resolved.recipe
-    build = recipe.build
-    assert recipe.checkpoint is not None and recipe.engine is not None
-    assert build.max_seq_len is not None and build.max_input_len is not None
-    return BuildOptions(
-        checkpoint=recipe.checkpoint,
-        output=recipe.engine,
-        backend="tensorrt-llm",
-        tokenizer=build.tokenizer,
-        max_batch_size=build.max_batch_size,
-        max_input_len=build.max_input_len,
-        max_seq_len=build.max_seq_len,
-        overwrite=False,
-        tensorrt_llm=tensorrt_options(resolved),
-    )
+    """For TensorRT-LLM, whatever backend the recipe names."""
+    return complete_build_options(resolved, BACKEND, tensorrt_options(resolved), overwrite=False)
 
 
 def machine_needs(resolved: Resolved, *, name: str) -> Needs:

@@ -89,24 +89,35 @@ def convert_options(resolved: Resolved, *, overwrite: bool) -> ConvertOptions:
 
 def build_options(resolved: Resolved, *, overwrite: bool) -> BuildOptions:
     """Lengths that are not given come from the checkpoint's config."""
+    require(resolved, {"checkpoint": "--checkpoint", "engine": "--output"}, "a build")
+    limited = with_checkpoint_limits(resolved)
+    recipe = limited.recipe
+    assert recipe.checkpoint is not None and recipe.engine is not None
+    _keep_apart(recipe.engine, {"checkpoint": recipe.checkpoint, "tokenizer": recipe.build.tokenizer})
+    settings = tensorrt_options(resolved) if recipe.backend == "tensorrt-llm" else None
+    return complete_build_options(limited, recipe.backend, settings, overwrite=overwrite)
+
+
+def complete_build_options(
+    resolved: Resolved, backend: str, settings: TensorRTOptions | None, *, overwrite: bool
+) -> BuildOptions:
+    """Of a recipe whose directories and lengths are all known, given or derived."""
     from trtllm_redrafter.backends.base import BuildOptions
 
-    require(resolved, {"checkpoint": "--checkpoint", "engine": "--output"}, "a build")
-    recipe = with_checkpoint_limits(resolved).recipe
+    recipe = resolved.recipe
     build = recipe.build
     assert recipe.checkpoint is not None and recipe.engine is not None
     assert build.max_seq_len is not None and build.max_input_len is not None
-    _keep_apart(recipe.engine, {"checkpoint": recipe.checkpoint, "tokenizer": build.tokenizer})
     return BuildOptions(
         checkpoint=recipe.checkpoint,
         output=recipe.engine,
-        backend=recipe.backend,
+        backend=backend,
         tokenizer=build.tokenizer,
         max_batch_size=build.max_batch_size,
         max_input_len=build.max_input_len,
         max_seq_len=build.max_seq_len,
         overwrite=overwrite,
-        tensorrt_llm=tensorrt_options(resolved) if recipe.backend == "tensorrt-llm" else None,
+        tensorrt_llm=settings,
     )
 
 

@@ -133,6 +133,7 @@ class TorchExecutor:
         return states
 
     @torch.no_grad()
+    @sdpa_kernel(_KERNELS)
     def _layers(self, tokens: Tensor, attend: Attend) -> Tensor:
         """[B, T] tokens -> [B, T, H] after the final norm. Nothing in here waits for the device."""
         x, ops, epsilon = F.embedding(tokens, self._weights.embedding), self._pointwise, self._config.norm_epsilon
@@ -189,8 +190,7 @@ class TorchExecutor:
         kv_heads = keys.shape[1]
         grouped = query.view(batch, width, kv_heads, heads // kv_heads, size).permute(0, 2, 3, 1, 4)
         grouped = grouped.reshape(batch, kv_heads, -1, size)
-        with sdpa_kernel(_KERNELS):
-            mixed = F.scaled_dot_product_attention(grouped, keys, values, mask)
+        mixed = F.scaled_dot_product_attention(grouped, keys, values, mask)
         mixed = mixed.view(batch, kv_heads, -1, width, size).permute(0, 3, 1, 2, 4)
         return mixed.reshape(batch, width, heads * size)
 
