@@ -93,7 +93,7 @@ class Kernel:
         self._driver, self._code, self._shared = driver, code, shared_bytes
         self._module = _checked(driver.cuModuleLoadData(code))
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
-        if shared_bytes > 48 << 10:
+        if shared_bytes > 40 << 10:  # 48 KiB, the kernel's own static memory among them, need no asking
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
 

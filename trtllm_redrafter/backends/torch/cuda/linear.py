@@ -1,12 +1,13 @@
 """Matrix products of few rows that read every weight once: launches `linear.cu`.
 
-    product = Linear(weight, kind="partial", multiprocessors=132)
+    product = Linear(weight, "partial", multiprocessors=132)
     product(x, rows, out)            # captured into a graph with everything else
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,21 +19,50 @@ Kind = Literal["partial", "gated", "logits"]
 
 EVICT_FIRST, EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000
 _BOX = 64  # columns of a box: 128 bytes
+_GROUP = 16  # rows of a weight that are dealt out together
+_MOST_GROUPS = 16  # of a pass: TMA cuts boxes of at most 256 rows
 _SHARED = 100 << 10
 """Bytes a block takes, so that the next kernel's blocks fit beside it and can ask for their weights."""
 _SHARED_WIDE = 200 << 10
+_WIDE = 64
+"""With more rows a product is bound by arithmetic too, and blocks take the whole multiprocessor."""
+_SPLIT_COST = 2
+"""What adding one more partial result costs, in boxes of a group."""
 
 
 class _Work(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("tiles", "k_tiles", "splits", "rows", "width")]
+    _fields_ = [(n, ctypes.c_int) for n in ("groups", "parts", "k_tiles", "splits", "passes", "rows", "width")]
+
+
+class _Ahead(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p * 2), ("bytes", ctypes.c_uint64 * 2)]
+
+    @classmethod
+    def of(cls, ranges: Sequence[tuple[Tensor, int]]) -> _Ahead:
+        found = cls()
+        for number, (weight, most) in enumerate(ranges):
+            found.start[number] = weight.data_ptr()
+            found.bytes[number] = min(most, 2 * weight.numel()) // 16 * 16
+        return found
 
 
 def padded(rows: int) -> int:
     """Rows that a kernel is compiled for: as the tensor cores take them."""
-    for step in (8, 16, 32, 48, 64, 96, 128, 160, 208, 256):
+    for step in (8, 16, 24, 32, 48, 64, 96, 128, 160, 208, 256):
         if rows <= step:
             return step
     raise ValueError(f"{rows} rows in one product, at most 256")
+
+
+def _cut(groups: int, k_tiles: int, blocks: int, most_splits: int) -> tuple[int, int]:
+    """Shares of rows and ranges of columns that give each of `blocks` blocks nearly the same to read."""
+    best, found = None, (1, 1)
+    for splits in range(1, min(most_splits, k_tiles, blocks) + 1):
+        parts = min(groups, blocks // splits)
+        cost = -(-groups // parts) * -(-k_tiles // splits) + _SPLIT_COST * splits
+        if best is None or cost < best:
+            best, found = cost, (parts, splits)
+    return found
 
 
 class Linear:
@@ -42,42 +72,52 @@ class Linear:
     """
 
     def __init__(self, weight: Tensor, kind: Kind, multiprocessors: int, *, streamed: bool = True) -> None:
-        self.weight, self.kind, self._count = weight, kind, multiprocessors
+        self.weight, self.kind = weight, kind
         self._policy = ctypes.c_uint64(EVICT_FIRST if streamed else EVICT_LAST)
         self.width, self.columns = weight.shape
         self.k_tiles = -(-self.columns // _BOX)
-        tiles = -(-self.width // 64)
-        self.splits = 1 if kind != "partial" else max(1, min(self.k_tiles, multiprocessors // tiles))
+        self._groups = -(-self.width // _GROUP)
+        self.parts, self.splits = _cut(self._groups, self.k_tiles, multiprocessors, 16 if kind == "partial" else 1)
         self._maps: dict[int, Any] = {}
         self._inputs: dict[tuple[int, int, int], Any] = {}
 
-    def blocks(self, rows: int) -> int:
-        """How many blocks a product of so many rows is given; per block "logits" writes its largest."""
-        return min(self._count, -(-self.width // (64 * self._groups(rows))) * self.splits)
+    @property
+    def blocks(self) -> int:
+        """Blocks of threads; per block "logits" writes its largest."""
+        return self.parts * self.splits
 
-    def _groups(self, rows: int) -> int:
-        return 1 if padded(rows) <= 64 else 2
-
-    def __call__(self, x: Tensor, rows: int, out: Tensor, best: tuple[Tensor, Tensor] | None = None) -> None:
-        """x [>= rows, K] -> out; see `linear.cu` for its form."""
-        size, groups = padded(rows), self._groups(rows)
-        stage = (64 * groups + size) * 2 * _BOX
-        shared = _SHARED if groups == 1 else _SHARED_WIDE
-        stages = max(2, min((shared - 1024) // stage, 32))
+    def __call__(
+        self,
+        x: Tensor,
+        rows: int,
+        out: Tensor,
+        best: tuple[Tensor, Tensor] | None = None,
+        ahead: Sequence[tuple[Tensor, int]] = (),
+    ) -> None:
+        """x [>= rows, K] -> out; see `linear.cu` for its form. `ahead`: up to two weights and how many bytes to bring to the L2 cache."""
+        size = padded(rows)
+        wide = size > _WIDE
+        share = -(-self._groups // self.parts)
+        # Few rows of x leave registers for many rows of w; with many, a warpgroup takes one tile.
+        most = 8 if wide else min(_MOST_GROUPS, 4 * max(1, 128 // size))
+        passes = -(-share // most)
+        groups = -(-share // passes)
+        tiles = -(-groups // 4)
+        teams = min(2, tiles) if wide else 1
+        stage = -(-(groups * _GROUP + size) * 2 * _BOX // 1024) * 1024
+        stages = max(2, min(((_SHARED_WIDE if wide else _SHARED) - 9216) // stage, 24))
         constants: dict[str, int | None] = {
-            "ROWS": size, "GROUPS": groups, "STAGES": stages, self.kind.upper(): None
+            "ROWS": size, "GROUPS": groups, "TEAMS": teams, "STAGES": stages, self.kind.upper(): None
         }  # fmt: skip
         if self.weight.dtype == torch.float16:
             constants["DTYPE_HALF"] = None
-        kernel = compiled("linear.cu", "linear", constants, rows=size, shared_bytes=stages * stage + 1024)
-        tiles = -(-self.width // (64 * groups))
-        work = _Work(tiles, self.k_tiles, self.splits, rows, self.width)
+        kernel = compiled("linear.cu", "linear", constants, rows=size, shared_bytes=stages * stage + 9216)
+        work = _Work(self._groups, self.parts, self.k_tiles, self.splits, passes, rows, self.width)
         values, places = (None, None) if best is None else best
         kernel.launch(
-            (self.blocks(rows),),
-            128 * groups + 32,
-            [self._weight_map(groups), self._input_map(x, size), work, pointer(out), pointer(values), pointer(places),
-             self._policy],
+            (self.blocks,), 128 * teams + 32,
+            [self._weight_map(groups), self._weight_map(max(1, groups - 1)), self._input_map(x, size), work, pointer(out),
+             pointer(values), pointer(places), self._policy, _Ahead.of(ahead)],
         )  # fmt: skip
 
     def _weight_map(self, groups: int) -> Any:
@@ -86,9 +126,10 @@ class Linear:
             if self.kind == "gated":  # eight gate rows, then the eight up rows of the same places
                 half = self.width // 2
                 sizes, strides = [self.columns, 8, 2, half // 8], [row, half * row, 8 * row]
-                self._maps[groups] = tensor_map(self.weight, sizes, strides, [_BOX, 8, 2, 4 * groups])
+                self._maps[groups] = tensor_map(self.weight, sizes, strides, [_BOX, 8, 2, groups])
             else:
-                self._maps[groups] = tensor_map(self.weight, [self.columns, self.width], [row], [_BOX, 64 * groups])
+                box = [_BOX, _GROUP * groups]
+                self._maps[groups] = tensor_map(self.weight, [self.columns, self.width], [row], box)
         return self._maps[groups]
 
     def _input_map(self, x: Tensor, size: int) -> Any:

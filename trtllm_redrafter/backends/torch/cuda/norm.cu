@@ -1,4 +1,4 @@
-// The residual stream with a block's output added, and its RMS norm: one block of threads per row.
+// The residual stream with a block's output added, and its RMS norm: one block of THREADS threads per row.
 //
 //     x += sum of partial sums (+ bias);  y = weight * (x * rsqrt(mean(x^2) + epsilon))
 //
@@ -6,9 +6,6 @@
 // `tokens` the row is looked up in the embedding instead of being added to. Sums run over threads in a fixed order.
 #include "common.cuh"
 
-#ifndef THREADS
-#define THREADS 256
-#endif
 #define PAIRS ((WIDTH + 2 * THREADS - 1) / (2 * THREADS))  // pairs of columns per thread
 
 extern "C" __global__ void __launch_bounds__(THREADS)
