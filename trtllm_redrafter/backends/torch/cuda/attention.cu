@@ -239,9 +239,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
                 copy_chunk(chunk_address(own_values, row, chunk), values + start + row * D + chunk * 8);
             }
         }
-        wait_for_previous();
         asm volatile("cp.async.wait_all;" ::: "memory");
         __syncwarp();
+        wait_for_previous();
         const Rows all{query + (first * HEADS + kv * GROUP) * D, (int)count * GROUP};
         float* exchange = (float*)(shared_memory + WARPS * WARP_BYTES);  // [WARPS][16][D]
         for (int tile = group * group_tiles; tile < tiles && tile < (group + 1) * group_tiles; tile++) {
@@ -296,20 +296,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
             asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(chunk_address(own_values, key, chunk)), "r"(0) : "memory");
         }
     }
+    const long long own_place = lane < committed || lane >= valid ? 0 : base + pass.paths[row * PATH + start + lane - base];
     wait_for_previous();
-    for (int i = committed * CHUNKS + lane; i < valid * CHUNKS; i += 32) {
-        const int key = i / CHUNKS, chunk = i % CHUNKS;
-        const long long place = base + pass.paths[row * PATH + start + key - base];
+    for (int i = committed * CHUNKS; i < valid * CHUNKS; i += 32) {  // whole warps: CHUNKS is at least 8, the rest idles
+        const int key = min((i + lane) / CHUNKS, valid - 1), chunk = (i + lane) % CHUNKS;
+        const long long place = __shfl_sync(0xffffffffu, own_place, key);
+        if (i + lane >= valid * CHUNKS) continue;
         copy_chunk(chunk_address(own, key, chunk), keys + cache + place * D + chunk * 8);
         copy_chunk(chunk_address(own_values, key, chunk), values + cache + place * D + chunk * 8);
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncwarp();
     const Rows mine{query + (row * HEADS + kv * GROUP) * D, GROUP};
     for (int tile = 0; tile < GROUP; tile += 16) {
         u32 q[D / 16][4];
         State state;
         mine.load(q, tile);
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        __syncwarp();
         state.attend(q, own, own_values, valid, scale);
 #pragma unroll
         for (int half = 0; half < 2; half++) {

@@ -94,8 +94,13 @@ __device__ __forceinline__ void tma_load_4d(u32 target, const TensorMap* map, u3
         "l"((u64)map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "l"(policy)
         : "memory");
 }
-__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"((u64)map) : "memory");
+// The same boxes to the L2 cache only.
+__device__ __forceinline__ void tma_prefetch_2d(const TensorMap* map, int x, int y) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"((u64)map), "r"(x), "r"(y) : "memory");
+}
+__device__ __forceinline__ void tma_prefetch_4d(const TensorMap* map, int x, int y, int z, int w) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"((u64)map), "r"(x), "r"(y),
+                 "r"(z), "r"(w) : "memory");
 }
 
 __device__ __forceinline__ float warp_sum(float x) {

@@ -46,7 +46,8 @@ __device__ __forceinline__ u64 descriptor(u32 address) {{
 }}
 __device__ __forceinline__ void wgmma_fence() {{ asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }}
 __device__ __forceinline__ void wgmma_commit() {{ asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }}
-__device__ __forceinline__ void wgmma_wait() {{ asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }}
+template <int pending>
+__device__ __forceinline__ void wgmma_wait() {{ asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory"); }}
 __device__ __forceinline__ void wgmma(float (&d)[{count}], u64 a, u64 b) {{
     asm volatile("wgmma.mma_async.sync.aligned.m64n{rows}k16.f32." MMA_TYPE "." MMA_TYPE
                  " {{{registers}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;"

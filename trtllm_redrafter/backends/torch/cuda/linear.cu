@@ -31,10 +31,11 @@ struct Work {
     int groups, parts, k_tiles, splits, passes, rows, width;  // width: M
 };
 
-// Memory that kernels to come will read, to be brought into the L2 cache while this one waits.
+// A product to come: its boxes `skip` to `skip` + `count` of every block are brought into the L2 cache while the memory would
+// have nothing to do, between this product's last box and the other's first.
 struct Ahead {
-    const u8* from[2];
-    u64 bytes[2];  // multiples of 16
+    Work work;
+    int box_groups, skip, count, gated;
 };
 
 // A block's share, unit by unit: a unit is 64 columns of a pass's rows.
@@ -79,7 +80,8 @@ __device__ __forceinline__ void load_weights(u32 target, const TensorMap* full, 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     linear(const __grid_constant__ TensorMap full_weight, const __grid_constant__ TensorMap short_weight,
            const __grid_constant__ TensorMap input, const Work work, void* __restrict__ out,
-           float* __restrict__ best_value, int* __restrict__ best_index, const u64 policy, const Ahead ahead) {
+           float* __restrict__ best_value, int* __restrict__ best_index, const u64 policy,
+           const __grid_constant__ TensorMap full_ahead, const __grid_constant__ TensorMap short_ahead, const Ahead ahead) {
     extern __shared__ u8 shared_memory[];
     __shared__ alignas(8) u64 full[STAGES], empty[STAGES];
     const u32 base = (shared_address(shared_memory) + 1023u) & ~1023u;
@@ -102,14 +104,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         int issued = 0;
         for (; issued < STAGES && !at.done(work); issued++, at.next(work))
             load_weights(base + issued * STAGE_BYTES, &full_weight, &short_weight, shared_address(&full[issued]), at, policy);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const u64 share = (ahead.bytes[i] / gridDim.x + 15) / 16 * 16, end = min((blockIdx.x + 1) * share, ahead.bytes[i]);
-            for (u64 at_byte = blockIdx.x * share; at_byte < end; at_byte += 16384) {
-                const u32 bytes = (u32)min(end - at_byte, (u64)16384);
-                asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(ahead.from[i] + at_byte), "r"(bytes) : "memory");
-            }
-        }
         wait_for_previous();
         for (int s = 0; s < issued; s++, behind.next(work))
             tma_load_2d(base + s * STAGE_BYTES + WEIGHT_BYTES, &input, shared_address(&full[s]), behind.k * 64, 0, EVICT_LAST);
@@ -121,6 +115,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             load_weights(target, &full_weight, &short_weight, barrier, at, policy);
             tma_load_2d(target + WEIGHT_BYTES, &input, barrier, at.k * 64, 0, EVICT_LAST);
             if (++stage == STAGES) stage = 0, parity ^= 1;
+        }
+        if (ahead.count == 0 || blockIdx.x >= ahead.work.parts * ahead.work.splits) return;
+        at.start(ahead.work);
+        for (int i = 0; i < ahead.skip + ahead.count && !at.done(ahead.work); i++, at.next(ahead.work)) {
+            if (i < ahead.skip) continue;
+            const TensorMap* map = at.size == ahead.box_groups ? &full_ahead : &short_ahead;
+            if (ahead.gated)
+                tma_prefetch_4d(map, at.k * 64, 0, 0, at.group);
+            else
+                tma_prefetch_2d(map, at.k * 64, at.group * 16);
         }
         return;
     }
@@ -153,10 +157,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     if (t * TEAMS + team < TILES)  // rows beyond the pass's last are what else lies there, and not used
                         wgmma(sums[t], descriptor(a + (t * TEAMS + team) * 8192 + 32 * step), descriptor(b + 32 * step));
             wgmma_commit();
-            wgmma_wait();
-            if (lane == 0) barrier_arrive(shared_address(&empty[stage]));
+            if (k > at.first) {  // this box's products go on while the one before it is given back
+                wgmma_wait<1>();
+                if (lane == 0) barrier_arrive(shared_address(&empty[stage ? stage - 1 : STAGES - 1]));
+            }
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
+        wgmma_wait<0>();
+        if (lane == 0) barrier_arrive(shared_address(&empty[stage ? stage - 1 : STAGES - 1]));
 
         // A warp holds a group; a thread its rows lane / 4 and + 8, and of each 8 rows of x two.
 #pragma unroll

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,10 +24,14 @@ _MOST_GROUPS = 16  # of a pass: TMA cuts boxes of at most 256 rows
 _SHARED = 100 << 10
 """Bytes a block takes, so that the next kernel's blocks fit beside it and can ask for their weights."""
 _SHARED_WIDE = 200 << 10
+_SLACK = 9 << 10
+"""Of them for alignment and for what a block's last, partly empty tile reads beyond its boxes."""
 _WIDE = 64
 """With more rows a product is bound by arithmetic too, and blocks take the whole multiprocessor."""
+_SMALL_BOX = 4
+"""A box of fewer groups takes no less time: handing it over takes longer than reading it."""
 _SPLIT_COST = 2
-"""What adding one more partial result costs, in boxes of a group."""
+"""What adding one more partial result costs, in boxes of one group (2 KiB)."""
 
 
 class _Work(ctypes.Structure):
@@ -35,15 +39,19 @@ class _Work(ctypes.Structure):
 
 
 class _Ahead(ctypes.Structure):
-    _fields_ = [("start", ctypes.c_void_p * 2), ("bytes", ctypes.c_uint64 * 2)]
+    _fields_ = [("work", _Work)] + [(n, ctypes.c_int) for n in ("box_groups", "skip", "count", "gated")]
 
-    @classmethod
-    def of(cls, ranges: Sequence[tuple[Tensor, int]]) -> _Ahead:
-        found = cls()
-        for number, (weight, most) in enumerate(ranges):
-            found.start[number] = weight.data_ptr()
-            found.bytes[number] = min(most, 2 * weight.numel()) // 16 * 16
-        return found
+
+@dataclass(frozen=True)
+class _Form:
+    """Compile-time sizes of a product for so many rows."""
+
+    size: int  # rows, padded
+    passes: int
+    groups: int  # of a pass
+    teams: int
+    stages: int
+    stage_bytes: int
 
 
 def padded(rows: int) -> int:
@@ -59,7 +67,7 @@ def _cut(groups: int, k_tiles: int, blocks: int, most_splits: int) -> tuple[int,
     best, found = None, (1, 1)
     for splits in range(1, min(most_splits, k_tiles, blocks) + 1):
         parts = min(groups, blocks // splits)
-        cost = -(-groups // parts) * -(-k_tiles // splits) + _SPLIT_COST * splits
+        cost = max(-(-groups // parts), _SMALL_BOX) * -(-k_tiles // splits) + _SPLIT_COST * splits
         if best is None or cost < best:
             best, found = cost, (parts, splits)
     return found
@@ -92,9 +100,40 @@ class Linear:
         rows: int,
         out: Tensor,
         best: tuple[Tensor, Tensor] | None = None,
-        ahead: Sequence[tuple[Tensor, int]] = (),
+        ahead: tuple[Linear, int, int] | None = None,
     ) -> None:
-        """x [>= rows, K] -> out; see `linear.cu` for its form. `ahead`: up to two weights and how many bytes to bring to the L2 cache."""
+        """x [>= rows, K] -> out; see `linear.cu` for its form.
+
+        `ahead`: a product to come, whose weights the L2 cache gets bytes `from` to `to` of, counted per block and behind
+        what the product itself asks for before its turn.
+        """
+        form = self._form(rows)
+        constants: dict[str, int | None] = {
+            "ROWS": form.size, "GROUPS": form.groups, "TEAMS": form.teams, "STAGES": form.stages, self.kind.upper(): None
+        }  # fmt: skip
+        if self.weight.dtype == torch.float16:
+            constants["DTYPE_HALF"] = None
+        shared = form.stages * form.stage_bytes + _SLACK
+        kernel = compiled("linear.cu", "linear", constants, rows=form.size, shared_bytes=shared)
+        values, places = (None, None) if best is None else best
+        after, maps = _Ahead(), self._weight_maps(form.groups)
+        later = maps
+        if ahead is not None:
+            other, start, end = ahead
+            its = other._form(rows)
+            box = its.groups * _GROUP * 2 * _BOX
+            later = other._weight_maps(its.groups)
+            after = _Ahead(
+                other._work(its, rows), its.groups, its.stages + start // box, -(-(end - start) // box), other.kind == "gated"
+            )
+        kernel.launch(
+            (self.blocks,), 128 * form.teams + 32,
+            [*maps, self._input_map(x, form.size), self._work(form, rows), pointer(out), pointer(values), pointer(places),
+             self._policy, *later, after],
+        )  # fmt: skip
+
+    def _form(self, rows: int) -> _Form:
+        """How a block of threads works through its share."""
         size = padded(rows)
         wide = size > _WIDE
         share = -(-self._groups // self.parts)
@@ -102,23 +141,16 @@ class Linear:
         most = 8 if wide else min(_MOST_GROUPS, 4 * max(1, 128 // size))
         passes = -(-share // most)
         groups = -(-share // passes)
-        tiles = -(-groups // 4)
-        teams = min(2, tiles) if wide else 1
+        teams = min(2, -(-groups // 4)) if wide else 1
         stage = -(-(groups * _GROUP + size) * 2 * _BOX // 1024) * 1024
-        stages = max(2, min(((_SHARED_WIDE if wide else _SHARED) - 9216) // stage, 24))
-        constants: dict[str, int | None] = {
-            "ROWS": size, "GROUPS": groups, "TEAMS": teams, "STAGES": stages, self.kind.upper(): None
-        }  # fmt: skip
-        if self.weight.dtype == torch.float16:
-            constants["DTYPE_HALF"] = None
-        kernel = compiled("linear.cu", "linear", constants, rows=size, shared_bytes=stages * stage + 9216)
-        work = _Work(self._groups, self.parts, self.k_tiles, self.splits, passes, rows, self.width)
-        values, places = (None, None) if best is None else best
-        kernel.launch(
-            (self.blocks,), 128 * teams + 32,
-            [self._weight_map(groups), self._weight_map(max(1, groups - 1)), self._input_map(x, size), work, pointer(out),
-             pointer(values), pointer(places), self._policy, _Ahead.of(ahead)],
-        )  # fmt: skip
+        stages = max(2, min(((_SHARED_WIDE if wide else _SHARED) - _SLACK) // stage, 24))
+        return _Form(size, passes, groups, teams, stages, stage)
+
+    def _work(self, form: _Form, rows: int) -> _Work:
+        return _Work(self._groups, self.parts, self.k_tiles, self.splits, form.passes, rows, self.width)
+
+    def _weight_maps(self, groups: int) -> tuple[Any, Any]:
+        return self._weight_map(groups), self._weight_map(max(1, groups - 1))
 
     def _weight_map(self, groups: int) -> Any:
         if groups not in self._maps:
