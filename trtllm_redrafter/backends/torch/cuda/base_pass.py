@@ -28,8 +28,6 @@ MAX_ROWS = 256
 SEGMENT = 128
 _BLOCK = 32
 _ATTEND_THREADS = 128
-_AHEAD = (64 << 10, 64 << 10, 64 << 10)
-"""Bytes per block that the L2 cache is given of gate and up after the layer before and after qkv, and of down."""
 
 
 class _Pass(ctypes.Structure):
@@ -116,7 +114,6 @@ class BasePass:
         path: int,
     ) -> None:
         """`cache`: keys, values [layers, slots, M, C, D]; `rotary`: cosine, sine [C, D]; `path`: longest path of a tree."""
-        self.ahead = _AHEAD
         self._config, self._weights, self._cache, self._rotary, self._path = config, weights, cache, rotary, path
         device = weights.embedding.device
         count = torch.cuda.get_device_properties(device).multi_processor_count
@@ -151,16 +148,15 @@ class BasePass:
         config, rows = self._config, layout.rows
         arguments, tokens = layout.views(packed, self._cache[0].shape[3])
         self._norm(rows, self._weights.layers[0].input_norm, tokens=tokens)
-        early, late, down_ahead = self.ahead
         for index, layer in enumerate(self._weights.layers):
             qkv, dense, gated, down = self._products[index]
             last = index + 1 == config.num_hidden_layers
-            qkv(self.hidden, rows, self._partial, ahead=(gated, early, early + late))
+            qkv(self.hidden, rows, self._partial)
             self._attention(index, layer, qkv.splits, arguments, layout, span)
             dense(self._mixed, rows, self._partial)
             self._norm(rows, layer.post_norm, splits=dense.splits, bias=layer.dense_bias)
-            gated(self.hidden, rows, self._gated, ahead=(down, 0, down_ahead))
-            down(self._gated, rows, self._partial, ahead=(self._head if last else self._products[index + 1][2], 0, early))
+            gated(self.hidden, rows, self._gated)
+            down(self._gated, rows, self._partial)
             following = self._weights.final_norm if last else self._weights.layers[index + 1].input_norm
             self._norm(rows, following, splits=down.splits, bias=layer.down_bias)
         self._head(self.hidden, rows, self.logits, self._found)

@@ -86,21 +86,12 @@ __device__ __forceinline__ void tma_load_2d(u32 target, const TensorMap* map, u3
         "l"((u64)map), "r"(barrier), "r"(x), "r"(y), "l"(policy)
         : "memory");
 }
-__device__ __forceinline__ void tma_load_4d(u32 target, const TensorMap* map, u32 barrier, int x, int y, int z, int w,
-                                            u64 policy) {
+// Contiguous bytes, a multiple of 16.
+__device__ __forceinline__ void bulk_load(u32 target, const void* source, u32 bytes, u32 barrier, u64 policy) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(target),
-        "l"((u64)map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "l"(policy)
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(target),
+        "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
         : "memory");
-}
-// The same boxes to the L2 cache only.
-__device__ __forceinline__ void tma_prefetch_2d(const TensorMap* map, int x, int y) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"((u64)map), "r"(x), "r"(y) : "memory");
-}
-__device__ __forceinline__ void tma_prefetch_4d(const TensorMap* map, int x, int y, int z, int w) {
-    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"((u64)map), "r"(x), "r"(y),
-                 "r"(z), "r"(w) : "memory");
 }
 
 __device__ __forceinline__ float warp_sum(float x) {

@@ -94,8 +94,11 @@ class Kernel:
         self._driver, self._code, self._shared = driver, code, shared_bytes
         self._module = _checked(driver.cuModuleLoadData(code))
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
+        attributes = driver.CUfunction_attribute
+        # One split of L1 and shared memory for all kernels: a multiprocessor changes it only when it is idle, and kernels overlap.
+        _checked(driver.cuFuncSetAttribute(self._function, attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100))
         if shared_bytes > 40 << 10:  # 48 KiB, the kernel's own static memory among them, need no asking
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            attribute = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
 
     def launch(self, grid: Sequence[int], threads: int, arguments: Sequence[Any], *, overlap: bool = True) -> None:

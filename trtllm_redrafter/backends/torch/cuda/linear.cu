@@ -31,13 +31,6 @@ struct Work {
     int groups, parts, k_tiles, splits, passes, rows, width;  // width: M
 };
 
-// A product to come: its boxes `skip` to `skip` + `count` of every block are brought into the L2 cache while the memory would
-// have nothing to do, between this product's last box and the other's first.
-struct Ahead {
-    Work work;
-    int box_groups, skip, count, gated;
-};
-
 // A block's share, unit by unit: a unit is 64 columns of a pass's rows.
 struct Walk {
     int begin, count, first, last;  // groups of the block; column tiles
@@ -65,23 +58,17 @@ struct Walk {
     }
 };
 
-// `full` cuts boxes of GROUPS groups, `shorter` of one less.
-__device__ __forceinline__ void load_weights(u32 target, const TensorMap* full, const TensorMap* shorter, u32 barrier,
-                                             const Walk& at, u64 policy) {
-    const TensorMap* map = at.size == GROUPS ? full : shorter;
+// Weights lie in the order they are read in, swizzled: pass by pass of all blocks, column tile by column tile, group by group.
+__device__ __forceinline__ void load_weights(u32 target, const u8* weight, const Work& work, u32 barrier, const Walk& at,
+                                             u64 policy) {
     barrier_expect(barrier, at.size * GROUP_BYTES + INPUT_BYTES);
-#ifdef GATED
-    tma_load_4d(target, map, barrier, at.k * 64, 0, 0, at.group, policy);
-#else
-    tma_load_2d(target, map, barrier, at.k * 64, at.group * 16, policy);
-#endif
+    const u64 place = (u64)at.group * work.k_tiles + (u64)at.k * at.size;
+    bulk_load(target, weight + place * GROUP_BYTES, at.size * GROUP_BYTES, barrier, policy);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    linear(const __grid_constant__ TensorMap full_weight, const __grid_constant__ TensorMap short_weight,
-           const __grid_constant__ TensorMap input, const Work work, void* __restrict__ out,
-           float* __restrict__ best_value, int* __restrict__ best_index, const u64 policy,
-           const __grid_constant__ TensorMap full_ahead, const __grid_constant__ TensorMap short_ahead, const Ahead ahead) {
+    linear(const u8* __restrict__ weight, const __grid_constant__ TensorMap input, const Work work, void* __restrict__ out,
+           float* __restrict__ best_value, int* __restrict__ best_index, const u64 policy) {
     extern __shared__ u8 shared_memory[];
     __shared__ alignas(8) u64 full[STAGES], empty[STAGES];
     const u32 base = (shared_address(shared_memory) + 1023u) & ~1023u;
@@ -103,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         behind = at;
         int issued = 0;
         for (; issued < STAGES && !at.done(work); issued++, at.next(work))
-            load_weights(base + issued * STAGE_BYTES, &full_weight, &short_weight, shared_address(&full[issued]), at, policy);
+            load_weights(base + issued * STAGE_BYTES, weight, work, shared_address(&full[issued]), at, policy);
         wait_for_previous();
         for (int s = 0; s < issued; s++, behind.next(work))
             tma_load_2d(base + s * STAGE_BYTES + WEIGHT_BYTES, &input, shared_address(&full[s]), behind.k * 64, 0, EVICT_LAST);
@@ -112,19 +99,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (; !at.done(work); at.next(work)) {
             const u32 barrier = shared_address(&full[stage]), target = base + stage * STAGE_BYTES;
             barrier_wait(shared_address(&empty[stage]), parity);
-            load_weights(target, &full_weight, &short_weight, barrier, at, policy);
+            load_weights(target, weight, work, barrier, at, policy);
             tma_load_2d(target + WEIGHT_BYTES, &input, barrier, at.k * 64, 0, EVICT_LAST);
             if (++stage == STAGES) stage = 0, parity ^= 1;
-        }
-        if (ahead.count == 0 || blockIdx.x >= ahead.work.parts * ahead.work.splits) return;
-        at.start(ahead.work);
-        for (int i = 0; i < ahead.skip + ahead.count && !at.done(ahead.work); i++, at.next(ahead.work)) {
-            if (i < ahead.skip) continue;
-            const TensorMap* map = at.size == ahead.box_groups ? &full_ahead : &short_ahead;
-            if (ahead.gated)
-                tma_prefetch_4d(map, at.k * 64, 0, 0, at.group);
-            else
-                tma_prefetch_2d(map, at.k * 64, at.group * 16);
         }
         return;
     }

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ Kind = Literal["partial", "gated", "logits"]
 EVICT_FIRST, EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000
 _BOX = 64  # columns of a box: 128 bytes
 _GROUP = 16  # rows of a weight that are dealt out together
-_MOST_GROUPS = 16  # of a pass: TMA cuts boxes of at most 256 rows
+_MOST_GROUPS = 9  # of a pass
 _SHARED = 100 << 10
 """Bytes a block takes, so that the next kernel's blocks fit beside it and can ask for their weights."""
 _SHARED_WIDE = 200 << 10
@@ -36,22 +35,6 @@ _SPLIT_COST = 2
 
 class _Work(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int) for n in ("groups", "parts", "k_tiles", "splits", "passes", "rows", "width")]
-
-
-class _Ahead(ctypes.Structure):
-    _fields_ = [("work", _Work)] + [(n, ctypes.c_int) for n in ("box_groups", "skip", "count", "gated")]
-
-
-@dataclass(frozen=True)
-class _Form:
-    """Compile-time sizes of a product for so many rows."""
-
-    size: int  # rows, padded
-    passes: int
-    groups: int  # of a pass
-    teams: int
-    stages: int
-    stage_bytes: int
 
 
 def padded(rows: int) -> int:
@@ -74,19 +57,20 @@ def _cut(groups: int, k_tiles: int, blocks: int, most_splits: int) -> tuple[int,
 
 
 class Linear:
-    """One weight [M, K], 16 bits, and how its product is cut.
+    """One weight [M, K], 16 bits, in the order its product reads it.
 
     For "gated" the weight is [2 I, K]: gate rows, then up rows.
     """
 
     def __init__(self, weight: Tensor, kind: Kind, multiprocessors: int, *, streamed: bool = True) -> None:
-        self.weight, self.kind = weight, kind
+        self.kind = kind
         self._policy = ctypes.c_uint64(EVICT_FIRST if streamed else EVICT_LAST)
         self.width, self.columns = weight.shape
         self.k_tiles = -(-self.columns // _BOX)
         self._groups = -(-self.width // _GROUP)
         self.parts, self.splits = _cut(self._groups, self.k_tiles, multiprocessors, 16 if kind == "partial" else 1)
-        self._maps: dict[int, Any] = {}
+        self._passes = -(-(-(-self._groups // self.parts)) // _MOST_GROUPS)
+        self._packed = self._pack(weight)
         self._inputs: dict[tuple[int, int, int], Any] = {}
 
     @property
@@ -94,78 +78,55 @@ class Linear:
         """Blocks of threads; per block "logits" writes its largest."""
         return self.parts * self.splits
 
-    def __call__(
-        self,
-        x: Tensor,
-        rows: int,
-        out: Tensor,
-        best: tuple[Tensor, Tensor] | None = None,
-        ahead: tuple[Linear, int, int] | None = None,
-    ) -> None:
-        """x [>= rows, K] -> out; see `linear.cu` for its form.
-
-        `ahead`: a product to come, whose weights the L2 cache gets bytes `from` to `to` of, counted per block and behind
-        what the product itself asks for before its turn.
-        """
-        form = self._form(rows)
-        constants: dict[str, int | None] = {
-            "ROWS": form.size, "GROUPS": form.groups, "TEAMS": form.teams, "STAGES": form.stages, self.kind.upper(): None
-        }  # fmt: skip
-        if self.weight.dtype == torch.float16:
-            constants["DTYPE_HALF"] = None
-        shared = form.stages * form.stage_bytes + _SLACK
-        kernel = compiled("linear.cu", "linear", constants, rows=form.size, shared_bytes=shared)
-        values, places = (None, None) if best is None else best
-        after, maps = _Ahead(), self._weight_maps(form.groups)
-        later = maps
-        if ahead is not None:
-            other, start, end = ahead
-            its = other._form(rows)
-            box = its.groups * _GROUP * 2 * _BOX
-            later = other._weight_maps(its.groups)
-            after = _Ahead(
-                other._work(its, rows), its.groups, its.stages + start // box, -(-(end - start) // box), other.kind == "gated"
-            )
-        kernel.launch(
-            (self.blocks,), 128 * form.teams + 32,
-            [*maps, self._input_map(x, form.size), self._work(form, rows), pointer(out), pointer(values), pointer(places),
-             self._policy, *later, after],
-        )  # fmt: skip
-
-    def _form(self, rows: int) -> _Form:
-        """How a block of threads works through its share."""
+    def __call__(self, x: Tensor, rows: int, out: Tensor, best: tuple[Tensor, Tensor] | None = None) -> None:
+        """x [>= rows, K] -> out; see `linear.cu` for its form."""
         size = padded(rows)
         wide = size > _WIDE
-        share = -(-self._groups // self.parts)
-        # Few rows of x leave registers for many rows of w; with many, a warpgroup takes one tile.
-        most = 8 if wide else min(_MOST_GROUPS, 4 * max(1, 128 // size))
-        passes = -(-share // most)
-        groups = -(-share // passes)
+        groups = -(-(-(-self._groups // self.parts)) // self._passes)
         teams = min(2, -(-groups // 4)) if wide else 1
         stage = -(-(groups * _GROUP + size) * 2 * _BOX // 1024) * 1024
         stages = max(2, min(((_SHARED_WIDE if wide else _SHARED) - _SLACK) // stage, 24))
-        return _Form(size, passes, groups, teams, stages, stage)
-
-    def _work(self, form: _Form, rows: int) -> _Work:
-        return _Work(self._groups, self.parts, self.k_tiles, self.splits, form.passes, rows, self.width)
-
-    def _weight_maps(self, groups: int) -> tuple[Any, Any]:
-        return self._weight_map(groups), self._weight_map(max(1, groups - 1))
-
-    def _weight_map(self, groups: int) -> Any:
-        if groups not in self._maps:
-            row = 2 * self.columns
-            if self.kind == "gated":  # eight gate rows, then the eight up rows of the same places
-                half = self.width // 2
-                sizes, strides = [self.columns, 8, 2, half // 8], [row, half * row, 8 * row]
-                self._maps[groups] = tensor_map(self.weight, sizes, strides, [_BOX, 8, 2, groups])
-            else:
-                box = [_BOX, _GROUP * groups]
-                self._maps[groups] = tensor_map(self.weight, [self.columns, self.width], [row], box)
-        return self._maps[groups]
+        constants: dict[str, int | None] = {
+            "ROWS": size, "GROUPS": groups, "TEAMS": teams, "STAGES": stages, self.kind.upper(): None
+        }  # fmt: skip
+        if self._packed.dtype == torch.float16:
+            constants["DTYPE_HALF"] = None
+        kernel = compiled("linear.cu", "linear", constants, rows=size, shared_bytes=stages * stage + _SLACK)
+        work = _Work(self._groups, self.parts, self.k_tiles, self.splits, self._passes, rows, self.width)
+        values, places = (None, None) if best is None else best
+        kernel.launch(
+            (self.blocks,), 128 * teams + 32,
+            [pointer(self._packed), self._input_map(x, size), work, pointer(out), pointer(values), pointer(places),
+             self._policy],
+        )  # fmt: skip
 
     def _input_map(self, x: Tensor, size: int) -> Any:
         key = (x.data_ptr(), x.shape[0], size)
         if key not in self._inputs:
             self._inputs[key] = tensor_map(x, [self.columns, x.shape[0]], [2 * x.stride(0)], [_BOX, size])
         return self._inputs[key]
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        """[groups, k_tiles, 16, 64] in the order of passes, each row's 16-byte pieces swizzled; padded with zeros."""
+        whole = weight.new_zeros(self._groups * _GROUP, self.k_tiles * _BOX)
+        if self.kind == "gated":
+            gate, up = weight.chunk(2)
+            pairs = whole.view(-1, 2, 8, whole.shape[1])
+            eights = len(gate) // 8
+            pairs[:eights, 0, :, : self.columns] = gate.view(eights, 8, -1)
+            pairs[:eights, 1, :, : self.columns] = up.view(eights, 8, -1)
+        else:
+            whole[: self.width, : self.columns] = weight
+        tiles = whole.view(self._groups, _GROUP, self.k_tiles, 8, 8)
+        row = torch.arange(_GROUP, device=weight.device).view(-1, 1)
+        piece = torch.arange(8, device=weight.device) ^ (row & 7)  # [16, 8]: where a piece comes from
+        swizzled = torch.gather(tiles, 3, piece.view(1, _GROUP, 1, 8, 1).expand(tiles.shape))
+        swizzled = swizzled.permute(0, 2, 1, 3, 4).reshape(self._groups, self.k_tiles, _GROUP, _BOX)
+        packed = swizzled.new_empty(swizzled.shape)
+        for part in range(self.parts):
+            begin = part * self._groups // self.parts
+            count = (part + 1) * self._groups // self.parts - begin
+            for number in range(self._passes):
+                a, b = begin + number * count // self._passes, begin + (number + 1) * count // self._passes
+                packed[a:b].view(self.k_tiles, b - a, _GROUP, _BOX).copy_(swizzled[a:b].transpose(0, 1))
+        return packed
