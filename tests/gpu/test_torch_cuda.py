@@ -18,18 +18,30 @@ from tests.tiny_models import FAMILIES
 from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.torch.backend import TorchBackend
 from trtllm_redrafter.backends.torch.captured import CapturedGraph
+from trtllm_redrafter.backends.torch.cuda.executor import SWITCH, CudaExecutor
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphSearch
 from trtllm_redrafter.backends.torch.runner import TorchRunner
+from trtllm_redrafter.backends.torch.transformer import TorchExecutor
+from trtllm_redrafter.backends.torch.weights import load_weights
+from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.generation.gate import GateRequest, parity_gate
 from trtllm_redrafter.redrafter.beam_search import beam_search, draft_head
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
+from trtllm_redrafter.redrafter.token_tree import Tree
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 PROMPTS = ((5, 9, 23, 7), (3,), (11, 60, 2, 44, 31, 17, 8, 9, 10))
+
+
+@pytest.fixture
+def hopper_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "1")
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
 
 
 def on_gpu(engine: Path, device: str = "cuda") -> TorchRunner:
@@ -138,6 +150,57 @@ def test_drafting_changes_no_16_bit_text(tmp_path: Path, family: str, dtype: str
     assert all(r.acceptance_length is not None and r.acceptance_length > 1.5 for r in results)
     faster = runner.autoregressive()
     assert faster is not runner and all(r.steps for r in faster.generate(requests))
+
+
+@pytest.mark.usefixtures("hopper_kernels")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_cuda_kernels_change_no_text_with_drafting(tmp_path: Path, family: str, dtype: str) -> None:
+    """Heads of 64; prompts longer than a piece; trees and batches of all sizes: the same bits."""
+    checkpoint = write_checkpoint(
+        tmp_path, family, dtype=dtype, hidden_size=256, max_position_embeddings=2048, num_attention_heads=4
+    )
+    runner = on_gpu(build_engine(checkpoint, tmp_path / "engine", max_input_len=1000, max_seq_len=1500))
+    assert isinstance(runner.executor, CudaExecutor), runner.info.device
+    long = [Request(tuple((7 * i) % VOCAB for i in range(480)), SamplingParams(80, ignore_eos=True), draft=False)]
+    requests = [Request(p, SamplingParams(200, ignore_eos=True), draft=False) for p in PROMPTS] + long
+    expected = [r.token_ids for r in runner.generate(requests)]
+    assert [runner.generate([request])[0].token_ids for request in requests] == expected
+    truth = {r.token_ids: tokens for r, tokens in zip(requests, expected, strict=True)}
+    drafted = [replace(request, draft=True) for request in requests]
+    assert [r.token_ids for r in runner.generate(drafted)] == expected
+    results = with_oracle(runner, truth, DraftShape(4, 3)).generate(drafted)
+    assert [r.token_ids for r in results] == expected
+    assert all(r.acceptance_length is not None and r.acceptance_length > 1.5 for r in results)
+
+
+@pytest.mark.usefixtures("hopper_kernels")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_kernels_are_as_near_to_float32_as_pytorch(tmp_path: Path, family: str) -> None:
+    """Logits along a text, prompt and single steps: errors of 16-bit rounding, no more than PyTorch's own by a half."""
+    found = {}
+    for dtype, kind in (("float32", GraphExecutor), ("bfloat16", CudaExecutor), ("bfloat16", TorchExecutor)):
+        folder = tmp_path / f"{dtype}-{kind.__name__}"
+        checkpoint = write_checkpoint(folder, family, dtype=dtype, hidden_size=256, num_attention_heads=4)
+        runner = on_gpu(build_engine(checkpoint, folder / "engine"))
+        executor = runner.executor
+        if kind is TorchExecutor:
+            opened = Checkpoint.open(checkpoint)
+            executor = TorchExecutor(
+                opened.config, load_weights(opened, torch.device("cuda")), max_batch_size=2, capacity=100
+            )
+        assert isinstance(executor, kind)
+        text = [(11 * i) % VOCAB for i in range(40)]
+        rows = [executor.prefill(0, text[:30]).logits]
+        for place in range(30, 40):
+            output = executor.forward([0], [place], [Tree.root(text[place])], logits=True)
+            executor.commit(0, place, [0])
+            assert output.logits is not None
+            rows.append(output.logits[0])
+        found[kind] = torch.stack(rows).float()
+    truth = found[GraphExecutor]
+    ours, theirs = ((found[k] - truth).norm() / truth.norm() for k in (CudaExecutor, TorchExecutor))
+    assert ours < 1.5 * theirs
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

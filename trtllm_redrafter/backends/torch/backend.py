@@ -22,6 +22,7 @@ from trtllm_redrafter import __version__
 from trtllm_redrafter.backends.base import BuildOptions, BuildPlan, EngineInfo
 from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY, EngineTokenizer, eos_token_ids
 from trtllm_redrafter.backends.torch.build_plan import BACKEND, ENGINE_FORMAT, TorchBuildPlan, plan_build
+from trtllm_redrafter.backends.torch.cuda.executor import CudaExecutor, cuda_unavailable
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimits
 from trtllm_redrafter.backends.torch.drafting import DRAFT_VOCAB_FILE, Drafting, frequent_rows, load_drafter
 from trtllm_redrafter.backends.torch.executor import Executor
@@ -243,16 +244,20 @@ def _make_executor(
 
 def _cuda_executor(
     config: CheckpointConfig, weights: ModelWeights, batch: int, capacity: int, shape: DraftShape | None
-) -> GraphExecutor:
-    """Graphs, with fused kernels where Triton is and the GPU has tensor cores for both 16-bit dtypes.
+) -> Executor:
+    """Our CUDA kernels; else graphs, with Triton kernels where the GPU has tensor cores for both 16-bit dtypes.
 
     float32 is for comparing, and computed as PyTorch does.
     """
     from torch.utils._triton import has_triton
 
-    able = torch.cuda.get_device_capability(weights.embedding.device) >= (8, 0)
-    fused = config.dtype != "float32" and able and has_triton()
+    device = weights.embedding.device
     nodes, depth = (1, 0) if shape is None else (shape.max_tree_tokens, shape.draft_len)
+    reason = cuda_unavailable(config, weights, nodes)
+    if reason is None:
+        return CudaExecutor(config, weights, max_batch_size=batch, capacity=capacity, max_nodes=nodes, detail="kernels")
+    able = torch.cuda.get_device_capability(device) >= (8, 0)
+    fused = config.dtype != "float32" and able and has_triton()
     limits = GraphLimits(batch, capacity, max_nodes=nodes, max_depth=depth)
-    detail = "Triton kernels" if fused else "PyTorch's kernels"
+    detail = f"{'Triton' if fused else 'PyTorch'} kernels, since {reason}"
     return GraphExecutor(config, weights, limits, fused=fused, detail=detail)

@@ -9,20 +9,26 @@
 //
 // Roof: the committed keys and values once per layer (L2 serves further tiles of rows).
 //
-// Compile-time: D head size (a multiple of 64), HEADS, KV_HEADS, PATH (longest path, root included), HAS_NORM (Qwen3's head norms).
+// Compile-time: D head size (a multiple of 64), HEADS, KV_HEADS, PATH (longest path, root included), CHAIN (a prompt: each node's
+// parent is the one before it), HAS_NORM (Qwen3's head norms).
 #include "common.cuh"
 
 #define GROUP (HEADS / KV_HEADS)
 #define BLOCK 32
 #define WARPS 4
 #define SEGMENT (BLOCK * WARPS)
-#define TAILS (1 + (PATH + BLOCK - 2) / BLOCK)  // blocks that can hold drafted positions
+#define TAILS (1 + (PATH + BLOCK - 2) / BLOCK)  // blocks that can hold positions of this pass
+#ifdef CHAIN
+#define ANCESTOR(row, depth) (depth)
+#else
+#define ANCESTOR(row, depth) pass.paths[(row) * PATH + (depth)]
+#endif
 #define ROW_BYTES (D * 2)
 #define CHUNKS (D / 8)
 #define WARP_BYTES (2 * BLOCK * ROW_BYTES)
 #define LOWEST __int_as_float(0xff800000)
 
-// The rows of a pass. All arrays lie in one buffer of integers that the host fills.
+// The rows of a pass. All arrays lie in one buffer of integers that the host fills; a chain has no paths.
 struct Pass {
     const long long *sequence, *depths, *paths;  // [R] (-1: padding), [R], [R, PATH]
     const long long *slots, *bases, *first;      // [B], [B] committed positions, [B + 1] first row
@@ -296,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
             asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(chunk_address(own_values, key, chunk)), "r"(0) : "memory");
         }
     }
-    const long long own_place = lane < committed || lane >= valid ? 0 : base + pass.paths[row * PATH + start + lane - base];
+    const long long own_place = lane < committed || lane >= valid ? 0 : base + ANCESTOR(row, start + lane - base);
     wait_for_previous();
     for (int i = committed * CHUNKS; i < valid * CHUNKS; i += 32) {  // whole warps: CHUNKS is at least 8, the rest idles
         const int key = min((i + lane) / CHUNKS, valid - 1), chunk = (i + lane) % CHUNKS;

@@ -4,8 +4,9 @@ Per layer: product (qkv), store, attend, combine, product (dense), add_norm, pro
 add_norm. Every kernel may start while the one before it runs and asks for its weights first, so the memory keeps
 reading across kernels. What a row comes to does not depend on the other rows.
 
-    model = BasePass(config, weights, cache, rotary, limits)
-    model.launch(packed, rows=32, batch=1, span=512)      # inside a graph's capture; outputs are model.hidden, ...
+    model = BasePass(config, weights, cache, rotary, max_rows=256, logits_rows=32)
+    model.launch(packed, Layout(rows=32, batch=1, nodes=26, path=6), span=512)     # inside a graph's capture
+    model.launch_head(model.hidden, 32)                                            # then model.best holds the tokens
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.redrafter.token_tree import Tree
 
 MAX_ROWS = 256
+"""Of one product."""
+
 SEGMENT = 128
 _BLOCK = 32
 _ATTEND_THREADS = 128
@@ -38,16 +41,22 @@ class _Pass(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a pass's integers lie in its buffer: per row sequence, depth, path and token, per sequence slot and base."""
+    """Where a pass's integers lie: per row sequence, depth, path and token, per sequence slot and base."""
 
     rows: int
     batch: int
-    path: int
-    width: int  # nodes of a tree, at most
+    nodes: int  # of a tree, at most
+    path: int  # longest path of a node, root included
+    chain: bool = False
+    """Prompt tokens of one sequence: every node's path is all nodes before it, and not written down."""
 
     @property
     def size(self) -> int:
-        return self.rows * (3 + self.path) + 3 * self.batch + 1
+        return self.rows * (3 + self._written) + 3 * self.batch + 1
+
+    @property
+    def _written(self) -> int:
+        return 0 if self.chain else self.path
 
     def pack(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree]) -> list[int]:
         """Rows of all trees end to end; padding rows belong to no sequence."""
@@ -56,19 +65,25 @@ class Layout:
             sequence += [number] * len(tree)
             depths += tree.depths
             tokens += tree.tokens
-            for path in tree.paths()[: len(tree)]:
+            for path in [] if self.chain else tree.paths()[: len(tree)]:
                 paths += path + path[-1:] * (self.path - len(path))
             first.append(len(tokens))
         missing, empty = self.rows - len(tokens), self.batch - len(trees)
         return [
-            *sequence, *[-1] * missing, *depths, *[0] * missing, *paths, *[0] * (missing * self.path),
+            *sequence, *[-1] * missing, *depths, *[0] * missing, *paths, *[0] * (missing * self._written),
             *slots, *[0] * empty, *bases, *[0] * empty, *first, *first[-1:] * empty, *tokens, *[0] * missing,
         ]  # fmt: skip
 
     def views(self, packed: Tensor, capacity: int) -> tuple[_Pass, Tensor]:
-        sizes = [self.rows, self.rows, self.rows * self.path, self.batch, self.batch, self.batch + 1, self.rows]
-        *parts, tokens = torch.split(packed, sizes)
+        """The kernels' argument, and the tokens [rows]."""
+        rows, batch = self.rows, self.batch
+        *parts, tokens = torch.split(packed, [rows, rows, rows * self._written, batch, batch, batch + 1, rows])
         return _Pass(*(part.data_ptr() for part in parts), capacity), tokens
+
+
+def tail_blocks(path: int) -> int:
+    """Blocks of keys that can hold positions of a pass whose longest path is `path` nodes."""
+    return 1 + (path + _BLOCK - 2) // _BLOCK
 
 
 def unsupported(config: CheckpointConfig, weights: ModelWeights) -> str | None:
@@ -76,32 +91,44 @@ def unsupported(config: CheckpointConfig, weights: ModelWeights) -> str | None:
     if weights.embedding.dtype not in (torch.bfloat16, torch.float16):
         return "they compute in bfloat16 and float16"
     if config.head_size not in (64, 128, 256):
-        return f"head size {config.head_size}, not 64, 128 or 256"
+        return f"the head size is {config.head_size}, not 64, 128 or 256"
     if any(layer.activated_bias is not None or layer.linear_bias is not None for layer in weights.layers):
-        return "biases in the MLP"
+        return "the MLP has biases"
     if config.hidden_size % 8 or config.intermediate_size % 8:
-        return "sizes that are no multiple of 8"
+        return "hidden and intermediate size are no multiples of 8"
     return None
 
 
-def stacked(weights: ModelWeights) -> ModelWeights:
-    """The same weights, gate and up of a layer in one piece of memory, one after the other."""
+@dataclass(frozen=True)
+class _Products:
+    """A layer's matrices."""
 
-    def stack(layer: LayerWeights) -> LayerWeights:
-        both = torch.cat([layer.activated, layer.linear])
-        return replace(layer, activated=both[: len(layer.activated)], linear=both[len(layer.activated) :])
+    qkv: Linear
+    dense: Linear
+    gated: Linear
+    down: Linear
 
-    return replace(weights, layers=tuple(stack(layer) for layer in weights.layers))
+    @classmethod
+    def of(cls, layer: LayerWeights, multiprocessors: int) -> _Products:
+        return cls(
+            Linear(layer.qkv, "partial", multiprocessors),
+            Linear(layer.dense, "partial", multiprocessors),
+            Linear(torch.cat([layer.activated, layer.linear]), "gated", multiprocessors),
+            Linear(layer.down, "partial", multiprocessors),
+        )
+
+    @property
+    def widest_partial(self) -> int:
+        return max(product.splits * product.width for product in (self.qkv, self.dense, self.down))
 
 
-def _both(layer: LayerWeights) -> Tensor:
-    """[2 I, H]: what `stacked` has laid together."""
-    count, width = layer.activated.shape
-    return layer.activated.as_strided((2 * count, width), (width, 1))
+def _without_matrices(layer: LayerWeights) -> LayerWeights:
+    nothing = layer.input_norm.new_empty(0)
+    return replace(layer, qkv=nothing, dense=nothing, activated=nothing, linear=nothing, down=nothing)
 
 
 class BasePass:
-    """Weights (made by `stacked`), cache and buffers of a model, and its kernels."""
+    """A model's weights in the kernels' order, its cache, buffers and kernels."""
 
     def __init__(
         self,
@@ -111,59 +138,57 @@ class BasePass:
         rotary: tuple[Tensor, Tensor],
         *,
         max_rows: int,
-        path: int,
+        logits_rows: int,
     ) -> None:
-        """`cache`: keys, values [layers, slots, M, C, D]; `rotary`: cosine, sine [C, D]; `path`: longest path of a tree."""
-        self._config, self._weights, self._cache, self._rotary, self._path = config, weights, cache, rotary, path
+        """`cache`: keys, values [layers, slots, M, C, D]; `rotary`: cosine, sine [C, D].
+
+        A pass has at most `max_rows` rows, one with logits `logits_rows`. `weights` is kept without the matrices.
+        """
+        self._config, self._cache, self._rotary = config, cache, rotary
         device = weights.embedding.device
-        count = torch.cuda.get_device_properties(device).multi_processor_count
-        self._count = count
-        self._products = [
-            (
-                Linear(layer.qkv, "partial", count),
-                Linear(layer.dense, "partial", count),
-                Linear(_both(layer), "gated", count),
-                Linear(layer.down, "partial", count),
-            )
-            for layer in weights.layers
-        ]
-        self._head = Linear(weights.head, "logits", count)
-        rows, h, heads = max_rows, config.hidden_size, config.num_attention_heads
+        self._count = torch.cuda.get_device_properties(device).multi_processor_count
+        self._products = [_Products.of(layer, self._count) for layer in weights.layers]
+        self._head = Linear(weights.head, "logits", self._count)
+        self.weights = replace(weights, layers=tuple(_without_matrices(layer) for layer in weights.layers))
+        h, heads = config.hidden_size, config.num_attention_heads
 
         def make(*shape: int, dtype: torch.dtype = weights.embedding.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self._residual, self.hidden = make(rows, h), make(rows, h)
-        self._query, self._mixed = make(rows, heads * config.head_size), make(rows, heads * config.head_size)
-        self._gated = make(rows, config.intermediate_size)
-        widest = max(product.splits * product.width for product in self._products[0][::1] if product.kind == "partial")
-        self._partial = make(rows * widest, dtype=torch.float32)
-        self.logits = make(rows, len(weights.head))
-        self._found = make(count, rows, dtype=torch.float32), make(count, rows, dtype=torch.int32)
-        self.best = make(rows, dtype=torch.int64)
+        self._residual, self.hidden = make(max_rows, h), make(max_rows, h)
+        self._query, self._mixed = make(max_rows, heads * config.head_size), make(max_rows, heads * config.head_size)
+        self._gated = make(max_rows, config.intermediate_size)
+        self._partial = make(max_rows * self._products[0].widest_partial, dtype=torch.float32)
+        self.logits = make(logits_rows, len(weights.head))
+        self._found = (
+            make(self._count, logits_rows, dtype=torch.float32),
+            make(self._count, logits_rows, dtype=torch.int32),
+        )
+        self.best = make(logits_rows, dtype=torch.int64)
         self._parts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def launch(self, packed: Tensor, layout: Layout, span: int) -> None:
-        """Queue all kernels for `layout.rows` rows; no sequence has more than `span` committed positions."""
-        config, rows = self._config, layout.rows
+        """Queue the kernels up to `hidden` for `layout.rows` rows; `span` bounds the committed positions."""
+        rows = layout.rows
         arguments, tokens = layout.views(packed, self._cache[0].shape[3])
-        self._norm(rows, self._weights.layers[0].input_norm, tokens=tokens)
-        for index, layer in enumerate(self._weights.layers):
-            qkv, dense, gated, down = self._products[index]
-            last = index + 1 == config.num_hidden_layers
-            qkv(self.hidden, rows, self._partial)
-            self._attention(index, layer, qkv.splits, arguments, layout, span)
-            dense(self._mixed, rows, self._partial)
-            self._norm(rows, layer.post_norm, splits=dense.splits, bias=layer.dense_bias)
-            gated(self.hidden, rows, self._gated)
-            down(self._gated, rows, self._partial)
-            following = self._weights.final_norm if last else self._weights.layers[index + 1].input_norm
-            self._norm(rows, following, splits=down.splits, bias=layer.down_bias)
-        self._head(self.hidden, rows, self.logits, self._found)
-        best = compiled("reduce.cu", "best_token", {})
-        blocks = ctypes.c_int(self._head.blocks)
+        self._norm(rows, self.weights.layers[0].input_norm, tokens=tokens)
+        following = [*(layer.input_norm for layer in self.weights.layers[1:]), self.weights.final_norm]
+        for index, (layer, its) in enumerate(zip(self.weights.layers, self._products, strict=True)):
+            its.qkv(self.hidden, rows, self._partial)
+            self._attention(index, layer, its.qkv.splits, arguments, layout, span)
+            its.dense(self._mixed, rows, self._partial)
+            self._norm(rows, layer.post_norm, splits=its.dense.splits, bias=layer.dense_bias)
+            its.gated(self.hidden, rows, self._gated)
+            its.down(self._gated, rows, self._partial)
+            self._norm(rows, following[index], splits=its.down.splits, bias=layer.down_bias)
+
+    def launch_head(self, hidden: Tensor, rows: int) -> None:
+        """Queue `logits` and `best` of hidden [>= rows, H]."""
+        self._head(hidden, rows, self.logits, self._found)
         values, places = self._found
-        best.launch((rows,), 32, [pointer(values), pointer(places), blocks, ctypes.c_int(rows), pointer(self.best)])
+        blocks, count = ctypes.c_int(self._head.blocks), ctypes.c_int(rows)
+        best = compiled("reduce.cu", "best_token", {})
+        best.launch((rows,), 32, [pointer(values), pointer(places), blocks, count, pointer(self.best)])
 
     def _constants(self, **more: int | None) -> dict[str, int | None]:
         half: dict[str, int | None] = {"DTYPE_HALF": None} if self.hidden.dtype == torch.float16 else {}
@@ -178,7 +203,7 @@ class BasePass:
             (rows,), threads,
             [pointer(self._residual), pointer(self._partial), ctypes.c_int(splits), pointer(bias), pointer(weight),
              pointer(self.hidden), ctypes.c_float(self._config.norm_epsilon), pointer(tokens),
-             pointer(self._weights.embedding)],
+             pointer(self.weights.embedding)],
         )  # fmt: skip
 
     def _attention(
@@ -186,8 +211,9 @@ class BasePass:
     ) -> None:
         config, rows = self._config, layout.rows
         heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_size
-        has_norm: dict[str, int | None] = {} if layer.q_norm is None else {"HAS_NORM": None}
-        constants = self._constants(D=size, HEADS=heads, KV_HEADS=kv_heads, PATH=self._path, **has_norm)
+        flags: dict[str, int | None] = {} if layer.q_norm is None else {"HAS_NORM": None}
+        flags |= {"CHAIN": None} if layout.chain else {}
+        constants = self._constants(D=size, HEADS=heads, KV_HEADS=kv_heads, PATH=layout.path, **flags)
         keys, values = self._cache[0][index], self._cache[1][index]
         warps = min(16, heads + 2 * kv_heads)
         compiled("attention.cu", "store", constants).launch(
@@ -197,8 +223,8 @@ class BasePass:
              pointer(self._rotary[1]), arguments, pointer(self._query), pointer(keys), pointer(values)],
         )  # fmt: skip
         segments = -(-span // SEGMENT)
-        tails = 1 + (self._path + _BLOCK - 2) // _BLOCK
-        nodes = min(rows, layout.width)
+        tails = tail_blocks(layout.path)
+        nodes = min(rows, layout.nodes)
         tiles = -(-nodes * (heads // kv_heads) // 16)
         groups = max(1, min(tiles, 2 * self._count // max(1, segments * kv_heads * layout.batch)))
         group_tiles = -(-tiles // groups)

@@ -23,6 +23,18 @@ class CudaUnavailable(Exception):
     """These kernels cannot be used here; the text says why."""
 
 
+def unavailable() -> str | None:
+    """Why kernels cannot be compiled or launched here, or None."""
+    try:
+        from cuda.bindings import driver, nvrtc
+
+        for version in (nvrtc.nvrtcVersion, driver.cuDriverGetVersion):
+            _checked(version())
+    except (ImportError, RuntimeError, OSError, CudaUnavailable) as error:
+        return f"cuda-bindings, NVRTC or the driver cannot be used ({error})"
+    return None
+
+
 def _checked(result: tuple[Any, ...]) -> Any:
     """The values of a call of cuda.bindings, whose first is a status."""
     status, *values = result
@@ -34,8 +46,8 @@ def _checked(result: tuple[Any, ...]) -> Any:
 def wgmma_source(rows: int) -> str:
     """The tensor cores' product of 64 weight rows by `rows` rows of x, 16 columns, as a header.
 
-    Operands lie in shared memory in rows of 128 bytes, swizzled; a descriptor names a tile's address in units of 16 bytes,
-    the distance of its groups of eight rows (1,024 bytes) and the swizzle.
+    Operands lie in shared memory in rows of 128 bytes, swizzled; a descriptor names a tile's address in units of 16
+    bytes, the distance of its groups of eight rows (1,024 bytes) and the swizzle.
     """
     count = rows // 2
     registers = ", ".join(f"%{i}" for i in range(count))
@@ -47,7 +59,9 @@ __device__ __forceinline__ u64 descriptor(u32 address) {{
 __device__ __forceinline__ void wgmma_fence() {{ asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }}
 __device__ __forceinline__ void wgmma_commit() {{ asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }}
 template <int pending>
-__device__ __forceinline__ void wgmma_wait() {{ asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory"); }}
+__device__ __forceinline__ void wgmma_wait() {{
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}}
 __device__ __forceinline__ void wgmma(float (&d)[{count}], u64 a, u64 b) {{
     asm volatile("wgmma.mma_async.sync.aligned.m64n{rows}k16.f32." MMA_TYPE "." MMA_TYPE
                  " {{{registers}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;"
@@ -80,7 +94,7 @@ def cubin(file: str, constants: Mapping[str, int | None], architecture: str, hea
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
         raise CudaUnavailable(f"{file} does not compile for {architecture}:\n{log.decode().strip()}")
-    code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    code: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
     _checked(nvrtc.nvrtcGetCUBIN(program, code))
     return code
 
@@ -95,8 +109,12 @@ class Kernel:
         self._module = _checked(driver.cuModuleLoadData(code))
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
         attributes = driver.CUfunction_attribute
-        # One split of L1 and shared memory for all kernels: a multiprocessor changes it only when it is idle, and kernels overlap.
-        _checked(driver.cuFuncSetAttribute(self._function, attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100))
+        # One split of L1 and shared memory for all: changing it needs an idle multiprocessor, and kernels overlap.
+        _checked(
+            driver.cuFuncSetAttribute(
+                self._function, attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100
+            )
+        )
         if shared_bytes > 40 << 10:  # 48 KiB, the kernel's own static memory among them, need no asking
             attribute = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))

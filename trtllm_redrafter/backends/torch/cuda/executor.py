@@ -1,31 +1,61 @@
 """The base model's passes as graphs of our CUDA kernels: bits of a row do not depend on what is computed beside it.
 
-A graph is captured for a number of rows (rounded up), a batch size and a power of two of cache positions when they first
-occur; then a pass is one copy of integers and one launch. Prompts run through PyTorch.
+A graph is captured for a number of rows (rounded up), a batch size and a power of two of cache positions when they
+first occur; then a pass is one copy of integers and one launch. Prompts go through the same kernels, in pieces of up to
+256 tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from trtllm_redrafter.backends.torch.captured import CapturedGraph, on_device
-from trtllm_redrafter.backends.torch.cuda.base_pass import MAX_ROWS, BasePass, Layout, stacked
-from trtllm_redrafter.backends.torch.executor import TreeOutput
-from trtllm_redrafter.backends.torch.pointwise import Pointwise
+from trtllm_redrafter.backends.torch.cuda.base_pass import MAX_ROWS, SEGMENT, BasePass, Layout, tail_blocks, unsupported
+from trtllm_redrafter.backends.torch.cuda.compiler import unavailable
+from trtllm_redrafter.backends.torch.cuda.linear import padded
+from trtllm_redrafter.backends.torch.executor import PromptOutput, TreeOutput
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import ModelWeights
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.redrafter.token_tree import Tree
 
+SWITCH = "TRTLLM_REDRAFTER_HOPPER_KERNELS"
+"""Environment variable that asks for these kernels: their steps were run on an H100, prompts through them not yet."""
+
 _SMALLEST_SPAN = 256
+_PATH_STEP = 8
+_PART_BYTES = 256 << 20
+"""Partial results of attention that a piece of a prompt may take."""
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What a graph is captured for; `head`: are logits computed?"""
+
+    layout: Layout
+    span: int
+    head: bool
+
+
+def cuda_unavailable(config: CheckpointConfig, weights: ModelWeights, max_nodes: int) -> str | None:
+    """Why `CudaExecutor` cannot be used for a model on its GPU, or None."""
+    if os.environ.get(SWITCH) != "1":
+        return f"{SWITCH}=1 is not set"
+    if torch.cuda.get_device_capability(weights.embedding.device)[0] != 9:
+        return "the CUDA kernels are written for Hopper GPUs (compute capability 9.0)"
+    if max_nodes > MAX_ROWS:
+        return f"trees have {max_nodes} nodes, more than {MAX_ROWS}"
+    return unsupported(config, weights) or unavailable()
 
 
 class CudaExecutor(TorchExecutor):
-    """Trees of at most `max_nodes` nodes, none deeper than `max_depth`, run through the kernels."""
+    """Passes of up to 256 rows; more trees than fit one pass take several."""
 
     name = "cuda"
     row_invariant = True
@@ -38,67 +68,105 @@ class CudaExecutor(TorchExecutor):
         max_batch_size: int,
         capacity: int,
         max_nodes: int,
-        max_depth: int,
-        pointwise: Pointwise,
         detail: str = "",
     ) -> None:
-        weights = stacked(weights)
+        """`max_nodes`: of a tree, usually; at most 256."""
         super().__init__(
-            config, weights, max_batch_size=max_batch_size, capacity=capacity + max_nodes, detail=detail,
-            pointwise=pointwise,
+            config, weights, max_batch_size=max_batch_size, capacity=capacity + max_nodes, detail=detail
         )  # fmt: skip
-        self._nodes, self._depth = max_nodes, max_depth
-        rows = min(MAX_ROWS, max_batch_size * max_nodes)
-        self._model = BasePass(
-            config, weights, (self._keys, self._values), (self._cosine, self._sine),
-            max_rows=_round_up(rows), path=max_depth + 1,
-        )  # fmt: skip
-        self._graphs: dict[tuple[Layout, int], CapturedGraph] = {}
-        self.pool = torch.cuda.graph_pool_handle()
+        with on_device(self._device):
+            self._model = BasePass(
+                config, weights, (self._keys, self._values), (self._cosine, self._sine),
+                max_rows=MAX_ROWS, logits_rows=MAX_ROWS,
+            )  # fmt: skip
+            self._weights = self._model.weights
+            self._last = weights.embedding.new_zeros(1, config.hidden_size)
+            self._graphs: dict[_Key | None, CapturedGraph] = {}
+            self.pool = torch.cuda.graph_pool_handle()
+
+    def prefill(self, slot: int, token_ids: Sequence[int]) -> PromptOutput:
+        with on_device(self._device):
+            self._last.copy_(self._chain(slot, token_ids)[-1][-1:])
+            self._replay(None, [0], lambda packed: self._model.launch_head(self._last, 1))
+            return PromptOutput(self._last[0].clone(), self._model.logits[0].clone())
 
     @torch.no_grad()
     def forward(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], *, logits: bool) -> TreeOutput:
-        largest, deepest = max(len(tree) for tree in trees), max(max(tree.depths) for tree in trees)
-        end = max(bases) + largest
+        end = max(bases) + max(len(tree) for tree in trees)
         if end > self._capacity:  # a kernel would write into the next slot
             raise ValueError(f"a tree ends at position {end}, the cache at {self._capacity}")
         with on_device(self._device):
-            if largest > self._nodes or deepest > self._depth:
-                return super().forward(slots, bases, trees, logits=logits)
             return _joined([self._pass(slots[a:b], bases[a:b], trees[a:b], logits) for a, b in _portions(trees)])
-
-    def _pass(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], logits: bool) -> TreeOutput:
-        count = sum(len(tree) for tree in trees)
-        layout = Layout(_round_up(count), _batch(len(trees)), self._depth + 1, self._nodes)
-        span = min(self._capacity, max(_SMALLEST_SPAN, 1 << (max(bases) - 1).bit_length()))
-        values = layout.pack(slots, bases, trees)
-        graph = self._graphs.get((layout, span))
-        if graph is None:
-            graph = CapturedGraph(len(values), self._device)
-            graph.fill(values)
-            packed = graph.input
-            graph.capture(lambda: self._model.launch(packed, layout, span), self.pool)
-            self._graphs[layout, span] = graph
-        else:
-            graph.fill(values)
-        graph.replay()
-        model = self._model
-        scores = model.logits[:count].clone() if logits else None
-        return TreeOutput(model.hidden[:count].clone(), model.best[:count].clone(), scores)
 
     def close(self) -> None:
         self._graphs.clear()
         del self._model
         super().close()
 
+    def _pass(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], logits: bool) -> TreeOutput:
+        count, nodes = sum(len(tree) for tree in trees), max(len(tree) for tree in trees)
+        deepest = max(max(tree.depths) for tree in trees)
+        layout = Layout(
+            _round_up(count), _power(len(trees)), _round_up(nodes), -(-(deepest + 1) // _PATH_STEP) * _PATH_STEP
+        )
+        model, key = self._model, _Key(layout, self._graph_span(max(bases)), head=True)
+
+        def launch(packed: Tensor) -> None:
+            model.launch(packed, layout, key.span)
+            model.launch_head(model.hidden, layout.rows)
+
+        self._replay(key, layout.pack(slots, bases, trees), launch)
+        scores = model.logits[:count].clone() if logits else None
+        return TreeOutput(model.hidden[:count].clone(), model.best[:count].clone(), scores)
+
+    @torch.no_grad()
+    def _chain(self, slot: int, token_ids: Sequence[int]) -> list[Tensor]:
+        """Hidden states [n, H] of a prompt, piece by piece."""
+        states, start, model = [], 0, self._model
+        while start < len(token_ids):
+            span = self._graph_span(start)
+            tokens = list(token_ids[start : start + self._piece(span)])
+            count = len(tokens)
+            layout = Layout(padded(count), 1, padded(count), padded(count), chain=True)
+            tree = Tree(tokens, list(range(-1, count - 1)), list(range(count)))
+            values = layout.pack([slot], [start], [tree])
+            key = _Key(layout, span, head=False)
+            self._replay(key, values, partial(model.launch, layout=layout, span=span))
+            states.append(model.hidden[:count].clone())
+            start += count
+        return states
+
+    def _replay(self, key: _Key | None, values: list[int], launch: Callable[[Tensor], None]) -> None:
+        """Run what `launch` queues on these integers, captured when the key first occurs."""
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = CapturedGraph(len(values), self._device)
+            graph.fill(values)
+            packed = graph.input
+            graph.capture(lambda: launch(packed), self.pool)
+            self._graphs[key] = graph
+        else:
+            graph.fill(values)
+        graph.replay()
+
+    def _graph_span(self, base: int) -> int:
+        return min(self._capacity, max(_SMALLEST_SPAN, _power(base)))
+
+    def _piece(self, span: int) -> int:
+        """Prompt tokens of a pass that follows `span` positions, so that partial results stay small."""
+        config = self._config
+        row = (-(-span // SEGMENT) + tail_blocks(MAX_ROWS)) * config.num_attention_heads * config.head_size * 4
+        return max(16, min(MAX_ROWS, _PART_BYTES // row // 16 * 16))
+
 
 def _round_up(rows: int) -> int:
-    """Rows a graph is made for: exact up to 2, then multiples of 8."""
+    """Rows that a graph is made for: exact up to 2, then multiples of 8."""
     return rows if rows <= 2 else min(MAX_ROWS, -(-rows // 8) * 8)
 
 
-def _batch(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+def _power(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, count - 1).bit_length()
 
 
 def _portions(trees: Sequence[Tree]) -> list[tuple[int, int]]:
@@ -112,13 +180,13 @@ def _portions(trees: Sequence[Tree]) -> list[tuple[int, int]]:
     return [*found, (start, len(trees))]
 
 
-def _joined(outputs: list[TreeOutput]) -> TreeOutput:
+def _joined(outputs: Sequence[TreeOutput]) -> TreeOutput:
     """The passes' outputs as one."""
     if len(outputs) == 1:
         return outputs[0]
-
-    def cat(parts: list[Any]) -> Tensor:
-        return torch.cat(parts)
-
-    scores = None if outputs[0].logits is None else cat([o.logits for o in outputs])
-    return TreeOutput(cat([o.hidden for o in outputs]), cat([o.best for o in outputs]), scores)
+    scores = [output.logits for output in outputs if output.logits is not None]
+    return TreeOutput(
+        torch.cat([output.hidden for output in outputs]),
+        torch.cat([output.best for output in outputs]),
+        torch.cat(scores) if scores else None,
+    )

@@ -1,12 +1,13 @@
 """Matrix products of few rows that read every weight once: launches `linear.cu`.
 
-    product = Linear(weight, "partial", multiprocessors=132)
-    product(x, rows, out)            # captured into a graph with everything else
+product = Linear(weight, "partial", multiprocessors=132)
+product(x, rows, out)            # captured into a graph with everything else
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any, Literal
 
 import torch
@@ -69,8 +70,10 @@ class Linear:
         self.k_tiles = -(-self.columns // _BOX)
         self._groups = -(-self.width // _GROUP)
         self.parts, self.splits = _cut(self._groups, self.k_tiles, multiprocessors, 16 if kind == "partial" else 1)
-        self._passes = -(-(-(-self._groups // self.parts)) // _MOST_GROUPS)
-        self._packed = self._pack(weight)
+        share = math.ceil(self._groups / self.parts)
+        self.passes = math.ceil(share / _MOST_GROUPS)
+        self._pass_groups = math.ceil(share / self.passes)
+        self.packed = self._pack(weight)
         self._inputs: dict[tuple[int, int, int], Any] = {}
 
     @property
@@ -82,21 +85,21 @@ class Linear:
         """x [>= rows, K] -> out; see `linear.cu` for its form."""
         size = padded(rows)
         wide = size > _WIDE
-        groups = -(-(-(-self._groups // self.parts)) // self._passes)
+        groups = self._pass_groups
         teams = min(2, -(-groups // 4)) if wide else 1
         stage = -(-(groups * _GROUP + size) * 2 * _BOX // 1024) * 1024
         stages = max(2, min(((_SHARED_WIDE if wide else _SHARED) - _SLACK) // stage, 24))
         constants: dict[str, int | None] = {
             "ROWS": size, "GROUPS": groups, "TEAMS": teams, "STAGES": stages, self.kind.upper(): None
         }  # fmt: skip
-        if self._packed.dtype == torch.float16:
+        if self.packed.dtype == torch.float16:
             constants["DTYPE_HALF"] = None
         kernel = compiled("linear.cu", "linear", constants, rows=size, shared_bytes=stages * stage + _SLACK)
-        work = _Work(self._groups, self.parts, self.k_tiles, self.splits, self._passes, rows, self.width)
+        work = _Work(self._groups, self.parts, self.k_tiles, self.splits, self.passes, rows, self.width)
         values, places = (None, None) if best is None else best
         kernel.launch(
             (self.blocks,), 128 * teams + 32,
-            [pointer(self._packed), self._input_map(x, size), work, pointer(out), pointer(values), pointer(places),
+            [pointer(self.packed), self._input_map(x, size), work, pointer(out), pointer(values), pointer(places),
              self._policy],
         )  # fmt: skip
 
@@ -126,7 +129,7 @@ class Linear:
         for part in range(self.parts):
             begin = part * self._groups // self.parts
             count = (part + 1) * self._groups // self.parts - begin
-            for number in range(self._passes):
-                a, b = begin + number * count // self._passes, begin + (number + 1) * count // self._passes
+            for number in range(self.passes):
+                a, b = begin + number * count // self.passes, begin + (number + 1) * count // self.passes
                 packed[a:b].view(self.k_tiles, b - a, _GROUP, _BOX).copy_(swizzled[a:b].transpose(0, 1))
         return packed
