@@ -34,7 +34,7 @@ from trtllm_redrafter.progress import Progress, no_progress
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     write_tokenizer(folder / "tokenizer")
-    return write_checkpoint(folder, dtype="bfloat16", tp_size=2, num_beams=3, draft_len=3)
+    return write_checkpoint(folder, dtype="bfloat16", tp_size=2, num_beams=3, draft_len=3, head_dim=32)
 
 
 def wanted(checkpoint: Path, folder: Path, *, cache: bool = False, **changes: Any) -> BuildOptions:
@@ -98,7 +98,7 @@ def test_dry_run_of_the_command_starts_nothing(checkpoint: Path, tmp_path: Path)
     ("how", "says", "remedy"),
     [
         ("oom", "not enough free memory", "max_batch_size"),
-        ("kernel", "no attention kernel", "FP8"),
+        ("kernel", "no attention kernel", "another KV cache type"),
         ("exit", "failed with exit code 1", "read the log"),
         ("killed", "was killed", "more memory"),
         ("missing-rank", "engine is incomplete", "read the log"),

@@ -40,9 +40,10 @@ _KILLED = _failure(
 FAILURES: tuple[Failure, ...] = (
     _KILLED,
     _failure(
-        "missing-kernel", r"No available XQA kernels are found for speculative decoding",
-        "no attention kernel verifies draft tokens for this grouping of heads",
-        "quantize the KV cache to FP8 and use a Hopper GPU, or use a base whose heads per KV head divide 64",
+        "missing-kernel", r"No available XQA kernels are found for speculative decoding"
+        r"|Head size \d+ is not supported by MMHA",
+        "no attention kernel verifies draft tokens for these heads",
+        "build with KV blocks of 32 tokens, another KV cache type or another number of ranks; `plan` has the rules",
     ),
     _failure(
         "version", r"(engine|plan).{0,60}(version|built|compiled).{0,80}(mismatch|incompatible|different|expecting)"
