@@ -18,11 +18,13 @@ _TILE = 64
 """Groups that divide it are given to the kernels compiled at run time, whether these take them or not."""
 
 _LARGEST_RUNTIME_GROUP = 32
-_RUNTIME_HEADS = (32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 256)
+_RUNTIME_HEADS: tuple[int, ...] = (32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 256)
 """Multiples of 16 from 16 to 256, of which the attention layer itself accepts these only."""
 
-_RUNTIME_BLOCKS, _HOPPER_FP8_BLOCKS = (16, 32, 64, 128), (8, 16, 32, 64, 128)
-_PRECOMPILED_HEADS, _PRECOMPILED_BLOCKS = (64, 128), (32, 64, 128)
+_RUNTIME_BLOCKS: tuple[int, ...] = (16, 32, 64, 128)
+_HOPPER_FP8_BLOCKS: tuple[int, ...] = (8, *_RUNTIME_BLOCKS)
+_PRECOMPILED_BLOCKS: tuple[int, ...] = (32, 64, 128)
+_PRECOMPILED_HEADS: tuple[int, ...] = (64, 128)
 """256 passes TensorRT-LLM's first check too, but no kernel of that size for several draft tokens is shipped."""
 
 _FP8_CAPABILITY = (8, 9)
@@ -44,7 +46,7 @@ def tree_kernel(
         blocks = _HOPPER_FP8_BLOCKS if hopper_fp8 else _RUNTIME_BLOCKS
         kind, heads, largest = RUNTIME, _RUNTIME_HEADS, _LARGEST_RUNTIME_GROUP
     else:
-        kind, heads, blocks, largest = PRECOMPILED, _PRECOMPILED_HEADS, _PRECOMPILED_BLOCKS, group
+        blocks, kind, heads, largest = _PRECOMPILED_BLOCKS, PRECOMPILED, _PRECOMPILED_HEADS, group
     found = []
     if group > largest:
         found.append(f"it takes groups of at most {largest} query heads per KV head, these are {group}")

@@ -47,7 +47,9 @@ class LlmClient:
     leads = True
     """The API's other ranks are processes of its own, not workers of ours."""
 
-    def __init__(self, engine: Path, *, runtime: RuntimeOptions, tp_size: int) -> None:
+    def __init__(
+        self, engine: Path, *, runtime: RuntimeOptions, tp_size: int, kv_cache_tokens: int | None = None
+    ) -> None:
         self._api = import_library(LLM_API)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._results: dict[int, Any] = {}
@@ -60,7 +62,9 @@ class LlmClient:
                 skip_tokenizer_init=True,
                 tensor_parallel_size=tp_size,
                 kv_cache_config=self._api.KvCacheConfig(
-                    enable_block_reuse=runtime.block_reuse, free_gpu_memory_fraction=runtime.kv_cache_fraction
+                    enable_block_reuse=runtime.block_reuse,
+                    free_gpu_memory_fraction=runtime.kv_cache_fraction,
+                    max_tokens=kv_cache_tokens,
                 ),
                 extended_runtime_perf_knob_config=self._api.ExtendedRuntimePerfKnobConfig(
                     multi_block_mode=runtime.multi_block_mode

@@ -42,9 +42,13 @@ _LOG_BYTES = 2**20
 _KINDS = {"ready", "event", "fatal", "ended"}
 
 
-def worker_command(engine: Path, ranks: int, api: Api, environment: Mapping[str, str]) -> list[str]:
+def worker_command(
+    engine: Path, ranks: int, api: Api, environment: Mapping[str, str], kv_cache_tokens: int | None = None
+) -> list[str]:
     """The whole command that starts the workers of an engine here."""
     python, worker = [sys.executable, "-m"], [str(engine.absolute()), "--api", api]
+    if kv_cache_tokens is not None:
+        worker += ["--kv-cache-tokens", str(kv_cache_tokens)]
     if api == "executor":
         return [*launch_command(ranks, environment), *python, WORKER, *worker]
     if ranks == 1 or not _in_slurm(environment):
@@ -113,8 +117,10 @@ def worker_environment(ranks: int, api: Api, device: int | None, environment: Ma
 class RemoteClient:
     """Workers of one engine."""
 
-    def __init__(self, engine: Path, ranks: int, *, api: Api, device: int | None = None) -> None:
-        command = worker_command(engine, ranks, api, os.environ)
+    def __init__(
+        self, engine: Path, ranks: int, *, api: Api, device: int | None = None, kv_cache_tokens: int | None = None
+    ) -> None:
+        command = worker_command(engine, ranks, api, os.environ, kv_cache_tokens)
         environment = worker_environment(ranks, api, device, os.environ)
         self._engine = engine
         self._failure: BackendError | None = None
