@@ -22,6 +22,7 @@ from trtllm_redrafter import api
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.tensorrt_llm.build_log import BuildProgress, warnings_in
+from trtllm_redrafter.backends.tensorrt_llm.build_plan import plan_build
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import read_engine
 from trtllm_redrafter.backends.tensorrt_llm.failures import FAILURES, explain
 from trtllm_redrafter.checkpoint.manifest import Manifest
@@ -116,6 +117,21 @@ def test_failures_are_explained_and_leave_no_engine(
     assert not list((tmp_path / "cache").glob("engines/*"))
     host.builds("ok")
     assert build(wanted(checkpoint, tmp_path)).is_dir() and not (tmp_path / "engine.build.log").exists()
+
+
+def test_a_tokenizer_that_trtllm_serve_cannot_use(checkpoint: Path, tmp_path: Path) -> None:
+    """It reads the model type beside the tokenizer; a checkpoint's config.json has none."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+
+    def warned() -> bool:
+        plan = plan_build(replace(wanted(checkpoint, tmp_path), tokenizer=tokenizer))
+        return any("`trtllm-serve` reads it" in (p.why or "") for p in plan.warnings)
+
+    assert warned()
+    (tokenizer / "config.json").write_text('{"architecture": "ReDrafterForLLaMALM"}')
+    assert warned()
+    (tokenizer / "config.json").write_text('{"model_type": "llama"}')
+    assert not warned()
 
 
 def test_a_failed_rebuild_keeps_the_old_engine(host: Host, checkpoint: Path, tmp_path: Path) -> None:

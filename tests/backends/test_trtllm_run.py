@@ -18,6 +18,7 @@ from trtllm_redrafter.backends.tensorrt_llm.remote_client import launch_command
 from trtllm_redrafter.benchmark.bench import BenchOptions, bench
 from trtllm_redrafter.benchmark.measure import MeasureOptions
 from trtllm_redrafter.benchmark.statistics import Bootstrap
+from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.errors import BackendError, RedrafterError, RequestError, UsageError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
@@ -267,6 +268,15 @@ def test_the_command_line_runs_it(host: Host, checkpoints: Path, tmp_path: Path,
     assert program("inspect", engine) == 0 and "TensorRT-LLM engine" in program.out
 
 
+def served_by_trtllm_serve(engine: Path) -> None:
+    """What the server reads at start-up: the model type beside the tokenizer, more end tokens from the root."""
+    from transformers import AutoConfig, GenerationConfig
+
+    assert AutoConfig.from_pretrained(engine / "tokenizer").model_type == "llama"
+    assert GenerationConfig.from_pretrained(engine).eos_token_id == [2, 7]
+    assert {"generation_config.json", "tokenizer/config.json"} <= Manifest.read(engine).files.keys()
+
+
 def test_a_recipe_goes_from_base_model_to_text(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -275,6 +285,7 @@ def test_a_recipe_goes_from_base_model_to_text(
 
     monkeypatch.chdir(tmp_path)
     write_models(tmp_path / "models", head_dim=32)
+    Path("models/base/generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     Path("recipe.yaml").write_text(
         "base: models/base\ndrafter: models/drafter\nbackend: tensorrt-llm\n"
         "convert: {dtype: bfloat16, num_beams: 2}\nbuild: {max_seq_len: 128, max_batch_size: 2}\n"
@@ -283,6 +294,7 @@ def test_a_recipe_goes_from_base_model_to_text(
     program = Program(capsys)
     assert program("pipeline", "recipe.yaml", "--json") == 0, program.err
     assert [s["status"] for s in program.document["stages"]] == ["miss", "miss", "miss"]
+    served_by_trtllm_serve(Path(program.document["stages"][1]["output"]))
     assert len(Path("results.jsonl").read_text().splitlines()) == 2
     assert program("pipeline", "recipe.yaml", "--json") == 0
     assert [s["status"] for s in program.document["stages"]] == ["hit", "hit", "hit"]

@@ -26,7 +26,7 @@ from trtllm_redrafter.backends.tensorrt_llm.failures import build_error
 from trtllm_redrafter.backends.tensorrt_llm.machine import FoundGpu
 from trtllm_redrafter.backends.tensorrt_llm.preflight import BuildHost, check_build_host
 from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY
-from trtllm_redrafter.base_models.tokenizer import tokenizer_files
+from trtllm_redrafter.base_models.tokenizer import GENERATION_CONFIG, tokenizer_files
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.verify import structure_problems
@@ -141,12 +141,19 @@ def _note(state: BuildProgress, line: str) -> None:
 
 
 def _complete(plan: TensorRTPlan, gpu: FoundGpu, work: Path) -> list[str]:
-    """Add tokenizer and our own notes; returns remarks on what the builder did differently from the plan."""
+    """Add tokenizer and our own notes; returns remarks on what the builder did differently from the plan.
+
+    `trtllm-serve` looks for the model's config.json beside the tokenizer, and for generation_config.json, which has the
+    end tokens, beside the engine's own config.json.
+    """
     config = read_json(work / "config.json")
     if plan.tokenizer is not None:
         (work / TOKENIZER_DIRECTORY).mkdir()
         for file in tokenizer_files(plan.tokenizer):
             shutil.copyfile(file, work / TOKENIZER_DIRECTORY / file.name)
+        generation = plan.tokenizer / GENERATION_CONFIG
+        if generation.is_file():
+            shutil.copyfile(generation, work / GENERATION_CONFIG)
     values = {
         "format": ENGINE_FORMAT,
         "backend": BACKEND,

@@ -5,7 +5,8 @@ engine/
   rank{N}.engine    one compiled plan per GPU
   redrafter.json    ours: format, release, GPU, runtime options
   manifest.json     ours: what made it, hashes
-  tokenizer/        tokenizer, chat template, generation_config.json
+  generation_config.json    the base's, where trtllm-serve looks for it
+  tokenizer/        tokenizer, chat template, generation_config.json, the base's config.json
   build.log         what trtllm-build said
 """
 
