@@ -122,7 +122,8 @@ def test_what_the_builder_changes() -> None:
     unwanted = plan_flags(eight, options(), settings(flags={"use_fp8_context_fmha": "disable"})).changes
     assert [(c.given, c.becomes) for c in unwanted if c.name == "use_fp8_context_fmha"] == [("disable", "enable")]
     awq = model_config(quantization={"quant_algo": "W4A16_AWQ"})
-    assert "use_fused_mlp" in {c.name for c in plan_flags(awq, options(), settings(flags=forced)).changes}
+    useless = {c.name: c.becomes for c in plan_flags(awq, options(), settings(flags=forced)).changes}
+    assert useless["use_fused_mlp"] == "no effect"
     assert plan.changes and not plan_flags(model_config(drafter=False), options(), settings()).changes
 
 
@@ -305,7 +306,8 @@ def test_groups_of_heads_are_those_of_a_rank() -> None:
     with pytest.raises(MismatchError, match="groups of 64"):
         plan_for(many, options())
     assert plan_for(replace(many, tp_size=4), options()).flags  # KV heads are repeated: each has 32 heads on its rank
-    assert plan_for(model_config(drafter=False, **sizes), options()).flags  # without draft tokens any group works
+    logits = settings(flags={"gather_context_logits": True})  # and so do context logits
+    assert plan_for(model_config(drafter=False, **sizes), options(logits)).flags
 
 
 def test_warnings_do_not_refuse() -> None:

@@ -35,7 +35,7 @@ def parser(contract: dict[str, Any]) -> argparse.ArgumentParser:
 def build_config(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
     """What the builder makes of the values it was given."""
     drafted = config.get("redrafter_num_beams", 0) * config.get("redrafter_draft_len_per_beam", 0)
-    if args.gather_context_logits and drafted:
+    if args.gather_context_logits and args.max_draft_len > 0:  # 0 on ReDrafter's command line: not noticed there
         raise RuntimeError("gather_context_logits is not supported with draft tokens")
     block = args.tokens_per_block or 32
     tokens = max(min(args.max_num_tokens, args.max_batch_size * args.max_seq_len), block)

@@ -29,7 +29,7 @@ MODE = "explicit_draft_tokens"
 MODE_INT = 16
 """The same in an engine's config.json."""
 
-FUSED_MLP_ALGOS = (None, "FP8", "MIXED_PRECISION")
+FUSED_MLP_ALGOS = (None, "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION")
 FUSION_FLAGS = ("reduce_fusion", "user_buffer", "norm_quant_fusion")
 
 
@@ -170,7 +170,7 @@ def _kernel_flags(config: CheckpointConfig, settings: TensorRTOptions) -> list[P
         PassedFlag("use_fp8_context_fmha", _switch(fp8_context), checkpoint, "prompts are attended to in FP8"
                    if fp8_context else f"needs an FP8 KV cache and weights in {', '.join(FP8_CONTEXT_ALGOS)}"),
         PassedFlag("use_fused_mlp", fused, checkpoint, "gate and up projection as one product"
-                   if fused == "enable" else f"the builder has no fused MLP for {config.quant_algo}"),
+                   if fused == "enable" else _no_fused_mlp(config) or ""),
         PassedFlag("reduce_fusion", "disable", "fixed", "NVIDIA advises it for LLaMA; off for ReDrafter's classes"),
     ]  # fmt: skip
     if config.tp_size > 1:
@@ -208,7 +208,7 @@ def _changes(config: CheckpointConfig, passed: Mapping[str, FlagSetting], expect
         if passed.get(name) == "enable" and config.drafter is not None
     ]
     if passed["use_fused_mlp"] == "enable" and (reason := _no_fused_mlp(config)) is not None:
-        found.append(Change("use_fused_mlp", "enable", "disable", reason))
+        found.append(Change("use_fused_mlp", "enable", "no effect", reason))
     reason = f"{config.kv_cache_quant_algo or config.dtype} KV cache, {config.quant_algo or config.dtype} weights"
     found += [
         Change(name, str(passed[name]), _switch(becomes), reason)
@@ -219,7 +219,7 @@ def _changes(config: CheckpointConfig, passed: Mapping[str, FlagSetting], expect
 
 
 def _no_fused_mlp(config: CheckpointConfig) -> str | None:
-    return None if config.quant_algo in FUSED_MLP_ALGOS else f"the builder has no fused MLP for {config.quant_algo}"
+    return None if config.quant_algo in FUSED_MLP_ALGOS else f"the builder skips {config.quant_algo} layers"
 
 
 def _expected(config: CheckpointConfig, options: BuildOptions, passed: Mapping[str, FlagSetting]) -> dict[str, Any]:

@@ -215,8 +215,10 @@ _FIXED: dict[str, tuple[FlagSetting, str]] = {
     "multiple_profiles": ("disable", "its several token ranges do not fit the one profile of ReDrafter's tensors"),
     "streamingllm": ("disable", "the builder refuses it"),
     "strip_plan": (False, "an engine without weights must be refitted before it runs, which nothing here does"),
-    "gather_context_logits": (False, "the builder refuses it together with draft tokens"),
-    "gather_all_token_logits": (False, "it includes context logits, which the builder refuses with draft tokens"),
+}
+_FIXED_WITH_DRAFTER: dict[str, tuple[FlagSetting, str]] = {
+    name: (False, f"{which}ReDrafter's graph takes one row of logits per prompt, and trtllm-build does not notice")
+    for name, which in (("gather_context_logits", ""), ("gather_all_token_logits", "it includes context logits: "))
 }
 
 
@@ -227,8 +229,9 @@ def _combination_refusals(
     if name == "max_beam_width" and value != 1:
         why = "TensorRT fails with a shape error: draft tokens are beams already"
         yield Problem(f"max_beam_width is {value}", where, why, "leave it out; set convert.num_beams")
-    if name in _FIXED and value != _FIXED[name][0]:
-        yield Problem(f"{name} is {value!r}", where, _FIXED[name][1], "leave it out")
+    fixed = _FIXED if config.drafter is None else _FIXED | _FIXED_WITH_DRAFTER
+    if name in fixed and value != fixed[name][0]:
+        yield Problem(f"{name} is {value!r}", where, fixed[name][1], "leave it out")
     if name == "speculative_decoding_mode" and value != MODE:
         yield Problem(f"speculative_decoding_mode is {value}", where, f"ReDrafter is {MODE}", "leave it out")
     if name == "gpt_attention_plugin" and value not in ("auto", config.dtype):
