@@ -113,6 +113,9 @@ def test_what_the_builder_changes() -> None:
     assert high.limits.max_num_tokens == 2048 == high.expected["max_num_tokens"], "capped before the tree is added"
     asked = plan_flags(model_config(), options(), settings(flags={"reduce_fusion": "enable", "user_buffer": "enable"}))
     assert {"reduce_fusion", "user_buffer"} <= {c.name for c in asked.changes if c.becomes == "disable"}
+    plain = model_config(drafter=False, tp_size=2)
+    kept = plan_flags(plain, options(), settings(flags={"reduce_fusion": "enable", "user_buffer": "enable"}))
+    assert kept.expected["plugin_config"]["reduce_fusion"] and "user_buffer" not in {c.name for c in kept.changes}
     forced = {"use_paged_context_fmha": "enable", "use_fused_mlp": "enable"}
     cached = model_config(quantization={"kv_cache_quant_algo": "FP8"})
     off = {c.name: c.why for c in plan_flags(cached, options(), settings(flags=forced)).changes if c.given == "enable"}
@@ -148,21 +151,31 @@ def test_derived_limits_need_no_correction(
 @given(
     batch=st.integers(1, 64), longest=st.integers(2, 512), asked=st.integers(1, 40000),
     block=st.sampled_from((32, 128)), opt=st.none() | st.integers(1, 64),
-    shape=st.none() | st.builds(DraftShape, st.integers(1, 50), st.integers(1, 8)),
+    shape=st.none() | st.builds(DraftShape, st.integers(1, 50), st.integers(1, 8)), ranks=st.sampled_from((1, 2)),
+    fusion=st.sets(st.sampled_from(("reduce_fusion", "user_buffer", "norm_quant_fusion"))),
 )  # fmt: skip
-def test_limits_end_as_the_builder_ends_them(
-    batch: int, longest: int, asked: int, block: int, shape: DraftShape | None, opt: int | None
+def test_values_end_as_the_builder_ends_them(
+    batch: int,
+    longest: int,
+    asked: int,
+    block: int,
+    shape: DraftShape | None,
+    opt: int | None,
+    ranks: int,
+    fusion: set[str],
 ) -> None:
     """Capped by the sequence length without the tree, then raised to the tree: as the stand-in, step by step."""
-    config = model_config(draft_shape=shape) if shape is not None else model_config(drafter=False)
+    config = model_config(draft_shape=shape, drafter=shape is not None, tp_size=ranks)
     wanted = options(max_batch_size=batch, max_input_len=1, max_seq_len=longest)
-    chosen = settings(max_num_tokens=asked, opt_batch_size=opt, flags={"tokens_per_block": block})
+    chosen = settings(
+        max_num_tokens=asked, opt_batch_size=opt, flags={"tokens_per_block": block} | dict.fromkeys(fusion, "enable")
+    )
     plan = plan_flags(config, wanted, chosen)
     passed = plan.arguments(checkpoint=Path("c"), output=Path("o"), timing_cache_in=None, timing_cache_out=Path("t"))
-    beams = {} if shape is None else {
-        "redrafter_num_beams": shape.num_beams, "redrafter_draft_len_per_beam": shape.draft_len
-    }  # fmt: skip
-    built = build_program.build_config(build_program.parser(CONTRACT).parse_args(passed), beams)
+    written: dict[str, Any] = {"architecture": config.architecture, "mapping": {"tp_size": ranks}}
+    if shape is not None:
+        written |= {"redrafter_num_beams": shape.num_beams, "redrafter_draft_len_per_beam": shape.draft_len}
+    built = build_program.build_config(build_program.parser(CONTRACT).parse_args(passed), written)
     assert not expectation_problems({"build_config": built}, plan.expected, Path("e"))
     assert plan.limits.max_num_tokens == built["max_num_tokens"]
 

@@ -58,8 +58,25 @@ def build_config(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, 
             "remove_input_padding": args.remove_input_padding == "enable",
             "use_paged_context_fmha": paged,
             "use_fp8_context_fmha": fp8,
+            **fusions(args, config),
         },
     }
+
+
+def fusions(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, bool]:
+    """Reductions are fused for three classes over several ranks, quantization into norms for LLaMA in NVFP4."""
+    reduce, buffer, norm = (
+        getattr(args, name) == "enable" for name in ("reduce_fusion", "user_buffer", "norm_quant_fusion")
+    )
+    architecture, tp_size = config.get("architecture"), config.get("mapping", {}).get("tp_size", 1)
+    if reduce and (tp_size == 1 or architecture not in ("LlamaForCausalLM", "Gemma2ForCausalLM", "MedusaForCausalLM")):
+        reduce = False
+    if buffer and not reduce:
+        buffer = False
+    fp4 = (config.get("quantization") or {}).get("quant_algo") == "NVFP4"
+    if norm and (reduce or architecture != "LlamaForCausalLM" or not fp4):
+        norm = False
+    return {"reduce_fusion": reduce, "user_buffer": buffer, "norm_quant_fusion": norm}
 
 
 def context_attention(args: argparse.Namespace, quantization: dict[str, Any]) -> tuple[bool, bool]:

@@ -30,7 +30,7 @@ MODE_INT = 16
 """The same in an engine's config.json."""
 
 FUSED_MLP_ALGOS = (None, "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION")
-FUSION_FLAGS = ("reduce_fusion", "user_buffer", "norm_quant_fusion")
+REDUCE_FUSION_CLASSES = ("LlamaForCausalLM", "Gemma2ForCausalLM", "MedusaForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,10 @@ def _changes(config: CheckpointConfig, passed: Mapping[str, FlagSetting], expect
         found.append(Change("opt_num_tokens", str(passed["opt_num_tokens"]), str(expected["opt_num_tokens"]), why))
     if config.tp_size > 1:
         found.append(Change("nccl_plugin", "auto", config.dtype, "several ranks"))
+    why = f"not for {config.architecture} on {config.tp_size} rank(s) with {config.quant_algo or config.dtype} weights"
+    fusions = allowed_fusions(config, passed)
     found += [
-        Change(name, "enable", "disable", f"the builder allows it for other classes than {config.architecture} only")
-        for name in FUSION_FLAGS
-        if passed.get(name) == "enable" and config.drafter is not None
+        Change(name, "enable", "disable", why) for name in fusions if passed.get(name) == "enable" and not fusions[name]
     ]
     if passed["use_fused_mlp"] == "enable" and (reason := _no_fused_mlp(config)) is not None:
         found.append(Change("use_fused_mlp", "enable", "no effect", reason))
@@ -213,9 +213,21 @@ def _changes(config: CheckpointConfig, passed: Mapping[str, FlagSetting], expect
     found += [
         Change(name, str(passed[name]), _switch(becomes), reason)
         for name, becomes in expected["plugin_config"].items()
-        if passed[name] != _switch(becomes)
+        if name in ("use_paged_context_fmha", "use_fp8_context_fmha") and passed[name] != _switch(becomes)
     ]
     return found
+
+
+def allowed_fusions(config: CheckpointConfig, passed: Mapping[str, FlagSetting]) -> dict[str, bool]:
+    """Of the fusions that are asked for, those that the builder leaves on; it allows none for ReDrafter's classes."""
+    asked = {name: passed.get(name) == "enable" for name in ("reduce_fusion", "user_buffer", "norm_quant_fusion")}
+    reduce = asked["reduce_fusion"] and config.tp_size > 1 and config.architecture in REDUCE_FUSION_CLASSES
+    llama_fp4 = config.architecture == "LlamaForCausalLM" and config.quant_algo == "NVFP4"
+    return {
+        "reduce_fusion": reduce,
+        "user_buffer": asked["user_buffer"] and reduce,
+        "norm_quant_fusion": asked["norm_quant_fusion"] and llama_fp4 and not reduce,
+    }
 
 
 def _no_fused_mlp(config: CheckpointConfig) -> str | None:
@@ -245,6 +257,10 @@ def _expected(config: CheckpointConfig, options: BuildOptions, passed: Mapping[s
         "max_num_tokens": capped if shape is None else max(capped, options.max_batch_size * (drafted + 1)),
         "opt_num_tokens": min(int(passed["opt_num_tokens"]), capped),
         "max_beam_width": 1,
-        "plugin_config": {"use_paged_context_fmha": paged, "use_fp8_context_fmha": fp8},
+        "plugin_config": {
+            "use_paged_context_fmha": paged,
+            "use_fp8_context_fmha": fp8,
+            **allowed_fusions(config, passed),
+        },
     }
     return values if shape is None else values | {"max_draft_len": drafted, "speculative_decoding_mode": MODE_INT}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.tensorrt_llm.attention import TOKENS_PER_BLOCK, tree_kernel
-from trtllm_redrafter.backends.tensorrt_llm.flag_plan import FUSION_FLAGS, MODE
+from trtllm_redrafter.backends.tensorrt_llm.flag_plan import MODE, allowed_fusions
 from trtllm_redrafter.backends.tensorrt_llm.flag_table import FLAGS, OWNED
 from trtllm_redrafter.backends.tensorrt_llm.options import FlagSetting, TensorRTOptions
 from trtllm_redrafter.backends.tensorrt_llm.versions import (
@@ -175,9 +175,9 @@ def _option_warnings(config: CheckpointConfig, options: BuildOptions, settings: 
     if (settings.max_num_tokens or 0) > NUM_TOKENS_WARNING:
         why = "activations grow with it, and the builder warns above this"
         yield Problem(f"max_num_tokens is above {NUM_TOKENS_WARNING}", "tensorrt_llm.max_num_tokens", why, None)
-    for name in FUSION_FLAGS:
-        if settings.flags.get(name) == "enable" and config.drafter is not None:
-            why = f"the builder switches it off for {config.architecture} without a word"
+    for name, stays in allowed_fusions(config, settings.flags).items():
+        if settings.flags.get(name) == "enable" and not stays:
+            why = f"the builder switches it off for {config.architecture}, with a line in its log"
             yield Problem(f"{name} will have no effect", "tensorrt_llm.flags", why, "leave it out")
     for name in FP8_FLAGS:
         if settings.flags.get(name) == "fp8" and config.drafter is not None:
