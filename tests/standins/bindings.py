@@ -5,7 +5,7 @@ TypeError here. The executor "generates" by a fixed rule, in steps of varying le
 the prefill is an iteration, drafted tokens are path lengths, and the end token is cut off (the decoder of explicit
 draft tokens sets the length to its position; stop words stay). `STANDIN_RUN` makes it differ or fail: load-oom, error,
 response-error, merge, pairs (two steps in a response), keep-end, overrun (tokens behind the end), none (no response is
-None), poll-error (and then `shutdown` waits for ever), die, lost-rank (rank 1 dies while rank 0 waits for it).
+None), poll-error (and then `shutdown` waits forever), die, lost-rank (rank 1 dies while rank 0 waits for it).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a build with TensorRT-LLM will do, found without TensorRT-LLM, without a GPU and without torch.
+"""What a build with TensorRT-LLM will do, worked out without TensorRT-LLM, a GPU or torch.
 
 plan = plan_build(options)        # MismatchError with every reason why it cannot work
 print(plan.render())              # flags, changes, warnings, memory

@@ -63,7 +63,7 @@ def build_engine(plan: TensorRTPlan, progress: Progress) -> Path:
 
 
 def _keep(cache: EngineCache, identity: BuildIdentity, work: Path, seconds: float, model: str) -> list[str]:
-    """Fill the caches. What an hour has built is not lost because a cache cannot be written: that becomes a note."""
+    """Fill the caches. One that cannot be written becomes a note: it must not cost an hour's build."""
     try:
         cache.remember_seconds(model, seconds)
         if (work / TIMING_CACHE).is_file():
@@ -80,7 +80,7 @@ def _model_name(plan: TensorRTPlan, host: BuildHost) -> str:
 
 
 def beside_log(output: Path) -> Path:
-    """Where the log of a build that failed stays."""
+    """Where the log of a failed build is kept."""
     return output.with_name(output.name + "." + LOG)
 
 

@@ -1,8 +1,7 @@
 """The engine in this process, through the executor's Python bindings.
 
-The closest to the engine: each response is one decoding step as the C++ executor reports it, with its own counters, and
-nothing is between them and this process. `llm_client` is the other way. Every call here is held against the documented
-signatures by a test.
+The most direct way: each response is one decoding step as the C++ executor reports it, with its own counters.
+`llm_client` is the alternative. A test checks every call made here against the documented signatures.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _REMEDY = (
 
 
 class ExecutorClient:
-    """One executor. Under MPI only the leading rank takes requests; the others serve in threads of their own."""
+    """One executor. Under MPI only the leading rank takes requests; the other ranks serve it from their own threads."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Known ways in which building or running fails, by the message, with what it means and what to do.
 
-TensorRT reports a lack of memory as a missing implementation, and TensorRT-LLM a missing kernel as an assertion in C++:
-the messages lead away from the cause. The table is searched in order; the first row that matches explains.
+TensorRT reports a lack of memory as a missing implementation, and TensorRT-LLM a missing kernel as a failed C++
+assertion: the messages mislead. The table is searched in order; the first row that matches explains.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ FAILURES: tuple[Failure, ...] = (
     _failure(
         "disk", r"No space left on device|Disk quota exceeded",
         "the disk is full",
-        "an engine needs as much room as the checkpoint: free some space, or choose another --output",
+        "an engine takes as much space as the checkpoint: free some, or choose another --output",
     ),
     _failure(
         "unknown-flag", r"unrecognized arguments|invalid choice",

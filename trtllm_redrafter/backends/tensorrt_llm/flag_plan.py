@@ -1,11 +1,11 @@
 """Every flag that will be passed to `trtllm-build`, and every value the builder will change on its own.
 
 For ReDrafter the builder overrides values without asking: it sets max_draft_len, adds it to max_seq_len, raises
-max_num_tokens, forces the decoding mode, and switches fusions off. What it will do is computed here and shown first.
+max_num_tokens, forces the decoding mode, and switches fusions off. All of it is computed here and shown in advance.
 
     plan = plan_flags(config, options, settings)
     plan.value("opt_num_tokens")                     # 208
-    plan.changes[0].render()                         # max_seq_len 2048 -> 2073: room for the tree
+    plan.changes[0].render()                         # max_seq_len 2048 -> 2073: positions for the tree
     plan.arguments(checkpoint=..., output=..., timing_cache_in=None, timing_cache_out=...)
 """
 

@@ -6,10 +6,10 @@ has to: the API chooses its queues by whether a loop is running when a request i
 from its own threads only while that loop runs. Every other call is made in that thread, since the API's sockets to its
 worker processes are not for several.
 
-Lives in a worker process always, with one GPU too (`remote_client`): the API starts processes by MPI, which must not
+It always lives in a worker process, with one GPU too (`remote_client`): the API starts processes by MPI, which must not
 happen in a command line, server or notebook. Names beyond the contract are in tests/data/trtllm/llm_api.json, with
 their sources. Not verified on a GPU: that a response is one decoding step here as well, and that `decoding_iter` and
-the speculative counters survive the way from the API's own processes. Without them, steps are counted by responses.
+the speculative counters are passed on by the API's own processes. Without them, steps are counted by responses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Open an engine on this host: every reason why it cannot run here is found before anything is loaded."""
+"""Open an engine on this host, after finding every reason why it could not run here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot work, and what works other than it looks, before an hour of building is spent on it.
+"""What cannot work, and what does not work as it looks, found before an hour is spent on building.
 
 Each rule looks at the checkpoint's config, the options and the release, and yields problems; all of them are reported
 together. Sources: TensorRT-LLM's builder and kernels as documented in docs/tensorrt-llm.md.

@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _abandon(client: RankClient, code: int) -> NoReturn:
-    """End now, closed or not: ranks that have failed may wait for each other for ever, and would keep their GPUs."""
+    """Exit now, closed or not: ranks that have failed may wait for each other forever and keep their GPUs."""
     closing = threading.Thread(target=client.close, daemon=True)
     closing.start()
     closing.join(_CLOSE_SECONDS)
@@ -86,7 +86,7 @@ def _client(engine: EngineDirectory, api: str, kv_cache_tokens: int | None) -> R
 
 
 def _take_stdout() -> IO[str]:
-    """Keep the pipe to ourselves: file descriptor 1 becomes standard error for everyone else."""
+    """Reserve the pipe for messages: for everything else, file descriptor 1 becomes standard error."""
     sys.stdout.flush()
     ours = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -116,7 +116,7 @@ def _serve(client: RankClient, out: IO[str]) -> None:
 
 
 def _read(operations: Operations) -> None:
-    """Whatever ends the input ends the worker: a parent that was killed may leave half a line."""
+    """The end of the input ends the worker, whatever caused it: a parent that was killed may leave half a line."""
     try:
         for line in sys.stdin:
             operations.put(json.loads(line))
