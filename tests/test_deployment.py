@@ -16,6 +16,7 @@ import yaml
 from typer.main import get_command
 
 from trtllm_redrafter.backends.tensorrt_llm.versions import CONTAINER
+from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY
 from trtllm_redrafter.cli import app
 from trtllm_redrafter.errors import InputError, UsageError, VerificationError
 from trtllm_redrafter.recipe.schema import keys
@@ -23,6 +24,9 @@ from trtllm_redrafter.recipe.schema import keys
 ROOT = Path(__file__).parent.parent
 CONTRACT = json.loads((ROOT / "tests" / "data" / "trtllm" / "trtllm_api.json").read_text())
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
+NVIDIA_ENTRY_POINT = "/opt/nvidia/nvidia_entrypoint.sh"
+"""Of the base image; replacing it would lose CUDA's forward compatibility."""
+
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -70,7 +74,8 @@ def test_dockerfile() -> None:
         order = [name for name, _ in stages[stage]]
         assert "RUN" not in order[order.index("USER") :]
         check_command(json.loads(dict(stages[stage])["CMD"]))
-    assert ("ENTRYPOINT", '["trtllm-redrafter"]') in stages["base"]
+    entry_points = [args for stage in stages.values() for name, args in stage if name == "ENTRYPOINT"]
+    assert [json.loads(args) for args in entry_points] == [[NVIDIA_ENTRY_POINT, "trtllm-redrafter"]]
     assert any("useradd --create-home --uid 10001 " in args for name, args in stages["base"] if name == "RUN")
     for name, args in found:
         assert name not in ("ADD",) and "sudo" not in args and "--break-system" not in args
@@ -110,7 +115,9 @@ def test_compose() -> None:
     assert (ROOT / "configs" / (re.findall(r":-([^}]*)\}", recipe)[0] + ".yaml")).is_file()
     documented = {p.partition("=")[0] for p in CONTRACT["trtllm-serve serve CLI (relevant)"]}
     serve = compose["services"]["serve"]
-    assert serve["entrypoint"] == ["trtllm-serve", "serve"]
+    assert serve["entrypoint"] == [NVIDIA_ENTRY_POINT, "trtllm-serve", "serve"]
+    tokenizer = serve["command"][serve["command"].index("--tokenizer") + 1]
+    assert tokenizer == f"{serve['command'][0]}/{TOKENIZER_DIRECTORY}", "where `build` puts the base's config.json"
     assert {word for word in serve["command"] if word.startswith("--")} <= documented
     assert serve["command"][serve["command"].index("--backend") + 1] == "tensorrt", "its default is another engine"
     more = serve["command"][serve["command"].index("--extra_llm_api_options") + 1]

@@ -22,6 +22,7 @@ from trtllm_redrafter import api
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.tensorrt_llm.build_log import BuildProgress, warnings_in
+from trtllm_redrafter.backends.tensorrt_llm.build_plan import plan_build
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import read_engine
 from trtllm_redrafter.backends.tensorrt_llm.failures import FAILURES, explain
 from trtllm_redrafter.checkpoint.manifest import Manifest
@@ -34,7 +35,7 @@ from trtllm_redrafter.progress import Progress, no_progress
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     write_tokenizer(folder / "tokenizer")
-    return write_checkpoint(folder, dtype="bfloat16", tp_size=2, num_beams=3, draft_len=3)
+    return write_checkpoint(folder, dtype="bfloat16", tp_size=2, num_beams=3, draft_len=3, head_dim=32)
 
 
 def wanted(checkpoint: Path, folder: Path, *, cache: bool = False, **changes: Any) -> BuildOptions:
@@ -98,7 +99,7 @@ def test_dry_run_of_the_command_starts_nothing(checkpoint: Path, tmp_path: Path)
     ("how", "says", "remedy"),
     [
         ("oom", "not enough free memory", "max_batch_size"),
-        ("kernel", "no attention kernel", "FP8"),
+        ("kernel", "no attention kernel", "another KV cache type"),
         ("exit", "failed with exit code 1", "read the log"),
         ("killed", "was killed", "more memory"),
         ("missing-rank", "engine is incomplete", "read the log"),
@@ -116,6 +117,21 @@ def test_failures_are_explained_and_leave_no_engine(
     assert not list((tmp_path / "cache").glob("engines/*"))
     host.builds("ok")
     assert build(wanted(checkpoint, tmp_path)).is_dir() and not (tmp_path / "engine.build.log").exists()
+
+
+def test_a_tokenizer_that_trtllm_serve_cannot_use(checkpoint: Path, tmp_path: Path) -> None:
+    """It reads the model type beside the tokenizer; a checkpoint's config.json has none."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+
+    def warned() -> bool:
+        plan = plan_build(replace(wanted(checkpoint, tmp_path), tokenizer=tokenizer))
+        return any("`trtllm-serve` reads it" in (p.why or "") for p in plan.warnings)
+
+    assert warned()
+    (tokenizer / "config.json").write_text('{"architecture": "ReDrafterForLLaMALM"}')
+    assert warned()
+    (tokenizer / "config.json").write_text('{"model_type": "llama"}')
+    assert not warned()
 
 
 def test_a_failed_rebuild_keeps_the_old_engine(host: Host, checkpoint: Path, tmp_path: Path) -> None:
@@ -173,6 +189,21 @@ def test_the_cache_builds_the_same_thing_once(host: Host, checkpoint: Path, tmp_
     for name in ("sixth", "seventh", "eighth"):
         build(replace(wanted(checkpoint, tmp_path, cache=True), output=tmp_path / name))
     assert (tmp_path / "eighth" / "rank0.engine").read_bytes() == (first / "rank0.engine").read_bytes()
+
+
+def test_the_cache_keeps_no_end_tokens(host: Host, checkpoint: Path, tmp_path: Path) -> None:
+    """generation_config.json is the tokenizer's: another one must neither find nor overwrite the cached engine's."""
+    ends: dict[str, list[Any]] = {}
+    for name in ("first", "second", "third"):
+        tokenizer = write_tokenizer(tmp_path / f"tokenizer-{name}")
+        if name != "second":
+            (tokenizer / "generation_config.json").write_text(json.dumps({"eos_token_id": [name]}))
+        request = replace(wanted(checkpoint, tmp_path, cache=True), tokenizer=tokenizer, output=tmp_path / name)
+        engine = build(request)
+        found = engine / "generation_config.json"
+        ends[name] = read_json(found)["eos_token_id"] if found.exists() else []
+    assert ends == {"first": ["first"], "second": [], "third": ["third"]} and len(commands(host)) == 1
+    Manifest.read(tmp_path / "first").check_files(tmp_path / "first", hashes=True)
 
 
 def test_measured_kernels_are_kept_and_recorded(host: Host, checkpoint: Path, tmp_path: Path) -> None:

@@ -138,9 +138,12 @@ def test_settings_reach_the_api(host: Host, checkpoints: Path, tmp_path: Path, m
     host.gpus(GPU_LINE, GPU_LINE)
     monkeypatch.setenv("STANDIN_LLM_RECORD", str(tmp_path / "seen.json"))
     runtime = RuntimeOptions(kv_cache_fraction=0.5, block_reuse=True, multi_block_mode=False, api="llm")
-    load(build(checkpoints, tmp_path, runtime=runtime), None, "cuda:1").close()
+    engine = build(checkpoints, tmp_path, runtime=runtime)
+    load(engine, None, "cuda:1").close()
     seen = read_json(tmp_path / "seen.json")
-    assert seen["kv"] == {"enable_block_reuse": True, "free_gpu_memory_fraction": 0.5}
+    assert seen["kv"] == {"enable_block_reuse": True, "free_gpu_memory_fraction": 0.5, "max_tokens": None}
+    load_runner(engine, device="auto", verify_hashes=False, draft_shape=None, api="llm", kv_cache_tokens=4096).close()
+    assert read_json(tmp_path / "seen.json")["kv"]["max_tokens"] == 4096
     assert seen["knobs"] == {"multi_block_mode": False}
     assert seen["environment"]["CUDA_VISIBLE_DEVICES"] == "1"
     assert seen["environment"]["TLLM_WORKER_USE_SINGLE_PROCESS"] == "1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -14,7 +15,12 @@ from tests.standins.host import GPU_LINE, Host
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import FinishReason, Request, Result, Runner, SamplingParams
 from trtllm_redrafter.backends.tensorrt_llm.remote_client import launch_command
+from trtllm_redrafter.benchmark.bench import BenchOptions, bench
+from trtllm_redrafter.benchmark.measure import MeasureOptions
+from trtllm_redrafter.benchmark.statistics import Bootstrap
+from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.errors import BackendError, RedrafterError, RequestError, UsageError
+from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
 
 
@@ -38,6 +44,41 @@ def test_texts_and_statistics(host: Host, checkpoints: Path, tmp_path: Path) -> 
         assert result.accepted_at == [5, 4, 2, 1] and sum(result.accepted_at) == 12
         assert result.text and result.decode_seconds > 0 and result.prefill_seconds > 0
     runner.close()
+
+
+def test_memory_is_given_back(host: Host, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The executor's memory goes with its object: a closed runner that is still in somebody's hands holds none."""
+    monkeypatch.setenv("STANDIN_MEMORY", "100,30,50")
+    engine = build(checkpoints, tmp_path)
+    first = load(engine)
+    with pytest.raises(BackendError, match="not enough free memory"):
+        load(engine)
+    first.close()
+    second = load(engine)
+    assert run(second, (5, 6))
+    with pytest.raises(BackendError, match="has been closed"):
+        first.submit(Request((5,), SamplingParams(max_tokens=5)))
+    first.close()
+    second.close()
+
+
+def test_two_engines_share_a_gpu(
+    host: Host, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`bench` holds both sides at once: each takes the cache that its requests need, not its share of the GPU."""
+    monkeypatch.setenv("STANDIN_MEMORY", "100,30,300")
+    engine = build(checkpoints, tmp_path / "drafting")
+    plain = build(checkpoints, tmp_path / "plain", "plain")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"prompt {n}"}) + "\n" for n in range(4)))
+    asked = BenchOptions(
+        engine=engine, baseline=plain, device="auto", draft_shape=None, prompts=prompts, limit=None,
+        measure=MeasureOptions(batches=(1, 2), max_tokens=8, repeats=1, warmup=0), bootstrap=Bootstrap(100, 0.95, 1),
+        report=None, overwrite=False, command=(),
+    )  # fmt: skip
+    result = bench(asked, no_progress).result
+    assert result.complete and [batch.batch for batch in result.batches] == [1, 2]
+    assert all(batch.drafting.records and not batch.differences for batch in result.batches)
 
 
 def test_streaming_gives_steps(host: Host, checkpoints: Path, tmp_path: Path) -> None:
@@ -227,6 +268,15 @@ def test_the_command_line_runs_it(host: Host, checkpoints: Path, tmp_path: Path,
     assert program("inspect", engine) == 0 and "TensorRT-LLM engine" in program.out
 
 
+def served_by_trtllm_serve(engine: Path) -> None:
+    """What the server reads at start-up: the model type beside the tokenizer, more end tokens from the root."""
+    from transformers import AutoConfig, GenerationConfig
+
+    assert AutoConfig.from_pretrained(engine / "tokenizer").model_type == "llama"
+    assert GenerationConfig.from_pretrained(engine).eos_token_id == [2, 7]
+    assert {"generation_config.json", "tokenizer/config.json"} <= Manifest.read(engine).files.keys()
+
+
 def test_a_recipe_goes_from_base_model_to_text(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -234,7 +284,8 @@ def test_a_recipe_goes_from_base_model_to_text(
     from tests.cli.tiny import Program, write_models
 
     monkeypatch.chdir(tmp_path)
-    write_models(tmp_path / "models")
+    write_models(tmp_path / "models", head_dim=32)
+    Path("models/base/generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     Path("recipe.yaml").write_text(
         "base: models/base\ndrafter: models/drafter\nbackend: tensorrt-llm\n"
         "convert: {dtype: bfloat16, num_beams: 2}\nbuild: {max_seq_len: 128, max_batch_size: 2}\n"
@@ -243,6 +294,7 @@ def test_a_recipe_goes_from_base_model_to_text(
     program = Program(capsys)
     assert program("pipeline", "recipe.yaml", "--json") == 0, program.err
     assert [s["status"] for s in program.document["stages"]] == ["miss", "miss", "miss"]
+    served_by_trtllm_serve(Path(program.document["stages"][1]["output"]))
     assert len(Path("results.jsonl").read_text().splitlines()) == 2
     assert program("pipeline", "recipe.yaml", "--json") == 0
     assert [s["status"] for s in program.document["stages"]] == ["hit", "hit", "hit"]

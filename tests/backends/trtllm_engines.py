@@ -18,9 +18,9 @@ VOCAB = 259
 def write_checkpoints(folder: Path) -> Path:
     """`one` and `two` ranks with a 3 x 4 drafter, and `plain` without; a tokenizer beside them."""
     write_tokenizer(folder / "tokenizer")
-    for name, changes in (("one", {}), ("plain", {"drafter": False})):
-        write_checkpoint(folder / name, dtype="bfloat16", num_beams=3, draft_len=4, vocab_size=VOCAB, **changes)  # type: ignore[arg-type]
-    write_checkpoint(folder / "two", dtype="bfloat16", tp_size=2, num_beams=3, draft_len=4, vocab_size=260)
+    for name, changes in (("one", {}), ("plain", {"drafter": False}), ("two", {"tp_size": 2, "vocab_size": 260})):
+        sizes: dict[str, Any] = {"vocab_size": VOCAB, "head_dim": 32, **changes}  # 32: the smallest that has kernels
+        write_checkpoint(folder / name, dtype="bfloat16", num_beams=3, draft_len=4, **sizes)
     return folder
 
 

@@ -15,9 +15,9 @@ from trtllm_redrafter.cli import run_app
 VOCAB = 259
 
 
-def write_models(path: Path) -> tuple[Path, Path]:
-    """`base` (llama, 256 positions) and `drafter` (trained for 3 tokens) below `path`."""
-    base = write_base(path / "base", "llama", vocab_size=VOCAB, tie_word_embeddings=True)
+def write_models(path: Path, **changes: Any) -> tuple[Path, Path]:
+    """`base` (llama, 256 positions) and `drafter` (trained for 3 tokens) below `path`; `changes` go to the base."""
+    base = write_base(path / "base", "llama", vocab_size=VOCAB, tie_word_embeddings=True, **changes)
     write_tokenizer(base)
     return base, write_drafter(path / "drafter", vocab_size=VOCAB, draft_len=3)
 

@@ -171,7 +171,7 @@ def test_tokenizer_files_travel(tmp_path: Path, run: Convert) -> None:
     (base / "README.md").write_text("not copied")
     checkpoint = run(base)
     found = sorted(p.name for p in (checkpoint.path / "tokenizer").iterdir())
-    assert found == ["chat_template.jinja", "generation_config.json", "tokenizer.json"]
+    assert found == ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json"]
     manifest = checkpoint.manifest
     assert manifest is not None
     assert manifest.derived["tokenizer_sha256"] == manifest.files["tokenizer/tokenizer.json"].sha256

@@ -1,11 +1,15 @@
-"""The real thing: build a tiny random model with TensorRT-LLM, run it, compare it. `make test-gpu` on a GPU host.
+"""The real thing: build a tiny model with TensorRT-LLM, run it, compare it. `make test-gpu` on a GPU host.
 
 Everything else about the backend is tested against stand-ins made from documentation; this is where they are right or
-not. The model has sizes that the kernels for draft tokens are known to cover (heads of 64, groups of 2).
+not. The model has sizes that the kernels for draft tokens are known to cover (heads of 64, groups of 2), and tokens
+that rounding leaves alone. Each test has a process of its own (`conftest.py`): one that fails cannot keep the GPU's
+memory, and none starts in a process where MPI is initialised already. Models and engines are made once and shared.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +18,9 @@ from typing import Any
 
 import pytest
 
-from tests.engines import write_checkpoint, write_tokenizer
+from tests.decisive_models import write_decisive_checkpoint
+from tests.engines import write_tokenizer
+from tests.gpu.conftest import SHARED
 from tests.trtllm_options import options, settings
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import FinishReason, Request, Result, SamplingParams
@@ -36,10 +42,8 @@ READY = bool(GPU_LIST) and RELEASE is not None and RELEASE.status is not Status.
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not READY, reason="needs an NVIDIA GPU and TensorRT-LLM 1.2"),
+    pytest.mark.own_process if READY else pytest.mark.skip(reason="needs an NVIDIA GPU and TensorRT-LLM 1.2"),
 ]
-SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "vocab_size": 260, "max_position_embeddings": 512}  # fmt: skip
 PROMPTS = ("one", "a second, longer prompt", "3", "the fourth one")
 
 
@@ -53,13 +57,18 @@ def target() -> str:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_tokenizer(folder / "tokenizer")
-    for name, changes in (("one", {"tp_size": 1}), ("two", {"tp_size": 2}), ("plain", {"drafter": False})):
-        sizes: dict[str, Any] = {**SIZES, **changes}
-        write_checkpoint(folder / name, dtype="bfloat16", num_beams=3, draft_len=3, **sizes)
-    return folder
+def models() -> Path:
+    """Made by the first test that asks, for all of them; complete once it has its name."""
+    folder = Path(os.environ[SHARED], "models")
+    if folder.exists():
+        return folder
+    work = folder.with_name("models.unfinished")
+    shutil.rmtree(work, ignore_errors=True)
+    write_tokenizer(work / "tokenizer")
+    kinds: dict[str, dict[str, Any]] = {"one": {}, "two": {"tp_size": 2}, "plain": {"drafter": False}}
+    for name, changes in kinds.items():
+        write_decisive_checkpoint(work / name, **changes)
+    return work.rename(folder)
 
 
 def build(models: Path, name: str = "one", api: Api = "executor") -> Path:
@@ -111,14 +120,14 @@ def test_the_builder_did_what_the_plan_said(models: Path) -> None:
 @pytest.mark.parametrize("api", APIS)
 def test_tokens_are_the_checkpoints(models: Path, api: Api) -> None:
     report = parity_gate(gate(models, "one", api))
-    assert not report.faults and not report.alarms and report.same > 100, report.render()
-    assert report.acceptance is not None
+    assert report.ok and report.same > 200, report.render()
+    assert report.acceptance is not None and report.acceptance > 2.0
 
 
 @pytest.mark.parametrize("api", APIS)
 def test_without_a_drafter(models: Path, api: Api) -> None:
     report = parity_gate(gate(models, "plain", api))
-    assert not report.faults and report.acceptance is None, report.render()
+    assert report.ok and report.same > 200 and report.acceptance is None, report.render()
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(max_tokens=40), SamplingParams(max_tokens=40, stop=("e",))])
@@ -182,4 +191,4 @@ def test_statistics_add_up(models: Path, api: Api) -> None:
 @pytest.mark.parametrize("api", APIS)
 def test_two_gpus(models: Path, api: Api) -> None:
     report = parity_gate(gate(models, "two", api))
-    assert not report.faults and report.same > 100, report.render()
+    assert report.ok and report.same > 200, report.render()

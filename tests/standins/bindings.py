@@ -5,7 +5,7 @@ TypeError here. The executor "generates" by a fixed rule, in steps of varying le
 the prefill is an iteration, drafted tokens are path lengths, and the end token is cut off (the decoder of explicit
 draft tokens sets the length to its position; stop words stay). `STANDIN_RUN` makes it differ or fail: load-oom, error,
 response-error, merge, pairs (two steps in a response), keep-end, overrun (tokens behind the end), none (no response is
-None), poll-error (and then `shutdown` waits for ever), die, lost-rank (rank 1 dies while rank 0 waits for it).
+None), poll-error (and then `shutdown` waits forever), die, lost-rank (rank 1 dies while rank 0 waits for it).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import time
+import weakref
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
@@ -92,6 +93,28 @@ class Running:
     cancelled: bool = False
 
 
+TAKEN: dict[int, float] = {}
+"""What engines of this process hold of the GPU, by a number of their own."""
+
+
+def take_memory(executor: object, config: Any) -> None:
+    """Weights, then the KV cache out of what is free; both go with the object, not when it is shut down.
+
+    `STANDIN_MEMORY` is the GPU's size, an engine's weights and the tokens that a unit of memory holds.
+    """
+    if "STANDIN_MEMORY" not in os.environ:
+        return
+    total, weights, tokens = map(float, os.environ["STANDIN_MEMORY"].split(","))
+    free = total - sum(TAKEN.values()) - weights
+    if free <= 0:
+        raise RuntimeError("[defaultAllocator.cpp] Error Code 1: Cuda Runtime (out of memory)")
+    cache = config.free_gpu_memory_fraction * free
+    if config.max_tokens is not None:
+        cache = min(cache, config.max_tokens / tokens)
+    TAKEN[id(executor)] = weights + cache
+    weakref.finalize(executor, TAKEN.pop, id(executor))
+
+
 class Executor:
     """Takes requests, answers with one response per step."""
 
@@ -113,6 +136,7 @@ class Executor:
             if self._rank == 1:
                 os._exit(9)
             time.sleep(600)
+        take_memory(self, executor_config.kv_cache_config)
         self._vocab = pretrained["vocab_size"]
         self._draft_len = pretrained.get("redrafter_draft_len_per_beam", 0)
         if self._draft_len:

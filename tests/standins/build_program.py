@@ -35,25 +35,68 @@ def parser(contract: dict[str, Any]) -> argparse.ArgumentParser:
 def build_config(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
     """What the builder makes of the values it was given."""
     drafted = config.get("redrafter_num_beams", 0) * config.get("redrafter_draft_len_per_beam", 0)
-    if args.gather_context_logits and drafted:
+    if args.gather_context_logits and args.max_draft_len > 0:  # 0 on ReDrafter's command line: not noticed there
         raise RuntimeError("gather_context_logits is not supported with draft tokens")
-    longest = args.max_seq_len + drafted
-    tokens = max(args.max_num_tokens, args.max_batch_size * (drafted + 1)) if drafted else args.max_num_tokens
+    block = args.tokens_per_block or 32
+    tokens = max(min(args.max_num_tokens, args.max_batch_size * args.max_seq_len), block)
+    tuned = min(args.opt_num_tokens or args.max_batch_size * args.max_beam_width, tokens)
+    if drafted:
+        tokens = max(tokens, args.max_batch_size * (drafted + 1))
+    paged, fp8 = context_attention(args, config.get("quantization") or {})
     return {
         "max_batch_size": args.max_batch_size,
         "max_input_len": args.max_input_len,
-        "max_seq_len": longest,
+        "max_seq_len": args.max_seq_len + drafted,
         "max_beam_width": args.max_beam_width,
-        "max_num_tokens": min(tokens, longest * args.max_batch_size),
-        "opt_num_tokens": args.opt_num_tokens,
+        "max_num_tokens": tokens,
+        "opt_num_tokens": tuned,
         "max_draft_len": drafted,
         "speculative_decoding_mode": MODE if drafted else 1,
         "kv_cache_type": args.kv_cache_type.upper(),
         "plugin_config": {
             "gemm_plugin": args.gemm_plugin,
             "remove_input_padding": args.remove_input_padding == "enable",
+            "use_paged_context_fmha": paged,
+            "use_fp8_context_fmha": fp8,
+            **fusions(args, config),
         },
     }
+
+
+def fusions(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, bool]:
+    """Reductions are fused for three classes over several ranks, quantization into norms for LLaMA in NVFP4."""
+    reduce, buffer, norm = (
+        getattr(args, name) == "enable" for name in ("reduce_fusion", "user_buffer", "norm_quant_fusion")
+    )
+    architecture, tp_size = config.get("architecture"), config.get("mapping", {}).get("tp_size", 1)
+    if reduce and (tp_size == 1 or architecture not in ("LlamaForCausalLM", "Gemma2ForCausalLM", "MedusaForCausalLM")):
+        reduce = False
+    if buffer and not reduce:
+        buffer = False
+    fp4 = (config.get("quantization") or {}).get("quant_algo") == "NVFP4"
+    if norm and (reduce or architecture != "LlamaForCausalLM" or not fp4):
+        norm = False
+    return {"reduce_fusion": reduce, "user_buffer": buffer, "norm_quant_fusion": norm}
+
+
+def context_attention(args: argparse.Namespace, quantization: dict[str, Any]) -> tuple[bool, bool]:
+    """The builder's branches in its order, for compute capability 8.9 and up."""
+    paged, fp8 = args.use_paged_context_fmha == "enable", args.use_fp8_context_fmha == "enable"
+    cache = quantization.get("kv_cache_quant_algo")
+    if args.context_fmha == "disable":
+        paged = fp8 = False
+    elif quantization.get("quant_algo") not in ("FP8", "W4A8_AWQ", "NVFP4"):
+        fp8 = False
+        if paged and cache == "FP8":
+            paged = False
+    elif paged:
+        if cache != "FP8" and fp8:
+            fp8 = False
+        elif cache == "FP8" and not fp8:
+            fp8 = True
+    if paged and cache == "INT8":
+        paged = False
+    return paged, fp8
 
 
 def say(text: str) -> None:

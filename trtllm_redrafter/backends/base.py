@@ -93,7 +93,9 @@ class Result:
 
     `acceptance_length` is the mean of tokens emitted per base-model decoding step, the guaranteed one included;
     the first token comes from the prefill and is not counted. `accepted_at[j]` counts steps in which at
-    least j + 1 drafts were accepted. Times are seconds; the time of a step that served several requests is
+    least j + 1 drafts were accepted. `drafted_tokens` counts the positions that a step could accept (the draft
+    length, however many beams propose them), on every backend, so `acceptance_rate` is a share of them. Times are
+    seconds; the time of a step that served several requests is
     given to each of them.
     """
 
@@ -310,9 +312,13 @@ class Backend(Protocol):
         verify_hashes: bool,
         draft_shape: DraftShape | None = None,
         api: str | None = None,
+        kv_cache_tokens: int | None = None,
     ) -> Runner:
         """`draft_shape` overrides the engine's own where the backend can (a TensorRT engine has it baked in).
 
-        `api` overrides the interface a TensorRT engine was built to be executed through.
+        `api` overrides the interface a TensorRT engine was built to be executed through. `kv_cache_tokens` is the
+        number of tokens that all running requests hold at most: a TensorRT engine, which would otherwise take its
+        share of the whole GPU, then leaves the rest to a second one. (A torch engine's cache has the size it was built
+        with.)
         """
         ...

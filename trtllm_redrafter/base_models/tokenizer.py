@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import read_json, sha256_file
 
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -18,7 +20,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
+    GENERATION_CONFIG,
 )
 """What `build` and `run` need of the base model beside its weights: text to tokens, chat format, end tokens."""
 
@@ -26,9 +28,27 @@ IDENTITY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """The first of these that exists stands for the tokenizer."""
 
 
+MODEL_CONFIG = "config.json"
+
+
 def tokenizer_files(path: Path) -> list[Path]:
-    """The tokenizer's files in `path`, in the table's order; [] when there are none."""
-    return [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+    """The tokenizer's files in `path`, in the table's order; [] when there are none.
+
+    The model's config.json goes with them: `trtllm-serve` reads the model type from the tokenizer's directory, and
+    transformers the tokenizer's class where the tokenizer does not name it. (A TensorRT-LLM checkpoint has a file of
+    that name too.)
+    """
+    found = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+    return [*found, path / MODEL_CONFIG] if found and has_model_config(path) else found
+
+
+def has_model_config(path: Path) -> bool:
+    """Is the config.json in `path` one of transformers? It names the model type."""
+    file = path / MODEL_CONFIG
+    try:
+        return file.is_file() and isinstance(read_json(file).get("model_type"), str)
+    except InputError:
+        return False  # whoever needs the file says what is wrong with it
 
 
 def has_tokenizer(path: Path) -> bool:
@@ -46,7 +66,7 @@ def tokenizer_sha256(path: Path) -> str | None:
 
 def eos_token_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """Tokens that end a text: those of generation_config.json, else of the model's `config`; () when none says."""
-    generation = path / "generation_config.json"
+    generation = path / GENERATION_CONFIG
     for values in (read_json(generation) if generation.is_file() else {}, config):
         found = values.get("eos_token_id")
         ids = found if isinstance(found, list) else [found]

@@ -48,7 +48,9 @@ class BenchOptions:
 def bench(options: BenchOptions, progress: Progress) -> Summary:
     """Measure. Everything that can be refused is refused before loading; the report is written by `write_report`."""
     prompts = _checked(options)
-    with both_sides(_load(options.engine, options.device, options.draft_shape), partial(_baseline, options)) as sides:
+    tokens = _kv_cache_tokens(options, prompts)
+    engine = _load(options.engine, options.device, options.draft_shape, tokens)
+    with both_sides(engine, partial(_baseline, options, tokens)) as sides:
         runner, baseline = sides
         _check_same_vocabulary(runner, baseline)
         options.measure.check(runner, options.engine)
@@ -74,17 +76,40 @@ def _checked(options: BenchOptions) -> list[BenchPrompt]:
     return choose(prompts, options.limit)
 
 
-def _load(engine: Path, device: str, shape: DraftShape | None) -> Runner:
-    return load_backend(engine_backend(engine)).load(engine, device=device, verify_hashes=False, draft_shape=shape)
+def _kv_cache_tokens(options: BenchOptions, prompts: list[BenchPrompt]) -> int | None:
+    """Tokens that the requests of the largest batch hold at most; None with one engine, which may take what it wants.
+
+    Two TensorRT engines are on the GPU at the same time, since the sides take turns: without a bound, the first takes
+    the KV cache out of all that is free, and nothing is left for the second one's weights. A text has no more tokens
+    than bytes.
+    """
+    if options.baseline is None:
+        return None
+    measure, longest = options.measure, 0
+    for prompt in prompts:
+        texts = [*(message["content"] for message in prompt.earlier), *prompt.turns]
+        answers = len(prompt.turns) * measure.max_tokens
+        longest = max(longest, answers + sum(len(text.encode("utf-8", "surrogatepass")) for text in texts))
+    return max(measure.batches, default=1) * (longest + _REQUEST_SLACK)
 
 
-def _baseline(options: BenchOptions, runner: Runner) -> Runner:
+_REQUEST_SLACK = 2048
+"""Beyond the texts: the chat template's own, the tree being verified, and a KV block that is not full."""
+
+
+def _load(engine: Path, device: str, shape: DraftShape | None, kv_cache_tokens: int | None) -> Runner:
+    return load_backend(engine_backend(engine)).load(
+        engine, device=device, verify_hashes=False, draft_shape=shape, kv_cache_tokens=kv_cache_tokens
+    )
+
+
+def _baseline(options: BenchOptions, kv_cache_tokens: int | None, runner: Runner) -> Runner:
     if runner.info.draft_shape is None:
         remedy = "convert with --drafter, and pass the plain engine as --baseline"
         raise UsageError("the engine has no drafter: nothing to compare", where=options.engine, remedy=remedy)
     if options.baseline is None:
         return runner.autoregressive()
-    return _load(options.baseline, options.device, None)
+    return _load(options.baseline, options.device, None, kv_cache_tokens)
 
 
 def _check_same_vocabulary(runner: Runner, baseline: Runner) -> None:

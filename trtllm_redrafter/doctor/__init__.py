@@ -1,6 +1,6 @@
-"""Is this machine able to do what a recipe says, and if not, what to change.
+"""Can this machine do what a recipe asks for, and if not, what has to change?
 
-Nothing is imported that could fail: versions come from package metadata, GPUs from the driver's program. Each check
+Nothing that could fail is imported: versions come from package metadata, GPUs from the driver's program. Each check
 belongs to one or both backends, so that the last line can say which of them this machine can serve.
 
     report = examine(needs=None)

@@ -1,4 +1,4 @@
-"""The checks themselves: what is looked at, what is needed, and the remedy."""
+"""The checks: what is examined, what is needed, and the remedy."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _tensorrt_llm(needs: Needs | None) -> Check:
 
 
 def _pinned_packages() -> Iterator[Check]:
-    """Versions that the 1.2.1 wheel pins; others fail at import with messages that lead elsewhere."""
+    """Versions that the 1.2.1 wheel pins; others fail at import with misleading messages."""
     if installed_version("tensorrt_llm") is None:
         return
     for name, needed in REQUIREMENTS.items():

@@ -1,7 +1,7 @@
-"""What this host, container or job may use of main memory, and whether it is a container.
+"""How much main memory this host, container or job may use, and whether it is a container.
 
-Inside a container or a Slurm job the machine's own figures mislead: a build is killed at the limit of its control
-group, however much memory the machine has.
+Inside a container or a Slurm job, the machine's own figures are misleading: a build is killed at the limit of its
+control group, however much memory the machine has.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class MainMemory:
 
     @property
     def free(self) -> int:
-        """What can be had now without anything else being ended."""
+        """What is available now without ending other processes."""
         return min(self.available, self.usable)
 
 
@@ -64,7 +64,7 @@ def _available(root: Path) -> int | None:
 
 
 def _group_limits(root: Path) -> Iterator[int]:
-    """Limits of this process's control group and of those it lies in; all of them hold."""
+    """Limits of this process's control group and of its parents; all of them apply."""
     for line in _lines(root / "proc" / "self" / "cgroup"):
         _, controllers, group = line.split(":", 2)
         for controller in controllers.split(","):

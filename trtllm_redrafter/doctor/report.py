@@ -11,7 +11,7 @@ BACKENDS = ("torch", "tensorrt-llm")
 
 
 class State(enum.Enum):
-    """How a check came out."""
+    """The outcome of a check."""
 
     OK = "ok"
     WARN = "warn"
@@ -20,7 +20,7 @@ class State(enum.Enum):
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at. `backends` are those that cannot do without it."""
+    """One check. `backends` are those that need it to pass."""
 
     name: str
     state: State
@@ -34,7 +34,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a recipe asks of the machine that builds and runs it."""
+    """What a recipe needs from the machine that builds and runs it."""
 
     version: str
     gpu: str
@@ -76,7 +76,7 @@ class DoctorReport:
 
 
 def examine(needs: Needs | None) -> DoctorReport:
-    """Look at this machine; with a recipe's needs, also at what it asks for."""
+    """Examine this machine; with a recipe's needs, also whether it meets them."""
     from trtllm_redrafter.doctor import checks
 
     return DoctorReport(tuple(checks.all_checks(needs)))

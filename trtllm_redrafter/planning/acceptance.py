@@ -1,6 +1,6 @@
-"""An acceptance length for a plan, out of a report of `evaluate`.
+"""An acceptance length for a plan, from a report of `evaluate`.
 
-A figure typed by hand is soon that of another drafter or of another shape. A report names its base model, its drafter
+A figure typed by hand soon belongs to another drafter or another shape. A report names its base model, its drafter
 and the shape of each row, so the row of the shape that is planned can be taken, and everything else refused.
 
     found = read_acceptance(Path("report.json"), DraftShape(5, 5))

@@ -1,4 +1,4 @@
-"""The GPUs that plans can be made for, as a table of their makers' figures.
+"""The GPUs that plans can be made for: a table of NVIDIA's figures.
 
 Bandwidth and arithmetic are peaks; what kernels reach of them is an assumption of the latency plan. Arithmetic rates
 are dense: data sheets print twice as much, with sparsity. `memory_bytes` is the data sheet's size (10**9 bytes per GB);
@@ -32,10 +32,6 @@ class Gpu:
     compute_capability: tuple[int, int]
     driver_names: tuple[str, ...]
     """Beginnings of the name that `nvidia-smi` prints."""
-
-    @property
-    def is_hopper(self) -> bool:
-        return self.compute_capability[0] == 9
 
     def flops(self, *, fp8: bool) -> float:
         """Peak rate of matrix products; without FP8 units, FP8 weights are multiplied in 16 bits."""

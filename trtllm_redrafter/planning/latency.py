@@ -2,8 +2,9 @@
 
 A matrix product moves its bytes and does its arithmetic, each at a share of the peak, overlapped in part, and every
 kernel has a fixed cost. Decoding one request moves all weights for one row, which is why verifying more rows is nearly
-free - until the rows of a whole batch make arithmetic the longer side. Drafting is not free: the drafter's LM head is
-read once per drafted position. The quotient of the two step times is the acceptance length from which drafting pays:
+free - until the rows of a whole batch take longer to compute than the weights to read. Drafting is not free: the
+drafter's LM head is read once per drafted position. The ratio of the two step times is the acceptance length from which
+drafting pays:
 
     plan = latency_plan(config, gpu("h100-80gb"), assumptions, batch_sizes=(1, 8), max_batch_size=8)
     plan.rows[0].break_even            # 1.77 tokens per step

@@ -1,8 +1,8 @@
 """What fits on the GPU: weights, drafting buffers, activations, and the KV cache that is left.
 
-ReDrafter's buffers surprise: the draft probabilities alone are batch x beams x length x vocabulary, in and out, so
-that TensorRT-LLM's default of 2048 requests asks for 13 GB each way. Every line here is a product that can be checked
-by hand; docs/planning.md explains them. Activations and the reserve are estimates and say so.
+ReDrafter's buffers are larger than one expects: the draft probabilities alone are batch x beams x length x vocabulary,
+in and out, so that TensorRT-LLM's default of 2048 requests takes 13 GB each way. Every line here is a product that can
+be checked by hand; docs/planning.md explains them. Activations and the reserve are estimates and say so.
 
     plan = memory_plan(config, Limits(8, 2047, 2048, 2229), gpu("h100-80gb"), kv_cache_fraction=0.9)
     print(plan.render())
@@ -108,7 +108,7 @@ class MemoryPlan:
         return []
 
     def warnings(self) -> list[Problem]:
-        """What fits, but not as it seems to be meant."""
+        """What fits, but probably not as intended."""
         where, found = self.gpu.title, []
         if self.problems():
             return []

@@ -1,8 +1,8 @@
-"""The checkpoint a recipe would make, as its config, from whatever is there already.
+"""The config of the checkpoint that a recipe would produce, from whatever exists already.
 
-In order: the recipe's checkpoint if it exists; else what a conversion of base and drafter would write, read from their
-config files alone. A base that has not been downloaded yet is described by `configs/models/NAME.json`; a drafter that
-has not been trained yet is assumed to have the shape of Apple's published ones. What was assumed is noted.
+In this order: the recipe's checkpoint if it exists; else what a conversion of base and drafter would write, read from
+their config files alone. A base that has not been downloaded yet is described by `configs/models/NAME.json`; a drafter
+that has not been trained yet is assumed to have the shape of Apple's published ones. What was assumed is noted.
 
     planned = planned_model(recipe)
     planned.config.draft_shape, planned.notes
@@ -29,7 +29,7 @@ ASSUMED_LAYERS = 2
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What to convert and how; the part of a recipe that decides a checkpoint's config. None: the drafter's own."""
+    """What to convert and how; the part of a recipe that determines a checkpoint's config. None: the drafter's own."""
 
     base: Path | None
     drafter: Path | None

@@ -34,8 +34,16 @@ class TensorRTBackend:
         verify_hashes: bool,
         draft_shape: DraftShape | None = None,
         api: str | None = None,
+        kv_cache_tokens: int | None = None,
     ) -> Runner:
         """Open an engine on this host; a TensorRT engine has its draft shape baked in."""
         from trtllm_redrafter.backends.tensorrt_llm.loading import load_runner
 
-        return load_runner(engine, device=device, verify_hashes=verify_hashes, draft_shape=draft_shape, api=api)
+        return load_runner(
+            engine,
+            device=device,
+            verify_hashes=verify_hashes,
+            draft_shape=draft_shape,
+            api=api,
+            kv_cache_tokens=kv_cache_tokens,
+        )

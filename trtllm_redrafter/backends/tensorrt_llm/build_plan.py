@@ -1,4 +1,4 @@
-"""What a build with TensorRT-LLM will do, found without TensorRT-LLM, without a GPU and without torch.
+"""What a build with TensorRT-LLM will do, worked out without TensorRT-LLM, a GPU or torch.
 
 plan = plan_build(options)        # MismatchError with every reason why it cannot work
 print(plan.render())              # flags, changes, warnings, memory
@@ -15,7 +15,7 @@ from trtllm_redrafter.backends.tensorrt_llm.flag_plan import FlagPlan, plan_flag
 from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
 from trtllm_redrafter.backends.tensorrt_llm.rules import check
 from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY
-from trtllm_redrafter.base_models.tokenizer import has_tokenizer, tokenizer_files
+from trtllm_redrafter.base_models.tokenizer import has_model_config, has_tokenizer, tokenizer_files
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, UsageError, raise_together
@@ -91,7 +91,8 @@ def plan_build(options: BuildOptions) -> TensorRTPlan:
     raise_together(InputError, missing, "the checkpoint is incomplete", where=options.checkpoint)
     plan = plan_for(config, options)
     check_replaceable(options.output, overwrite=options.overwrite)
-    return replace(plan, tokenizer=_tokenizer_source(options))
+    tokenizer = _tokenizer_source(options)
+    return replace(plan, tokenizer=tokenizer, warnings=(*plan.warnings, *_serving_warnings(tokenizer)))
 
 
 def plan_for(config: CheckpointConfig, options: BuildOptions) -> TensorRTPlan:
@@ -107,6 +108,14 @@ def plan_for(config: CheckpointConfig, options: BuildOptions) -> TensorRTPlan:
     raise_together(MismatchError, memory.problems(), "the engine cannot run", where=options.checkpoint)
     warnings = (*findings.warnings, *memory.warnings())
     return TensorRTPlan(options, settings, config, target, flags, memory, warnings, None)
+
+
+def _serving_warnings(tokenizer: Path | None) -> list[Problem]:
+    if tokenizer is None or has_model_config(tokenizer):
+        return []
+    what = "the tokenizer's directory lacks the base model's config.json"
+    why = "`trtllm-serve` reads it at start-up and fails; `run` does not need it"
+    return [Problem(what, str(tokenizer), why, "pass the base model's own directory as --tokenizer")]
 
 
 def settings_of(options: BuildOptions) -> TensorRTOptions:

@@ -26,7 +26,7 @@ from trtllm_redrafter.backends.tensorrt_llm.failures import build_error
 from trtllm_redrafter.backends.tensorrt_llm.machine import FoundGpu
 from trtllm_redrafter.backends.tensorrt_llm.preflight import BuildHost, check_build_host
 from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY
-from trtllm_redrafter.base_models.tokenizer import tokenizer_files
+from trtllm_redrafter.base_models.tokenizer import GENERATION_CONFIG, tokenizer_files
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.verify import structure_problems
@@ -63,7 +63,7 @@ def build_engine(plan: TensorRTPlan, progress: Progress) -> Path:
 
 
 def _keep(cache: EngineCache, identity: BuildIdentity, work: Path, seconds: float, model: str) -> list[str]:
-    """Fill the caches. What an hour has built is not lost because a cache cannot be written: that becomes a note."""
+    """Fill the caches. One that cannot be written becomes a note: it must not cost an hour's build."""
     try:
         cache.remember_seconds(model, seconds)
         if (work / TIMING_CACHE).is_file():
@@ -80,7 +80,7 @@ def _model_name(plan: TensorRTPlan, host: BuildHost) -> str:
 
 
 def beside_log(output: Path) -> Path:
-    """Where the log of a build that failed stays."""
+    """Where the log of a failed build is kept."""
     return output.with_name(output.name + "." + LOG)
 
 
@@ -141,12 +141,19 @@ def _note(state: BuildProgress, line: str) -> None:
 
 
 def _complete(plan: TensorRTPlan, gpu: FoundGpu, work: Path) -> list[str]:
-    """Add tokenizer and our own notes; returns remarks on what the builder did differently from the plan."""
+    """Add tokenizer and our own notes; returns remarks on what the builder did differently from the plan.
+
+    `trtllm-serve` looks for the model's config.json beside the tokenizer, and for generation_config.json, which has the
+    end tokens, beside the engine's own config.json.
+    """
     config = read_json(work / "config.json")
     if plan.tokenizer is not None:
         (work / TOKENIZER_DIRECTORY).mkdir()
         for file in tokenizer_files(plan.tokenizer):
             shutil.copyfile(file, work / TOKENIZER_DIRECTORY / file.name)
+        generation = plan.tokenizer / GENERATION_CONFIG
+        if generation.is_file():
+            shutil.copyfile(generation, work / GENERATION_CONFIG)
     values = {
         "format": ENGINE_FORMAT,
         "backend": BACKEND,

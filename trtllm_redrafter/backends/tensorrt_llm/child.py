@@ -1,7 +1,7 @@
-"""Run a program in a child process: its output goes to a file and to a listener, and it never outlives us.
+"""Run a program in a child process: its output goes to a file and to a listener, and it never outlives this process.
 
-The child leads its own process group: an interrupt ends it and everything it spawned (one process per rank), first by a
-request, then by force.
+The child leads its own process group: an interrupt ends it and everything it spawned (one process per rank), first with
+SIGTERM, then with SIGKILL.
 
     code = run_logged(["trtllm-build", ...], log=Path("build.log"), on_line=print, on_tick=lambda s: None)
 """
@@ -24,7 +24,7 @@ from trtllm_redrafter.errors import BackendError
 GRACE_SECONDS = 10.0
 _TICK_SECONDS = 1.0
 _SILENT_TICKS = 3
-"""How long output is awaited from a child that has ended: a process it left behind may hold the pipe open for ever."""
+"""How long to wait for output after the child has exited: a process it left behind may keep the pipe open."""
 
 
 def run_logged(
@@ -99,7 +99,7 @@ def _follow(
 
 
 def end_group(child: subprocess.Popen[str], grace: float = GRACE_SECONDS) -> None:
-    """Make sure that the child and its own children are gone, also when a second Ctrl-C cuts the waiting short."""
+    """Make sure that the child and its own children are gone, even when a second Ctrl-C interrupts the wait."""
     try:
         _signal_group(child, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):

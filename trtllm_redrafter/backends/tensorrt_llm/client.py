@@ -1,7 +1,7 @@
 """What a runner needs of an engine process, in plain values that can cross a pipe.
 
-Three clients speak it: `ExecutorClient` and `LlmClient` hold the engine, each through another interface of
-TensorRT-LLM; `RemoteClient` has one of them in processes of its own.
+Three clients implement it: `ExecutorClient` and `LlmClient` hold the engine, each through another interface of
+TensorRT-LLM; `RemoteClient` runs one of them in worker processes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class EngineClient(Protocol):
     def cancel(self, number: int) -> None: ...
 
     def poll(self, timeout: float) -> list[Event]:
-        """Events that have come, waiting up to `timeout` seconds for the first."""
+        """Events received so far; waits up to `timeout` seconds for the first."""
         ...
 
     def close(self) -> None: ...

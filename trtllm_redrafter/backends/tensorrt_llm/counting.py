@@ -1,11 +1,11 @@
-"""Steps and acceptance of one request, out of the responses it gets.
+"""Count the steps and the acceptance of one request from its responses.
 
-A response is one decoding step, the first one the prefill. The counting is TensorRT-LLM's own: a step drafts
-`draft_len` tokens (the length of the path that can be accepted), where the torch backend counts the nodes of its tree.
+A response is one decoding step, the first one the prefill. As TensorRT-LLM counts, a step drafts `draft_len` tokens:
+the positions it can accept, however many beams propose them.
 
-Responses may be merged on the way. `decoding_iter` tells: the iterations since the first response are the steps, and
-where they are not the number of responses, totals follow them and nothing is said by position. Where a release does not
-report iterations, a response that is longer than a step can be shows it; then the figures are not known, and left out.
+Responses may be merged on the way. `decoding_iter` shows it: the iterations since the first response are the steps, and
+where they differ from the number of responses, the totals follow them and there are no figures by position. Where a
+release does not report iterations, a response longer than a step can be gives it away; then no figures are given.
 
     counter = StepCounter(result, draft_len=4)
     counter.add(event, emitted=3, taken=3)      # one response with three tokens
@@ -19,7 +19,7 @@ from trtllm_redrafter.backends.tensorrt_llm.client import Event
 
 
 class StepCounter:
-    """Keeps the counts in `result`. `draft_len` None: an engine without a drafter."""
+    """Writes the counts into `result`. `draft_len` None: an engine without a drafter."""
 
     def __init__(self, result: Result, draft_len: int | None) -> None:
         self._result = result

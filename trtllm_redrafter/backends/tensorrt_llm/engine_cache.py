@@ -19,17 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtllm_redrafter.base_models.tokenizer import GENERATION_CONFIG
 from trtllm_redrafter.checkpoint.manifest import FileRecord
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import atomic_directory, link_or_copy, read_json, sha256_file, write_json
 
 _RECORD = "cached.json"
-_NOT_CACHED = ("redrafter.json", "manifest.json", "build.log")
+_NOT_CACHED = ("redrafter.json", "manifest.json", "build.log", GENERATION_CONFIG)
+"""What is added to a finished engine, and may differ between two engines of the same build."""
 
 
 @dataclass(frozen=True)
 class BuildIdentity:
-    """Everything a compiled engine follows from."""
+    """Everything that determines a compiled engine."""
 
     checkpoint: Mapping[str, str]
     """File name → SHA-256."""
@@ -50,7 +52,7 @@ class BuildIdentity:
 
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """A file of this process's own that takes `target`'s place: several builds may share the cache."""
+    """A temporary file, private to this process, that replaces `target`: several builds may share the cache."""
     temporary = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
@@ -84,7 +86,7 @@ class EngineCache:
         return True
 
     def store(self, identity: BuildIdentity, engine: Path) -> None:
-        """Keep what trtllm-build wrote; hard links, so it costs no room on the same disk."""
+        """Keep what trtllm-build wrote; hard links, so it takes no extra space on the same disk."""
         entry = self._engines / identity.key
         if entry.exists():
             return

@@ -5,13 +5,14 @@ engine/
   rank{N}.engine    one compiled plan per GPU
   redrafter.json    ours: format, release, GPU, runtime options
   manifest.json     ours: what made it, hashes
-  tokenizer/        tokenizer, chat template, generation_config.json
+  generation_config.json    the base's, where trtllm-serve looks for it
+  tokenizer/        tokenizer, chat template, generation_config.json, the base's config.json
   build.log         what trtllm-build said
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,20 @@ def rank_problems(path: Path, ranks: int) -> list[Problem]:
 
 
 def expectation_problems(config: Mapping[str, Any], expected: Mapping[str, Any], where: Path) -> list[Problem]:
-    """Where the finished engine is not what the plan said."""
-    build = config.get("build_config")
-    found = build if isinstance(build, dict) else {}
+    """Where the finished engine is not what the plan said; `expected` has the form of its `build_config`."""
     why = "the builder changed it in a way this version does not know; the plan's memory figures do not hold"
     return [
-        Problem(f"{key} is {found[key]!r}, the plan said {value!r}", str(where), why, None)
-        for key, value in expected.items()
-        if key in found and found[key] != value
+        Problem(f"{key} is {found!r}, the plan said {value!r}", str(where), why, None)
+        for key, found, value in _differences(config.get("build_config"), expected)
     ]
+
+
+def _differences(found: object, expected: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Values that are there and differ; a release may leave out what it does not know."""
+    for key, value in expected.items():
+        if not isinstance(found, dict) or key not in found:
+            continue
+        if isinstance(value, Mapping):
+            yield from _differences(found[key], value)
+        elif found[key] != value:
+            yield key, found[key], value

@@ -1,8 +1,7 @@
 """The engine in this process, through the executor's Python bindings.
 
-The closest to the engine: each response is one decoding step as the C++ executor reports it, with its own counters, and
-nothing is between them and this process. `llm_client` is the other way. Every call here is held against the documented
-signatures by a test.
+The most direct way: each response is one decoding step as the C++ executor reports it, with its own counters.
+`llm_client` is the alternative. A test checks every call made here against the documented signatures.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
 from trtllm_redrafter.backends.tensorrt_llm.library import import_library, load_error, run_error, speculation
 from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions
+from trtllm_redrafter.errors import BackendError
 
 BINDINGS = "tensorrt_llm.bindings.executor"
 _REMEDY = (
@@ -23,20 +23,36 @@ _REMEDY = (
 
 
 class ExecutorClient:
-    """One executor. Under MPI only the leading rank takes requests; the others serve in threads of their own."""
+    """One executor. Under MPI only the leading rank takes requests; the other ranks serve it from their own threads."""
 
-    def __init__(self, engine: Path, *, has_drafter: bool, runtime: RuntimeOptions, device: int | None) -> None:
+    def __init__(
+        self,
+        engine: Path,
+        *,
+        has_drafter: bool,
+        runtime: RuntimeOptions,
+        device: int | None,
+        kv_cache_tokens: int | None = None,
+    ) -> None:
+        self._engine = engine
         self._bindings = import_library(BINDINGS)
         self._numbers: dict[int, int] = {}
         self._ids: dict[int, int] = {}
         try:
-            self._executor = self._bindings.Executor(
-                str(engine), self._bindings.ModelType.DECODER_ONLY, self._config(has_drafter, runtime, device)
-            )
+            config = self._config(has_drafter, runtime, device, kv_cache_tokens)
+            self._loaded = self._bindings.Executor(str(engine), self._bindings.ModelType.DECODER_ONLY, config)
         except Exception as error:  # C++ raises RuntimeError and others: the engine did not load
             raise load_error(engine, error, _REMEDY) from error
 
-    def _config(self, has_drafter: bool, runtime: RuntimeOptions, device: int | None) -> Any:
+    @property
+    def _executor(self) -> Any:
+        if self._loaded is None:
+            raise BackendError("the engine has been closed", where=self._engine, remedy="load it again")
+        return self._loaded
+
+    def _config(
+        self, has_drafter: bool, runtime: RuntimeOptions, device: int | None, kv_cache_tokens: int | None
+    ) -> Any:
         b = self._bindings
         more: dict[str, Any] = {}
         if has_drafter:
@@ -46,7 +62,9 @@ class ExecutorClient:
         return b.ExecutorConfig(
             max_beam_width=1,
             kv_cache_config=b.KvCacheConfig(
-                enable_block_reuse=runtime.block_reuse, free_gpu_memory_fraction=runtime.kv_cache_fraction
+                enable_block_reuse=runtime.block_reuse,
+                free_gpu_memory_fraction=runtime.kv_cache_fraction,  # of what is free now, whoever else comes later
+                max_tokens=kv_cache_tokens,  # the smaller of the two counts
             ),
             extended_runtime_perf_knob_config=b.ExtendedRuntimePerfKnobConfig(
                 multi_block_mode=runtime.multi_block_mode
@@ -88,7 +106,10 @@ class ExecutorClient:
         return [event for response in responses if (event := self._event(response)) is not None]
 
     def close(self) -> None:
-        self._executor.shutdown()
+        """Shutting down ends the threads and keeps the model: its memory goes with the last reference to the object."""
+        executor, self._loaded = self._loaded, None
+        if executor is not None:
+            executor.shutdown()
 
     def _event(self, response: Any) -> Event | None:
         number = self._numbers.get(int(response.request_id))

@@ -1,7 +1,7 @@
 """Known ways in which building or running fails, by the message, with what it means and what to do.
 
-TensorRT reports a lack of memory as a missing implementation, and TensorRT-LLM a missing kernel as an assertion in C++:
-the messages lead away from the cause. The table is searched in order; the first row that matches explains.
+TensorRT reports a lack of memory as a missing implementation, and TensorRT-LLM a missing kernel as a failed C++
+assertion: the messages mislead. The table is searched in order; the first row that matches explains.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ _KILLED = _failure(
 FAILURES: tuple[Failure, ...] = (
     _KILLED,
     _failure(
-        "missing-kernel", r"No available XQA kernels are found for speculative decoding",
-        "no attention kernel verifies draft tokens for this grouping of heads",
-        "quantize the KV cache to FP8 and use a Hopper GPU, or use a base whose heads per KV head divide 64",
+        "missing-kernel", r"No available XQA kernels are found for speculative decoding"
+        r"|Head size \d+ is not supported by MMHA",
+        "no attention kernel verifies draft tokens for these heads",
+        "build with KV blocks of 32 tokens, another KV cache type or another number of ranks; `plan` has the rules",
     ),
     _failure(
         "version", r"(engine|plan).{0,60}(version|built|compiled).{0,80}(mismatch|incompatible|different|expecting)"
@@ -119,7 +120,7 @@ FAILURES: tuple[Failure, ...] = (
     _failure(
         "disk", r"No space left on device|Disk quota exceeded",
         "the disk is full",
-        "an engine needs as much room as the checkpoint: free some space, or choose another --output",
+        "an engine takes as much space as the checkpoint: free some, or choose another --output",
     ),
     _failure(
         "unknown-flag", r"unrecognized arguments|invalid choice",

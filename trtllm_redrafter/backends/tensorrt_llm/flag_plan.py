@@ -1,11 +1,11 @@
 """Every flag that will be passed to `trtllm-build`, and every value the builder will change on its own.
 
 For ReDrafter the builder overrides values without asking: it sets max_draft_len, adds it to max_seq_len, raises
-max_num_tokens, forces the decoding mode, and switches fusions off. What it will do is computed here and shown first.
+max_num_tokens, forces the decoding mode, and switches fusions off. All of it is computed here and shown in advance.
 
     plan = plan_flags(config, options, settings)
     plan.value("opt_num_tokens")                     # 208
-    plan.changes[0].render()                         # max_seq_len 2048 -> 2073: room for the tree
+    plan.changes[0].render()                         # max_seq_len 2048 -> 2073: positions for the tree
     plan.arguments(checkpoint=..., output=..., timing_cache_in=None, timing_cache_out=...)
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import BuildOptions
+from trtllm_redrafter.backends.tensorrt_llm.attention import FP8_CONTEXT_ALGOS, TOKENS_PER_BLOCK, context_attention
 from trtllm_redrafter.backends.tensorrt_llm.flag_table import FLAGS, OWNED, SWITCH
 from trtllm_redrafter.backends.tensorrt_llm.options import FlagSetting, TensorRTOptions
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
@@ -28,8 +29,8 @@ MODE = "explicit_draft_tokens"
 MODE_INT = 16
 """The same in an engine's config.json."""
 
-FUSED_MLP_ALGOS = (None, "FP8", "MIXED_PRECISION")
-FUSION_FLAGS = ("reduce_fusion", "user_buffer", "norm_quant_fusion")
+FUSED_MLP_ALGOS = (None, "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION")
+REDUCE_FUSION_CLASSES = ("LlamaForCausalLM", "Gemma2ForCausalLM", "MedusaForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,10 @@ def plan_flags(config: CheckpointConfig, options: BuildOptions, settings: Tensor
     for name, value in given.items():
         known[name] = PassedFlag(name, value, settings.origin("flags"), _replaced(known.get(name)))
     passed = tuple(flag for flag in known.values() if flag.name in FLAGS and FLAGS[flag.name].legal(flag.value))
-    max_num_tokens = next(int(flag.value) for flag in flags if flag.name == "max_num_tokens")
-    effective = _effective_num_tokens(max_num_tokens, options, tree)
-    limits = Limits(options.max_batch_size, options.max_input_len, options.max_seq_len, effective)
-    changes = _changes(config, options, max_num_tokens, effective, given)
-    return FlagPlan(passed, tuple(changes), limits, _expected(config, options, effective))
+    values = {flag.name: flag.value for flag in passed}
+    expected = _expected(config, options, values)
+    limits = Limits(options.max_batch_size, options.max_input_len, options.max_seq_len, expected["max_num_tokens"])
+    return FlagPlan(passed, tuple(_changes(config, values, expected)), limits, expected)
 
 
 def _replaced(flag: PassedFlag | None) -> str:
@@ -123,8 +123,9 @@ def _limit_flags(options: BuildOptions, settings: TensorRTOptions, tree: int) ->
     batch, longest = options.max_batch_size, options.max_input_len
     tokens, tokens_origin = settings.max_num_tokens, settings.origin("max_num_tokens")
     if tokens is None:
-        tokens = min(longest + (batch - 1) * tree, batch * (options.max_seq_len + tree - 1))
-        tokens, tokens_origin = max(tokens, batch * tree), "derived from max_input_len, max_batch_size and the tree"
+        tokens = min(longest + (batch - 1) * tree, batch * options.max_seq_len)
+        tokens = max(tokens, batch * tree, TOKENS_PER_BLOCK)
+        tokens_origin = "derived from max_input_len, max_batch_size and the tree"
     tuned = min(settings.opt_batch_size or batch, batch)
     origin = settings.origin("opt_batch_size") if settings.opt_batch_size else "derived from max_batch_size"
     reason = f"tuned for {tuned} request(s) x {tree} verified rows; the builder's own guess forgets the tree"
@@ -154,22 +155,22 @@ def _graph_flags(config: CheckpointConfig) -> list[PassedFlag]:
 
 
 def _kernel_flags(config: CheckpointConfig, settings: TensorRTOptions) -> list[PassedFlag]:
-    fp8_model, fp8_kv = config.quant_algo == "FP8", config.kv_cache_quant_algo == "FP8"
+    fp8_model = config.quant_algo == "FP8"
     gemm = settings.gemm_plugin or ("fp8" if fp8_model else config.dtype)
     gemm_origin = settings.origin("gemm_plugin") if settings.gemm_plugin else "derived from the checkpoint"
     gemm_reason = "NVIDIA's ReDrafter example for FP8 uses it; its tuning guide switches it off for FP8: try both"
-    paged = "enable" if _no_paged_context(config) is None else "disable"
-    fp8_fmha = "enable" if fp8_model and fp8_kv and paged == "enable" else "disable"
+    paged, fp8_context = context_attention(config.quant_algo, config.kv_cache_quant_algo, paged=True, fp8=True)
     fused = "enable" if _no_fused_mlp(config) is None else "disable"
     checkpoint = "derived from the checkpoint"
     flags = [
         PassedFlag("gpt_attention_plugin", config.dtype, checkpoint, "attention kernels that verify draft tokens"),
         PassedFlag("gemm_plugin", gemm, gemm_origin, gemm_reason if fp8_model else "as NVIDIA's ReDrafter test builds"),
-        PassedFlag("use_paged_context_fmha", paged, checkpoint, "prompts read the cache by pages; not for this KV type"
-                   if paged == "disable" else "prompts read the cache by pages"),
-        PassedFlag("use_fp8_context_fmha", fp8_fmha, checkpoint, "only for FP8 weights with an FP8 KV cache"),
+        PassedFlag("use_paged_context_fmha", _switch(paged), checkpoint, "prompts read the cache by pages"
+                   if paged else f"not with an {config.kv_cache_quant_algo} KV cache under these weights"),
+        PassedFlag("use_fp8_context_fmha", _switch(fp8_context), checkpoint, "prompts are attended to in FP8"
+                   if fp8_context else f"needs an FP8 KV cache and weights in {', '.join(FP8_CONTEXT_ALGOS)}"),
         PassedFlag("use_fused_mlp", fused, checkpoint, "gate and up projection as one product"
-                   if fused == "enable" else f"the builder has no fused MLP for {config.quant_algo}"),
+                   if fused == "enable" else _no_fused_mlp(config) or ""),
         PassedFlag("reduce_fusion", "disable", "fixed", "NVIDIA advises it for LLaMA; off for ReDrafter's classes"),
     ]  # fmt: skip
     if config.tp_size > 1:
@@ -178,70 +179,88 @@ def _kernel_flags(config: CheckpointConfig, settings: TensorRTOptions) -> list[P
     return flags
 
 
-def _effective_num_tokens(passed: int, options: BuildOptions, tree: int) -> int:
-    """The builder's own rule: at least every request's tree, at most every request at full length."""
-    longest = options.max_seq_len + tree - 1
-    return min(max(passed, options.max_batch_size * tree), options.max_batch_size * longest)
+def _switch(on: bool) -> str:
+    return "enable" if on else "disable"
 
 
-def _changes(
-    config: CheckpointConfig, options: BuildOptions, passed: int, effective: int, given: Mapping[str, FlagSetting]
-) -> list[Change]:
+def _changes(config: CheckpointConfig, passed: Mapping[str, FlagSetting], expected: Mapping[str, Any]) -> list[Change]:
+    """Every value that the builder will not leave as it was passed."""
     found = []
     if config.draft_shape is not None:
-        drafted, shape = config.draft_shape.drafted_tokens, config.draft_shape
-        longest = options.max_seq_len
+        shape, longest = config.draft_shape, str(passed["max_seq_len"])
+        why = f"{shape.num_beams} beams x {shape.draft_len} from config.json"
         found += [
-            Change("max_draft_len", "0", str(drafted), f"{shape.num_beams} beams x {shape.draft_len} from config.json"),
-            Change("max_seq_len", str(longest), str(longest + drafted), "cache positions for the tree being verified"),
+            Change("max_draft_len", "0", str(expected["max_draft_len"]), why),
+            Change("max_seq_len", longest, str(expected["max_seq_len"]), "cache positions for the tree being verified"),
         ]
-    if effective != passed:
-        why = "every request's tree in one step" if effective > passed else "no more than every request at full length"
-        found.append(Change("max_num_tokens", str(passed), str(effective), why))
+    tokens, effective = int(passed["max_num_tokens"]), expected["max_num_tokens"]
+    if effective != tokens:
+        why = "every request's tree in one step" if effective > tokens else "no more than every request at full length"
+        found.append(Change("max_num_tokens", str(tokens), str(effective), why))
+    if expected["opt_num_tokens"] != passed["opt_num_tokens"]:
+        why = "no more than max_num_tokens before it is raised"
+        found.append(Change("opt_num_tokens", str(passed["opt_num_tokens"]), str(expected["opt_num_tokens"]), why))
     if config.tp_size > 1:
         found.append(Change("nccl_plugin", "auto", config.dtype, "several ranks"))
+    why = f"not for {config.architecture} on {config.tp_size} rank(s) with {config.quant_algo or config.dtype} weights"
+    fusions = allowed_fusions(config, passed)
     found += [
-        Change(name, "enable", "disable", f"the builder allows it for other classes than {config.architecture} only")
-        for name in FUSION_FLAGS
-        if given.get(name) == "enable" and config.drafter is not None
+        Change(name, "enable", "disable", why) for name in fusions if passed.get(name) == "enable" and not fusions[name]
     ]
+    if passed["use_fused_mlp"] == "enable" and (reason := _no_fused_mlp(config)) is not None:
+        found.append(Change("use_fused_mlp", "enable", "no effect", reason))
+    reason = f"{config.kv_cache_quant_algo or config.dtype} KV cache, {config.quant_algo or config.dtype} weights"
     found += [
-        Change(name, "enable", "disable", why)
-        for name, why in (
-            ("use_paged_context_fmha", _no_paged_context(config)),
-            ("use_fused_mlp", _no_fused_mlp(config)),
-        )
-        if why is not None and given.get(name) == "enable"
+        Change(name, str(passed[name]), _switch(becomes), reason)
+        for name, becomes in expected["plugin_config"].items()
+        if name in ("use_paged_context_fmha", "use_fp8_context_fmha") and passed[name] != _switch(becomes)
     ]
-    if given.get("use_fp8_context_fmha") == "enable" and not _allows_fp8_context(config):
-        found.append(Change("use_fp8_context_fmha", "enable", "disable", "weights and KV cache are not both FP8"))
     return found
 
 
-def _no_paged_context(config: CheckpointConfig) -> str | None:
-    """Why the builder reads prompts' cache in one piece; None: it does not."""
-    cache = config.kv_cache_quant_algo
-    if cache == "INT8" or (cache == "FP8" and config.quant_algo != "FP8"):
-        return f"not with an {cache} KV cache under {config.quant_algo or config.dtype} weights"
-    return None
+def allowed_fusions(config: CheckpointConfig, passed: Mapping[str, FlagSetting]) -> dict[str, bool]:
+    """Of the fusions that are asked for, those that the builder leaves on; it allows none for ReDrafter's classes."""
+    asked = {name: passed.get(name) == "enable" for name in ("reduce_fusion", "user_buffer", "norm_quant_fusion")}
+    reduce = asked["reduce_fusion"] and config.tp_size > 1 and config.architecture in REDUCE_FUSION_CLASSES
+    llama_fp4 = config.architecture == "LlamaForCausalLM" and config.quant_algo == "NVFP4"
+    return {
+        "reduce_fusion": reduce,
+        "user_buffer": asked["user_buffer"] and reduce,
+        "norm_quant_fusion": asked["norm_quant_fusion"] and llama_fp4 and not reduce,
+    }
 
 
 def _no_fused_mlp(config: CheckpointConfig) -> str | None:
-    return None if config.quant_algo in FUSED_MLP_ALGOS else f"the builder has no fused MLP for {config.quant_algo}"
+    return None if config.quant_algo in FUSED_MLP_ALGOS else f"the builder skips {config.quant_algo} layers"
 
 
-def _allows_fp8_context(config: CheckpointConfig) -> bool:
-    return config.quant_algo == "FP8" and config.kv_cache_quant_algo == "FP8"
+def _expected(config: CheckpointConfig, options: BuildOptions, passed: Mapping[str, FlagSetting]) -> dict[str, Any]:
+    """The builder's own arithmetic: what it caps, it caps before the draft tokens are added, and then raises.
 
-
-def _expected(config: CheckpointConfig, options: BuildOptions, tokens: int) -> dict[str, Any]:
+    A step holds at most every request at full length, at least one KV block, and at least every request's tree.
+    """
     shape = config.draft_shape
     drafted = 0 if shape is None else shape.drafted_tokens
+    block = int(passed.get("tokens_per_block", TOKENS_PER_BLOCK))
+    capped = max(min(int(passed["max_num_tokens"]), options.max_batch_size * options.max_seq_len), block)
+    fmha = passed["context_fmha"] == "enable"
+    paged, fp8 = context_attention(
+        config.quant_algo,
+        config.kv_cache_quant_algo,
+        paged=fmha and passed["use_paged_context_fmha"] == "enable",
+        fp8=fmha and passed["use_fp8_context_fmha"] == "enable",
+    )
     values = {
         "max_batch_size": options.max_batch_size,
         "max_input_len": options.max_input_len,
         "max_seq_len": options.max_seq_len + drafted,
-        "max_num_tokens": tokens,
+        "max_num_tokens": capped if shape is None else max(capped, options.max_batch_size * (drafted + 1)),
+        "opt_num_tokens": min(int(passed["opt_num_tokens"]), capped),
         "max_beam_width": 1,
+        "plugin_config": {
+            "use_paged_context_fmha": paged,
+            "use_fp8_context_fmha": fp8,
+            **allowed_fusions(config, passed),
+        },
     }
     return values if shape is None else values | {"max_draft_len": drafted, "speculative_decoding_mode": MODE_INT}

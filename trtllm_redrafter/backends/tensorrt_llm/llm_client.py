@@ -6,10 +6,10 @@ has to: the API chooses its queues by whether a loop is running when a request i
 from its own threads only while that loop runs. Every other call is made in that thread, since the API's sockets to its
 worker processes are not for several.
 
-Lives in a worker process always, with one GPU too (`remote_client`): the API starts processes by MPI, which must not
+It always lives in a worker process, with one GPU too (`remote_client`): the API starts processes by MPI, which must not
 happen in a command line, server or notebook. Names beyond the contract are in tests/data/trtllm/llm_api.json, with
 their sources. Not verified on a GPU: that a response is one decoding step here as well, and that `decoding_iter` and
-the speculative counters survive the way from the API's own processes. Without them, steps are counted by responses.
+the speculative counters are passed on by the API's own processes. Without them, steps are counted by responses.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class LlmClient:
     leads = True
     """The API's other ranks are processes of its own, not workers of ours."""
 
-    def __init__(self, engine: Path, *, runtime: RuntimeOptions, tp_size: int) -> None:
+    def __init__(
+        self, engine: Path, *, runtime: RuntimeOptions, tp_size: int, kv_cache_tokens: int | None = None
+    ) -> None:
         self._api = import_library(LLM_API)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._results: dict[int, Any] = {}
@@ -60,7 +62,9 @@ class LlmClient:
                 skip_tokenizer_init=True,
                 tensor_parallel_size=tp_size,
                 kv_cache_config=self._api.KvCacheConfig(
-                    enable_block_reuse=runtime.block_reuse, free_gpu_memory_fraction=runtime.kv_cache_fraction
+                    enable_block_reuse=runtime.block_reuse,
+                    free_gpu_memory_fraction=runtime.kv_cache_fraction,
+                    max_tokens=kv_cache_tokens,
                 ),
                 extended_runtime_perf_knob_config=self._api.ExtendedRuntimePerfKnobConfig(
                     multi_block_mode=runtime.multi_block_mode

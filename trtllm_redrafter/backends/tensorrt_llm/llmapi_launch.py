@@ -2,7 +2,7 @@
 
 Inside a Slurm job, the LLM API wants its ranks started by `srun` and that program. On the first rank it runs the
 command it was given in the background of a shell, whose standard input is then /dev/null, and waits for a server
-process that does not end when the command crashes. So this module goes around it twice:
+process that does not end when the command crashes. So this module runs both before and after it:
 
     srun --mpi=pmix --input=0 -n 4 python -m ...llmapi_launch outside ENGINE --api llm
       keeps the pipe under another number and becomes

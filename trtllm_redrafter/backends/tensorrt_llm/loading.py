@@ -1,4 +1,4 @@
-"""Open an engine on this host: every reason why it cannot run here is found before anything is loaded."""
+"""Open an engine on this host, after finding every reason why it could not run here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ from trtllm_redrafter.redrafter.config import DraftShape
 
 
 def load_runner(
-    engine: Path, *, device: str, verify_hashes: bool, draft_shape: DraftShape | None, api: str | None = None
+    engine: Path,
+    *,
+    device: str,
+    verify_hashes: bool,
+    draft_shape: DraftShape | None,
+    api: str | None = None,
+    kv_cache_tokens: int | None = None,
 ) -> TensorRTRunner:
     """A runner; `api` overrides the interface that the engine was built to be executed through."""
     found = read_engine(engine, verify_hashes=verify_hashes)
@@ -34,17 +40,21 @@ def load_runner(
     folder = engine / TOKENIZER_DIRECTORY
     tokenizer = EngineTokenizer(folder) if has_tokenizer(folder) else None
     info, ends = _info(found, gpus[index or 0]), eos_token_ids(folder, tokenizer)
-    client = _client(found, cast(Api, chosen), index)  # last: nothing may fail while it holds GPUs
+    client = _client(found, cast(Api, chosen), index, kv_cache_tokens)  # last: nothing may fail while it holds GPUs
     return TensorRTRunner(info, client, tokenizer, ends, greedy=found.greedy)
 
 
-def _client(engine: EngineDirectory, api: Api, device: int | None) -> EngineClient:
+def _client(engine: EngineDirectory, api: Api, device: int | None, kv_cache_tokens: int | None) -> EngineClient:
     """In this process where that needs no process by MPI: the bindings on one GPU."""
     if api == "executor" and engine.world_size == 1:
         return ExecutorClient(
-            engine.path, has_drafter=engine.draft_shape is not None, runtime=engine.runtime, device=device
+            engine.path,
+            has_drafter=engine.draft_shape is not None,
+            runtime=engine.runtime,
+            device=device,
+            kv_cache_tokens=kv_cache_tokens,
         )
-    return RemoteClient(engine.path, engine.world_size, api=api, device=device)
+    return RemoteClient(engine.path, engine.world_size, api=api, device=device, kv_cache_tokens=kv_cache_tokens)
 
 
 def _info(engine: EngineDirectory, gpu: FoundGpu) -> EngineInfo:

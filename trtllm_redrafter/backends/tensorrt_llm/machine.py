@@ -1,4 +1,4 @@
-"""What this machine has, asked without importing anything heavy: installed versions, GPUs, programs.
+"""What this machine has, found without importing anything heavy: installed versions, GPUs, programs.
 
 Importing tensorrt_llm takes half a minute and fails in obscure ways when versions do not fit, so versions are read from
 package metadata, and GPUs from `nvidia-smi`.

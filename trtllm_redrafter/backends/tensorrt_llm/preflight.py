@@ -92,4 +92,4 @@ def _disk(plan: TensorRTPlan) -> list[Problem]:
     if needed <= free:
         return []
     why = f"about {needed:,} bytes are needed, {free:,} are free"
-    return [Problem("the disk has not enough room for the engine", str(parent), why, "choose another --output")]
+    return [Problem("there is not enough disk space for the engine", str(parent), why, "choose another --output")]

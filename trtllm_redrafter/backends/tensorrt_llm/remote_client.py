@@ -1,7 +1,7 @@
-"""The engine in other processes, spoken to over a pipe.
+"""The engine in worker processes, driven over a pipe.
 
-This process keeps its own life: it may be the command line, a server or a notebook, needs no MPI itself, and a crash of
-a rank becomes an error with the worker's last words instead of the end of everything. Who starts the ranks:
+The calling process may be the command line, a server or a notebook. It needs no MPI, and a rank that crashes becomes an
+error with the worker's last output instead of taking this process down. What starts the ranks:
 
     executor   mpirun, or srun inside a Slurm job: one worker per GPU
     llm        the LLM API, from the one worker it lives in; inside a Slurm job srun and trtllm-llmapi-launch
@@ -34,7 +34,7 @@ from trtllm_redrafter.errors import BackendError, Problem
 
 _END_SECONDS = 30.0
 LOAD_SECONDS = 3600.0
-"""A 70B engine from a slow disk takes half of it. Ranks that cannot reach each other would be waited for for ever."""
+"""A 70B engine from a slow disk takes half of it. Ranks that cannot reach each other would never answer."""
 
 _READER_SECONDS = 2.0
 _LAST_WORDS = 2000
@@ -42,9 +42,13 @@ _LOG_BYTES = 2**20
 _KINDS = {"ready", "event", "fatal", "ended"}
 
 
-def worker_command(engine: Path, ranks: int, api: Api, environment: Mapping[str, str]) -> list[str]:
+def worker_command(
+    engine: Path, ranks: int, api: Api, environment: Mapping[str, str], kv_cache_tokens: int | None = None
+) -> list[str]:
     """The whole command that starts the workers of an engine here."""
     python, worker = [sys.executable, "-m"], [str(engine.absolute()), "--api", api]
+    if kv_cache_tokens is not None:
+        worker += ["--kv-cache-tokens", str(kv_cache_tokens)]
     if api == "executor":
         return [*launch_command(ranks, environment), *python, WORKER, *worker]
     if ranks == 1 or not _in_slurm(environment):
@@ -73,8 +77,8 @@ def _in_slurm(environment: Mapping[str, str]) -> bool:
 def _srun(ranks: int) -> list[str]:
     """Standard input goes to the first task alone; srun's default is a copy for each.
 
-    Unless told so, srun leaves the other ranks when one dies, and they wait for it for ever; and it waits for ever
-    itself where a step of the job, such as an interactive shell, holds the GPUs already.
+    By default, srun keeps the other ranks running when one dies, and they wait for it forever; and srun itself waits
+    forever where a step of the job, such as an interactive shell, already holds the GPUs.
     """
     return ["srun", "--mpi=pmix", "--input=0", "--overlap", "--kill-on-bad-exit=1", "-n", str(ranks)]
 
@@ -111,10 +115,12 @@ def worker_environment(ranks: int, api: Api, device: int | None, environment: Ma
 
 
 class RemoteClient:
-    """Workers of one engine."""
+    """The worker processes of one engine."""
 
-    def __init__(self, engine: Path, ranks: int, *, api: Api, device: int | None = None) -> None:
-        command = worker_command(engine, ranks, api, os.environ)
+    def __init__(
+        self, engine: Path, ranks: int, *, api: Api, device: int | None = None, kv_cache_tokens: int | None = None
+    ) -> None:
+        command = worker_command(engine, ranks, api, os.environ, kv_cache_tokens)
         environment = worker_environment(ranks, api, device, os.environ)
         self._engine = engine
         self._failure: BackendError | None = None
@@ -129,7 +135,7 @@ class RemoteClient:
             self._reader.start()
             self._await_ready()
         except BaseException:
-            end_group(self._child)  # a launcher may wait for ever for an engine that did not load
+            end_group(self._child)  # a launcher may wait forever for an engine that did not load
             self.close()
             raise
 
@@ -168,7 +174,7 @@ class RemoteClient:
             raise self._fail(self._last_message()) from error
 
     def poll(self, timeout: float) -> list[Event]:
-        """Events that came before the end of the workers are given out first; the end is then said at every call."""
+        """Events from before the workers ended are returned first; after that, every call raises."""
         events: list[Event] = []
         deadline = time.monotonic() + timeout
         while self._failure is None:
@@ -186,7 +192,7 @@ class RemoteClient:
         raise self._failure
 
     def close(self) -> None:
-        """Ask the workers to end; end them if they do not, or if the user does not wait for them."""
+        """Ask the workers to exit; end them if they do not, or if the user interrupts the wait."""
         try:
             if self._child.stdin is not None and not self._child.stdin.closed:
                 with suppress(OSError):  # a pipe that nobody reads any more
@@ -201,7 +207,7 @@ class RemoteClient:
             self._log.close()
 
     def _last_message(self) -> dict[str, Any] | None:
-        """What the workers said last, if it says why they ended."""
+        """The workers' last message, if it says why they ended."""
         with suppress(queue.Empty):
             while (message := self._messages.get_nowait()) is not None:
                 if "fatal" in message:
@@ -209,14 +215,14 @@ class RemoteClient:
         return None
 
     def _fail(self, message: dict[str, Any] | None) -> BackendError:
-        """What to raise from now on. What is left of the ranks goes at once: it may hold GPUs and wait for ever."""
+        """What to raise from now on. Remaining ranks are ended at once: they may hold GPUs and wait forever."""
         if self._failure is None:
             end_group(self._child)
             self._failure = self._died() if message is None else _said(message["fatal"])
         return self._failure
 
     def _died(self) -> BackendError:
-        """Nobody said why: by the end of what the workers wrote to their standard error."""
+        """No worker said why: explain it by the end of their standard error."""
         if self._log.closed:
             return BackendError("the engine has been closed", where=self._engine, remedy="load it again")
         text = self._last_words(_LOG_BYTES)

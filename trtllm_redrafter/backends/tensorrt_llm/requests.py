@@ -1,6 +1,6 @@
-"""What a request may ask of a TensorRT engine, and how it is asked.
+"""What a request may ask of a TensorRT engine, and how it is passed on.
 
-TensorRT-LLM's ReDrafter decoder ignores most sampling options without a word: top-k, top-p, penalties, minimum lengths,
+TensorRT-LLM's ReDrafter decoder silently ignores most sampling options: top-k, top-p, penalties, minimum lengths,
 bad words; and a greedy engine ignores temperature as well. Ignored options are refused here, since a text that looks
 sampled and is not is worse than an error.
 """

@@ -1,4 +1,4 @@
-"""What cannot work, and what works other than it looks, before an hour of building is spent on it.
+"""What cannot work, and what does not work as it looks, found before an hour is spent on building.
 
 Each rule looks at the checkpoint's config, the options and the release, and yields problems; all of them are reported
 together. Sources: TensorRT-LLM's builder and kernels as documented in docs/tensorrt-llm.md.
@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from trtllm_redrafter.backends.base import BuildOptions
-from trtllm_redrafter.backends.tensorrt_llm.flag_plan import FUSION_FLAGS, MODE
+from trtllm_redrafter.backends.tensorrt_llm.attention import TOKENS_PER_BLOCK, tree_kernel
+from trtllm_redrafter.backends.tensorrt_llm.flag_plan import MODE, allowed_fusions
 from trtllm_redrafter.backends.tensorrt_llm.flag_table import FLAGS, OWNED
 from trtllm_redrafter.backends.tensorrt_llm.options import FlagSetting, TensorRTOptions
 from trtllm_redrafter.backends.tensorrt_llm.versions import (
@@ -31,10 +32,11 @@ from trtllm_redrafter.checkpoint.quantization import DRAFTER_EXCLUDE, is_exclude
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.planning.gpus import Gpu
 
-SAFE_HEAD_SIZES = (64, 128)
-MAX_GROUP = 64
+USUAL_HEAD_SIZES = (64, 128)
+USUAL_GROUPS = (1, 2, 4, 8, 16, 32)
 LARGE_BATCH = 64
 FP8_FLAGS = ("gemm_swiglu_plugin", "low_latency_gemm_plugin", "low_latency_gemm_swiglu_plugin")
+_NEED_FUSED_MLP = ("gemm_swiglu_plugin", "low_latency_gemm_swiglu_plugin")
 NUM_TOKENS_WARNING = 16384
 FP4_COMPUTE_CAPABILITY = (10, 0)
 
@@ -56,6 +58,7 @@ def check(config: CheckpointConfig, options: BuildOptions, settings: TensorRTOpt
         *_limit_refusals(config, options, settings, where),
         *_flag_refusals(config, settings),
         *_gpu_refusals(config, target, where),
+        *_kernel_refusals(config, settings, target, where),
     ]
     warnings = [
         *_release_warnings(config, settings),
@@ -116,9 +119,15 @@ def _model_refusals(config: CheckpointConfig, where: str) -> Iterator[Problem]:
 
 
 def _model_warnings(config: CheckpointConfig, where: str) -> Iterator[Problem]:
-    if config.drafter is not None and config.head_size not in SAFE_HEAD_SIZES:
-        why = "the kernels that verify draft tokens are known to cover 64 and 128"
-        yield Problem(f"heads have {config.head_size} values", where, why, "be ready for a missing kernel at run time")
+    if config.drafter is not None and config.head_size not in USUAL_HEAD_SIZES:
+        why = "TensorRT-LLM compiles the kernel that verifies draft tokens for it; no run of one is known"
+        yield Problem(f"heads have {config.head_size} values", where, why, "check it with `verify --reference`")
+    if config.drafter is not None and (group := _group(config)) not in USUAL_GROUPS:
+        why = (
+            "comments in TensorRT-LLM's kernels disagree whether groups that are no power of two may verify draft "
+            "tokens; NVIDIA ran ReDrafter with groups of 5 (Qwen2.5 14B, FP8)"
+        )
+        yield Problem(f"{group} query heads share a KV head", where, why, "check it with `verify --reference`")
     if config.drafter is not None and config.use_parallel_embedding and config.tp_size > 1:
         why = "the drafter looks tokens up at every drafted position; NVIDIA's test does not split the embedding"
         yield Problem("the embedding is split over the ranks", where, why, "leave convert.parallel_embedding off")
@@ -166,9 +175,9 @@ def _option_warnings(config: CheckpointConfig, options: BuildOptions, settings: 
     if (settings.max_num_tokens or 0) > NUM_TOKENS_WARNING:
         why = "activations grow with it, and the builder warns above this"
         yield Problem(f"max_num_tokens is above {NUM_TOKENS_WARNING}", "tensorrt_llm.max_num_tokens", why, None)
-    for name in FUSION_FLAGS:
-        if settings.flags.get(name) == "enable" and config.drafter is not None:
-            why = f"the builder switches it off for {config.architecture} without a word"
+    for name, stays in allowed_fusions(config, settings.flags).items():
+        if settings.flags.get(name) == "enable" and not stays:
+            why = f"the builder switches it off for {config.architecture}, with a line in its log"
             yield Problem(f"{name} will have no effect", "tensorrt_llm.flags", why, "leave it out")
     for name in FP8_FLAGS:
         if settings.flags.get(name) == "fp8" and config.drafter is not None:
@@ -206,8 +215,10 @@ _FIXED: dict[str, tuple[FlagSetting, str]] = {
     "multiple_profiles": ("disable", "its several token ranges do not fit the one profile of ReDrafter's tensors"),
     "streamingllm": ("disable", "the builder refuses it"),
     "strip_plan": (False, "an engine without weights must be refitted before it runs, which nothing here does"),
-    "gather_context_logits": (False, "the builder refuses it together with draft tokens"),
-    "gather_all_token_logits": (False, "it includes context logits, which the builder refuses with draft tokens"),
+}
+_FIXED_WITH_DRAFTER: dict[str, tuple[FlagSetting, str]] = {
+    name: (False, f"{which}ReDrafter's graph takes one row of logits per prompt, and trtllm-build does not notice")
+    for name, which in (("gather_context_logits", ""), ("gather_all_token_logits", "it includes context logits: "))
 }
 
 
@@ -218,8 +229,9 @@ def _combination_refusals(
     if name == "max_beam_width" and value != 1:
         why = "TensorRT fails with a shape error: draft tokens are beams already"
         yield Problem(f"max_beam_width is {value}", where, why, "leave it out; set convert.num_beams")
-    if name in _FIXED and value != _FIXED[name][0]:
-        yield Problem(f"{name} is {value!r}", where, _FIXED[name][1], "leave it out")
+    fixed = _FIXED if config.drafter is None else _FIXED | _FIXED_WITH_DRAFTER
+    if name in fixed and value != fixed[name][0]:
+        yield Problem(f"{name} is {value!r}", where, fixed[name][1], "leave it out")
     if name == "speculative_decoding_mode" and value != MODE:
         yield Problem(f"speculative_decoding_mode is {value}", where, f"ReDrafter is {MODE}", "leave it out")
     if name == "gpt_attention_plugin" and value not in ("auto", config.dtype):
@@ -227,6 +239,8 @@ def _combination_refusals(
         yield Problem(f"gpt_attention_plugin is {value}", where, why, "leave it out")
     if name in FP8_FLAGS and value == "fp8" and config.quant_algo != "FP8":
         yield Problem(f"{name} is fp8", where, f"the weights are {config.quant_algo or config.dtype}", "leave it out")
+    if name in _NEED_FUSED_MLP and value == "fp8" and settings.flags.get("use_fused_mlp") == "disable":
+        yield Problem(f"{name} without use_fused_mlp", where, "the builder refuses it", "leave use_fused_mlp out")
     both = settings.flags.get("low_latency_gemm_swiglu_plugin") == settings.flags.get("gemm_swiglu_plugin") == "fp8"
     if name == "gemm_swiglu_plugin" and both:
         what = "gemm_swiglu_plugin and low_latency_gemm_swiglu_plugin replace the same layer"
@@ -243,16 +257,31 @@ def _gpu_refusals(config: CheckpointConfig, target: Gpu, where: str) -> Iterator
     if "NVFP4" in (algo, cache) and target.compute_capability < FP4_COMPUTE_CAPABILITY:
         what = f"{'weights' if algo == 'NVFP4' else 'a KV cache'} in NVFP4 cannot run on {target.title}"
         yield Problem(what, "tensorrt_llm.gpu", "FP4 arithmetic begins with Blackwell", "quantize to FP8 instead")
-    if config.drafter is None:
-        return
-    heads, kv_heads = config.num_attention_heads // config.tp_size, max(config.num_key_value_heads // config.tp_size, 1)
-    group = heads // kv_heads  # of a rank: with fewer KV heads than ranks each has one, for fewer heads
-    has_precompiled = group > 0 and MAX_GROUP % group == 0
-    compiles = target.is_hopper and config.kv_cache_quant_algo == "FP8" and group <= MAX_GROUP
-    if not has_precompiled and not compiles:
-        why = (
-            f"{heads} heads over {kv_heads} KV heads on each rank are groups of {group}; "
-            "kernels that verify draft tokens are precompiled for groups that divide 64"
-        )
-        remedy = "quantize the KV cache to FP8 and use a Hopper GPU: there the kernel is compiled on demand"
-        yield Problem(f"no attention kernel drafts in groups of {group}", where, why, remedy)
+
+
+def _group(config: CheckpointConfig) -> int:
+    """Query heads per KV head on one rank; with fewer KV heads than ranks, each rank has one and fewer query heads."""
+    return config.num_attention_heads // config.tp_size // max(config.num_key_value_heads // config.tp_size, 1)
+
+
+def _kernel_refusals(config: CheckpointConfig, settings: TensorRTOptions, target: Gpu, where: str) -> Iterator[Problem]:
+    """TensorRT-LLM says so at the first request only: No available XQA kernels are found."""
+    group, block = _group(config), settings.flags.get("tokens_per_block", TOKENS_PER_BLOCK)
+    if config.drafter is None or group < 1 or not isinstance(block, int):
+        return  # any kernel will do, or refused for another reason
+    kind, reasons = tree_kernel(
+        group=group,
+        head_size=config.head_size,
+        tokens_per_block=block,
+        fp8_cache=config.kv_cache_quant_algo == "FP8",
+        capability=target.compute_capability,
+    )
+    if reasons:
+        why = f"groups of {group} get the kernel {kind}; " + "; ".join(reasons)
+        yield Problem("no attention kernel verifies draft tokens of this model", where, why, _KERNEL_REMEDY)
+
+
+_KERNEL_REMEDY = (
+    "use more or fewer ranks, a KV block of 32 tokens (tensorrt_llm.flags.tokens_per_block) or another cache type; "
+    "without a drafter, other kernels serve the model"
+)

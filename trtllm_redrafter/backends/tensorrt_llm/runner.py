@@ -24,7 +24,7 @@ _STEP_SECONDS = 1.0
 """Longest wait of one `step()`, so that callers can cancel and stop."""
 
 SILENCE_SECONDS = 600.0
-"""Far beyond any step or prompt: whatever runs, some request gets its next tokens sooner."""
+"""Far longer than any step or prompt takes: by then some request must have received tokens."""
 
 _DOCTOR = "run `trtllm-redrafter doctor`, and see with `nvidia-smi` what its processes do"
 _FINISH = {"end_id": FinishReason.STOP, "stop_words": FinishReason.STOP, "cancelled": FinishReason.CANCELLED}
@@ -96,10 +96,10 @@ class TensorRTRunner(Runner):
         return request_id
 
     def step(self) -> list[Update]:
-        """What has come back; may be empty when nothing did within a second.
+        """The updates received; may be empty when none came within a second.
 
-        A request that failed raises. What came for others before it is returned first, and what came after it by the
-        next call: an error of one request takes no token from another.
+        A failed request raises. Updates of other requests that came before it are returned first, and those that came
+        after it by the next call, so that one request's error costs the others no token.
         """
         if self._active and not self._come:
             self._come.extend(self._client.poll(_STEP_SECONDS))
@@ -126,7 +126,7 @@ class TensorRTRunner(Runner):
         self._client.close()
 
     def _check_silence(self) -> None:
-        """Ranks that wait for each other, or for one that was killed, say nothing, and would be waited for for ever."""
+        """Ranks that wait for each other, or for one that was killed, stay silent: without a limit, so would this."""
         now = time.monotonic()
         if self._come:
             self._heard = now

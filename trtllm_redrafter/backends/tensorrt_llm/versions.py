@@ -1,7 +1,7 @@
 """TensorRT-LLM releases as data: what ReDrafter can and cannot do in each, and which bugs it has there.
 
-ReDrafter was changed several times without its checkpoint format saying so: the same files computed another recurrence
-before 0.14, and accepted too much before April 2025. The tables below are what refusals and warnings are made of.
+ReDrafter changed several times while its checkpoint format did not: the same files meant another recurrence before
+0.14, and too many drafts were accepted before April 2025. Refusals and warnings are made from the tables below.
 
     release_for("1.2.1").status            # Status.TARGET
     release_for("1.3.0rc22").status        # Status.REFUSED: the TensorRT engine workflow was removed

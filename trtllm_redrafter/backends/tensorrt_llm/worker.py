@@ -1,7 +1,7 @@
 """An engine in a process of its own, driven over standard input: one rank of it, or the LLM API's holder of them all.
 
     mpirun -n 4 python -m trtllm_redrafter.backends.tensorrt_llm.worker ENGINE --api executor
-    python -m trtllm_redrafter.backends.tensorrt_llm.worker ENGINE --api llm
+    python -m trtllm_redrafter.backends.tensorrt_llm.worker ENGINE --api llm --kv-cache-tokens 4096
 
 Messages are JSON lines. To the worker: {"op": "submit", ...}, {"op": "cancel", "number": 3}; end of input ends it. From
 it: {"ready": true}, {"event": {...}}, {"fatal": {...}}. Whatever libraries print goes to standard error instead.
@@ -38,8 +38,9 @@ def main(arguments: list[str]) -> int:
     """Exit code; errors of loading travel to the parent as a `fatal` message."""
     out = _take_stdout()
     try:
-        folder, _, api = arguments
-        client = _client(read_engine(Path(folder), verify_hashes=False), api)
+        folder, _, api, *cache = arguments
+        tokens = int(cache[1]) if cache else None
+        client = _client(read_engine(Path(folder), verify_hashes=False), api, tokens)
     except RedrafterError as error:
         _send(out, {"fatal": error.as_dict()})
         return error.exit_code
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _abandon(client: RankClient, code: int) -> NoReturn:
-    """End now, closed or not: ranks that have failed may wait for each other for ever, and would keep their GPUs."""
+    """Exit now, closed or not: ranks that have failed may wait for each other forever and keep their GPUs."""
     closing = threading.Thread(target=client.close, daemon=True)
     closing.start()
     closing.join(_CLOSE_SECONDS)
@@ -66,18 +67,26 @@ def _abandon(client: RankClient, code: int) -> NoReturn:
     os._exit(code)
 
 
-def _client(engine: EngineDirectory, api: str) -> RankClient:
+def _client(engine: EngineDirectory, api: str, kv_cache_tokens: int | None) -> RankClient:
     if api == "llm":
         from trtllm_redrafter.backends.tensorrt_llm.llm_client import LlmClient
 
-        return LlmClient(engine.path, runtime=engine.runtime, tp_size=engine.world_size)
+        return LlmClient(
+            engine.path, runtime=engine.runtime, tp_size=engine.world_size, kv_cache_tokens=kv_cache_tokens
+        )
     from trtllm_redrafter.backends.tensorrt_llm.executor_client import ExecutorClient
 
-    return ExecutorClient(engine.path, has_drafter=engine.draft_shape is not None, runtime=engine.runtime, device=None)
+    return ExecutorClient(
+        engine.path,
+        has_drafter=engine.draft_shape is not None,
+        runtime=engine.runtime,
+        device=None,
+        kv_cache_tokens=kv_cache_tokens,
+    )
 
 
 def _take_stdout() -> IO[str]:
-    """Keep the pipe to ourselves: file descriptor 1 becomes standard error for everyone else."""
+    """Reserve the pipe for messages: for everything else, file descriptor 1 becomes standard error."""
     sys.stdout.flush()
     ours = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -107,7 +116,7 @@ def _serve(client: RankClient, out: IO[str]) -> None:
 
 
 def _read(operations: Operations) -> None:
-    """Whatever ends the input ends the worker: a parent that was killed may leave half a line."""
+    """The end of the input ends the worker, whatever caused it: a parent that was killed may leave half a line."""
     try:
         for line in sys.stdin:
             operations.put(json.loads(line))

@@ -91,11 +91,13 @@ class TorchBackend:
         verify_hashes: bool,
         draft_shape: DraftShape | None = None,
         api: str | None = None,
+        kv_cache_tokens: int | None = None,
     ) -> TorchRunner:
         """Load an engine on `device` ("cpu", "cuda", "cuda:1"). Sizes of all files are checked, hashes on request."""
         if api is not None:
             remedy = "leave --api out"
             raise UsageError("only TensorRT-LLM engines have a choice of interface", where=engine, remedy=remedy)
+        del kv_cache_tokens  # the cache has the size the engine was built with
         config = _read_engine(engine, verify_hashes)
         checkpoint = Checkpoint.open(engine / CHECKPOINT_DIRECTORY)
         shape = _draft_shape(checkpoint.config, config, draft_shape, engine)

@@ -195,7 +195,7 @@ class TorchRunner(Runner):
             active.root = own[path[-1]]
             active.context = output.hidden[first + path[-1]]
             active.result.steps += 1
-            active.result.drafted_tokens += len(tree) - 1
+            active.result.drafted_tokens += max(tree.depths)
             gained.append([own[node] for node in path])
             first += len(tree)
         return gained
