@@ -15,7 +15,7 @@ from tests.tiny_models import write_base, write_tied_drafter
 from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.torch.backend import CHECKPOINT_DIRECTORY
 from trtllm_redrafter.backends.torch.drafting import load_drafter
-from trtllm_redrafter.backends.torch.native import library
+from trtllm_redrafter.backends.torch.native import compiled, library
 from trtllm_redrafter.backends.torch.native.drafter import NativeDrafter
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.runner import TorchRunner
@@ -157,7 +157,7 @@ def test_the_portable_kernels_compute_the_same(
     prompt = list(range(3, 63))
     expected = runner.executor.prefill(0, prompt).logits
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-DREDRAFTER_PORTABLE"))
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, "-DREDRAFTER_PORTABLE"))
     library.load_library.cache_clear()
     try:
         portable = load(runner.info.path)
