@@ -40,6 +40,16 @@ class NativeUnavailable(Exception):
         super().__init__(reason)
         self.remedy = remedy
 
+    @property
+    def note(self) -> str | None:
+        """What to tell users whom this makes wait; None where there is nothing they could change."""
+        if self.remedy is None:
+            return None
+        return (
+            f"bfloat16 runs through PyTorch here, several times slower than through the native kernels\n"
+            f"  why: {self}\n  remedy: {self.remedy}"
+        )
+
 
 def cache_directory() -> Path:
     """$XDG_CACHE_HOME if it is absolute (the specification has others ignored), else ~/.cache."""

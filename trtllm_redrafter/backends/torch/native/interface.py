@@ -27,7 +27,9 @@ class TensorArgument(ctypes.Structure):
         if values is None:
             return cls(None, 0)
         if not values.is_contiguous() or values.device.type != "cpu":
-            raise ValueError(f"the kernels read contiguous tensors of the CPU, not {values.stride()} on {values.device}")
+            raise ValueError(
+                f"the kernels read contiguous tensors of the CPU, not {values.stride()} on {values.device}"
+            )
         return cls(values.data_ptr(), values.numel())
 
 
