@@ -84,7 +84,7 @@ class Beams:
 
     @property
     def finite(self) -> Tensor:
-        """[B] bool; False: the drafter's numbers for a sequence were NaN or infinite, and so its tokens mean nothing."""
+        """[B] bool; False: a sequence's scores are NaN or infinite, so its tokens mean nothing."""
         return self.path_scores.isfinite().flatten(1).all(dim=1)
 
 

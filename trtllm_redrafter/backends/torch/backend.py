@@ -27,8 +27,8 @@ from trtllm_redrafter.backends.torch.drafting import DRAFT_VOCAB_FILE, Drafting,
 from trtllm_redrafter.backends.torch.executor import Executor
 from trtllm_redrafter.backends.torch.low_rank import find_factor, load_factor, save_factor
 from trtllm_redrafter.backends.torch.memory_errors import explained
-from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
+from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import ModelWeights, load_weights

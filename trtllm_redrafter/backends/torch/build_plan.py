@@ -121,7 +121,10 @@ def plan_build(options: BuildOptions) -> TorchBuildPlan:
 
 
 def _executor(config: CheckpointConfig) -> tuple[str, str | None, str | None]:
-    """Which executor this machine will use, why not the faster one, and what to tell about it. Compiles the kernels where they serve."""
+    """Which executor serves on this machine, why not the faster one, and what to tell the user about it.
+
+    Compiles the kernels where they serve.
+    """
     if config.dtype != "bfloat16":
         return "PyTorch", f"the native kernels compute bfloat16, not {config.dtype}", None
     try:

@@ -49,6 +49,8 @@ class _Active:
     context: Tensor  # [H], state of the last committed position
     result: Result
     text: TextStream
+    undrafted: bool = False
+    """Do the next step with the root alone: with drafts, the last one's numbers were not finite."""
 
     @property
     def remaining(self) -> int:
@@ -166,13 +168,16 @@ class TorchRunner(Runner):
         elapsed = time.perf_counter() - start
         for active in batch:
             active.result.decode_seconds += elapsed
-        return [self._emit(a, tokens) if tokens else self._fail(a) for a, tokens in zip(batch, emitted, strict=True)]
+        return [
+            self._emit(active, tokens) if tokens else self._retry_or_fail(active, drafted=len(tree) > 1)
+            for active, tokens, tree in zip(batch, emitted, trees, strict=True)
+        ]
 
     def _propose(self, batch: list[_Active]) -> list[Tree]:
         """A tree for every request; one that does not draft, or has one token left to write, gets its root alone."""
         trees = [Tree.root(a.root) for a in batch]
         if self._drafting is not None:
-            rows = [i for i, a in enumerate(batch) if a.request.draft and a.remaining > 1]
+            rows = [i for i, a in enumerate(batch) if a.request.draft and a.remaining > 1 and not a.undrafted]
             drafted = [batch[i] for i in rows]
             if rows:
                 found = self._drafting.propose([a.context for a in drafted], [a.root for a in drafted])
@@ -188,20 +193,26 @@ class TorchRunner(Runner):
         return self._settings
 
     def _accept(self, batch: list[_Active], trees: list[Tree], output: TreeOutput, draws: list[int]) -> list[list[int]]:
-        """Walk each tree with its nodes' draws and commit the path; the tokens each request gained, [] if it failed."""
+        """Walk each tree with its nodes' draws and commit the path; the tokens each request gained.
+
+        None of them, and nothing is committed, where a row of the path has no finite logits.
+        """
         gained, first = [], 0
         for active, tree in zip(batch, trees, strict=True):
             own = draws[first : first + len(tree)]
             path = tree.walk(own)
-            self.executor.commit(active.slot, active.base, path)
-            if NOT_FINITE in own:  # of drafts that were not accepted, or of the path: then the request fails
-                self.executor.clear(active.slot, active.base + len(path), active.base + len(tree))
-            active.base += len(path)
-            active.root = own[path[-1]]
-            active.context = output.hidden[first + path[-1]]
-            active.result.steps += 1
-            active.result.drafted_tokens += len(tree) - 1
-            gained.append([own[node] for node in path] if active.root != NOT_FINITE else [])
+            active.undrafted = own[path[-1]] == NOT_FINITE
+            kept = 0 if active.undrafted else len(path)
+            if kept:
+                self.executor.commit(active.slot, active.base, path)
+                active.root = own[path[-1]]
+                active.context = output.hidden[first + path[-1]]
+                active.result.steps += 1
+                active.result.drafted_tokens += len(tree) - 1
+            if NOT_FINITE in own:
+                self.executor.clear(active.slot, active.base + kept, active.base + len(tree))
+            active.base += kept
+            gained.append([own[node] for node in path[:kept]])
             first += len(tree)
         return gained
 
@@ -222,6 +233,10 @@ class TorchRunner(Runner):
             self._finish(active, reason)
         piece = active.text.take(final=reason is not None)
         return Update(result.request_id, tuple(tokens[:count]), piece, result if reason is not None else None)
+
+    def _retry_or_fail(self, active: _Active, *, drafted: bool) -> Update:
+        """A draft's NaN can reach its root, through attention weights of zero: what drafting broke is done without."""
+        return Update(active.result.request_id, (), "") if drafted else self._fail(active)
 
     def _fail(self, active: _Active) -> Update:
         """End a request whose logits are not finite. Its keys and values must not reach the slot's next one."""

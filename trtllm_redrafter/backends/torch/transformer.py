@@ -109,7 +109,7 @@ class TorchExecutor:
 
     def clear(self, slot: int, first: int, last: int) -> None:
         for cache in (self._keys, self._values):
-            cache[:, slot, :, first:last] = 0
+            cache[:, slot, :, first:] = 0  # behind `last` padding has been written
 
     def close(self) -> None:
         nothing = torch.empty(0)
