@@ -33,11 +33,8 @@ NAN, INF = float("nan"), float("inf")
 Damage = Callable[[dict[str, torch.Tensor]], object]
 
 
-def make(
-    folder: Path, executor: str, base_damage: Damage | None = None, drafter_damage: Damage | None = None
-) -> TorchRunner:
-    """An engine of the same random weights each time, less what is damaged."""
-    dtype, loaded = EXECUTORS[executor]
+def damaged_engine(folder: Path, dtype: str, base_damage: Damage | None, drafter_damage: Damage | None) -> Path:
+    """The same random weights each time, less what is damaged."""
     write_base(folder / "base", "llama", torch_dtype=dtype, **SIZES)
     write_drafter(folder / "drafter", hidden_size=64, exit_dim=128, vocab_size=64)
     for name, damage in (("base", base_damage), ("drafter", drafter_damage)):
@@ -46,7 +43,14 @@ def make(
             tensors = load_file(file)
             damage(tensors)
             save_file(tensors, file, metadata={"format": "pt"})
-    runner = loaded(build_engine(convert_pair(folder), folder / "engine"))
+    return build_engine(convert_pair(folder), folder / "engine")
+
+
+def make(
+    folder: Path, executor: str, base_damage: Damage | None = None, drafter_damage: Damage | None = None
+) -> TorchRunner:
+    dtype, loaded = EXECUTORS[executor]
+    runner = loaded(damaged_engine(folder, dtype, base_damage, drafter_damage))
     assert runner.executor.name == executor
     return runner
 

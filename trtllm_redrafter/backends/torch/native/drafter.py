@@ -14,6 +14,7 @@ from torch import Tensor
 from trtllm_redrafter.backends.torch.low_rank import LowRankHead
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor, Packer
 from trtllm_redrafter.backends.torch.native.interface import BlockArguments, DrafterArguments, SearchArguments, call
+from trtllm_redrafter.errors import MismatchError
 from trtllm_redrafter.redrafter.beam_search import Beams
 from trtllm_redrafter.redrafter.config import TOP_CANDIDATES, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter, ResBlock
@@ -56,7 +57,11 @@ class NativeDrafter:
             token_of_column=packer.keep(None if rows is None else rows.to(torch.int64).contiguous()),
         )
         handle = ctypes.c_void_p()
-        call(executor.library.redrafter_drafter_create, executor.handle, arguments, handle)
+        try:
+            call(executor.library.redrafter_drafter_create, executor.handle, arguments, handle)
+        except ValueError as error:
+            remedy = "convert again with a drafter that was trained for this base model"
+            raise MismatchError("the drafter does not fit the base model", why=str(error), remedy=remedy) from error
         self._handle: int | None = handle.value
         for index, layer in enumerate(drafter.layers):
             assert isinstance(layer, ResBlock)
