@@ -105,15 +105,16 @@ class TorchBackend:
         executor, note = _make_executor(checkpoint.config, weights, limits, shape)
         drafting = None
         if shape is not None and checkpoint.config.drafter is not None:
-            drafting = Drafting(
-                load_drafter(checkpoint, checkpoint.config.drafter, target),
-                executor,
-                weights.embedding,
-                shape,
-                rows=frequent_rows(checkpoint.path, int(config["draft"]["head_rows"])),
-                max_batch_size=int(limits["max_batch_size"]),
-                low_rank=load_factor(engine, weights.head),
-            )
+            with explained("the drafter", why=str(target), remedy="build with a smaller --max-batch-size"):
+                drafting = Drafting(
+                    load_drafter(checkpoint, checkpoint.config.drafter, target),
+                    executor,
+                    weights.embedding,
+                    shape,
+                    rows=frequent_rows(checkpoint.path, int(config["draft"]["head_rows"])),
+                    max_batch_size=int(limits["max_batch_size"]),
+                    low_rank=load_factor(engine, weights.head),
+                )
         folder = engine / TOKENIZER_DIRECTORY
         tokenizer = EngineTokenizer(folder) if has_tokenizer(folder) else None
         info = EngineInfo(

@@ -195,7 +195,7 @@ class TorchRunner(Runner):
     def _accept(self, batch: list[_Active], trees: list[Tree], output: TreeOutput, draws: list[int]) -> list[list[int]]:
         """Walk each tree with its nodes' draws and commit the path; the tokens each request gained.
 
-        None of them, and nothing is committed, where a row of the path has no finite logits.
+        Where a row of the path has no finite logits, that is none, and nothing is committed.
         """
         gained, first = [], 0
         for active, tree in zip(batch, trees, strict=True):

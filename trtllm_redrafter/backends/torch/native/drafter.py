@@ -7,13 +7,15 @@ most of its time at batch 1 in the dispatch of some two hundred small operations
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trtllm_redrafter.backends.torch.low_rank import LowRankHead
-from trtllm_redrafter.backends.torch.native.executor import NativeExecutor, Packer
+from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.native.interface import BlockArguments, DrafterArguments, SearchArguments, call
+from trtllm_redrafter.backends.torch.native.packing import Packer
 from trtllm_redrafter.errors import MismatchError
 from trtllm_redrafter.redrafter.beam_search import Beams
 from trtllm_redrafter.redrafter.config import TOP_CANDIDATES, DraftShape
@@ -56,17 +58,21 @@ class NativeDrafter:
             head=packer.matrix(head),
             token_of_column=packer.keep(None if rows is None else rows.to(torch.int64).contiguous()),
         )
-        handle = ctypes.c_void_p()
+        self._handle: int | None = None
         try:
-            call(executor.library.redrafter_drafter_create, executor.handle, arguments, handle)
+            self._create(arguments, drafter)
         except ValueError as error:
             remedy = "convert again with a drafter that was trained for this base model"
             raise MismatchError("the drafter does not fit the base model", why=str(error), remedy=remedy) from error
-        self._handle: int | None = handle.value
+
+    def _create(self, arguments: Any, drafter: Drafter) -> None:
+        library, handle = self._executor.library, ctypes.c_void_p()
+        call(library.redrafter_drafter_create, self._executor.handle, arguments, handle)
+        self._handle = handle.value
         for index, layer in enumerate(drafter.layers):
             assert isinstance(layer, ResBlock)
-            block = BlockArguments(weight=packer.matrix(layer.linear.weight), bias=packer.floats(layer.linear.bias))
-            call(executor.library.redrafter_drafter_set_layer, self._handle, index, block)
+            weight, bias = self._packer.matrix(layer.linear.weight), self._packer.floats(layer.linear.bias)
+            call(library.redrafter_drafter_set_layer, self._handle, index, BlockArguments(weight=weight, bias=bias))
 
     @staticmethod
     def supports(drafter: Drafter, rows: Tensor | None) -> bool:
