@@ -1,4 +1,4 @@
-"""Weights as the kernels take them: which models they can execute, shapes checked against the config, matrices packed."""
+"""Weights as the kernels take them: what they can execute, shapes checked against the config, matrices packed."""
 
 from __future__ import annotations
 
