@@ -7,13 +7,16 @@ READY := $(VENV)/.ready
 # OpenMP threads that spin while they wait make PyTorch 10 to 40 times slower on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint format clean docker test-gpu
+.PHONY: demo test fuzz lint format clean docker test-gpu
 
 demo: $(READY)  ## SmolLM2 with a trained drafter: convert, build, run, compare
 	$(BIN)/python scripts/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+fuzz: $(READY)  ## the C++ kernels under sanitizers, a long campaign; `make test` runs a short one
+	REDRAFTER_FUZZ_ROUNDS=$${REDRAFTER_FUZZ_ROUNDS:-3000} $(BIN)/python -m pytest -rs tests/native
 
 lint: $(READY)
 	$(BIN)/ruff check .

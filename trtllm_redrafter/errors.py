@@ -54,6 +54,8 @@ class RedrafterError(Exception):
     ) -> None:
         self.problem = Problem(what, None if where is None else str(where), why, remedy)
         self.problems: tuple[Problem, ...] = tuple(problems)
+        self.results: tuple[object, ...] = ()
+        """Results of a batch in which this request failed, in the requests' order (`Runner.generate`)."""
         super().__init__(self.render())
 
     def render(self) -> str:
@@ -119,6 +121,24 @@ class VerificationError(RedrafterError):
 
     exit_code = 8
     kind = "verification"
+
+
+class NumericalError(RedrafterError):
+    """A model computed NaN or infinity: damaged weights, or numbers beyond the dtype's range."""
+
+    exit_code = 9
+    kind = "numerical"
+
+
+def not_finite(what: str, dtype: str, *, where: str | Path | None = None) -> NumericalError:
+    """`what` ("the logits after 3 tokens") is NaN or infinite; the remedy depends on the dtype it was computed in."""
+    if dtype == "float16":
+        why = "float16 ends at 65504, which the activations of some models exceed; or weights are damaged"
+        remedy = "use bfloat16 (convert with --dtype bfloat16); if that fails too, download the model again"
+    else:
+        why = f"{dtype} holds what models compute, so a weight is most likely NaN, infinite or far too large"
+        remedy = "download the model again and convert it anew (`verify CHECKPOINT --against BASE` compares the values)"
+    return NumericalError(f"{what} are not finite numbers", where=where, why=why, remedy=remedy)
 
 
 def raise_together(

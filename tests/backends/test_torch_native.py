@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from tests.tiny_models import write_base, write_tied_drafter
 from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.torch.backend import CHECKPOINT_DIRECTORY
 from trtllm_redrafter.backends.torch.drafting import load_drafter
-from trtllm_redrafter.backends.torch.native import library
+from trtllm_redrafter.backends.torch.native import compiled, library
 from trtllm_redrafter.backends.torch.native.drafter import NativeDrafter
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import load_weights
 from trtllm_redrafter.checkpoint.reader import Checkpoint
+from trtllm_redrafter.errors import MismatchError
 from trtllm_redrafter.redrafter.beam_search import beam_search, draft_head
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.redrafter.token_tree import Tree
@@ -157,7 +159,7 @@ def test_the_portable_kernels_compute_the_same(
     prompt = list(range(3, 63))
     expected = runner.executor.prefill(0, prompt).logits
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-DREDRAFTER_PORTABLE"))
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, "-DREDRAFTER_PORTABLE"))
     library.load_library.cache_clear()
     try:
         portable = load(runner.info.path)
@@ -198,3 +200,46 @@ def test_a_low_rank_head_is_found_and_drafts_the_same(tmp_path: Path) -> None:
     assert (beams[0].tokens == beams[1].tokens).float().mean() > 0.8
     torch.testing.assert_close(beams[0].path_scores, beams[1].path_scores, atol=0.1, rtol=0.03)
     assert find_factor(Checkpoint.open(write_checkpoint(tmp_path / "free", "llama", **SIZES))) is None
+
+
+def test_more_threads_than_there_are_places_for(
+    runner: TorchRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 threads wrote behind an array of 256; bits do not depend on their number."""
+    expected = runner.executor.prefill(0, PROMPTS[2])
+    monkeypatch.setenv("REDRAFTER_THREADS", "300")
+    many = load(runner.info.path)
+    executor = many.executor
+    assert isinstance(executor, NativeExecutor) and executor.library.redrafter_threads(executor.handle) == 300
+    found = executor.prefill(0, PROMPTS[2])
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.hidden, expected.hidden)
+    many.close()
+
+
+def test_tensors_that_do_not_fit_the_config_are_refused(runner: TorchRunner) -> None:
+    checkpoint = Checkpoint.open(runner.info.path / CHECKPOINT_DIRECTORY)
+    weights = load_weights(checkpoint, torch.device("cpu"))
+    for change in (
+        {"intermediate_size": 128},
+        {"num_key_value_heads": 4},
+        {"vocab_size": 80},
+        {"num_hidden_layers": 3},
+    ):
+        config = dataclasses.replace(checkpoint.config, **change)
+        with pytest.raises(MismatchError, match=r"config\.json"):
+            NativeExecutor(config, weights, max_batch_size=2, capacity=64, max_rows=8)
+
+
+def test_what_would_leave_the_arrays_is_refused(runner: TorchRunner) -> None:
+    """The C++ side checks every call; these would be bugs of ours."""
+    executor = runner.executor
+    assert isinstance(executor, NativeExecutor)
+    root = [Tree.root(5)]
+    for slots, bases, trees in (([4], [0], root), ([-1], [0], root), ([0], [10**6], root), ([0], [0], [Tree.root(64)])):
+        with pytest.raises(ValueError, match="redrafter_forward: "):
+            executor.forward(slots, bases, trees, logits=False)
+    with pytest.raises(ValueError, match="redrafter_commit: a path does not rise"):
+        executor.commit(0, 0, [0, 2, 1])
+    with pytest.raises(ValueError, match="redrafter_clear: positions"):
+        executor.clear(0, 0, 10**6)
+    executor.prefill(0, PROMPTS[0])

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from tests.engines import make_runner
 from trtllm_redrafter.backends.torch.runner import TorchRunner
+from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.benchmark.differences import examine
 from trtllm_redrafter.benchmark.figures import batch_figures
 from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, _rounds, _warm_up, run_round
 from trtllm_redrafter.benchmark.prompts import Item
 from trtllm_redrafter.benchmark.statistics import Bootstrap
 from trtllm_redrafter.benchmark.verdict import NO_GO, judge
-from trtllm_redrafter.errors import UsageError
+from trtllm_redrafter.errors import NumericalError, UsageError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.token_tree import Tree
 
@@ -115,6 +116,8 @@ def test_batch_sizes_are_checked(runner: TorchRunner) -> None:
 class SlowDrafting:
     """A drafter that takes its time and is never right."""
 
+    error = None
+
     def __init__(self, shape: object) -> None:
         self.shape = shape
 
@@ -159,3 +162,17 @@ def test_a_planted_difference_is_found_once(tmp_path: Path) -> None:
     session.run(no_progress)
     assert {d.item for d in session.batches[0].differences} == {"p0", "p1"}
     assert len(session.batches[0].differences) == 2  # once per prompt, not per repeat
+
+
+def test_numbers_that_are_not_finite_end_a_benchmark(tmp_path: Path) -> None:
+    """Of the base model, and of the drafter: its undrafted steps would be measured as drafting."""
+    base = make_runner(tmp_path / "base")
+    assert isinstance(base.executor, TorchExecutor)
+    base.executor._weights.final_norm[0] = float("nan")
+    with pytest.raises(NumericalError, match="the logits after the prompt"):
+        Session(base, base, ITEMS, OPTIONS).run(no_progress)
+    drafter = make_runner(tmp_path / "drafter")
+    assert drafter._drafting is not None and drafter._drafting._drafter.rnn_u is not None
+    drafter._drafting._drafter.rnn_u.bias[0] = float("nan")
+    with pytest.raises(NumericalError, match="the drafter's scores"):
+        Session(drafter, drafter, ITEMS, OPTIONS).run(no_progress)

@@ -104,6 +104,7 @@ class Slow:
     """Adds a known time to every drafting step."""
 
     shape = DraftShape(1, 3)
+    error = None
 
     def propose(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[Tree]:
         time.sleep(0.02)

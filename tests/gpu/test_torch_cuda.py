@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.backends.test_not_finite import damaged_engine
 from tests.engines import VOCAB, build_engine, load, with_oracle, write_checkpoint, write_tokenizer
 from tests.kernel_cases import SHAPES, attention_case, pointwise_case
 from tests.tiny_models import FAMILIES
-from trtllm_redrafter.backends.base import Request, SamplingParams
+from trtllm_redrafter.backends.base import Request, Result, SamplingParams
 from trtllm_redrafter.backends.torch.backend import TorchBackend
 from trtllm_redrafter.backends.torch.captured import CapturedGraph
 from trtllm_redrafter.backends.torch.cuda.executor import SWITCH, CudaExecutor
@@ -24,6 +25,7 @@ from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import load_weights
 from trtllm_redrafter.checkpoint.reader import Checkpoint
+from trtllm_redrafter.errors import NumericalError
 from trtllm_redrafter.generation.gate import GateRequest, parity_gate
 from trtllm_redrafter.redrafter.beam_search import beam_search, draft_head
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
@@ -65,6 +67,22 @@ def test_float32_is_the_cpus(tmp_path: Path, family: str) -> None:
     results = with_oracle(runner, truth, DraftShape(4, 3)).generate([Request(p, sampling) for p in PROMPTS])
     assert [r.token_ids for r in results] == expected
     assert all(r.acceptance_length is not None and r.acceptance_length > 1.5 for r in results)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_numbers_that_are_not_finite(tmp_path: Path, dtype: str) -> None:
+    """Inside graphs: a prompt with a broken token fails alone, a broken drafter changes no text."""
+    sampling = SamplingParams(max_tokens=30, ignore_eos=True)
+    good = tokens(on_gpu(damaged_engine(tmp_path / "good", dtype, None, None)), sampling)
+    nan = torch.tensor(float("nan"))
+    base = on_gpu(
+        damaged_engine(tmp_path / "base", dtype, lambda t: t["model.embed_tokens.weight"].__setitem__(23, nan), None)
+    )
+    with pytest.raises(NumericalError, match="the logits after the prompt") as caught:
+        tokens(base, sampling)
+    assert [r.error is None for r in caught.value.results if isinstance(r, Result)] == [False, True, True]
+    drafter = on_gpu(damaged_engine(tmp_path / "drafter", dtype, None, lambda t: t["rnn_u.bias"].__setitem__(0, nan)))
+    assert tokens(drafter, sampling) == good and drafter.drafter_error is not None
 
 
 def test_graphs_of_many_batch_sizes_share_buffers(tmp_path: Path) -> None:
@@ -236,7 +254,7 @@ def test_graphs_draft_what_the_search_does(tie: bool) -> None:
     search = GraphSearch(on_device, embedding.cuda(), draft_head(on_device), shape, torch.cuda.graph_pool_handle())
     for seed, roots in enumerate([[5], [7], [3, 9, 11], [VOCAB, 2, 1]]):
         contexts = torch.randn(len(roots), 16, generator=torch.Generator().manual_seed(seed))
-        assert search.search(list(contexts.cuda()), roots) == expected(contexts, roots)
+        assert search.search(list(contexts.cuda()), roots)[0] == expected(contexts, roots)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

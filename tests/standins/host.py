@@ -127,6 +127,7 @@ def make_host(path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.standins.build_program import main; main()\n"
     host.program("trtllm-build", python + code)
     host.gpus(GPU_LINE)
+    host.program("c++", "#!/bin/sh\n")
     host.program("mpirun", python + MPIRUN)
     bindings = host.packages / "tensorrt_llm" / "bindings"
     bindings.mkdir(parents=True)

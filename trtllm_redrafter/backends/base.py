@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trtllm_redrafter.errors import Problem, RequestError
+from trtllm_redrafter.errors import NumericalError, Problem, RedrafterError, RequestError
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.redrafter.config import DraftShape
 
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 
 class FinishReason(str, enum.Enum):
-    """Why a request ended; the values are the OpenAI API's, plus `cancelled`."""
+    """Why a request ended; the values are the OpenAI API's, plus `cancelled` and `error`."""
 
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+    ERROR = "error"
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ class Result:
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    error: RedrafterError | None = None
+    """Why the request ended early (`FinishReason.ERROR`); tokens and text are those from before."""
 
     @property
     def acceptance_length(self) -> float | None:
@@ -189,6 +192,10 @@ class Runner(ABC):
     """An engine ready to run. Not thread-safe: one thread drives `step()`."""
 
     info: EngineInfo
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the engine runs on this machine."""
+    drafter_error: NumericalError | None = None
+    """Set once a step went undrafted because the drafter's numbers were not finite; texts are right all the same."""
     _tokenizer: EngineTokenizer | None
 
     @abstractmethod
@@ -242,7 +249,11 @@ class Runner(ABC):
         """Let go of the engine's memory."""
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
-        """Run requests to the end and return results in their order."""
+        """Run requests to the end and return results in their order.
+
+        A request that fails on the way does not end the others; the first such error is raised when all are done, with
+        everybody's results in its `results`.
+        """
         if not requests:
             raise RequestError("the list of prompts is empty", remedy="pass at least one prompt")
         results: dict[str, Result] = {}
@@ -251,7 +262,12 @@ class Runner(ABC):
             for update in self.step():
                 if update.result is not None and update.request_id in ids:  # others may be running too
                     results[update.request_id] = update.result
-        return [results[i] for i in ids]
+        ordered = [results[i] for i in ids]
+        error = next((result.error for result in ordered if result.error is not None), None)
+        if error is not None:
+            error.results = tuple(ordered)
+            raise error
+        return ordered
 
     def stream(self, request: Request) -> Iterator[Update]:
         """Updates of one request as they come; closing the iterator cancels it."""
@@ -263,6 +279,8 @@ class Runner(ABC):
                     if update.request_id == request_id:
                         finished = update.result is not None
                         yield update
+                        if update.result is not None and update.result.error is not None:
+                            raise update.result.error
         finally:
             if not finished:
                 self.cancel(request_id)

@@ -119,6 +119,8 @@ def run_round(
 
 
 def _note(update: Update, now: float, running: dict[str, _Open], found: RoundResult, repeat: int) -> None:
+    if update.result is not None and update.result.error is not None:
+        raise update.result.error
     request = running[update.request_id]
     if update.token_ids:
         if request.first is None:
@@ -183,12 +185,16 @@ class Session:
         """Both sides on one round; even turns begin with drafting."""
         order = ARMS if turn % 2 == 0 else ARMS[::-1]
         tokens = self._options.max_tokens
-        return {
+        found = {
             arm: run_round(
                 self._runners[arm], items, batch=batch, max_tokens=tokens, draft=arm == DRAFTING, repeat=repeat
             )
             for arm in order
         }
+        error = self._runners[DRAFTING].drafter_error
+        if error is not None:  # undrafted steps would be measured as drafting
+            raise error
+        return found
 
     def _keep(self, batch: int, items: Sequence[Item], pair: dict[str, RoundResult]) -> None:
         kept = next((b for b in self.batches if b.batch == batch), None)

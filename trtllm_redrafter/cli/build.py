@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from trtllm_redrafter.cli.console import emit, progress_bar, say
+from trtllm_redrafter.cli.console import emit, note, progress_bar, say
 from trtllm_redrafter.cli.options import Changes, DryRun, Json, Overwrite, from_flags, setting
 
 
@@ -52,5 +52,8 @@ def build(
         with progress_bar() as progress:
             chosen.build(plan, progress)
         say(f"engine written to {output}")
+    slow = plan.as_dict().get("executor_note")
+    if slow is not None:
+        note(f"note: {slow}")
     if as_json:
         emit("build", output=output, dry_run=dry_run, values=resolved.as_dict(), plan=plan.as_dict())

@@ -72,6 +72,8 @@ def run_prompts(wanted: RunRequest) -> RunReport:
     check_files(run, overwrite=wanted.overwrite)
     with working("loading the engine"):
         runner = open_runner(wanted.resolved, verify_hashes=wanted.verify_hashes)
+    for text in runner.notes:
+        note(f"note: {text}")
     try:
         defaults = defaults_for(wanted.resolved, runner)
         jobs = chain(prompt_jobs(run.prompts, defaults), () if run.input is None else read_jobs(run.input, defaults))
@@ -86,6 +88,8 @@ def run_prompts(wanted: RunRequest) -> RunReport:
                 if progress is not None:
                     progress("run", report.summary.prompts, None, "prompts")
                 _keep(outcome, report, sink)
+        if runner.drafter_error is not None:
+            note(f"note: steps went undrafted; texts are right\n  why: {runner.drafter_error.render()}")
     finally:
         runner.close()
     _show(wanted, report)

@@ -29,6 +29,7 @@ from trtllm_redrafter.backends.tensorrt_llm.versions import (
     same_line,
     satisfies,
 )
+from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable, check_cache, find_compiler
 from trtllm_redrafter.doctor.host import inside_container, main_memory, shared_memory_bytes
 from trtllm_redrafter.doctor.report import BACKENDS, Check, Needs, State
 from trtllm_redrafter.planning.gpus import gpu as planned_gpu
@@ -45,6 +46,7 @@ def all_checks(needs: Needs | None) -> Iterator[Check]:
     gpus = find_gpus()
     yield _python()
     yield from _own_packages()
+    yield _native_kernels()
     yield _tensorrt_llm(needs)
     yield from _pinned_packages()
     yield _program("trtllm-build")
@@ -77,6 +79,18 @@ def _own_packages() -> Iterator[Check]:
             yield Check(name, State.FAIL, f"{version}, {needed} is needed", BACKENDS, f"pip install '{name}{needed}'")
         else:
             yield Check(name, State.OK, version, BACKENDS)
+
+
+def _native_kernels() -> Check:
+    """What makes bfloat16 on a CPU fast. Nothing is compiled; the torch backend works without."""
+    if os.environ.get("REDRAFTER_NATIVE") == "0":
+        return Check("native kernels", State.OK, "switched off by REDRAFTER_NATIVE=0", ())
+    try:
+        compiler, folder = find_compiler(), check_cache()
+    except NativeUnavailable as unavailable:
+        found = f"{unavailable}; bfloat16 on a CPU runs through PyTorch, several times slower"
+        return Check("native kernels", State.WARN, found, (), unavailable.remedy)
+    return Check("native kernels", State.OK, f"compiled with {compiler} into {folder}", ())
 
 
 def _tensorrt_llm(needs: Needs | None) -> Check:

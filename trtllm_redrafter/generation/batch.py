@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from trtllm_redrafter.backends.base import Request, Runner, Update
-from trtllm_redrafter.errors import RequestError
+from trtllm_redrafter.errors import RedrafterError, RequestError
 from trtllm_redrafter.generation.jobs import Job, Outcome
 
 
@@ -42,7 +42,8 @@ def run_jobs(
                 on_update(job, update)
             if update.result is not None:
                 del running[update.request_id]
-                yield Outcome(job.job_id, job.where, result=update.result)
+                error = update.result.error
+                yield Outcome(job.job_id, job.where, result=update.result) if error is None else _failed(job, error)
 
 
 def _submit(runner: Runner, job: Job, running: dict[str, Job]) -> Outcome | None:
@@ -50,13 +51,13 @@ def _submit(runner: Runner, job: Job, running: dict[str, Job]) -> Outcome | None
         token_ids = runner.encode_prompt(job.prompt, chat=job.chat)
         request_id = runner.submit(Request(token_ids, job.sampling, draft=job.draft))
     except RequestError as error:
-        named = RequestError(
-            error.problem.what,
-            where=job.where,
-            why=error.problem.why,
-            remedy=error.problem.remedy,
-            problems=error.problems,
-        )
-        return Outcome(job.job_id, job.where, error=named)
+        return _failed(job, error)
     running[request_id] = job
     return None
+
+
+def _failed(job: Job, error: RedrafterError) -> Outcome:
+    """The error with the job's own place in the input."""
+    problem = error.problem
+    named = type(error)(problem.what, where=job.where, why=problem.why, remedy=problem.remedy, problems=error.problems)
+    return Outcome(job.job_id, job.where, error=named)

@@ -82,6 +82,11 @@ class Beams:
     def scores(self) -> Tensor:
         return self.path_scores[..., -1]
 
+    @property
+    def finite(self) -> Tensor:
+        """[B] bool; False: a sequence's scores are NaN or infinite, so its tokens mean nothing."""
+        return self.path_scores.isfinite().flatten(1).all(dim=1)
+
 
 @dataclass(frozen=True)
 class _Candidates:

@@ -129,12 +129,23 @@ def greedy(logits: Tensor) -> Tensor:
     return logits.float().argmax(dim=-1)
 
 
+NOT_FINITE = -1
+"""Stands for a token where a row's largest logit is NaN or infinite: there is nothing to choose from."""
+
+
+def finite_greedy(logits: Tensor) -> Tensor:
+    """`greedy`, with `NOT_FINITE` for rows whose largest logit is no number. [..., V] -> [...]; no synchronisation."""
+    best = greedy(logits)
+    largest = logits.gather(-1, best.unsqueeze(-1)).squeeze(-1)  # NaN counts as the largest
+    return best.masked_fill(~largest.isfinite(), NOT_FINITE)
+
+
 def draw(logits: Tensor, settings: SamplingSettings, uniforms: Tensor | None) -> Tensor:
     """One token per row, [N, V] with uniforms [N] in [0, 1): the first whose cumulated probability exceeds u.
 
-    Uniforms may be None when every row is greedy.
+    `NOT_FINITE` where a row's largest logit is no number. Uniforms may be None when every row is greedy.
     """
-    best = greedy(logits)
+    best = finite_greedy(logits)
     if not settings.any_sampled:
         return best
     if uniforms is None:
@@ -142,7 +153,7 @@ def draw(logits: Tensor, settings: SamplingSettings, uniforms: Tensor | None) ->
     cumulated = filtered_logits(logits, settings).softmax(dim=1).cumsum(dim=1)
     target = uniforms.to(cumulated).unsqueeze(1) * cumulated[:, -1:]
     drawn = torch.searchsorted(cumulated, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-    return torch.where(settings.temperature > 0.0, drawn, best)
+    return torch.where((settings.temperature > 0.0) & (best != NOT_FINITE), drawn, best)
 
 
 def fresh_seed() -> int:

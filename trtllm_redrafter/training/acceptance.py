@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trtllm_redrafter.errors import not_finite
 from trtllm_redrafter.progress import Progress, no_progress
 from trtllm_redrafter.redrafter.beam_search import DraftHead, search_rounds
 from trtllm_redrafter.redrafter.config import DraftShape
@@ -90,7 +91,8 @@ def accepted_everywhere(
 ) -> Tensor:
     """Drafts accepted if a step began at each row, for every length up to the shape's: [L, N].
 
-    The row's own token is the guaranteed one. Entry [l - 1] is that of the setting with draft_len l.
+    The row's own token is the guaranteed one. Entry [l - 1] is that of the setting with draft_len l. Raises
+    `NumericalError` where the drafter's scores are not finite.
     """
     found = []
     for start in range(0, len(rows), batch):
@@ -104,7 +106,10 @@ def accepted_everywhere(
             length = drafts.shape[-1]
             same = (drafts == tokens[:, None, 1 : length + 1]) & valid[:, None, :length]
             lengths.append(same.long().cumprod(dim=-1).sum(dim=-1).amax(dim=-1))
+            finite = beams.finite
         found.append(torch.stack(lengths).cpu())
+        if not bool(finite.all()):
+            raise not_finite("the drafter's scores", str(context.dtype).removeprefix("torch."), where="drafter")
         progress(f"draft with {shape.num_beams} beams", start + len(index), len(rows), "positions")
     return torch.cat(found, dim=1)
 

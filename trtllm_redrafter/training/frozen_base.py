@@ -15,11 +15,16 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.base_models.tokenizer import eos_token_ids, tokenizer_sha256
-from trtllm_redrafter.errors import BackendError, InputError
+from trtllm_redrafter.errors import BackendError, InputError, not_finite
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.training.export import BaseIdentity
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As recipes write it: torch.float16 -> "float16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 class FrozenBase:
@@ -47,10 +52,12 @@ class FrozenBase:
 
     @torch.no_grad()
     def hidden(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """States [S, H] of each text, computed as one batch."""
+        """States [S, H] of each text, computed as one batch. Raises `NumericalError` where they are not finite."""
         width = max(len(t) for t in texts)
         tokens = torch.tensor([[*t, *[0] * (width - len(t))] for t in texts], device=self.head.device)
         states = self._model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        if not bool(states.isfinite().all()):
+            raise not_finite("the base model's hidden states", dtype_name(states.dtype), where=self.path)
         return [states[i, : len(t)] for i, t in enumerate(texts)]
 
 

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
-from trtllm_redrafter.errors import InputError, Problem
+from trtllm_redrafter.errors import InputError, Problem, not_finite
 from trtllm_redrafter.fsio import as_output_error
 from trtllm_redrafter.progress import Progress
-from trtllm_redrafter.training.frozen_base import FrozenBase
+from trtllm_redrafter.training.frozen_base import FrozenBase, dtype_name
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,23 @@ class AnswerWriter(Protocol):
     def write(self, prompts: Sequence[Sequence[int]], options: WritingOptions, first: int) -> list[list[int]]: ...
 
 
+class _FiniteLogits:
+    """A logits processor that notices rows without a number to choose by; it asks the device when all is written."""
+
+    def __init__(self, base: FrozenBase) -> None:
+        self._base = base
+        self._broken = torch.zeros((), dtype=torch.bool, device=base.head.device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        broken = ~scores.amax(dim=-1, keepdim=True).isfinite()
+        self._broken |= broken.any()
+        return scores.masked_fill(broken, 0.0)  # sampling from NaN would end the process that owns the GPU
+
+    def check(self) -> None:
+        if bool(self._broken):
+            raise not_finite("the base model's logits", dtype_name(self._base.head.dtype), where=self._base.path)
+
+
 class TransformersWriter:
     """Answers through transformers' generate: works for every base model, not fast."""
 
@@ -59,6 +77,8 @@ class TransformersWriter:
 
     @torch.no_grad()
     def write(self, prompts: Sequence[Sequence[int]], options: WritingOptions, first: int) -> list[list[int]]:
+        from transformers import LogitsProcessorList
+
         answers: list[list[int]] = [[] for _ in prompts]
         by_length: dict[int, list[int]] = {}
         for i, prompt in enumerate(prompts):
@@ -66,15 +86,18 @@ class TransformersWriter:
         for length, members in sorted(by_length.items()):  # equal lengths: no padding, so no mask to get wrong
             torch.manual_seed(options.seed * 1_000_003 + first + members[0])
             tokens = torch.tensor([list(prompts[i]) for i in members], device=self._base.head.device)
+            watch = _FiniteLogits(self._base)
             sampling = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
             written = self._base.model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
                 max_new_tokens=options.max_tokens,
+                logits_processor=LogitsProcessorList([watch]),
                 eos_token_id=list(self._base.eos) or None,
                 pad_token_id=self._base.eos[0] if self._base.eos else 0,
                 **(sampling if options.temperature > 0 else {"do_sample": False}),
             )
+            watch.check()
             for i, row in zip(members, written[:, length:].tolist(), strict=True):
                 answers[i] = until_end(row, self._base.eos)
         return answers

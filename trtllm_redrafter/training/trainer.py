@@ -9,6 +9,7 @@ averaged; with one process nothing of that exists.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.errors import InputError, NumericalError
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.training.fit import BaseTensors, FitOptions, StepLog
 from trtllm_redrafter.training.loss import LossResult, count_targets, distillation_loss
@@ -59,8 +60,18 @@ class Trainer:
             if self.step % self.options.log_every == 0 or self.step == last:
                 rows = (self.step - first) * self.options.windows * self.options.window * self.world
                 speed = rows / max(1e-9, _now(self.base.head) - started)
+                self._check(float(result.total), float(norm))
                 log(StepLog(self.step, float(result.total), result.per_position.tolist(), rate, float(norm), speed))
                 progress("train", self.step, self.options.max_steps, "steps")
+
+    def _check(self, loss: float, norm: float) -> None:
+        """Numbers that are read for the log anyway. Steps are logged before they are saved: no broken state is kept."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NumericalError(
+                f"training diverged: at step {self.step} the loss is {loss:g}, its gradient's norm {norm:g}",
+                why="the learning rate is too high, or the base model's weights or hidden states are extreme",
+                remedy="lower train.learning_rate, or compute the base model in bfloat16; resume from the last save",
+            )
 
     def advance(self) -> tuple[LossResult, Tensor, float]:
         """One optimizer step: its mean loss, the gradient's norm before clipping, the learning rate."""

@@ -28,8 +28,8 @@ from trtllm_redrafter.backends.torch.drafting import DRAFT_VOCAB_FILE, Drafting,
 from trtllm_redrafter.backends.torch.executor import Executor
 from trtllm_redrafter.backends.torch.low_rank import find_factor, load_factor, save_factor
 from trtllm_redrafter.backends.torch.memory_errors import explained
+from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
-from trtllm_redrafter.backends.torch.native.library import NativeUnavailable
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import ModelWeights, load_weights
@@ -105,18 +105,19 @@ class TorchBackend:
         with explained("the weights", why=str(target), remedy="use a device with more, or end what else runs on it"):
             weights = load_weights(checkpoint, target)
         limits = config["build_config"]
-        executor = _make_executor(checkpoint.config, weights, limits, shape)
+        executor, note = _make_executor(checkpoint.config, weights, limits, shape)
         drafting = None
         if shape is not None and checkpoint.config.drafter is not None:
-            drafting = Drafting(
-                load_drafter(checkpoint, checkpoint.config.drafter, target),
-                executor,
-                weights.embedding,
-                shape,
-                rows=frequent_rows(checkpoint.path, int(config["draft"]["head_rows"])),
-                max_batch_size=int(limits["max_batch_size"]),
-                low_rank=load_factor(engine, weights.head),
-            )
+            with explained("the drafter", why=str(target), remedy="build with a smaller --max-batch-size"):
+                drafting = Drafting(
+                    load_drafter(checkpoint, checkpoint.config.drafter, target),
+                    executor,
+                    weights.embedding,
+                    shape,
+                    rows=frequent_rows(checkpoint.path, int(config["draft"]["head_rows"])),
+                    max_batch_size=int(limits["max_batch_size"]),
+                    low_rank=load_factor(engine, weights.head),
+                )
         folder = engine / TOKENIZER_DIRECTORY
         tokenizer = EngineTokenizer(folder) if has_tokenizer(folder) else None
         info = EngineInfo(
@@ -130,7 +131,8 @@ class TorchBackend:
             max_seq_len=int(limits["max_seq_len"]),
             draft_shape=shape,
         )
-        return TorchRunner(info, executor, drafting, tokenizer, eos_token_ids(folder, tokenizer))
+        notes = () if note is None else (note,)
+        return TorchRunner(info, executor, drafting, tokenizer, eos_token_ids(folder, tokenizer), notes)
 
 
 def _checkpoint_files(checkpoint: Checkpoint) -> list[str]:
@@ -229,19 +231,20 @@ def _device(name: str) -> torch.device:
 
 def _make_executor(
     config: CheckpointConfig, weights: ModelWeights, limits: dict[str, Any], shape: DraftShape | None
-) -> Executor:
-    """The kernels where they serve, else PyTorch, which says why it was taken."""
+) -> tuple[Executor, str | None]:
+    """The kernels where they serve, else PyTorch, which says why it was taken; and what to tell the user about it."""
     batch, tree = int(limits["max_batch_size"]), 1 if shape is None else shape.max_tree_tokens
     capacity = int(limits["max_seq_len"]) + tree
-    try:
-        return NativeExecutor(config, weights, max_batch_size=batch, capacity=capacity, max_rows=batch * tree)
-    except NativeUnavailable as unavailable:
-        reason = str(unavailable)
     why = f"{batch} requests of {capacity} positions"
     with explained("the KV cache", why=why, remedy="build with a smaller --max-batch-size or --max-seq-len"):
         if weights.embedding.is_cuda:
-            return _cuda_executor(config, weights, batch, capacity, shape)
-        return TorchExecutor(config, weights, max_batch_size=batch, capacity=capacity, detail=reason)
+            return _cuda_executor(config, weights, batch, capacity, shape), None
+        try:
+            native = NativeExecutor(config, weights, max_batch_size=batch, capacity=capacity, max_rows=batch * tree)
+            return native, None
+        except NativeUnavailable as unavailable:
+            reason, note = str(unavailable), unavailable.note
+        return TorchExecutor(config, weights, max_batch_size=batch, capacity=capacity, detail=reason), note
 
 
 def _cuda_executor(

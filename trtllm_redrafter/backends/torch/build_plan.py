@@ -12,7 +12,8 @@ import torch
 from trtllm_redrafter import __version__
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY
-from trtllm_redrafter.backends.torch.native.library import NativeUnavailable, load_library
+from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
+from trtllm_redrafter.backends.torch.native.library import load_library
 from trtllm_redrafter.backends.torch.rope import SUPPORTED_SCALINGS, scaling_kind
 from trtllm_redrafter.base_models.tokenizer import has_tokenizer, tokenizer_files
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
@@ -36,6 +37,8 @@ class TorchBuildPlan:
     tokenizer: Path | None
     executor: str
     executor_reason: str | None
+    executor_note: str | None
+    """What to tell the user about it; None where nothing is to be changed."""
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -83,6 +86,7 @@ class TorchBuildPlan:
             "tokenizer": None if self.tokenizer is None else str(self.tokenizer),
             "executor": self.executor,
             "executor_reason": self.executor_reason,
+            "executor_note": self.executor_note,
             "weight_bytes": self.weight_bytes,
             "kv_cache_bytes": self.kv_cache_bytes,
             **self.engine_config()["build_config"],
@@ -112,19 +116,22 @@ def plan_build(options: BuildOptions) -> TorchBuildPlan:
     checkpoint = Checkpoint.open(options.checkpoint)
     raise_together(MismatchError, _problems(checkpoint, options), "the engine cannot be built")
     check_replaceable(options.output, overwrite=options.overwrite)
-    executor, reason = _executor(checkpoint.config)
-    return TorchBuildPlan(options, checkpoint, _tokenizer_source(options), executor, reason)
+    executor, reason, note = _executor(checkpoint.config)
+    return TorchBuildPlan(options, checkpoint, _tokenizer_source(options), executor, reason, note)
 
 
-def _executor(config: CheckpointConfig) -> tuple[str, str | None]:
-    """Which executor this machine will use, and why not the faster one. Compiles the kernels where they serve."""
+def _executor(config: CheckpointConfig) -> tuple[str, str | None, str | None]:
+    """Which executor serves on this machine, why not the faster one, and what to tell the user about it.
+
+    Compiles the kernels where they serve.
+    """
     if config.dtype != "bfloat16":
-        return "PyTorch", f"the native kernels compute bfloat16, not {config.dtype}"
+        return "PyTorch", f"the native kernels compute bfloat16, not {config.dtype}", None
     try:
         load_library()
     except NativeUnavailable as unavailable:
-        return "PyTorch", str(unavailable)
-    return "native kernels", None
+        return "PyTorch", str(unavailable), unavailable.note
+    return "native kernels", None, None
 
 
 def _problems(checkpoint: Checkpoint, options: BuildOptions) -> list[Problem]:

@@ -24,10 +24,10 @@ from trtllm_redrafter.backends.torch.pointwise import EAGER, Pointwise
 from trtllm_redrafter.backends.torch.transformer import Attend, Rows, TorchExecutor
 from trtllm_redrafter.backends.torch.weights import LayerWeights, ModelWeights
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.redrafter.beam_search import DraftHead, beam_search
+from trtllm_redrafter.redrafter.beam_search import Beams, DraftHead, beam_search
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
-from trtllm_redrafter.redrafter.sampling import greedy
+from trtllm_redrafter.redrafter.sampling import finite_greedy
 from trtllm_redrafter.redrafter.token_tree import Tree
 
 _WIDTH = 8
@@ -182,7 +182,7 @@ class GraphExecutor(TorchExecutor):
         rows = len(chosen)
         hidden = torch.index_select(self._layers(tokens, attend).flatten(0, 1), 0, chosen, out=self._hidden[:rows])
         scores = torch.mm(hidden, self._weights.head.t(), out=self._logits[:rows])
-        return _Outputs(hidden, greedy(scores), scores)
+        return _Outputs(hidden, finite_greedy(scores), scores)
 
     def _through_mask(self, slots: Tensor, bases: Tensor, depths: Tensor, paths: Tensor, span: int) -> Attend:
         """PyTorch's attention. A node sees its path and itself; a filler itself."""
@@ -230,12 +230,12 @@ class GraphSearch:
         self._captured: dict[int, tuple[CapturedGraph, Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    def search(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[list[list[int]]]:
-        """Contexts [H] and last tokens of B sequences -> beams [B][K][L + 1]."""
+    def search(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> tuple[list[list[list[int]]], list[bool]]:
+        """Contexts [H] and last tokens of B sequences -> beams [B][K][L + 1], and whether their scores are finite."""
         with on_device(self._embedding.device):
             return self._search(contexts, roots)
 
-    def _search(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[list[list[int]]]:
+    def _search(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> tuple[list[list[list[int]]], list[bool]]:
         batch = len(roots)
         known = self._captured.get(batch)
         if known is None:
@@ -252,20 +252,25 @@ class GraphSearch:
         *tokens, missed = outputs.tolist()
         if missed:
             beams = self._run(torch.tensor(list(roots), device=context.device), context, None)
-            tokens = beams.flatten().tolist()
+            tokens = self._flat(beams).tolist()
+        finite, tokens = [bool(flag) for flag in tokens[-batch:]], tokens[:-batch]
         rows, length = self._shape.num_beams, self._shape.draft_len + 1
         cut = [tokens[start : start + length] for start in range(0, len(tokens), length)]
-        return [cut[start : start + rows] for start in range(0, len(cut), rows)]
+        return [cut[start : start + rows] for start in range(0, len(cut), rows)], finite
 
     def _compute(self, roots: Tensor, context: Tensor) -> Tensor:
-        """All beams in one row, and last whether a tie at the cut was left out: [B K (L + 1) + 1]."""
+        """`_flat`, and last whether a tie at the cut was left out: [B K (L + 1) + B + 1]."""
         missed: list[Tensor] = []
         beams = self._run(roots, context, missed)
-        flag = torch.stack(missed).any() if missed else torch.zeros((), dtype=torch.bool, device=beams.device)
-        return torch.cat([beams.flatten(), flag.to(beams).view(1)])
+        flag = torch.stack(missed).any() if missed else torch.zeros((), dtype=torch.bool, device=context.device)
+        return torch.cat([self._flat(beams), flag.to(torch.int64).view(1)])
 
-    def _run(self, roots: Tensor, context: Tensor, missed: list[Tensor] | None) -> Tensor:
-        found = beam_search(
+    def _run(self, roots: Tensor, context: Tensor, missed: list[Tensor] | None) -> Beams:
+        return beam_search(
             self._drafter, self._embedding, context, roots, self._shape, head=self._head, missed_ties=missed
         )
-        return found.tokens
+
+    @staticmethod
+    def _flat(beams: Beams) -> Tensor:
+        """All beams in one row, then whether each sequence's scores are finite: [B K (L + 1) + B]."""
+        return torch.cat([beams.tokens.flatten(), beams.finite.to(beams.tokens)])

@@ -20,6 +20,7 @@ from trtllm_redrafter.backends.torch.low_rank import LowRankHead
 from trtllm_redrafter.backends.torch.native.drafter import NativeDrafter
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.checkpoint.reader import Checkpoint
+from trtllm_redrafter.errors import NumericalError, not_finite
 from trtllm_redrafter.redrafter.beam_search import beam_search, draft_head
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
@@ -50,7 +51,10 @@ def frequent_rows(folder: Path, count: int) -> Tensor | None:
 
 
 class Drafting:
-    """Proposes one tree per sequence."""
+    """Proposes one tree per sequence: its root alone where the drafter's numbers are not finite."""
+
+    error: NumericalError | None = None
+    """Set once that has happened."""
 
     def __init__(
         self,
@@ -64,6 +68,7 @@ class Drafting:
         low_rank: LowRankHead | None,
     ) -> None:
         self.shape = shape
+        self._dtype = embedding.dtype
         self._native: NativeDrafter | None = None
         self._graphs: GraphSearch | None = None
         if isinstance(executor, NativeExecutor) and NativeDrafter.supports(drafter, rows):
@@ -86,11 +91,16 @@ class Drafting:
     def propose(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[Tree]:
         """Contexts [H] and last tokens of B sequences -> their trees."""
         if self._graphs is not None:
-            return [Tree.merge(rows) for rows in self._graphs.search(contexts, roots)]
+            return self._trees(roots, *self._graphs.search(contexts, roots))
         context = torch.stack(list(contexts))
         tokens = torch.tensor(roots, device=context.device)
         if self._native is not None:
             beams = self._native.search(context, tokens, self.shape)
         else:
             beams = beam_search(self._drafter, self._embedding, context, tokens, self.shape, head=self._head)
-        return [Tree.merge(rows) for rows in beams.tokens.tolist()]
+        return self._trees(roots, beams.tokens.tolist(), beams.finite.tolist())
+
+    def _trees(self, roots: Sequence[int], beams: list[list[list[int]]], finite: list[bool]) -> list[Tree]:
+        if not all(finite) and self.error is None:
+            self.error = not_finite("the drafter's scores", str(self._dtype).removeprefix("torch."), where="drafter")
+        return [Tree.merge(rows) if ok else Tree.root(r) for r, rows, ok in zip(roots, beams, finite, strict=True)]

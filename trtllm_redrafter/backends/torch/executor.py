@@ -24,7 +24,8 @@ class TreeOutput:
     """One row per tree node, N in all: the first tree's nodes, then the second's, ..."""
 
     hidden: Tensor  # [N, H] in the model's dtype, after the final norm
-    best: Tensor  # [N] int64, token of the largest logit, the lowest of equals; to be read before the next pass
+    best: Tensor
+    """[N] int64, token of the largest logit, the lowest of equals, or `NOT_FINITE`; to be read before the next pass."""
     logits: Tensor | None  # [N, V]; only when asked for
 
 
@@ -59,6 +60,13 @@ class Executor(Protocol):
 
     def commit(self, slot: int, base: int, path: Sequence[int]) -> None:
         """Keep the nodes of `path` (root first, rising) as positions base, base + 1, ...; forget the others."""
+        ...
+
+    def clear(self, slot: int, first: int, last: int) -> None:
+        """Set positions first .. last - 1 of a slot to zero.
+
+        Needed where they hold NaN or infinity: attention gives them weight zero, which would leave them NaN.
+        """
         ...
 
     def hidden_states(self, slot: int, token_ids: Sequence[int]) -> Tensor:

@@ -25,8 +25,8 @@ from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor
 from trtllm_redrafter.backends.torch.drafting import Drafting
 from trtllm_redrafter.backends.torch.executor import Executor, TreeOutput
 from trtllm_redrafter.backends.torch.memory_errors import explained
-from trtllm_redrafter.errors import Problem, RequestError, raise_together
-from trtllm_redrafter.redrafter.sampling import SamplingSettings, draw, fresh_seed, uniform
+from trtllm_redrafter.errors import Problem, RequestError, not_finite, raise_together
+from trtllm_redrafter.redrafter.sampling import NOT_FINITE, SamplingSettings, draw, fresh_seed, uniform
 from trtllm_redrafter.redrafter.token_tree import Tree
 
 
@@ -49,6 +49,8 @@ class _Active:
     context: Tensor  # [H], state of the last committed position
     result: Result
     text: TextStream
+    undrafted: bool = False
+    """Do the next step with the root alone: with drafts, the last one's numbers were not finite."""
 
     @property
     def remaining(self) -> int:
@@ -65,8 +67,10 @@ class TorchRunner(Runner):
         drafting: Drafting | None,
         tokenizer: EngineTokenizer | None,
         eos_token_ids: frozenset[int],
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.info = info
+        self.notes = notes
         self.executor = executor
         self._drafting = drafting
         self._tokenizer = tokenizer
@@ -150,7 +154,7 @@ class TorchRunner(Runner):
         self._active.append(active)
         self._settings = None
         result.prefill_seconds = time.perf_counter() - start
-        return self._emit(active, [first])
+        return self._fail(active) if first == NOT_FINITE else self._emit(active, [first])
 
     def _decode(self) -> list[Update]:
         """One step of the whole batch."""
@@ -164,16 +168,20 @@ class TorchRunner(Runner):
         elapsed = time.perf_counter() - start
         for active in batch:
             active.result.decode_seconds += elapsed
-        return [self._emit(active, tokens) for active, tokens in zip(batch, emitted, strict=True)]
+        return [
+            self._emit(active, tokens) if tokens else self._retry_or_fail(active, drafted=len(tree) > 1)
+            for active, tokens, tree in zip(batch, emitted, trees, strict=True)
+        ]
 
     def _propose(self, batch: list[_Active]) -> list[Tree]:
         """A tree for every request; one that does not draft, or has one token left to write, gets its root alone."""
         trees = [Tree.root(a.root) for a in batch]
         if self._drafting is not None:
-            rows = [i for i, a in enumerate(batch) if a.request.draft and a.remaining > 1]
+            rows = [i for i, a in enumerate(batch) if a.request.draft and a.remaining > 1 and not a.undrafted]
             drafted = [batch[i] for i in rows]
             if rows:
                 found = self._drafting.propose([a.context for a in drafted], [a.root for a in drafted])
+                self.drafter_error = self._drafting.error
                 for row, tree in zip(rows, found, strict=True):
                     trees[row] = tree
         return trees
@@ -185,18 +193,26 @@ class TorchRunner(Runner):
         return self._settings
 
     def _accept(self, batch: list[_Active], trees: list[Tree], output: TreeOutput, draws: list[int]) -> list[list[int]]:
-        """Walk each tree with its nodes' draws and commit the path; the tokens each request gained."""
+        """Walk each tree with its nodes' draws and commit the path; the tokens each request gained.
+
+        Where a row of the path has no finite logits, that is none, and nothing is committed.
+        """
         gained, first = [], 0
         for active, tree in zip(batch, trees, strict=True):
             own = draws[first : first + len(tree)]
             path = tree.walk(own)
-            self.executor.commit(active.slot, active.base, path)
-            active.base += len(path)
-            active.root = own[path[-1]]
-            active.context = output.hidden[first + path[-1]]
-            active.result.steps += 1
-            active.result.drafted_tokens += max(tree.depths)
-            gained.append([own[node] for node in path])
+            active.undrafted = own[path[-1]] == NOT_FINITE
+            kept = 0 if active.undrafted else len(path)
+            if kept:
+                self.executor.commit(active.slot, active.base, path)
+                active.root = own[path[-1]]
+                active.context = output.hidden[first + path[-1]]
+                active.result.steps += 1
+                active.result.drafted_tokens += max(tree.depths)
+            if NOT_FINITE in own:
+                self.executor.clear(active.slot, active.base + kept, active.base + len(tree))
+            active.base += kept
+            gained.append([own[node] for node in path[:kept]])
             first += len(tree)
         return gained
 
@@ -217,6 +233,19 @@ class TorchRunner(Runner):
             self._finish(active, reason)
         piece = active.text.take(final=reason is not None)
         return Update(result.request_id, tuple(tokens[:count]), piece, result if reason is not None else None)
+
+    def _retry_or_fail(self, active: _Active, *, drafted: bool) -> Update:
+        """A draft's NaN can reach its root, through attention weights of zero: what drafting broke is done without."""
+        return Update(active.result.request_id, (), "") if drafted else self._fail(active)
+
+    def _fail(self, active: _Active) -> Update:
+        """End a request whose logits are not finite. Its keys and values must not reach the slot's next one."""
+        self.executor.clear(active.slot, 0, active.base)
+        written = len(active.result.token_ids)
+        what = f"the logits after {written} tokens" if written else "the logits after the prompt"
+        active.result.error = not_finite(what, self.info.dtype, where=active.result.request_id)
+        self._finish(active, FinishReason.ERROR)
+        return Update(active.result.request_id, (), active.text.take(final=True), active.result)
 
     def _reason_to_stop(self, active: _Active, token: int) -> FinishReason | None:
         if active.text.push(token):

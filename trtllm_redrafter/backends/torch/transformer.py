@@ -22,7 +22,7 @@ from trtllm_redrafter.backends.torch.pointwise import EAGER, Pointwise
 from trtllm_redrafter.backends.torch.rope import rotary_tables
 from trtllm_redrafter.backends.torch.weights import LayerWeights, ModelWeights
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.redrafter.sampling import greedy
+from trtllm_redrafter.redrafter.sampling import finite_greedy
 from trtllm_redrafter.redrafter.token_tree import Tree, pad
 
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -98,7 +98,7 @@ class TorchExecutor:
         padded = self._layers(tokens, self._masked(rows, span))
         hidden = torch.cat([rows[: len(tree)] for rows, tree in zip(padded, trees, strict=True)])
         scores = F.linear(hidden, self._weights.head)
-        return TreeOutput(hidden, greedy(scores), scores if logits else None)
+        return TreeOutput(hidden, finite_greedy(scores), scores if logits else None)
 
     def commit(self, slot: int, base: int, path: Sequence[int]) -> None:
         if all(node == place for place, node in enumerate(path)):
@@ -106,6 +106,10 @@ class TorchExecutor:
         source = base + torch.tensor(path, device=self._device)
         for cache in (self._keys, self._values):
             cache[:, slot, :, base : base + len(path)] = cache[:, slot, :, source]
+
+    def clear(self, slot: int, first: int, last: int) -> None:
+        for cache in (self._keys, self._values):
+            cache[:, slot, :, first:] = 0  # behind `last` padding has been written
 
     def close(self) -> None:
         nothing = torch.empty(0)

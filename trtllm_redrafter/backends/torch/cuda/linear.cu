@@ -14,7 +14,7 @@
 // Compile-time: ROWS (rows of x, padded to 8), GROUPS, TEAMS (warpgroups that share a pass's tiles of 64 rows), STAGES, and
 // what becomes of the sums: PARTIAL writes [splits, rows, M] float32; GATED silu(gate) * up as 16 bits [rows, M / 2], a
 // group being 8 gate rows and the 8 up rows of the same places; LOGITS 16 bits [rows, M] and, per block, the largest of
-// each row.
+// each row (NaN counts as infinite, so that it is noticed).
 #include "common.cuh"
 #include "wgmma.cuh"
 
@@ -173,8 +173,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         if (at_place >= work.width) continue;
                         const u16 logit = from_float(half ? lower : upper);
                         target[at_place] = logit;
-                        if (to_float(logit) > top_value[2 * j + c])
-                            top_value[2 * j + c] = to_float(logit), top_index[2 * j + c] = at_place;
+                        const float value = to_float(logit), seen = value == value ? value : __int_as_float(0x7f800000);
+                        if (seen > top_value[2 * j + c]) top_value[2 * j + c] = seen, top_index[2 * j + c] = at_place;
                     }
 #endif
                 }

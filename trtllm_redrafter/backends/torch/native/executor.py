@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,67 +16,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trtllm_redrafter.backends.torch.executor import PREFILL_CHUNK, PromptOutput, TreeOutput
-from trtllm_redrafter.backends.torch.native.library import (
+from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
+from trtllm_redrafter.backends.torch.native.interface import (
+    CommitArguments,
+    EndArguments,
+    LayerArguments,
     ModelConfig,
-    NativeUnavailable,
-    load_library,
-    usable_cores,
+    StepArguments,
+    call,
 )
+from trtllm_redrafter.backends.torch.native.library import load_library, usable_cores
+from trtllm_redrafter.backends.torch.native.packing import LANES, Packer, check_shapes, unsupported_reason
 from trtllm_redrafter.backends.torch.rope import rotary_tables
 from trtllm_redrafter.backends.torch.weights import LayerWeights, ModelWeights
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.redrafter.token_tree import Tree
 
-LANES = 16
-_ROW = np.dtype(
-    [("token", "i4"), ("slot", "i4"), ("base", "i4"), ("depth", "i4"), ("node", "i4"), ("path", "u8")], align=True
-)
-
-
-def unsupported_reason(config: CheckpointConfig, weights: ModelWeights) -> str | None:
-    """Why the kernels cannot execute this model, or None."""
-    reference = weights.embedding
-    if reference.device.type != "cpu" or reference.dtype != torch.bfloat16:
-        return f"the kernels compute bfloat16 on a CPU, not {reference.dtype} on {reference.device}"
-    layer = weights.layers[0]
-    if layer.activated_bias is not None or layer.down_bias is not None:
-        return "the kernels have no MLP biases"
-    sizes = (config.hidden_size, config.head_size, config.intermediate_size)
-    if any(size % LANES for size in sizes):
-        return f"hidden, head and intermediate size {sizes} must be multiples of {LANES}"
-    return None
-
-
-class Packer:
-    """Packs matrices for the kernels and keeps every array alive that C++ points to."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-        self._alive: list[Tensor] = []
-
-    def matrix(self, weight: Tensor) -> int:
-        """Address of [n, k] in the kernels' layout."""
-        weight = weight.detach().to(torch.bfloat16).contiguous()
-        rows, columns = weight.shape
-        packed = torch.empty(-(-rows // LANES) * LANES * columns, dtype=torch.bfloat16)
-        self._library.redrafter_pack(weight.data_ptr(), rows, columns, packed.data_ptr())
-        return self._keep(packed)
-
-    def vector(self, values: Tensor | None) -> int | None:
-        """Address of bf16 values as they are; None stays None."""
-        return None if values is None else self._keep(values.detach().to(torch.bfloat16).clone())
-
-    def floats(self, values: Tensor | None) -> int | None:
-        """Address of float32 values; None stays None."""
-        return None if values is None else self._keep(values.detach().float().clone().contiguous())
-
-    def _keep(self, values: Tensor) -> int:
-        self._alive.append(values)
-        return values.data_ptr()
+_ROW = np.dtype([(name, "i4") for name in ("token", "slot", "base", "depth", "node", "path")])
+"""`RedrafterRow`; path -1: every ancestor lies where its depth says."""
 
 
 class NativeExecutor:
-    """Base model plus KV cache behind the C interface of kernels.cpp."""
+    """Base model plus KV cache behind the C interface of kernels/kernels.cpp."""
 
     name = "native"
     device = "cpu"
@@ -88,7 +50,9 @@ class NativeExecutor:
         if reason:
             raise NativeUnavailable(reason)
         self.library = load_library()
+        check_shapes(config, weights)
         self.detail = self.library.redrafter_isa().decode()
+        self.hidden_size = config.hidden_size
         self._config = config
         self._packer = Packer(self.library)
         positions = -(-capacity // LANES) * LANES
@@ -106,35 +70,39 @@ class NativeExecutor:
             threads=usable_cores(),
             epsilon=config.norm_epsilon,
         )
-        self.handle: int | None = self.library.redrafter_create(ctypes.byref(native))
-        if not self.handle:
-            raise NativeUnavailable("no memory for the KV cache")
+        handle = ctypes.c_void_p()
+        call(self.library.redrafter_create, native, handle)
+        self.handle: int | None = handle.value
         self._set_weights(weights, positions)
 
     def _set_weights(self, weights: ModelWeights, positions: int) -> None:
         config, packer = self._config, self._packer
         for index, layer in enumerate(weights.layers):
-            self._set_layer(index, layer)
+            call(self.library.redrafter_set_layer, self.handle, index, self._layer(layer))
         cosine, sine = rotary_tables(config.head_size, config.rotary_base, config.rotary_scaling, positions)
-        self._embedding = weights.embedding
-        self.library.redrafter_set_ends(
-            self.handle,
-            weights.embedding.data_ptr(),
-            packer.vector(weights.final_norm),
-            packer.matrix(weights.head),
-            packer.floats(cosine),
-            packer.floats(sine),
+        ends = EndArguments(
+            embedding=packer.keep(weights.embedding.contiguous()),
+            final_norm=packer.vector(weights.final_norm),
+            head=packer.matrix(weights.head),
+            cosine=packer.floats(cosine),
+            sine=packer.floats(sine),
         )
+        call(self.library.redrafter_set_ends, self.handle, ends)
 
-    def _set_layer(self, index: int, layer: LayerWeights) -> None:
+    def _layer(self, layer: LayerWeights) -> Any:
         packer = self._packer
-        self.library.redrafter_set_layer(
-            self.handle,
-            index,
-            *(packer.matrix(m) for m in (layer.qkv, layer.dense, layer.activated, layer.linear, layer.down)),
-            *(packer.vector(v) for v in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)),
-            packer.floats(layer.qkv_bias),
-            packer.floats(layer.dense_bias),
+        return LayerArguments(
+            qkv=packer.matrix(layer.qkv),
+            dense=packer.matrix(layer.dense),
+            gate=packer.matrix(layer.activated),
+            up=packer.matrix(layer.linear),
+            down=packer.matrix(layer.down),
+            input_norm=packer.vector(layer.input_norm),
+            post_norm=packer.vector(layer.post_norm),
+            q_norm=packer.vector(layer.q_norm),
+            k_norm=packer.vector(layer.k_norm),
+            qkv_bias=packer.floats(layer.qkv_bias),
+            dense_bias=packer.floats(layer.dense_bias),
         )
 
     def prefill(self, slot: int, token_ids: Sequence[int]) -> PromptOutput:
@@ -162,18 +130,23 @@ class NativeExecutor:
         rows["base"] = np.repeat(np.asarray(bases, dtype=np.int32), sizes)
         rows["depth"] = depths = [depth for tree in trees for depth in tree.depths]
         rows["node"] = [node for size in sizes for node in range(size)]
+        rows["path"] = -1
         paths = np.full((len(rows), max(depths) + 1), -1, dtype=np.int32)
         for row, path in enumerate(path for tree in trees for path in tree.paths()):
             if path[-1] != len(path) - 1:  # else every ancestor lies where its depth says, and is read in place
                 paths[row, : len(path)] = path
-                rows["path"][row] = paths.ctypes.data + row * paths.strides[0]
-        hidden, best, scores = self._call(rows, np.arange(len(rows), dtype=np.int32), logits=logits)
+                rows["path"][row] = row
+        hidden, best, scores = self._call(rows, np.arange(len(rows), dtype=np.int32), logits=logits, paths=paths)
         return TreeOutput(hidden, best, scores)
 
     def commit(self, slot: int, base: int, path: Sequence[int]) -> None:
         if any(node != place for place, node in enumerate(path)):
             nodes = np.asarray(path, dtype=np.int32)
-            self.library.redrafter_commit(self.handle, slot, base, nodes.ctypes.data, len(nodes))
+            kept = CommitArguments(path=nodes.ctypes.data, slot=slot, base=base, count=len(nodes))
+            call(self.library.redrafter_commit, self.handle, kept)
+
+    def clear(self, slot: int, first: int, last: int) -> None:
+        call(self.library.redrafter_clear, self.handle, slot, first, last)
 
     def close(self) -> None:
         if self.handle:
@@ -190,22 +163,30 @@ class NativeExecutor:
         rows["slot"] = slot
         rows["base"] = start
         rows["depth"] = rows["node"] = np.arange(len(token_ids))
+        rows["path"] = -1
         return rows
 
     def _call(
-        self, rows: NDArray[np.void], logit_rows: NDArray[np.int32], *, logits: bool
+        self,
+        rows: NDArray[np.void],
+        logit_rows: NDArray[np.int32],
+        *,
+        logits: bool,
+        paths: NDArray[np.int32] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         hidden = torch.empty(len(rows), self._config.hidden_size, dtype=torch.bfloat16)
         best = torch.empty(len(logit_rows), dtype=torch.int64)
         scores = torch.empty(len(logit_rows), self._config.vocab_size) if logits else None
-        self.library.redrafter_forward(
-            self.handle,
-            rows.ctypes.data,
-            len(rows),
-            hidden.data_ptr(),
-            logit_rows.ctypes.data,
-            len(logit_rows),
-            None if scores is None else scores.data_ptr(),
-            best.data_ptr(),
+        step = StepArguments(
+            rows=rows.ctypes.data,
+            count=len(rows),
+            logit_rows=logit_rows.ctypes.data,
+            logit_count=len(logit_rows),
+            hidden=hidden.data_ptr(),
+            logits=None if scores is None else scores.data_ptr(),
+            best=best.data_ptr(),
         )
+        if paths is not None:
+            step.paths, (step.path_count, step.path_width) = paths.ctypes.data, paths.shape
+        call(self.library.redrafter_forward, self.handle, step)
         return hidden, best, scores
