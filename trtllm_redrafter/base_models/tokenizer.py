@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from trtllm_redrafter.fsio import read_json, sha256_file
+from trtllm_redrafter.fsio import sha256_file
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,14 +40,3 @@ def tokenizer_sha256(path: Path) -> str | None:
         if (path / name).is_file():
             return sha256_file(path / name)
     return None
-
-
-def eos_token_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Tokens that end a text: those of generation_config.json, else of the model's `config`; () when none says."""
-    generation = path / "generation_config.json"
-    for values in (read_json(generation) if generation.is_file() else {}, config):
-        found = values.get("eos_token_id")
-        ids = found if isinstance(found, list) else [found]
-        if all(type(i) is int for i in ids):
-            return tuple(ids)
-    return ()

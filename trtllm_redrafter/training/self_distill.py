@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 
 from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
+from trtllm_redrafter.base_models.transformers_model import generate
 from trtllm_redrafter.errors import InputError, Problem
 from trtllm_redrafter.fsio import as_output_error
 from trtllm_redrafter.progress import Progress
@@ -66,15 +67,10 @@ class TransformersWriter:
         for length, members in sorted(by_length.items()):  # equal lengths: no padding, so no mask to get wrong
             torch.manual_seed(options.seed * 1_000_003 + first + members[0])
             tokens = torch.tensor([list(prompts[i]) for i in members], device=self._base.head.device)
-            sampling = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
-            written = self._base.model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=options.max_tokens,
-                eos_token_id=list(self._base.eos) or None,
-                pad_token_id=self._base.eos[0] if self._base.eos else 0,
-                **(sampling if options.temperature > 0 else {"do_sample": False}),
-            )
+            written = generate(
+                self._base.model, tokens, max_new_tokens=options.max_tokens, eos=self._base.eos,
+                temperature=options.temperature,
+            )  # fmt: skip
             for i, row in zip(members, written[:, length:].tolist(), strict=True):
                 answers[i] = until_end(row, self._base.eos)
         return answers
