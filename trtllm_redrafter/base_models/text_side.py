@@ -12,6 +12,7 @@ from typing import Any
 
 from trtllm_redrafter.base_models.end_tokens import end_tokens
 from trtllm_redrafter.base_models.tokenizer import has_tokenizer
+from trtllm_redrafter.base_models.tokenizer_loading import library_errors
 from trtllm_redrafter.base_models.vocabulary import tokenizer_for, unusable_note
 
 
@@ -33,6 +34,7 @@ def text_side(folder: Path | None, *, vocab_size: int, remedy: str, recorded: ob
     tokenizer = None
     if folder is not None and has_tokenizer(folder):
         tokenizer = tokenizer_for(folder, vocab_size=vocab_size, remedy=remedy)
-    ends = end_tokens(folder, tokenizer, vocab_size=vocab_size, recorded=recorded)
-    unusable = None if tokenizer is None else unusable_note(tokenizer, vocab_size)
+    with library_errors("the tokenizer cannot be read", where=folder or "the engine", remedy=remedy):
+        ends = end_tokens(folder, tokenizer, vocab_size=vocab_size, recorded=recorded)
+        unusable = None if tokenizer is None else unusable_note(tokenizer, vocab_size)
     return TextSide(tokenizer, ends.ids, ends.notes if unusable is None else (*ends.notes, unusable))

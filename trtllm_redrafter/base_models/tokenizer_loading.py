@@ -29,7 +29,11 @@ def load_tokenizer(folder: Path, *, remedy: str) -> Any:
         why = f"it has none of {', '.join(IDENTITY_FILES)}"
         raise InputError("there is no tokenizer here", where=folder, why=why, remedy=remedy)
     with library_errors("the tokenizer cannot be loaded", where=folder, remedy=remedy):
-        return _load(folder, remedy)
+        try:
+            return _load(folder, remedy)
+        except Exception:
+            _check_fast_file(folder)  # its own error; transformers goes on to other files and misses those
+            raise
 
 
 @contextmanager
@@ -42,8 +46,16 @@ def library_errors(what: str, *, where: str | Path, remedy: str) -> Iterator[Non
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the Rust tokenizers
             raise
-        why = f"{type(error).__name__}: {error}"[:_SHOWN]
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:_SHOWN]
         raise InputError(what, where=where, why=why, remedy=remedy) from error
+
+
+def _check_fast_file(folder: Path) -> None:
+    """Raise what is wrong with tokenizer.json itself, if it is there."""
+    from tokenizers import Tokenizer
+
+    if (folder / FAST_FILE).is_file():
+        Tokenizer.from_file(str(folder / FAST_FILE))
 
 
 def _load(folder: Path, remedy: str) -> Any:

@@ -38,9 +38,7 @@ def unusable_note(tokenizer: Any, vocab_size: int) -> str | None:
         return None
     named = ", ".join(f"{text!r} ({token})" for text, token in list(beyond.items())[:_SHOWN])
     more = f" and {len(beyond) - _SHOWN} more" if len(beyond) > _SHOWN else ""
-    return (
-        f"prompts with these tokens are refused, the model's vocabulary of {vocab_size} has not got them: {named}{more}"
-    )
+    return f"the tokenizer has tokens beyond the model's {vocab_size}, prompts with them are refused: {named}{more}"
 
 
 def first_beyond(token_ids: Sequence[int], *, vocab_size: int) -> tuple[int, int] | None:
@@ -67,11 +65,11 @@ def _problems(tokenizer: Any, vocab_size: int, folder: Path, remedy: str) -> Ite
     beyond = _beyond(tokenizer, vocab_size)
     prefix = [token for token in tokenizer.encode("") if token >= vocab_size]
     if prefix:
-        what = f"the tokenizer begins every text with the token {prefix[0]}, the model has {vocab_size}"
+        what = f"the tokenizer adds the token {prefix[0]} to every text, beyond the model's {vocab_size}"
         yield Problem(what, str(folder), None, remedy)
     used = _in_templates(tokenizer, beyond)
     if used:
-        what = f"the chat template writes {', '.join(map(repr, used))}, which the model of {vocab_size} tokens has not"
+        what = f"the chat template writes {', '.join(map(repr, used))}, beyond the model's {vocab_size} tokens"
         better = f"take it out of the template, or {remedy}"
         yield Problem(what, str(folder), "every chat would contain a token without a row in the embedding", better)
 
