@@ -88,16 +88,18 @@ def _is_known(name: object) -> bool:
 
 
 def _translated(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be passed over for transformers 4 to read settings of transformers 5.
+    """What overrides the file's settings, so that both versions of transformers read those of transformers 5.
 
     There `extra_special_tokens` is a list, what 4 calls `additional_special_tokens`; in 4 it is an object of other
-    meaning.
+    meaning. Tokens written as objects go in as their text: how they match stands in tokenizer.json.
     """
     import transformers
 
     extra = settings.get("extra_special_tokens")
-    if not isinstance(extra, list) or int(transformers.__version__.split(".")[0]) >= 5:
+    if not isinstance(extra, list):
         return {}
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return {"extra_special_tokens": [_content(token) for token in extra]}
     older = settings.get("additional_special_tokens")
     tokens = [_content(token) for token in [*extra, *(older if isinstance(older, list) else [])]]
     return {"extra_special_tokens": {}, "additional_special_tokens": list(dict.fromkeys(tokens))}
