@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from tests.engines import write_tokenizer
 from trtllm_redrafter.backends.tokenizer import EngineTokenizer
-from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.errors import InputError, RequestError
 
 VERSION_5 = {"backend": "tokenizers", "is_local": True, "extra_special_tokens": ["<s>", "</s>"]}
 """What transformers 5 writes beside the class."""
@@ -94,6 +94,12 @@ def test_the_file_itself_is_named_as_the_reason(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         EngineTokenizer(folder)
     assert str(expected.value) in str(caught.value.problem.why)
+
+
+def test_text_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
+    tokenizer = EngineTokenizer(write_tokenizer(tmp_path))
+    with pytest.raises(RequestError, match="cannot be tokenized"):
+        tokenizer.encode("half a pair: \ud83d")
 
 
 def test_code_of_a_tokenizer_is_neither_run_nor_asked_about(

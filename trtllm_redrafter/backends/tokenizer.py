@@ -31,7 +31,12 @@ class EngineTokenizer:
         return None if token_id is None else int(token_id)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        """Token ids; `RequestError` for what the library cannot tokenize, such as half a surrogate pair."""
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        except Exception as error:  # the libraries raise errors of several kinds
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise RequestError("the text cannot be tokenized", why=why, remedy="pass text of valid Unicode") from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Exact text; a fast tokenizer is asked directly, since this runs for every step of every request."""
