@@ -29,6 +29,7 @@ from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.torch.backend import TorchBackend
 from trtllm_redrafter.backends.torch.native.library import usable_cores
 from trtllm_redrafter.backends.torch.runner import TorchRunner
+from trtllm_redrafter.base_models.transformers_model import generate, load_model
 from trtllm_redrafter.redrafter.config import DraftShape
 
 
@@ -82,22 +83,17 @@ def decode(runner: TorchRunner, prompt: tuple[int, ...], count: int, draft: bool
 class Transformers:
     """transformers' own greedy generate on the same prompts, timed without its prefill."""
 
-    def __init__(self, base: Path, eos: int) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self._model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+    def __init__(self, base: Path, eos: tuple[int, ...]) -> None:
+        self._model = load_model(base, dtype=torch.bfloat16)
         self._eos = eos
 
     def decode(self, prompt: tuple[int, ...], count: int) -> dict[str, Any]:
         torch.set_num_threads(usable_cores())
         ids = torch.tensor([prompt])
-        mask = torch.ones_like(ids)
         times = []
         for limit in (1, count):
             start = time.perf_counter()
-            out = self._model.generate(
-                ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, pad_token_id=self._eos
-            )
+            out = generate(self._model, ids, max_new_tokens=limit, eos=self._eos)
             times.append(time.perf_counter() - start)
         tokens = out.shape[1] - len(prompt) - 1
         return {
@@ -161,7 +157,7 @@ def main() -> None:
     lines = options.prompts.read_text().splitlines()
     step = max(1, len(lines) // options.count)
     prompts = [first.encode_prompt(json.loads(line)["prompt"], chat=True) for line in lines[::step][: options.count]]
-    reference = Transformers(options.base, min(first._eos)) if options.base else None
+    reference = Transformers(options.base, tuple(sorted(first._eos))) if options.base else None
     weight_bytes = 2 * count_weights(json.loads((options.engine / "checkpoint" / "config.json").read_text()))
     bandwidth = measure_bandwidth(weight_bytes)
     roof = bandwidth / weight_bytes

@@ -24,9 +24,12 @@ VOCAB = 64
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 
 
-def write_tokenizer(path: Path) -> Path:
-    """A byte-level tokenizer of 259 tokens (0 unknown, 1 begin, 2 end, then the bytes), with a chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def write_tokenizer(path: Path, vocab_size: int = 259) -> Path:
+    """A byte-level tokenizer (0 unknown, 1 begin, 2 end, then the bytes), with a chat template.
+
+    A smaller vocabulary has the first of the bytes only.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: vocab_size - 3]
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -115,7 +118,8 @@ def load(engine: Path, shape: DraftShape | None = None) -> TorchRunner:
 def make_runner(folder: Path, family: str = "llama", *, tokenizer: bool = False, **changes: Any) -> TorchRunner:
     """From nothing to a runner in one call."""
     checkpoint = write_checkpoint(folder, family, **changes)
-    text = write_tokenizer(folder / "tokenizer") if tokenizer else None
+    size = min(259, changes.get("vocab_size", VOCAB))
+    text = write_tokenizer(folder / "tokenizer", size) if tokenizer else None
     return load(build_engine(checkpoint, folder / "engine", text))
 
 

@@ -155,7 +155,7 @@ def test_a_failed_stage_leaves_no_record(place: Path, monkeypatch: pytest.Monkey
     [
         (["base=null"], UsageError, "base=DIR is not given"),
         (["base=nowhere"], InputError, "directory does not exist"),
-        (["base=drafter", "build.max_seq_len=null"], InputError, "max_position_embeddings"),
+        (["base=drafter", "build.max_seq_len=null"], InputError, "a drafter, not a base model"),
         (["drafter=nowhere"], InputError, "nowhere"),
         (["run.input=none.jsonl"], InputError, "none.jsonl"),
         (["run.max_tokens=128"], UsageError, "leaves no room for a prompt"),

@@ -42,6 +42,7 @@ def convert(
     draft_len: int | None = None,
     greedy: bool | None = None,
     parallel_embedding: bool | None = None,
+    lm_head: str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
@@ -51,7 +52,8 @@ def convert(
         {"base": base, "checkpoint": output, "drafter": drafter},
         convert={
             "dtype": dtype, "tp_size": tp_size, "num_beams": num_beams, "draft_len": draft_len,
-            "greedy": greedy, "parallel_embedding": parallel_embedding, "workers": workers,
+            "greedy": greedy, "parallel_embedding": parallel_embedding, "lm_head": lm_head,
+            "workers": workers,
         },
     )  # fmt: skip
     return run_conversion(plan_conversion(convert_options(resolved, overwrite=overwrite)), progress)

@@ -22,7 +22,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_engine_is_complete(checkpoint: Path, tmp_path: Path) -> None:
-    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", 64)
     engine = build_engine(checkpoint, tmp_path / "engine", tokenizer)
     manifest = Manifest.read(engine)
     assert manifest.kind == "engine"

@@ -144,7 +144,7 @@ def test_seeds(runner: TorchRunner) -> None:
         (Request((), SamplingParams(5)), "the prompt is empty"),
         (Request((5,) * 101, SamplingParams(5)), "the prompt has 101 tokens, the engine takes 100"),
         (Request((5,) * 90, SamplingParams(120)), "90 prompt tokens and 120 to write exceed the engine's 200"),
-        (Request((5, 64), SamplingParams(5)), "a token id is outside the vocabulary of 64"),
+        (Request((5, 64), SamplingParams(5)), "token 2 has the id 64, outside the model's vocabulary of 64"),
         (Request((5,), SamplingParams(0)), "max_tokens is 0"),
         (Request((5,), SamplingParams(5, temperature=-1.0)), "temperature is -1.0"),
         (Request((5,), SamplingParams(5, temperature=float("nan"))), "temperature is nan"),

@@ -34,7 +34,7 @@ from trtllm_redrafter.progress import Progress, no_progress
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer", 64)
     return write_checkpoint(folder, dtype="bfloat16", tp_size=2, num_beams=3, draft_len=3, head_dim=32)
 
 

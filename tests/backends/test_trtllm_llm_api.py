@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.backends.trtllm_engines import VOCAB, build, expected, run
-from tests.engines import build_engine, write_checkpoint
+from tests.engines import build_engine, write_checkpoint, write_tokenizer
 from tests.standins.host import CONTRACT, GPU_LINE, Host
 from tests.trtllm_options import settings
 from trtllm_redrafter.backends.base import FinishReason, Request, Result, Runner, SamplingParams
@@ -22,6 +22,7 @@ from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
 from trtllm_redrafter.backends.tensorrt_llm.loading import load_runner
 from trtllm_redrafter.backends.tensorrt_llm.options import Api, RuntimeOptions
 from trtllm_redrafter.backends.tensorrt_llm.remote_client import worker_command, worker_environment
+from trtllm_redrafter.checkpoint.inspect import inspect
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.errors import BackendError, UsageError
 from trtllm_redrafter.fsio import read_json, write_json
@@ -80,6 +81,19 @@ def test_end_tokens(host: Host, checkpoints: Path, tmp_path: Path) -> None:
     assert stopped.token_ids == expected((50,), 6, end=-1) and stopped.finish_reason is FinishReason.STOP
     (whole,) = both(engine, (50,), ignore_eos=True)
     assert len(whole.token_ids) == 20 and whole.finish_reason is FinishReason.LENGTH
+
+
+def test_end_tokens_of_the_bases_config_json(host: Host, tmp_path: Path) -> None:
+    """They reach the engine through the checkpoint's manifest."""
+    models = tmp_path / "models"
+    write_tokenizer(models / "tokenizer")
+    sizes = {"dtype": "bfloat16", "num_beams": 3, "draft_len": 4, "vocab_size": VOCAB}
+    other = expected((50,), 6, end=-1)[-1]
+    write_checkpoint(models / "one", eos_token_id=[other], **sizes)  # type: ignore[arg-type]
+    engine = build(models, tmp_path)
+    assert read_json(engine / "redrafter.json")["eos_token_ids"] == [2, other] == inspect(engine).facts["eos_token_ids"]
+    (stopped,) = both(engine, (50,))
+    assert stopped.token_ids == expected((50,), 6, end=-1) and stopped.finish_reason is FinishReason.STOP
 
 
 def test_stop_strings_across_token_borders(host: Host, checkpoints: Path, tmp_path: Path) -> None:

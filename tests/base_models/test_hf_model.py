@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny_models import FAMILIES, base_config, write_base
 from trtllm_redrafter.base_models import HFModel
-from trtllm_redrafter.base_models.tokenizer import eos_token_ids, tokenizer_files, tokenizer_sha256
+from trtllm_redrafter.base_models.tokenizer import tokenizer_files, tokenizer_sha256
 from trtllm_redrafter.errors import InputError
 
 
@@ -88,12 +88,3 @@ def test_tokenizer_identity(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     assert tokenizer_sha256(tmp_path) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
     assert [p.name for p in tokenizer_files(tmp_path)] == ["tokenizer.json", "tokenizer_config.json"]
-
-
-def test_end_tokens(tmp_path: Path) -> None:
-    assert eos_token_ids(tmp_path, {}) == ()
-    assert eos_token_ids(tmp_path, {"eos_token_id": 2}) == (2,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
-    assert eos_token_ids(tmp_path, {"eos_token_id": 2}) == (7, 9)
-    (tmp_path / "generation_config.json").write_text("{}")
-    assert eos_token_ids(tmp_path, {"eos_token_id": 2}) == (2,)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_models import write_base, write_drafter
+from trtllm_redrafter import api
 from trtllm_redrafter.checkpoint.inspect import inspect
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.verify import verify_files
@@ -167,6 +168,21 @@ def test_an_engine_is_verified_through_its_checkpoint(checkpoint: Path, tmp_path
 
 
 # ---- inspect
+
+
+def test_files_that_nobody_wrote_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    api.build(checkpoint, tmp_path / "engine", max_seq_len=64)
+    for path in (checkpoint, tmp_path / "engine"):
+        assert verify_files(path, hashes=True).ok
+        (path / "tokenizer").mkdir(exist_ok=True)
+        (path / "tokenizer" / "evil.py").write_text("print('never')")
+        (path / "link").symlink_to(tmp_path)
+        report = verify_files(path, hashes=True)
+        assert [p.what for p in report.problems] == ["the manifest does not list this file"] * 2
+        assert [p.where for p in report.problems] == [str(path / "link"), str(path / "tokenizer" / "evil.py")]
+    for number in range(30):
+        (checkpoint / f"file{number:02d}").touch()
+    assert verify_files(checkpoint, hashes=True).problems[-1].what == "and 20 more files"
 
 
 def test_inspect_names_everything(checkpoint: Path, tmp_path: Path) -> None:

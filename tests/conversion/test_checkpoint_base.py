@@ -11,6 +11,7 @@ import torch
 
 from tests.conversion.conftest import Convert, Options
 from tests.conversion.fp8 import quantize_fp8
+from tests.engines import write_tokenizer
 from tests.tiny_models import drafter_tensors, write_base, write_drafter, write_tied_drafter
 from trtllm_redrafter.checkpoint import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import read_header
@@ -25,7 +26,7 @@ PEER = Path(__file__).parents[1] / "data" / "peer"
 def plain(tmp_path: Path, run: Convert) -> Path:
     """A plain checkpoint for two ranks."""
     base = write_base(tmp_path / "base", torch_dtype="bfloat16")
-    (base / "tokenizer.json").write_text("{}")
+    write_tokenizer(base, 96)
     return run(base, tp_size=2, output=tmp_path / "plain").path
 
 
@@ -48,7 +49,9 @@ def test_a_drafter_joins_a_plain_checkpoint(plain: Path, tmp_path: Path, run: Co
     direct = run(tmp_path / "base", tmp_path / "drafter", tp_size=2, output=tmp_path / "direct")
     assert (result.path / "rank1.safetensors").read_bytes() == (direct.path / "rank1.safetensors").read_bytes()
     assert result.config == direct.config
-    assert (result.path / "tokenizer" / "tokenizer.json").read_text() == "{}"
+    copied = result.path / "tokenizer" / "tokenizer.json"
+    assert copied.read_bytes() == (tmp_path / "base" / "tokenizer.json").read_bytes()
+    assert result.manifest is not None and result.manifest.derived["eos_token_ids"] == [2]
 
 
 @pytest.mark.parametrize("excludes", [None, ["lm_head"], []])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conversion.conftest import Options
+from tests.engines import write_tokenizer
 from tests.tiny_models import write_base, write_drafter
 from trtllm_redrafter.conversion.execute import convert
 from trtllm_redrafter.conversion.plan import plan_conversion
@@ -65,7 +66,7 @@ def test_notes_on_casts_tokenizers_and_sampling(tmp_path: Path, options: Options
     assert "weights stored as F16 are cast to bfloat16" in text
     assert "no tokenizer files" in text
     assert "changes the distribution" in text
-    (base / "tokenizer.json").write_text("{}")
+    write_tokenizer(base, 96)
     text = plan_conversion(options(base, drafter)).render()
     assert "no tokenizer files" not in text and "trained with another tokenizer" in text
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conversion.conftest import Convert
+from tests.engines import write_tokenizer
 from tests.tiny_models import (
     DRAFTER_LAYOUTS,
     FAMILIES,
@@ -166,7 +167,9 @@ def test_draft_vocab_travels(tmp_path: Path, run: Convert) -> None:
 
 def test_tokenizer_files_travel(tmp_path: Path, run: Convert) -> None:
     base = write_base(tmp_path / "base")
-    (base / "tokenizer.json").write_text('{"version": "1.0"}')
+    write_tokenizer(base, 96)
+    (base / "tokenizer_config.json").unlink()
+    (base / "special_tokens_map.json").unlink(missing_ok=True)
     (base / "chat_template.jinja").write_text("{{ messages }}")
     (base / "README.md").write_text("not copied")
     checkpoint = run(base)

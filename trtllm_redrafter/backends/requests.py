@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trtllm_redrafter.backends.base import EngineInfo, Request
+from trtllm_redrafter.base_models.vocabulary import beyond_message, first_beyond
 from trtllm_redrafter.errors import Problem
 
 
@@ -12,8 +13,9 @@ def limit_problems(request: Request, info: EngineInfo, *, has_tokenizer: bool) -
     found = sampling.problems()
     if count == 0:
         found.append(Problem("the prompt is empty", remedy="give at least one token"))
-    if any(not 0 <= token < info.vocab_size for token in request.token_ids):
-        found.append(Problem(f"a token id is outside the vocabulary of {info.vocab_size}"))
+    beyond = first_beyond(request.token_ids, vocab_size=info.vocab_size)
+    if beyond is not None:
+        found.append(Problem(beyond_message(beyond, vocab_size=info.vocab_size), remedy="leave that token out"))
     if count > info.max_input_len:
         what = f"the prompt has {count} tokens, the engine takes {info.max_input_len}"
         found.append(Problem(what, remedy="shorten it, or build with a larger --max-input-len"))

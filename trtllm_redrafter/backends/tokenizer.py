@@ -6,25 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.errors import InputError, RequestError
-from trtllm_redrafter.fsio import read_json
+from trtllm_redrafter.base_models.text_side import text_side
+from trtllm_redrafter.base_models.tokenizer_loading import load_tokenizer
+from trtllm_redrafter.errors import RequestError
 
 TOKENIZER_DIRECTORY = "tokenizer"
+REMEDY = "build the engine again with --tokenizer DIR"
 
 
 class EngineTokenizer:
     """What runners and the CLI need of a transformers tokenizer."""
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            self._tokenizer: Any = _load(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(
-                "the tokenizer cannot be loaded",
-                where=folder,
-                why=(str(error) or type(error).__name__)[:200],
-                remedy="build the engine again with --tokenizer DIR",
-            ) from error
+    def __init__(self, folder: Path, loaded: Any = None) -> None:
+        """`loaded`: the tokenizer in `folder`, where it has been read already; else `InputError` if it cannot be."""
+        self._tokenizer: Any = load_tokenizer(folder, remedy=REMEDY) if loaded is None else loaded
 
     @property
     def has_chat_template(self) -> bool:
@@ -36,7 +31,12 @@ class EngineTokenizer:
         return None if token_id is None else int(token_id)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        """Token ids; `RequestError` for what the library cannot tokenize, such as half a surrogate pair."""
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        except Exception as error:  # the libraries raise errors of several kinds
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise RequestError("the text cannot be tokenized", why=why, remedy="pass text of valid Unicode") from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Exact text; a fast tokenizer is asked directly, since this runs for every step of every request."""
@@ -71,24 +71,12 @@ class EngineTokenizer:
         return tuple(self.encode(rendered, add_special_tokens=False))
 
 
-def _load(folder: Path) -> Any:
-    """A tokenizer.json alone is enough; settings and chat template beside it are used when they are there."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+def engine_text(engine: Path, *, vocab_size: int, recorded: object) -> tuple[EngineTokenizer | None, frozenset[int]]:
+    """An engine's tokenizer, None if it was built without one, and the tokens that end a text.
 
-    settings = folder / "tokenizer_config.json"
-    name = read_json(settings).get("tokenizer_class") if settings.exists() else None
-    # TokenizersBackend is what transformers 5 calls the fast tokenizer without a class of its own; 4 does not know it
-    kind = PreTrainedTokenizerFast if name in (None, "TokenizersBackend") else AutoTokenizer
-    return kind.from_pretrained(str(folder), local_files_only=True)
-
-
-def eos_token_ids(folder: Path, tokenizer: EngineTokenizer | None) -> frozenset[int]:
-    """Tokens that end a text: generation_config.json's, and the tokenizer's own."""
-    found: set[int] = set()
-    generation = folder / "generation_config.json"
-    if generation.exists():
-        value = read_json(generation).get("eos_token_id")
-        found.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
-    return frozenset(found)
+    `recorded` is what the engine's own config keeps of them.
+    """
+    folder = engine / TOKENIZER_DIRECTORY
+    text = text_side(folder, vocab_size=vocab_size, remedy=REMEDY, recorded=recorded)
+    tokenizer = None if text.tokenizer is None else EngineTokenizer(folder, text.tokenizer)
+    return tokenizer, frozenset(text.end_token_ids)

@@ -45,6 +45,7 @@ class Family:
     """What differs between the families. `attn_bias` and `mlp_bias` name a config key, or are fixed."""
 
     name: str
+    model_type: str
     architecture: str
     attn_bias: str | bool
     mlp_bias: str | bool
@@ -53,19 +54,22 @@ class Family:
     default_sliding_window: int | None
     """Hugging Face's default when `sliding_window` is missing."""
     has_window_switch: bool
-    """Does `use_sliding_window` (false when missing) decide whether the window counts?"""
+    """Do `use_sliding_window` (false when missing) and `max_window_layers` decide whether the window counts?"""
 
 
 FAMILIES: Mapping[str, Family] = {
     family.architecture: family
     for family in (
-        Family("LLaMA", "LlamaForCausalLM", "attention_bias", "mlp_bias", None, None, False),
-        Family("Mistral", "MistralForCausalLM", False, False, None, 4096, False),
-        Family("Qwen2", "Qwen2ForCausalLM", True, False, None, 4096, True),
-        Family("Qwen3", "Qwen3ForCausalLM", "attention_bias", False, 128, 4096, True),
+        Family("LLaMA", "llama", "LlamaForCausalLM", "attention_bias", "mlp_bias", None, None, False),
+        Family("Mistral", "mistral", "MistralForCausalLM", False, False, None, 4096, False),
+        Family("Qwen2", "qwen2", "Qwen2ForCausalLM", True, False, None, 4096, True),
+        Family("Qwen3", "qwen3", "Qwen3ForCausalLM", "attention_bias", False, 128, 4096, True),
     )
 }
 """By the architecture name in Hugging Face's config.json."""
+
+MODEL_TYPES: Mapping[str, Family] = {family.model_type: family for family in FAMILIES.values()}
+"""By `model_type`, which is what transformers itself goes by."""
 
 assert set(FAMILIES) == set(ARCHITECTURES)
 

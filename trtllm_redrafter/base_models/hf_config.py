@@ -1,7 +1,7 @@
 """A Hugging Face config.json, of transformers 4 or 5, as the checkpoint's config.
 
-transformers 5 moved `rope_theta` and `rope_scaling` into `rope_parameters` and renamed `torch_dtype`; both forms are
-read. What TensorRT-LLM would compute differently is refused here, by name, instead of giving other text later.
+Both forms are read (see `hf_fields`). What TensorRT-LLM would compute differently is refused here, by name, instead of
+giving other text later.
 
     parsed = parse_hf_config(read_json(path / "config.json"), where=path / "config.json")
     parsed.config.rotary_base, parsed.notes
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.base_models.families import FAMILIES, Family
+from trtllm_redrafter.base_models.families import FAMILIES, MODEL_TYPES, Family
+from trtllm_redrafter.base_models.hf_fields import one_form
 from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
 from trtllm_redrafter.checkpoint.config_writer import QWEN_DEFAULT_SEQ_LENGTH
 from trtllm_redrafter.checkpoint.fields import FieldReader
@@ -29,7 +30,10 @@ ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
 
 DEFAULT_EPSILON = 1e-6
 DEFAULT_ROPE_THETA = 10000.0
-"""transformers' defaults, for files that leave them out."""
+DEFAULT_WINDOW_LAYERS = 28
+"""transformers' defaults, for files that leave them out; the last one is Qwen's `max_window_layers`."""
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -43,24 +47,44 @@ class ParsedConfig:
 
 def parse_hf_config(raw: Mapping[str, Any], *, where: Path) -> ParsedConfig:
     """One rank's config in the model's own dtype (float32 stands in when the file names none)."""
-    fields = FieldReader(raw, where)
-    names = raw.get("architectures")
-    name = names[0] if isinstance(names, list) and len(names) == 1 else names
-    family = FAMILIES.get(name) if isinstance(name, str) else None
+    merged, contradictions = one_form(raw, where=where)
+    fields = FieldReader(merged, where)
+    fields.problems += contradictions
     if "exit_dim" in raw:
         fields.problem("this is a drafter, not a base model", remedy="pass it to --drafter, and the base to --base")
         return ParsedConfig(None, tuple(fields.problems))
+    family = find_family(merged)
     if family is None:
+        named = _architecture(merged)
         fields.problem(
-            f"the architecture {name!r} is not supported",
+            f"the architecture {named!r} is not supported"
+            if named
+            else f"no architecture, and the model_type {merged.get('model_type')!r} is not supported",
             why=f"supported are {', '.join(FAMILIES)}",
             remedy="use a base model of one of these architectures",
         )
         return ParsedConfig(None, tuple(fields.problems))
+    other = MODEL_TYPES.get(str(merged.get("model_type")), family)
+    if other is not family:
+        what = f"architectures names {family.architecture}, model_type is {other.model_type!r}"
+        fields.problem(what, why="transformers goes by model_type, TensorRT-LLM by architectures", remedy="correct one")
     notes: list[str] = []
     config = _config(fields, family, notes)
     _refusals(fields)
     return ParsedConfig(None if fields.problems else config, tuple(fields.problems), tuple(notes))
+
+
+def find_family(fields: Mapping[str, Any]) -> Family | None:
+    """The family of a config's `architectures`; where that is null, empty or missing, of its `model_type`."""
+    named = _architecture(fields)
+    if not named:
+        return MODEL_TYPES.get(str(fields.get("model_type")))
+    return FAMILIES.get(named) if isinstance(named, str) else None
+
+
+def _architecture(fields: Mapping[str, Any]) -> Any:
+    names = fields.get("architectures")
+    return names[0] if isinstance(names, list) and len(names) == 1 else names
 
 
 def _config(fields: FieldReader, family: Family, notes: list[str]) -> CheckpointConfig:
@@ -102,8 +126,7 @@ def _config(fields: FieldReader, family: Family, notes: list[str]) -> Checkpoint
 
 def stated_dtype(raw: Mapping[str, Any]) -> str | None:
     """The dtype the file names (`dtype` of transformers 5, `torch_dtype` of 4), when it is one of ours."""
-    value = raw.get("dtype") or raw.get("torch_dtype")
-    name = value.removeprefix("torch.") if isinstance(value, str) else None
+    name = one_form(raw, where=Path("config.json"))[0].get("dtype")
     return name if name in DTYPES else None
 
 
@@ -113,13 +136,8 @@ def _bias(fields: FieldReader, rule: str | bool) -> bool:
 
 def _rope(fields: FieldReader) -> tuple[float, dict[str, Any] | None]:
     """rotary_base, and rotary_scaling as the checkpoint keeps it (None when there is none)."""
-    modern = fields.mapping("rope_parameters")
-    if modern:
-        theta = FieldReader(modern, fields.where).number("rope_theta", DEFAULT_ROPE_THETA)
-        scaling = {key: value for key, value in modern.items() if key != "rope_theta"}
-    else:
-        theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
-        scaling = fields.mapping("rope_scaling")
+    theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
+    scaling = fields.mapping("rope_parameters") or fields.mapping("rope_scaling")  # the first: not one form
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_KEYS or any(isinstance(value, dict) for value in scaling.values()):
         fields.problem(
@@ -142,11 +160,7 @@ def _positions(fields: FieldReader, family: Family, notes: list[str]) -> int:
     that the model was not trained to see. Up to the window both are the same function.
     """
     positions = fields.size("max_position_embeddings")
-    window = fields.optional_size("sliding_window")
-    if "sliding_window" not in fields.values:
-        window = family.default_sliding_window
-    if family.has_window_switch and not fields.flag("use_sliding_window", False):
-        window = None
+    window = _window(fields, family)
     if window is None or window >= positions:
         return positions
     notes.append(
@@ -156,17 +170,41 @@ def _positions(fields: FieldReader, family: Family, notes: list[str]) -> int:
     return window
 
 
+def _window(fields: FieldReader, family: Family) -> int | None:
+    """The sliding window of the layers that have one; None when all of them attend to everything.
+
+    `layer_types`, which later versions of transformers write beside the older switches, must agree with them.
+    """
+    layers, window = fields.size("num_hidden_layers"), fields.optional_size("sliding_window")
+    if "sliding_window" not in fields.values:
+        window = family.default_sliding_window
+    said = f"sliding_window {window}"
+    if family.has_window_switch:
+        uses = fields.flag("use_sliding_window", False)
+        first = fields.size("max_window_layers", DEFAULT_WINDOW_LAYERS, minimum=0)
+        said += f", use_sliding_window {str(uses).lower()}, max_window_layers {first}"
+        window = window if uses and first < layers else None
+    types = fields.values.get("layer_types")
+    if types is None:
+        return window
+    if not isinstance(types, list) or len(types) != layers or any(kind not in LAYER_TYPES for kind in types):
+        fields.problem("layer_types is not usable", why=f"{layers} of {', '.join(LAYER_TYPES)} are needed")
+    elif ("sliding_attention" in types) != (window is not None):
+        listed = "some" if window is None else "no"
+        what = f"layer_types lists {listed} sliding_attention, but the file has {said}"
+        fields.problem(what, why="both say which layers have a window", remedy="correct the one that is wrong")
+    return window
+
+
 def _refusals(fields: FieldReader) -> None:
     """Settings under which TensorRT-LLM's graph would be another function than the model."""
     raw = fields.values
     if raw.get("hidden_act", "silu") != "silu":
         what = f"hidden_act is {raw['hidden_act']!r}"
         fields.problem(what, why="the gated MLP of these families uses silu", remedy="use the original model")
-    rope = raw.get("rope_parameters")
-    for holder in (raw, rope if isinstance(rope, dict) else {}):  # `_rope` refuses what is no object
-        factor = holder.get("partial_rotary_factor", 1.0)
-        if factor != 1.0:
-            fields.problem(f"partial_rotary_factor is {factor}", why="heads are rotated as a whole")
+    factor = raw.get("partial_rotary_factor")
+    if factor not in (None, 1.0):
+        fields.problem(f"partial_rotary_factor is {factor}", why="heads are rotated as a whole")
     if raw.get("quantization_config"):
         method = fields.mapping("quantization_config").get("quant_method", "unknown")
         fields.problem(
@@ -174,6 +212,6 @@ def _refusals(fields: FieldReader) -> None:
             why="its weights are stored under other names and scales than TensorRT-LLM's",
             remedy="convert the original model, or pass a TensorRT-LLM checkpoint of NVIDIA's quantizer as --base",
         )
-    named = raw.get("dtype") or raw.get("torch_dtype")
-    if named is not None and stated_dtype(raw) is None:
+    named = raw.get("dtype")
+    if named is not None and named not in DTYPES:
         fields.problem(f"the dtype {named!r} is not supported", why=f"one of {', '.join(DTYPES)} is needed")

@@ -53,7 +53,7 @@ class HFModel:
         parsed = parse_hf_config(raw, where=path / "config.json")
         problems = list(parsed.problems)
         try:
-            files, tensors = _locate(path)
+            files, tensors = locate_tensors(path)
         except RedrafterError as e:
             problems += e.problems or (e.problem,)
             files, tensors = (), {}
@@ -77,7 +77,7 @@ def _with_dtype(
     return replace(config, dtype=by_stored.get(embedding.info.dtype, config.dtype))
 
 
-def _locate(path: Path) -> tuple[tuple[Path, ...], dict[str, LocatedTensor]]:
+def locate_tensors(path: Path) -> tuple[tuple[Path, ...], dict[str, LocatedTensor]]:
     """All weight files and the tensors in them."""
     single, index = path / SINGLE_FILE, path / INDEX_FILE
     if single.exists():

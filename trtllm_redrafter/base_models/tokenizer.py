@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import read_json, sha256_file
@@ -62,14 +60,3 @@ def tokenizer_sha256(path: Path) -> str | None:
         if (path / name).is_file():
             return sha256_file(path / name)
     return None
-
-
-def eos_token_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Tokens that end a text: those of generation_config.json, else of the model's `config`; () when none says."""
-    generation = path / GENERATION_CONFIG
-    for values in (read_json(generation) if generation.is_file() else {}, config):
-        found = values.get("eos_token_id")
-        ids = found if isinstance(found, list) else [found]
-        if all(type(i) is int for i in ids):
-            return tuple(ids)
-    return ()

@@ -1,6 +1,6 @@
 """Say what a directory or file is: base model, drafter, checkpoint, engine; its tensors; where it came from.
 
-Only JSON files and safetensors headers are read, so it is instant for any size:
+Of weights only the headers are read, so the size does not matter; of a base model the tokenizer is loaded as well:
 
     print(inspect(Path("checkpoint")).render())
 """
@@ -15,11 +15,14 @@ from typing import Any
 
 from trtllm_redrafter.checkpoint.manifest import MANIFEST, Manifest
 from trtllm_redrafter.checkpoint.safetensors_io import read_header
-from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.errors import InputError, RedrafterError
 from trtllm_redrafter.fsio import read_json
 
 ENGINE_CHECKPOINT = "checkpoint"
 """Where an engine of the torch backend keeps the checkpoint it runs."""
+
+_TENSORRT_NOTES = "redrafter.json"
+"""Where a TensorRT engine built by this program keeps what TensorRT-LLM's config.json has no place for."""
 
 _BASE_FACTS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -36,7 +39,7 @@ _CHECKPOINT_FACTS = (
     "mapping", "quantization", "redrafter_num_layers", "redrafter_exit_dim", "redrafter_is_rnn",
     "redrafter_num_beams", "redrafter_draft_len_per_beam", "redrafter_greedy_search",
 )  # fmt: skip
-_ENGINE_FACTS = ("backend", "version", "build_config", "draft", "built_on")
+_ENGINE_FACTS = ("backend", "version", "build_config", "draft", "eos_token_ids", "built_on")
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,30 @@ def inspect(path: Path) -> Inspection:
     kind, names, weights = _recognise(path, config)
     facts = {name: config[name] for name in names if config.get(name) is not None}
     manifest = Manifest.find(path)
+    facts |= _end_tokens(path, config)
     notes = [] if manifest is not None or "Hugging Face" in kind else [f"no {MANIFEST}: another program wrote this"]
     files = sorted(weights.glob("*.safetensors"))
     if kind == "drafter" and not files:
         notes.append("its weights are a pickle, which is not read here; `convert` reads it with weights_only")
     rows = tuple(row for file in files for row in _rows(file, file.relative_to(path).as_posix()))
     return Inspection(path, kind, facts, rows, _provenance(manifest, config), tuple(notes))
+
+
+def _end_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The end tokens of a model or an engine, which keep them elsewhere than in config.json."""
+    from trtllm_redrafter.base_models.end_tokens import RECORDED
+
+    if "pretrained_config" in config and (path / _TENSORRT_NOTES).is_file():
+        return {RECORDED: read_json(path / _TENSORRT_NOTES).get(RECORDED, [])}
+    if not {"architectures", "model_type"} & set(config) or type(config.get("vocab_size")) is not int:
+        return {}
+    from trtllm_redrafter.base_models.text_side import text_side
+
+    try:
+        text = text_side(path, vocab_size=config["vocab_size"], remedy="download the tokenizer again")
+    except RedrafterError as error:
+        return {RECORDED: f"not known: {error.problem.what}"}
+    return {RECORDED: list(text.end_token_ids)}
 
 
 def _recognise(path: Path, config: Mapping[str, Any]) -> tuple[str, tuple[str, ...], Path]:

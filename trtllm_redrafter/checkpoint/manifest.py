@@ -28,6 +28,7 @@ OWN_HASH = "manifest_sha256"
 DRAFTER_WEIGHTS = "model.safetensors"
 """The file of a drafter directory whose content is its identity."""
 
+_SHOWN = 12
 KINDS = ("checkpoint", "engine", "drafter")
 
 
@@ -119,14 +120,30 @@ class Manifest:
             "files": {name: record.as_dict() for name, record in self.files.items()},
         }
 
-    def check_files(self, directory: Path, *, hashes: bool) -> list[Problem]:
-        """Every listed file that is missing, has another size or (with `hashes`) another content."""
-        found = [self._check(directory, name, record, hashes) for name, record in self.files.items()]
-        if hashes and not self.intact:
+    def check_files(self, directory: Path, *, hashes: bool, below: str = "") -> list[Problem]:
+        """Every listed file that is missing, has another size or (with `hashes`) another content.
+
+        `below` limits it to names that begin so, as `tokenizer/`.
+        """
+        names = [name for name in self.files if name.startswith(below)]
+        found = [self._check(directory, name, self.files[name], hashes) for name in names]
+        if hashes and not below and not self.intact:
             remedy = f"write the {self.kind} again, or copy the manifest from an intact one"
             found.append(Problem("the manifest has been changed since it was written", str(directory / MANIFEST),
                                  f"its content is not that of its own {OWN_HASH}", remedy))  # fmt: skip
         return [problem for problem in found if problem is not None]
+
+    def unknown_files(self, directory: Path) -> list[Problem]:
+        """Every file in `directory` that the manifest does not list, the first `_SHOWN` by name."""
+        found = sorted(
+            p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_symlink() or not p.is_dir()
+        )
+        why = f"it was not there when the {self.kind} was written; nobody knows what reads it"
+        remedy = "remove it, unless you put it there; then keep it elsewhere"
+        what = "the manifest does not list this file"
+        unknown = [name for name in found if name != MANIFEST and name not in self.files]
+        more = [Problem(f"and {len(unknown) - _SHOWN} more files")] if len(unknown) > _SHOWN else []
+        return [Problem(what, str(directory / name), why, remedy) for name in unknown[:_SHOWN]] + more
 
     def _check(self, directory: Path, name: str, record: FileRecord, hashes: bool) -> Problem | None:
         remedy = f"write the {self.kind} again, or copy the file from an intact one"

@@ -84,8 +84,9 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
             notes.append("no manifest.json: sizes and hashes are not known")
         else:
             problems += manifest.check_files(path, hashes=hashes)
+            problems += manifest.unknown_files(path)
             what = "size and SHA-256" if hashes else "size"
-            checks.append(f"{what} of {len(manifest.files)} files against manifest.json")
+            checks.append(f"{what} of {len(manifest.files)} files against manifest.json, and that there are no others")
         if "pretrained_config" in read_json(path / "config.json"):
             notes.append("a TensorRT engine: its plans are compared by hash only; --reference runs it")
             return VerifyReport(path, tuple(checks), tuple(problems), tuple(notes))

@@ -21,6 +21,7 @@ def convert(
     parallel_embedding: Annotated[
         bool | None, setting("convert.parallel_embedding", "--parallel-embedding/--no-parallel-embedding")
     ] = None,
+    lm_head: Annotated[str | None, setting("convert.lm_head", "--lm-head", metavar="auto|embedding|file")] = None,
     workers: Annotated[int | None, setting("convert.workers", "--workers")] = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -42,6 +43,7 @@ def convert(
             "convert.draft_len": ("--draft-len", draft_len),
             "convert.greedy": ("--greedy/--sampling", greedy),
             "convert.parallel_embedding": ("--[no-]parallel-embedding", parallel_embedding),
+            "convert.lm_head": ("--lm-head", lm_head),
             "convert.workers": ("--workers", workers),
         }
     )

@@ -19,6 +19,7 @@ from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, TensorInfo, tensor_bytes
 from trtllm_redrafter.checkpoint.verify import VerifyReport, checkpoint_directory, verify_files
 from trtllm_redrafter.conversion.base import from_huggingface
+from trtllm_redrafter.conversion.head import takes_file_head
 from trtllm_redrafter.conversion.shards import Extent, TensorPlan, blocks
 from trtllm_redrafter.conversion.sources import OpenFiles
 from trtllm_redrafter.errors import Problem, RedrafterError
@@ -71,7 +72,8 @@ def _config_problems(config: CheckpointConfig, expected: CheckpointConfig, path:
 def _compare(checkpoint: Checkpoint, model: HFModel, files: OpenFiles, progress: Progress) -> tuple[int, list[Problem]]:
     """Number of compared tensors and those that differ."""
     config = checkpoint.config
-    tied = replace(config, tie_word_embeddings=model.config.tie_word_embeddings)
+    ties = model.config.tie_word_embeddings and not takes_file_head(checkpoint.manifest)
+    tied = replace(config, tie_word_embeddings=ties)
     base = from_huggingface(model, tied, files)
     total = sum(file.header.file_size for file in checkpoint.ranks)
     done = count = 0

@@ -13,13 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from trtllm_redrafter.base_models.end_tokens import RECORDED
 from trtllm_redrafter.base_models.families import tensor_sources
 from trtllm_redrafter.base_models.hf_model import HFModel
-from trtllm_redrafter.base_models.tokenizer import eos_token_ids, tokenizer_files, tokenizer_sha256
+from trtllm_redrafter.base_models.text_side import text_side
+from trtllm_redrafter.base_models.tokenizer import tokenizer_files, tokenizer_sha256
+from trtllm_redrafter.base_models.weights_identity import weights_sample
 from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
 from trtllm_redrafter.checkpoint.layout import EMBEDDING, LM_HEAD, TensorSpec, tensor_specs
 from trtllm_redrafter.checkpoint.reader import Checkpoint, rank_file
 from trtllm_redrafter.checkpoint.verify import structure_problems
+from trtllm_redrafter.conversion.head import chosen_head
 from trtllm_redrafter.conversion.options import AUTO_DTYPE, ConvertOptions
 from trtllm_redrafter.conversion.shards import TensorPlan, plan_tensor, whole
 from trtllm_redrafter.conversion.sources import FileSource, OpenFiles, Source, stacked
@@ -33,7 +37,8 @@ QUANT_CFG = "quant_cfg.json"
 class Base:
     """What both kinds of base offer. `head` is the joined LM head, for drafters that borrow it.
 
-    `problems` are those of a readable base that does not fit the options.
+    `eos_token_ids` are complete after `with_text`. `problems` are those of a readable base that does not fit the
+    options.
     """
 
     path: Path
@@ -46,6 +51,8 @@ class Base:
     notes: tuple[str, ...]
     head: Source | None
     problems: tuple[Problem, ...]
+    weights_sample: str | None
+    """See `base_models.weights_identity`; None for a checkpoint as base."""
     _specs: Mapping[str, TensorSpec]
     _sources: Mapping[str, Source]
     _ranks: tuple[Mapping[str, TensorPlan], ...]
@@ -73,13 +80,23 @@ def open_base(options: ConvertOptions, files: OpenFiles) -> Base:
     if "architecture" in read_json(path / "config.json"):
         return _from_checkpoint(options, files)
     model = HFModel.open(path)
+    headed, notes = chosen_head(model, options.lm_head, files)
     config = replace(
-        model.config,
-        dtype=options.dtype if options.dtype in DTYPES else model.config.dtype,
+        headed,
+        dtype=options.dtype if options.dtype in DTYPES else headed.dtype,
         tp_size=options.tp_size,
         use_parallel_embedding=options.parallel_embedding,
     )
-    return from_huggingface(model, config, files)
+    base = from_huggingface(model, config, files)
+    return replace(base, notes=(*base.notes, *notes), weights_sample=weights_sample(model.tensors))
+
+
+def with_text(base: Base) -> Base:
+    """The base with its tokenizer checked and its end tokens known; `InputError` when the tokenizer is not usable."""
+    folder = base.tokenizer[0].parent if base.tokenizer else base.path
+    remedy = "download the base's tokenizer files again, or take them away and pass --tokenizer to build"
+    text = text_side(folder, vocab_size=base.config.vocab_size, remedy=remedy, recorded=base.eos_token_ids)
+    return replace(base, eos_token_ids=text.end_token_ids, notes=(*base.notes, *text.notes))
 
 
 def from_huggingface(model: HFModel, config: CheckpointConfig, files: OpenFiles) -> Base:
@@ -94,10 +111,11 @@ def from_huggingface(model: HFModel, config: CheckpointConfig, files: OpenFiles)
         files=model.files,
         copied=(),
         tokenizer=tuple(tokenizer_files(model.path)),
-        eos_token_ids=eos_token_ids(model.path, model.raw_config),
+        eos_token_ids=(),
         notes=(*model.notes, *_cast_notes(model, plain)),
         head=sources[LM_HEAD],
         problems=(),
+        weights_sample=None,
         _specs=tensor_specs(plain),
         _sources=sources,
         _ranks=(),
@@ -133,14 +151,21 @@ def _from_checkpoint(options: ConvertOptions, files: OpenFiles) -> Base:
         files=(path / "config.json", *(rank_file(path, r) for r in range(config.tp_size))),
         copied=tuple(p for p in (path / QUANT_CFG,) if p.is_file()),
         tokenizer=tokenizer,
-        eos_token_ids=eos_token_ids(tokenizer[0].parent, {}) if tokenizer else (),
+        eos_token_ids=_recorded(checkpoint),
         notes=tuple(notes),
         head=_checkpoint_head(checkpoint, files),
         problems=tuple(_checkpoint_problems(checkpoint, options)),
+        weights_sample=None,
         _specs={},
         _sources={},
         _ranks=ranks,
     )
+
+
+def _recorded(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """End tokens that an earlier conversion kept."""
+    found = None if checkpoint.manifest is None else checkpoint.manifest.derived.get(RECORDED)
+    return tuple(found) if isinstance(found, list) else ()
 
 
 def _checkpoint_problems(checkpoint: Checkpoint, options: ConvertOptions) -> list[Problem]:

@@ -45,6 +45,9 @@ NAME_PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 """File name → TensorRT-LLM's, tried in order; `head.K` becomes the LM head when K is the number of layers."""
 
+WRAPPERS = ("module", "_orig_mod")
+"""Parts of a name that say how the drafter was run when it was saved, at any place in it."""
+
 HORIZON_IN_NAME = re.compile(r"_n_(\d+)(?:_|$)")
 """Apple's trainer names its output `…_n_5_lr_…`: the drafter was trained on 5 tokens after the guaranteed one."""
 
@@ -181,7 +184,7 @@ def _rename(
     renamed: dict[str, Source] = {}
     problems = []
     for name, source in tensors.items():
-        target = _target_name(name.removeprefix("drafter."), config.num_layers)
+        target = _target_name(_plain_name(name), config.num_layers)
         if target is None:
             what, why = f"tensor {name!r} has no place in a drafter", "leaving it out would change what it computes"
             problems.append(Problem(what, str(path), why, "check num_draft_layers in its config.json"))
@@ -190,6 +193,12 @@ def _rename(
         else:
             renamed[target] = source
     return renamed, problems
+
+
+def _plain_name(name: str) -> str:
+    """Without the wrappers of DistributedDataParallel (`module.`), torch.compile (`_orig_mod.`) and TensorRT-LLM."""
+    inner = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return inner.removeprefix("drafter.")
 
 
 def _target_name(name: str, num_layers: int) -> str | None:

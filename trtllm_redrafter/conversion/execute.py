@@ -79,6 +79,7 @@ def _manifest(plan: ConversionPlan, records: dict[str, FileRecord], inputs: dict
             "path": str(plan.options.base),
             "kind": plan.base.kind,
             "tokenizer_sha256": plan.base.tokenizer_sha256,
+            "weights_sample": plan.base.weights_sample,
             "files": _relative(plan.options.base, plan.base.files, inputs),
         }
     }

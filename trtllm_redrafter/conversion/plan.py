@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from trtllm_redrafter.checkpoint.config import ARCHITECTURES, CheckpointConfig
 from trtllm_redrafter.checkpoint.layout import DRAFTER, divisibility_problems, tensor_specs
-from trtllm_redrafter.conversion.base import Base, open_base
+from trtllm_redrafter.conversion.base import Base, open_base, with_text
 from trtllm_redrafter.conversion.draft_shape import ResolvedShape, resolve_shape
 from trtllm_redrafter.conversion.drafter_checks import LM_HEAD
 from trtllm_redrafter.conversion.drafter_files import DrafterFiles
@@ -105,6 +105,9 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     found.add(*option_problems(options))
     found.run(lambda: check_replaceable(options.output, overwrite=options.overwrite))
     base = found.run(lambda: open_base(options, files))
+    if base is not None:
+        opened = base
+        base = found.run(lambda: with_text(opened)) or base
     drafter, shape = _open_drafter(options, files, found)
     config = None
     if base is not None:
@@ -181,12 +184,19 @@ def _notes(
     base: Base, drafter: DrafterFiles | None, shape: ResolvedShape | None, options: ConvertOptions
 ) -> tuple[str, ...]:
     notes = [*base.notes, *(shape.notes if shape else ())]
-    if not any(path.name.startswith(("tokenizer", "vocab")) for path in base.tokenizer):
+    if base.tokenizer_sha256 is None:
         notes.append("the base has no tokenizer files; pass --tokenizer to build")
     if drafter is not None:
         expected, actual = drafter.base_identity.get("tokenizer_sha256"), base.tokenizer_sha256
         if expected and actual and expected != actual:
             notes.append("the drafter was trained with another tokenizer file than the base's: check that they agree")
+        expected, actual = drafter.base_identity.get("weights_sample"), base.weights_sample
+        if expected and actual and expected != actual:
+            name = drafter.base_identity.get("name", "another model")
+            notes.append(
+                f"warning: the drafter was trained for {name}, whose weights are not this base's: texts stay right, "
+                "but fewer drafts are accepted; `evaluate` measures how many"
+            )
         if not options.greedy:
             notes.append(
                 "TensorRT-LLM's sampling rule for drafted tokens changes the distribution of the text; greedy does not"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from trtllm_redrafter.checkpoint.config import DTYPES
 from trtllm_redrafter.conversion.base import Base
 from trtllm_redrafter.conversion.drafter_files import DrafterFiles
-from trtllm_redrafter.conversion.options import AUTO_DTYPE, ConvertOptions
+from trtllm_redrafter.conversion.options import AUTO_DTYPE, LM_HEADS, ConvertOptions
 from trtllm_redrafter.errors import Problem, RedrafterError, UsageError
 from trtllm_redrafter.fsio import overlaps
 
@@ -20,6 +20,8 @@ def option_problems(options: ConvertOptions) -> tuple[type[RedrafterError], list
     if options.dtype not in (AUTO_DTYPE, *DTYPES):
         remedy = f"use {AUTO_DTYPE}, {', '.join(DTYPES)}"
         found.append(Problem(f"dtype is {options.dtype!r}", "--dtype", None, remedy))
+    if options.lm_head not in LM_HEADS:
+        found.append(Problem(f"lm_head is {options.lm_head!r}", "--lm-head", None, f"use {', '.join(LM_HEADS)}"))
     if options.drafter is None:
         for flag, value in (("--num-beams", options.num_beams), ("--draft-len", options.draft_len)):
             if value is not None:

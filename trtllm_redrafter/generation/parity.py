@@ -24,7 +24,9 @@ import numpy as np
 from trtllm_redrafter.backends import engine_backend, load_backend
 from trtllm_redrafter.backends.base import BuildOptions, Request, Runner, SamplingParams
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.errors import InputError, Problem
+from trtllm_redrafter.checkpoint.verify import checkpoint_directory
+from trtllm_redrafter.conversion.head import takes_file_head
+from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.progress import no_progress
 
@@ -71,7 +73,7 @@ def greedy_parity(path: Path, against: Path) -> ParityReport:
         sampling = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
         results = runner.generate([Request(prompt, sampling) for prompt in prompts])
         dtype = runner.info.dtype
-    model = _reference(against, dtype)
+    model = _reference(path, against, dtype)
     same = near_ties = 0
     problems: list[Problem] = []
     for number, (prompt, result) in enumerate(zip(prompts, results, strict=True), start=1):
@@ -119,19 +121,13 @@ def _runner(path: Path) -> Iterator[Runner]:
             runner.close()
 
 
-def _reference(against: Path, dtype: str) -> Any:
+def _reference(path: Path, against: Path, dtype: str) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # the command shows its own
-    try:
-        model = AutoModelForCausalLM.from_pretrained(against, dtype=getattr(torch, dtype), local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
-        raise InputError(
-            "transformers cannot load the model", where=against, why=str(e), remedy="check --against"
-        ) from e
-    return model.eval()
+    from trtllm_redrafter.base_models.transformers_model import load_model
+
+    file_head = takes_file_head(Checkpoint.open(checkpoint_directory(path)).manifest)
+    return load_model(against, dtype=getattr(torch, dtype), file_head=file_head)
 
 
 def _gaps(

@@ -12,7 +12,7 @@ from trtllm_redrafter.recipe.layers import Resolved, plain
 CONVERT, BUILD, RUN = "convert", "build", "run"
 
 _SHAPING = {
-    CONVERT: ("dtype", "tp_size", "num_beams", "draft_len", "greedy", "parallel_embedding"),
+    CONVERT: ("dtype", "tp_size", "num_beams", "draft_len", "greedy", "parallel_embedding", "lm_head"),
     BUILD: ("max_batch_size", "max_input_len", "max_seq_len"),
     RUN: ("prompts", "chat", "max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "num_beams", "draft_len",
           "draft"),

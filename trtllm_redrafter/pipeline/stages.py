@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends import load_backend
+from trtllm_redrafter.base_models.hf_config import parse_hf_config
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.conversion import convert, plan_conversion
-from trtllm_redrafter.errors import InputError, OutputError, UsageError
+from trtllm_redrafter.errors import InputError, OutputError, UsageError, raise_together
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.pipeline.cache import Fingerprint, HashCache, StageRecords, Verdict
 from trtllm_redrafter.pipeline.fingerprints import BUILD, CONVERT, RUN, fingerprint, output_of
@@ -165,16 +167,18 @@ def _details(stage: str, resolved: Resolved, verdict: Verdict) -> str:
 
 
 def _context_of_base(resolved: Resolved) -> int:
-    """The base model's context length, from its config."""
+    """The base model's context length, as the conversion will have it."""
     assert resolved.recipe.base is not None
     base = resolved.recipe.base
     if not base.is_dir():
         raise InputError("the base model's directory does not exist", where=base, remedy="check `base`")
-    context = read_json(base / "config.json").get("max_position_embeddings")
-    if not isinstance(context, int) or isinstance(context, bool) or context < 2:
-        remedy = "set build.max_seq_len and build.max_input_len in the recipe, or repair the file"
-        raise InputError("max_position_embeddings is not a number", where=base / "config.json", remedy=remedy)
-    return context
+    raw = read_json(base / "config.json")
+    if "architecture" in raw:
+        return CheckpointConfig.from_dict(raw, where=base / "config.json").max_position_embeddings
+    parsed = parse_hf_config(raw, where=base / "config.json")  # a sliding window limits the positions
+    raise_together(InputError, parsed.problems, "the base model cannot be converted", where=base)
+    assert parsed.config is not None
+    return parsed.config.max_position_embeddings
 
 
 def _check_run(resolved: Resolved) -> None:

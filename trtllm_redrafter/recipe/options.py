@@ -84,6 +84,7 @@ def convert_options(resolved: Resolved, *, overwrite: bool) -> ConvertOptions:
         parallel_embedding=recipe.convert.parallel_embedding,
         workers=recipe.convert.workers,
         overwrite=overwrite,
+        lm_head=recipe.convert.lm_head,
     )
 
 

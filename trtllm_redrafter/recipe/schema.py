@@ -39,6 +39,10 @@ class ConvertSection(Section):
         default=True, description="TensorRT-LLM's verification mode; the torch backend does both at any time"
     )
     parallel_embedding: bool = Field(default=False, description="split the embedding over the ranks")
+    lm_head: Literal["auto", "embedding", "file"] = Field(
+        default="auto",
+        description="LM head of a base that ties it but holds another one; auto: as config.json says, with a note",
+    )
     workers: Positive = Field(default=1, description="ranks written at the same time")
 
 

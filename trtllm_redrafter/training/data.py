@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from trtllm_redrafter.base_models.vocabulary import beyond_message, first_beyond
 from trtllm_redrafter.errors import InputError, Problem, raise_together
 
 T = TypeVar("T")
@@ -78,6 +79,19 @@ def read_prompts(path: Path, tokenizer: ChatTokenizer, *, max_tokens: int) -> li
 
     numbered = _read_numbered(path, prompt)
     return [Prompt(ids, str(record.get("category", "")), line) for line, record, [ids] in numbered]
+
+
+def check_range(texts: Sequence[TokenizedText | Prompt], path: Path, tokenizer: Any, vocab_size: int) -> None:
+    """`InputError` naming every text with a token that has no row in the base model's embedding."""
+    problems = []
+    for number, text in enumerate(texts, start=1):
+        found = first_beyond(text.token_ids, vocab_size=vocab_size)
+        if found is not None:
+            where = f"line {text.line}" if isinstance(text, Prompt) else f"text {number}"
+            problems.append(Problem(beyond_message(found, vocab_size=vocab_size, tokenizer=tokenizer), where))
+    more = [Problem(f"{len(problems) - SHOWN} more texts")] if len(problems) > SHOWN else []
+    remedy = "leave these tokens out, or remove the lines"
+    raise_together(InputError, [*problems[:SHOWN], *more], "some texts cannot be used", where=path, remedy=remedy)
 
 
 def _read(path: Path, parse: Callable[[Mapping[str, Any]], list[TokenizedText]]) -> list[TokenizedText]:

@@ -24,7 +24,7 @@ from trtllm_redrafter.errors import Problem, UsageError, raise_together
 from trtllm_redrafter.fsio import CREATOR, atomic_directory, check_replaceable, sha256_file, write_json
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid, token_accuracy
-from trtllm_redrafter.training.data import TokenizedText, read_prompts
+from trtllm_redrafter.training.data import TokenizedText, check_range, read_prompts
 from trtllm_redrafter.training.drafter_reader import read_drafter
 from trtllm_redrafter.training.fit import BaseTensors
 from trtllm_redrafter.training.frozen_base import DTYPES, FrozenBase, base_identity, load_tokenizer
@@ -108,7 +108,9 @@ def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWrit
         check_replaceable(options.report, overwrite=options.overwrite)
     drafter = read_drafter(options.drafter, max(shape.draft_len for shape in options.grid))
     check_fits(drafter, options)
-    prompts = read_prompts(options.prompts, load_tokenizer(options.base), max_tokens=options.max_text_tokens)
+    tokenizer = load_tokenizer(options.base)
+    prompts = read_prompts(options.prompts, tokenizer, max_tokens=options.max_text_tokens)
+    check_range(prompts, options.prompts, tokenizer, drafter.spec.config.vocab_size)  # the base's: see check_fits
     base = FrozenBase.load(options.base, device=options.device, dtype=options.dtype)
     answers = _answers(writer or TransformersWriter(base), [p.token_ids for p in prompts], options, progress)
     texts = [TokenizedText.answer(p.token_ids, a) for p, a in zip(prompts, answers, strict=True)]

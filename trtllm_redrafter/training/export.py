@@ -34,6 +34,8 @@ class BaseIdentity:
     hidden_size: int
     vocab_size: int
     tokenizer_sha256: str | None
+    weights_sample: str | None = None
+    """See `base_models.weights_identity`; None where the weights are not safetensors."""
 
 
 def weight_names(spec: DrafterSpec) -> dict[str, str]:

@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.base_models.tokenizer import eos_token_ids, tokenizer_sha256
-from trtllm_redrafter.errors import BackendError, InputError, not_finite
+from trtllm_redrafter.base_models.hf_fields import one_form
+from trtllm_redrafter.base_models.text_side import TextSide, text_side
+from trtllm_redrafter.base_models.tokenizer import tokenizer_sha256
+from trtllm_redrafter.base_models.transformers_model import load_model
+from trtllm_redrafter.base_models.weights_identity import sample_of
+from trtllm_redrafter.errors import BackendError, InputError, not_finite, raise_together
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.training.export import BaseIdentity
 
@@ -35,16 +39,14 @@ class FrozenBase:
         self.path = path
         self.embedding: Tensor = model.get_input_embeddings().weight.detach()
         self.head: Tensor = model.get_output_embeddings().weight.detach()
-        self.eos = eos_token_ids(path, read_json(path / "config.json"))
+        self.eos = base_text(path).end_token_ids
 
     @classmethod
     def load(cls, path: Path, *, device: str, dtype: str) -> FrozenBase:
         if device == "cuda" and not torch.cuda.is_available():
             raise BackendError("no CUDA device is here", where="device", remedy="use cpu")
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], local_files_only=True)
-        return cls(model.to(device).eval().requires_grad_(False), path)
+        model = load_model(path, dtype=DTYPES[dtype])
+        return cls(model.to(device).requires_grad_(False), path)
 
     @property
     def model(self) -> Any:
@@ -63,19 +65,32 @@ class FrozenBase:
 
 def base_identity(path: Path) -> BaseIdentity:
     """Read from the directory's files; the model itself need not be loaded."""
-    config = read_json(path / "config.json")
+    fields, contradictions = one_form(read_json(path / "config.json"), where=path / "config.json")
+    raise_together(InputError, contradictions, "config.json contradicts itself", where=path)
     try:
-        hidden_size, vocab_size = int(config["hidden_size"]), int(config["vocab_size"])
+        hidden_size, vocab_size = int(fields["hidden_size"]), int(fields["vocab_size"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             "hidden_size or vocab_size is missing", where=path / "config.json", remedy="pass a Hugging Face model"
         ) from error
-    return BaseIdentity(path.resolve().name, hidden_size, vocab_size, tokenizer_sha256(path))
+    return BaseIdentity(path.resolve().name, hidden_size, vocab_size, tokenizer_sha256(path), sample_of(path))
+
+
+def base_text(path: Path) -> TextSide:
+    """The base's tokenizer, checked against its embedding, and its end tokens."""
+    vocab_size = read_json(path / "config.json").get("vocab_size")
+    if type(vocab_size) is not int:
+        raise InputError("vocab_size is missing", where=path / "config.json", remedy="pass a Hugging Face model")
+    return text_side(path, vocab_size=vocab_size, remedy="download the base's tokenizer files again")
 
 
 def load_tokenizer(path: Path) -> Any:
-    if tokenizer_sha256(path) is None:
-        raise InputError("the model has no tokenizer", where=path, remedy="put its tokenizer files into the directory")
-    from transformers import AutoTokenizer
+    """transformers' tokenizer of the base; `InputError` when it has none, or one that cannot be used."""
+    return with_tokenizer(base_text(path), path)
 
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+def with_tokenizer(text: TextSide, path: Path) -> Any:
+    """The tokenizer of `text`; `InputError` when there is none."""
+    if text.tokenizer is None:
+        raise InputError("the model has no tokenizer", where=path, remedy="put its tokenizer files into the directory")
+    return text.tokenizer

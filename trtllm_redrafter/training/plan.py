@@ -10,15 +10,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trtllm_redrafter.base_models.tokenizer import eos_token_ids
 from trtllm_redrafter.errors import UsageError, raise_together
-from trtllm_redrafter.fsio import check_replaceable, read_json
+from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.redrafter.config import DrafterConfig
 from trtllm_redrafter.training.cache import CachePlan, check_space, plan_cache
-from trtllm_redrafter.training.data import Prompt, TokenizedText, read_prompts, read_texts
+from trtllm_redrafter.training.data import Prompt, TokenizedText, check_range, read_prompts, read_texts
 from trtllm_redrafter.training.export import BaseIdentity
 from trtllm_redrafter.training.fit import FitOptions
-from trtllm_redrafter.training.frozen_base import base_identity, load_tokenizer
+from trtllm_redrafter.training.frozen_base import base_identity, base_text, with_tokenizer
 from trtllm_redrafter.training.model import DrafterSpec, HeadKind
 from trtllm_redrafter.training.options import TrainOptions
 from trtllm_redrafter.training.rows import WindowOrder
@@ -110,14 +109,16 @@ def plan_training(options: TrainOptions) -> TrainPlan:
     identity = base_identity(options.base)
     spec = drafter_spec(options, identity)
     raise_together(UsageError, spec.problems(), "the drafter's sizes do not fit")
-    tokenizer = load_tokenizer(options.base)
-    eos = eos_token_ids(options.base, read_json(options.base / "config.json"))
+    text = base_text(options.base)
+    tokenizer, eos = with_tokenizer(text, options.base), text.end_token_ids
     texts: list[TokenizedText] = []
     prompts: list[Prompt] = []
     if options.data is not None:
         texts = read_texts(options.data, tokenizer, max_tokens=options.max_text_tokens, eos=eos)
+        check_range(texts, options.data, tokenizer, identity.vocab_size)
     elif options.prompts is not None:
         prompts = read_prompts(options.prompts, tokenizer, max_tokens=options.max_text_tokens)
+        check_range(prompts, options.prompts, tokenizer, identity.vocab_size)
     longest = [TokenizedText.answer(p.token_ids, (0,) * options.writing.max_tokens) for p in prompts]
     cache = plan_cache(texts or longest, identity.hidden_size, options.dtype)
     check_space(options.work_dir, cache)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
+from trtllm_redrafter.base_models.transformers_model import generate
 from trtllm_redrafter.errors import InputError, Problem, not_finite
 from trtllm_redrafter.fsio import as_output_error
 from trtllm_redrafter.progress import Progress
@@ -77,8 +78,6 @@ class TransformersWriter:
 
     @torch.no_grad()
     def write(self, prompts: Sequence[Sequence[int]], options: WritingOptions, first: int) -> list[list[int]]:
-        from transformers import LogitsProcessorList
-
         answers: list[list[int]] = [[] for _ in prompts]
         by_length: dict[int, list[int]] = {}
         for i, prompt in enumerate(prompts):
@@ -87,16 +86,10 @@ class TransformersWriter:
             torch.manual_seed(options.seed * 1_000_003 + first + members[0])
             tokens = torch.tensor([list(prompts[i]) for i in members], device=self._base.head.device)
             watch = _FiniteLogits(self._base)
-            sampling = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
-            written = self._base.model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=options.max_tokens,
-                logits_processor=LogitsProcessorList([watch]),
-                eos_token_id=list(self._base.eos) or None,
-                pad_token_id=self._base.eos[0] if self._base.eos else 0,
-                **(sampling if options.temperature > 0 else {"do_sample": False}),
-            )
+            written = generate(
+                self._base.model, tokens, max_new_tokens=options.max_tokens, eos=self._base.eos,
+                temperature=options.temperature, watch=watch,
+            )  # fmt: skip
             watch.check()
             for i, row in zip(members, written[:, length:].tolist(), strict=True):
                 answers[i] = until_end(row, self._base.eos)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import BuildOptions
+from trtllm_redrafter.backends.build_text import tokenizer_source
 from trtllm_redrafter.backends.tensorrt_llm.flag_plan import FlagPlan, plan_flags
 from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
 from trtllm_redrafter.backends.tensorrt_llm.rules import check
-from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY
-from trtllm_redrafter.base_models.tokenizer import has_model_config, has_tokenizer, tokenizer_files
+from trtllm_redrafter.base_models.tokenizer import has_model_config, has_tokenizer
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, UsageError, raise_together
@@ -91,7 +91,7 @@ def plan_build(options: BuildOptions) -> TensorRTPlan:
     raise_together(InputError, missing, "the checkpoint is incomplete", where=options.checkpoint)
     plan = plan_for(config, options)
     check_replaceable(options.output, overwrite=options.overwrite)
-    tokenizer = _tokenizer_source(options)
+    tokenizer = tokenizer_source(options)
     return replace(plan, tokenizer=tokenizer, warnings=(*plan.warnings, *_serving_warnings(tokenizer)))
 
 
@@ -131,14 +131,3 @@ def _missing_ranks(checkpoint: Path, ranks: int) -> list[Problem]:
     remedy = f"the config names {ranks} rank(s); convert again, or copy the file"
     return [Problem(f"{name} is missing", str(checkpoint), None, remedy) for name in names
             if not (checkpoint / name).is_file()]  # fmt: skip
-
-
-def _tokenizer_source(options: BuildOptions) -> Path | None:
-    """`--tokenizer`, or what `convert` put into the checkpoint."""
-    if options.tokenizer is not None:
-        if not has_tokenizer(options.tokenizer):
-            remedy = "pass the directory that holds tokenizer.json"
-            raise InputError("there is no tokenizer here", where=options.tokenizer, remedy=remedy)
-        return options.tokenizer
-    inside = options.checkpoint / TOKENIZER_DIRECTORY
-    return inside if tokenizer_files(inside) else None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter import __version__
+from trtllm_redrafter.backends.build_text import BuildText, build_text
 from trtllm_redrafter.backends.tensorrt_llm.build_log import BuildProgress, warnings_in
 from trtllm_redrafter.backends.tensorrt_llm.build_plan import BACKEND, TensorRTPlan
 from trtllm_redrafter.backends.tensorrt_llm.child import run_logged
@@ -26,6 +27,7 @@ from trtllm_redrafter.backends.tensorrt_llm.failures import build_error
 from trtllm_redrafter.backends.tensorrt_llm.machine import FoundGpu
 from trtllm_redrafter.backends.tensorrt_llm.preflight import BuildHost, check_build_host
 from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY
+from trtllm_redrafter.base_models.end_tokens import RECORDED
 from trtllm_redrafter.base_models.tokenizer import GENERATION_CONFIG, tokenizer_files
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.reader import Checkpoint
@@ -44,6 +46,7 @@ def build_engine(plan: TensorRTPlan, progress: Progress) -> Path:
     checkpoint = Checkpoint.open(options.checkpoint)
     problems = structure_problems(checkpoint, surplus=False)
     raise_together(InputError, problems, "the checkpoint is damaged", where=options.checkpoint)
+    text = build_text(options, checkpoint.config, checkpoint.manifest)
     host = check_build_host(plan)
     identity = _identity(plan, checkpoint, host, progress)
     cache = EngineCache(plan.settings.cache_dir) if plan.settings.cache else None
@@ -54,7 +57,7 @@ def build_engine(plan: TensorRTPlan, progress: Progress) -> Path:
             facts["from_cache"] = True
         else:
             facts |= _compile(plan, host, identity, cache, work, progress)
-        notes = _complete(plan, host.gpu, work)
+        notes = _complete(plan, text, host.gpu, work)
         if cache is not None and "from_cache" not in facts:
             notes += _keep(cache, identity, work, float(facts["build_seconds"]), _model_name(plan, host))
         _manifest(plan, checkpoint, host, facts, notes, work).write(work)
@@ -140,7 +143,7 @@ def _note(state: BuildProgress, line: str) -> None:
     state.line(line)
 
 
-def _complete(plan: TensorRTPlan, gpu: FoundGpu, work: Path) -> list[str]:
+def _complete(plan: TensorRTPlan, text: BuildText, gpu: FoundGpu, work: Path) -> list[str]:
     """Add tokenizer and our own notes; returns remarks on what the builder did differently from the plan.
 
     `trtllm-serve` looks for the model's config.json beside the tokenizer, and for generation_config.json, which has the
@@ -161,10 +164,11 @@ def _complete(plan: TensorRTPlan, gpu: FoundGpu, work: Path) -> list[str]:
         "tensorrt_llm": str(config.get("version", "")),
         "gpu": {"name": gpu.name, "compute_capability": list(gpu.compute_capability)},
         "dtype": plan.config.dtype,
+        RECORDED: list(text.end_token_ids),
         "runtime": plan.settings.runtime.as_dict(),
     }
     write_json(work / NOTES_FILE, values)
-    return [problem.what for problem in expectation_problems(config, plan.flags.expected, work)]
+    return [*text.notes, *(problem.what for problem in expectation_problems(config, plan.flags.expected, work))]
 
 
 def _manifest(

@@ -15,8 +15,8 @@ from trtllm_redrafter.backends.tensorrt_llm.machine import FoundGpu, find_gpus, 
 from trtllm_redrafter.backends.tensorrt_llm.options import APIS, Api
 from trtllm_redrafter.backends.tensorrt_llm.remote_client import RemoteClient
 from trtllm_redrafter.backends.tensorrt_llm.runner import TensorRTRunner
-from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY, EngineTokenizer, eos_token_ids
-from trtllm_redrafter.base_models.tokenizer import has_tokenizer
+from trtllm_redrafter.backends.tokenizer import engine_text
+from trtllm_redrafter.base_models.end_tokens import RECORDED
 from trtllm_redrafter.errors import BackendError, Problem, UsageError, raise_together
 from trtllm_redrafter.redrafter.config import DraftShape
 
@@ -37,9 +37,8 @@ def load_runner(
     gpus = find_gpus()
     problems = [*_api_problems(chosen), *_shape_problems(found, draft_shape), *_machine_problems(found, gpus, index)]
     raise_together(BackendError, problems, "the engine cannot run here", where=engine)
-    folder = engine / TOKENIZER_DIRECTORY
-    tokenizer = EngineTokenizer(folder) if has_tokenizer(folder) else None
-    info, ends = _info(found, gpus[index or 0]), eos_token_ids(folder, tokenizer)
+    info = _info(found, gpus[index or 0])
+    tokenizer, ends = engine_text(engine, vocab_size=info.vocab_size, recorded=found.notes.get(RECORDED, ()))
     client = _client(found, cast(Api, chosen), index, kv_cache_tokens)  # last: nothing may fail while it holds GPUs
     return TensorRTRunner(info, client, tokenizer, ends, greedy=found.greedy)
 

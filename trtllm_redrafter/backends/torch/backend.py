@@ -20,7 +20,7 @@ import torch
 
 from trtllm_redrafter import __version__
 from trtllm_redrafter.backends.base import BuildOptions, BuildPlan, EngineInfo
-from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY, EngineTokenizer, eos_token_ids
+from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY, engine_text
 from trtllm_redrafter.backends.torch.build_plan import BACKEND, ENGINE_FORMAT, TorchBuildPlan, plan_build
 from trtllm_redrafter.backends.torch.cuda.executor import CudaExecutor, cuda_unavailable
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimits
@@ -33,7 +33,8 @@ from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import ModelWeights, load_weights
-from trtllm_redrafter.base_models.tokenizer import has_tokenizer, tokenizer_files
+from trtllm_redrafter.base_models.end_tokens import RECORDED
+from trtllm_redrafter.base_models.tokenizer import tokenizer_files
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.reader import Checkpoint, rank_file
@@ -102,6 +103,9 @@ class TorchBackend:
         checkpoint = Checkpoint.open(engine / CHECKPOINT_DIRECTORY)
         shape = _draft_shape(checkpoint.config, config, draft_shape, engine)
         target = _device(device)
+        tokenizer, ends = engine_text(
+            engine, vocab_size=checkpoint.config.vocab_size, recorded=config.get(RECORDED, _recorded(checkpoint))
+        )
         with explained("the weights", why=str(target), remedy="use a device with more, or end what else runs on it"):
             weights = load_weights(checkpoint, target)
         limits = config["build_config"]
@@ -118,8 +122,6 @@ class TorchBackend:
                     max_batch_size=int(limits["max_batch_size"]),
                     low_rank=load_factor(engine, weights.head),
                 )
-        folder = engine / TOKENIZER_DIRECTORY
-        tokenizer = EngineTokenizer(folder) if has_tokenizer(folder) else None
         info = EngineInfo(
             path=engine,
             backend=BACKEND,
@@ -132,7 +134,7 @@ class TorchBackend:
             draft_shape=shape,
         )
         notes = () if note is None else (note,)
-        return TorchRunner(info, executor, drafting, tokenizer, eos_token_ids(folder, tokenizer), notes)
+        return TorchRunner(info, executor, drafting, tokenizer, ends, notes)
 
 
 def _checkpoint_files(checkpoint: Checkpoint) -> list[str]:
@@ -176,6 +178,11 @@ def _check_unchanged(checkpoint: Checkpoint, engine: Manifest) -> None:
     raise_together(InputError, problems, "the checkpoint is damaged", where=checkpoint.path, remedy="convert it again")
 
 
+def _recorded(checkpoint: Checkpoint) -> object:
+    """End tokens that the checkpoint's manifest keeps; engines of earlier versions have no list of their own."""
+    return () if checkpoint.manifest is None else checkpoint.manifest.derived.get(RECORDED, ())
+
+
 def _read_engine(engine: Path, verify_hashes: bool) -> dict[str, Any]:
     """The engine's config, after a check of what it is and whether its files are whole."""
     from trtllm_redrafter.backends import engine_backend
@@ -195,7 +202,10 @@ def _read_engine(engine: Path, verify_hashes: bool) -> dict[str, Any]:
             why=f"it was built by version {config.get('version')!r}, this is {__version__}",
             remedy="build it again",
         )
-    problems = Manifest.read(engine).check_files(engine, hashes=verify_hashes)
+    manifest = Manifest.read(engine)
+    problems = manifest.check_files(engine, hashes=verify_hashes)
+    if not problems and not verify_hashes:  # small, and transformers reads it: a changed one is not passed on
+        problems = manifest.check_files(engine, hashes=True, below=f"{TOKENIZER_DIRECTORY}/")
     raise_together(InputError, problems, "the engine's files have changed since it was built", where=engine)
     return config
 

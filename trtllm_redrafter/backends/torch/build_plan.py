@@ -11,14 +11,14 @@ import torch
 
 from trtllm_redrafter import __version__
 from trtllm_redrafter.backends.base import BuildOptions
-from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY
+from trtllm_redrafter.backends.build_text import BuildText, build_text
 from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
 from trtllm_redrafter.backends.torch.native.library import load_library
 from trtllm_redrafter.backends.torch.rope import SUPPORTED_SCALINGS, scaling_kind
-from trtllm_redrafter.base_models.tokenizer import has_tokenizer, tokenizer_files
+from trtllm_redrafter.base_models.end_tokens import RECORDED
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.errors import InputError, MismatchError, Problem, raise_together
+from trtllm_redrafter.errors import MismatchError, Problem, raise_together
 from trtllm_redrafter.fsio import check_replaceable
 
 BACKEND = "torch"
@@ -34,7 +34,7 @@ class TorchBuildPlan:
 
     options: BuildOptions
     checkpoint: Checkpoint
-    tokenizer: Path | None
+    text: BuildText
     executor: str
     executor_reason: str | None
     executor_note: str | None
@@ -49,8 +49,9 @@ class TorchBuildPlan:
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size * positions * element
 
     @property
-    def takes_text(self) -> bool:
-        return self.tokenizer is not None and has_tokenizer(self.tokenizer)
+    def tokenizer(self) -> Path | None:
+        """Where the tokenizer's files are copied from."""
+        return self.text.source
 
     @property
     def weight_bytes(self) -> int:
@@ -71,6 +72,7 @@ class TorchBuildPlan:
             "draft": None
             if shape is None
             else {"num_beams": shape.num_beams, "draft_len": shape.draft_len, "head_rows": DRAFT_HEAD_ROWS},
+            RECORDED: list(self.text.end_token_ids),
             "built_on": {"machine": platform.machine(), "system": platform.system(), "torch": torch.__version__},
         }
 
@@ -89,6 +91,8 @@ class TorchBuildPlan:
             "executor_note": self.executor_note,
             "weight_bytes": self.weight_bytes,
             "kv_cache_bytes": self.kv_cache_bytes,
+            RECORDED: list(self.text.end_token_ids),
+            "notes": list(self.text.notes),
             **self.engine_config()["build_config"],
             "draft": self.engine_config()["draft"],
         }
@@ -105,8 +109,9 @@ class TorchBuildPlan:
             f"drafts  {drafting}",
             f"limits  {values['max_batch_size']} requests, {values['max_input_len']} prompt tokens, "
             f"{values['max_seq_len']} in all; KV cache {self.kv_cache_bytes / 1e6:.0f} MB when full",
-            f"text    {self.tokenizer if self.takes_text else 'no tokenizer: the engine will take token ids only'}",
+            f"text    {self.text.render()}",
             f"runs    {self.executor} on this machine{reason}",
+            *(f"note    {note}" for note in self.text.notes),
         ]
         return "\n".join(lines)
 
@@ -116,8 +121,9 @@ def plan_build(options: BuildOptions) -> TorchBuildPlan:
     checkpoint = Checkpoint.open(options.checkpoint)
     raise_together(MismatchError, _problems(checkpoint, options), "the engine cannot be built")
     check_replaceable(options.output, overwrite=options.overwrite)
+    text = build_text(options, checkpoint.config, checkpoint.manifest)
     executor, reason, note = _executor(checkpoint.config)
-    return TorchBuildPlan(options, checkpoint, _tokenizer_source(options), executor, reason, note)
+    return TorchBuildPlan(options, checkpoint, text, executor, reason, note)
 
 
 def _executor(config: CheckpointConfig) -> tuple[str, str | None, str | None]:
@@ -166,17 +172,3 @@ def _problems(checkpoint: Checkpoint, options: BuildOptions) -> list[Problem]:
             )
         )
     return found
-
-
-def _tokenizer_source(options: BuildOptions) -> Path | None:
-    """`--tokenizer`, or what `convert` put into the checkpoint."""
-    if options.tokenizer is not None:
-        if not has_tokenizer(options.tokenizer):
-            raise InputError(
-                "there is no tokenizer here",
-                where=options.tokenizer,
-                remedy="pass the directory that holds tokenizer.json",
-            )
-        return options.tokenizer
-    inside = options.checkpoint / TOKENIZER_DIRECTORY
-    return inside if tokenizer_files(inside) else None

@@ -1,0 +1,47 @@
+"""Tell two base models of equal sizes apart by their weights, without reading all of them.
+
+The first bytes of every tensor are hashed with its name, dtype and shape, so that the value does not depend on how the
+model is divided into files. Training writes it into the drafter, `convert` compares it with the base it is given. It
+notices any tensor that was changed in its first rows: every fine-tune, not a single edited weight.
+
+    weights_sample(model.tensors)      # hex SHA-256
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from trtllm_redrafter.base_models.hf_model import LocatedTensor, locate_tensors
+from trtllm_redrafter.errors import RedrafterError
+
+SAMPLE_BYTES = 4096
+"""Of each tensor: a page, some thousand values."""
+
+
+def weights_sample(tensors: Mapping[str, LocatedTensor]) -> str:
+    """Hex SHA-256 over every tensor's name, dtype, shape and first `SAMPLE_BYTES` bytes."""
+    digest = hashlib.sha256()
+    opened: dict[Path, int] = {}
+    try:
+        for name, tensor in sorted(tensors.items()):
+            info = tensor.info
+            if tensor.path not in opened:
+                opened[tensor.path] = os.open(tensor.path, os.O_RDONLY | os.O_CLOEXEC)
+            count = min(SAMPLE_BYTES, info.end - info.begin)
+            digest.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
+            digest.update(os.pread(opened[tensor.path], count, info.begin))
+    finally:
+        for file in opened.values():
+            os.close(file)
+    return digest.hexdigest()
+
+
+def sample_of(path: Path) -> str | None:
+    """The same of a model directory; None where its weights are not safetensors."""
+    try:
+        return weights_sample(locate_tensors(path)[1])
+    except RedrafterError:
+        return None
