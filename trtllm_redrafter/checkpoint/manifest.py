@@ -13,37 +13,69 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from trtllm_redrafter import __version__
-from trtllm_redrafter.errors import InputError, Problem
-from trtllm_redrafter.fsio import CREATOR, read_json, safe_join, sha256_file, write_json
+from trtllm_redrafter.checkpoint.validation import Schema, validated
+from trtllm_redrafter.errors import Problem
+from trtllm_redrafter.fsio import CREATOR, read_json, safe_join, sample_sha256, sha256_file, write_json
 
 MANIFEST = "manifest.json"
 OWN_HASH = "manifest_sha256"
+_RANK_FILE = re.compile(r"rank\d+\.(safetensors|engine)")
 DRAFTER_WEIGHTS = "model.safetensors"
 """The file of a drafter directory whose content is its identity."""
-
-KINDS = ("checkpoint", "engine", "drafter")
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size in bytes and hex SHA-256 of one file."""
+    """Size in bytes and hex SHA-256 of one file.
+
+    `sample_sha256` is that of a few of its pages: which of several files of one size this is can be told at every load,
+    without reading all of it. Rank files have it.
+    """
 
     size: int
     sha256: str
+    sample_sha256: str | None = None
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
         return cls(path.stat().st_size, sha256_file(path))
 
+    def with_sample(self, path: Path) -> FileRecord:
+        """The same with the sample of the file, which is this one."""
+        return replace(self, sample_sha256=sample_sha256(path))
+
     def as_dict(self) -> dict[str, Any]:
-        return {"size": self.size, "sha256": self.sha256}
+        sample = {} if self.sample_sha256 is None else {"sample_sha256": self.sample_sha256}
+        return {"size": self.size, "sha256": self.sha256, **sample}
+
+
+class _Record(Schema):
+    size: Annotated[int, Field(ge=0)]
+    sha256: str
+    sample_sha256: str | None = None
+
+
+class _File(Schema):
+    """manifest.json as it is read; sections that a later version adds are kept out."""
+
+    kind: Literal["checkpoint", "engine", "drafter"]
+    files: dict[str, _Record]
+    inputs: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+    derived: dict[str, Any] | None = None
+    creator: dict[str, Any] | None = None
+    notes: list[str] | None = None
+    created: str | None = None
 
 
 def creator() -> dict[str, str]:
@@ -83,18 +115,17 @@ class Manifest:
         """Read a directory's manifest; `InputError` when it is missing or not one of ours."""
         path = directory / MANIFEST
         raw = read_json(path)
-        files = raw.get("files")
-        if raw.get("kind") not in KINDS or not isinstance(files, dict) or not all(map(_is_record, files.values())):
-            raise InputError("this is not a manifest of ours", where=path, remedy="write the directory again")
+        remedy = "write the directory again"
+        found = validated(_File, raw, where=path, what="this is not a manifest of ours", remedy=remedy)
         return cls(
-            kind=raw["kind"],
-            inputs=_section(raw, "inputs"),
-            options=_section(raw, "options"),
-            derived=_section(raw, "derived"),
-            files={name: FileRecord(f["size"], f["sha256"]) for name, f in files.items()},
-            notes=tuple(str(n) for n in raw.get("notes") or ()),
-            creator=_section(raw, "creator"),
-            created=str(raw.get("created", "")),
+            kind=found.kind,
+            inputs=found.inputs or {},
+            options=found.options or {},
+            derived=found.derived or {},
+            files={name: FileRecord(f.size, f.sha256, f.sample_sha256) for name, f in found.files.items()},
+            notes=tuple(found.notes or ()),
+            creator=found.creator or {},
+            created=found.created or "",
             intact=raw.get(OWN_HASH) in (None, _own_hash(raw)),
         )
 
@@ -122,11 +153,27 @@ class Manifest:
     def check_files(self, directory: Path, *, hashes: bool) -> list[Problem]:
         """Every listed file that is missing, has another size or (with `hashes`) another content."""
         found = [self._check(directory, name, record, hashes) for name, record in self.files.items()]
+        if not any(found):
+            found += self._exchanged(directory)
         if hashes and not self.intact:
             remedy = f"write the {self.kind} again, or copy the manifest from an intact one"
             found.append(Problem("the manifest has been changed since it was written", str(directory / MANIFEST),
                                  f"its content is not that of its own {OWN_HASH}", remedy))  # fmt: skip
         return [problem for problem in found if problem is not None]
+
+    def _exchanged(self, directory: Path) -> Iterator[Problem]:
+        """Rank files of one size that have taken each other's places, told by a sample of their bytes."""
+        names = {record.sample_sha256: name for name, record in self.files.items() if record.sample_sha256}
+        for name, record in self.files.items():
+            if record.sample_sha256 is None or len(names) == 1:
+                continue
+            path = safe_join(directory, name)
+            other = names.get(sample_sha256(path), name)
+            if other != name and self.files[other].sample_sha256 != record.sample_sha256:
+                remedy = f"put the rank files back, or write the {self.kind} again"
+                yield Problem(
+                    f"the file holds what {other} should", str(path), "rank files have been exchanged", remedy
+                )
 
     def _check(self, directory: Path, name: str, record: FileRecord, hashes: bool) -> Problem | None:
         remedy = f"write the {self.kind} again, or copy the file from an intact one"
@@ -148,16 +195,12 @@ def _own_hash(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = raw.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _is_record(value: Any) -> bool:
-    return isinstance(value, dict) and type(value.get("size")) is int and isinstance(value.get("sha256"), str)
-
-
 def record_tree(directory: Path) -> dict[str, FileRecord]:
     """Hash every file below a directory, except its manifest."""
     paths = sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / MANIFEST)
-    return {p.relative_to(directory).as_posix(): FileRecord.of(p) for p in paths}
+    return {
+        p.relative_to(directory).as_posix(): (
+            FileRecord.of(p).with_sample(p) if _RANK_FILE.fullmatch(p.name) else FileRecord.of(p)
+        )
+        for p in paths
+    }

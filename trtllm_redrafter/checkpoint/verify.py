@@ -18,9 +18,10 @@ from trtllm_redrafter.checkpoint.inspect import ENGINE_CHECKPOINT
 from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, LM_HEAD, divisibility_problems, rank_slice
 from trtllm_redrafter.checkpoint.manifest import MANIFEST, Manifest
 from trtllm_redrafter.checkpoint.quantization import DRAFTER_EXCLUDE, is_excluded
+from trtllm_redrafter.checkpoint.ranks import rank_problems
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import TensorInfo
-from trtllm_redrafter.errors import InputError, Problem, RedrafterError, VerificationError
+from trtllm_redrafter.errors import InputError, Problem, RedrafterError, VerificationError, limited, raise_together
 from trtllm_redrafter.fsio import read_json
 
 _REMEDY = "convert again, or restore the file from an intact copy"
@@ -90,7 +91,7 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
             notes.append("a TensorRT engine: its plans are compared by hash only; --reference runs it")
             return VerifyReport(path, tuple(checks), tuple(problems), tuple(notes))
         checkpoint = Checkpoint.open(checkpoint_directory(path))
-        problems += structure_problems(checkpoint, surplus=True)
+        problems += structure_problems(checkpoint)
         count = sum(len(rank.header) for rank in checkpoint.ranks)
         checks.append(f"name, shape and dtype of {count} tensors in {len(checkpoint.ranks)} rank file(s)")
         if any(not spec.checked for spec in checkpoint.specs.values()):
@@ -116,15 +117,26 @@ def _refuse_others(path: Path) -> None:
         raise InputError("this is neither a checkpoint nor an engine", where=path, remedy=remedy)
 
 
-def structure_problems(checkpoint: Checkpoint, *, surplus: bool) -> list[Problem]:
-    """Everything in the files that does not follow from config.json; `surplus` tensors only when asked for."""
+def require_sound(checkpoint: Checkpoint) -> None:
+    """`InputError` for what `verify` would find without reading the weights; `build` and `load` ask this first."""
+    problems = limited(structure_problems(checkpoint))
+    what = "the checkpoint's files do not fit its config.json"
+    raise_together(InputError, problems, what, where=checkpoint.path, remedy=_REMEDY)
+
+
+def structure_problems(checkpoint: Checkpoint) -> list[Problem]:
+    """Everything in the files that does not follow from config.json, or shows one rank file to be another's.
+
+    Headers, and a few pages of each tensor where there are several ranks.
+    """
     config = checkpoint.config
     problems = divisibility_problems(config, str(checkpoint.path))
     if problems:
         return problems
     for rank in range(len(checkpoint.ranks)):
         problems += _rank_problems(checkpoint, rank)
-        problems += _surplus_problems(checkpoint, rank) if surplus else ()
+        problems += _surplus_problems(checkpoint, rank)
+    problems += () if problems else rank_problems(checkpoint)
     excludes = config.quantization.get("exclude_modules")
     if config.drafter is not None and config.quant_algo is not None and not is_excluded("drafter.input_proj", excludes):
         why = "TensorRT-LLM would build the drafter's 16-bit layers as quantized ones"
