@@ -94,7 +94,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb", buffering=0) as raw:
             _refuse_irregular(os.fstat(raw.fileno()), path)  # it may have been exchanged in between
-            yield raw  # type: ignore[misc]
+            yield raw
     except OSError as e:
         raise InputError("cannot read the file", where=path, why=e.strerror, remedy="check the path") from e
 
@@ -112,6 +112,14 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
     return b"".join(parts)
 
 
+def existing_parent(output: Path) -> Path:
+    """The nearest directory above `output` that exists: on whose disk, and with whose permissions, it will be."""
+    place = Path(os.path.realpath(output)).parent
+    while not place.exists():
+        place = place.parent
+    return place
+
+
 def check_place(output: Path, needed_bytes: int = 0) -> None:
     """`OutputError` when `output` cannot be written: its name, a read-only place, no permission, too little space.
 
@@ -121,10 +129,8 @@ def check_place(output: Path, needed_bytes: int = 0) -> None:
     if problem is not None:
         what = "the output cannot have this name" if text_problem(output) else "the name of the output is too long"
         raise OutputError(what, where=output, why=problem, remedy="choose another --output")
-    place = Path(os.path.realpath(output)).parent
     try:
-        while not place.exists():
-            place = place.parent
+        place = existing_parent(output)
         usable = os.access(place, os.W_OK | os.X_OK) if place.is_dir() else None
         read_only = bool(os.statvfs(place).f_flag & os.ST_RDONLY)
         free = shutil.disk_usage(place).free
@@ -142,7 +148,7 @@ def check_place(output: Path, needed_bytes: int = 0) -> None:
         raise OutputError("no permission to write here", where=output, why=str(place), remedy=remedy)
     if needed_bytes > free:
         raise OutputError(
-            "the disk has too little free space",
+            "the disk has not enough room for the output",
             where=output,
             why=f"{needed_bytes:,} bytes are needed, {free:,} are free",
             remedy="free some space or choose an --output on another disk",

@@ -28,7 +28,7 @@ def read_draft_vocab(path: Path, vocab_size: int) -> Tensor:
     if low < 0 or high >= vocab_size:
         why = f"they run from {low} to {high}, the vocabulary has {vocab_size}"
         raise _refusal("`token_ids` are outside the vocabulary", path, why)
-    if ids.unique().numel() != ids.numel():
+    if len(set(ids.tolist())) != ids.numel():
         raise _refusal("`token_ids` has a token twice", path)
     return ids
 

@@ -28,7 +28,7 @@ def non_finite_count(tensor: Tensor) -> int:
         return 0
     integer, exponent = _EXPONENTS[tensor.dtype]
     found = 0
-    for part in tensor.reshape(-1).view(integer).split(_CHUNK):
+    for part in torch.split(tensor.reshape(-1).view(integer), _CHUNK):
         found += int(part.bitwise_and(exponent).eq_(exponent).sum())
     return found
 

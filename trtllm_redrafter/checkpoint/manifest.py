@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 from collections.abc import Iterator, Mapping
@@ -160,6 +161,16 @@ class Manifest:
             found.append(Problem("the manifest has been changed since it was written", str(directory / MANIFEST),
                                  f"its content is not that of its own {OWN_HASH}", remedy))  # fmt: skip
         return [problem for problem in found if problem is not None]
+
+    def unlisted(self, directory: Path) -> list[str]:
+        """Names of files below `directory` that the manifest does not list, sorted; links are named, not followed."""
+        found = []
+        for folder, _, names in os.walk(directory):
+            for name in names:
+                relative = (Path(folder) / name).relative_to(directory).as_posix()
+                if relative != MANIFEST and relative not in self.files:
+                    found.append(relative)
+        return sorted(found)
 
     def _exchanged(self, directory: Path) -> Iterator[Problem]:
         """Rank files of one size that have taken each other's places, told by a sample of their bytes."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtllm_redrafter.checkpoint.finite import finite_problems
 from trtllm_redrafter.checkpoint.inspect import ENGINE_CHECKPOINT
 from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, LM_HEAD, divisibility_problems, rank_slice
 from trtllm_redrafter.checkpoint.manifest import MANIFEST, Manifest
@@ -25,6 +26,16 @@ from trtllm_redrafter.errors import InputError, Problem, RedrafterError, Verific
 from trtllm_redrafter.fsio import read_json
 
 _REMEDY = "convert again, or restore the file from an intact copy"
+_SHOWN = 8
+
+_READ_SUFFIXES = (".json", ".safetensors", ".engine", ".py", ".jinja", ".model", ".bin", ".pt", ".so")
+"""Of files that a loader may pick up because they are there."""
+
+_WITHOUT_MANIFEST = (
+    "no manifest.json, so it cannot be told: whether files have changed since they were written or are all there, "
+    "which base model and drafter went in, and whether whole ranks were exchanged (a tied LM head tells that); "
+    "--against compares the values"
+)
 
 
 @dataclass(frozen=True)
@@ -82,9 +93,12 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
             why = "an engine is not loaded without its manifest"
             problems.append(Problem("manifest.json is missing", str(path), why, "build the engine again"))
         elif manifest is None:
-            notes.append("no manifest.json: sizes and hashes are not known")
+            notes.append(_WITHOUT_MANIFEST)
         else:
             problems += manifest.check_files(path, hashes=hashes)
+            planted, harmless = _unlisted(manifest, path)
+            problems += planted
+            notes += harmless
             what = "size and SHA-256" if hashes else "size"
             checks.append(f"{what} of {len(manifest.files)} files against manifest.json")
         if "pretrained_config" in read_json(path / "config.json"):
@@ -94,11 +108,28 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
         problems += structure_problems(checkpoint)
         count = sum(len(rank.header) for rank in checkpoint.ranks)
         checks.append(f"name, shape and dtype of {count} tensors in {len(checkpoint.ranks)} rank file(s)")
+        if hashes:
+            problems += limited(list(finite_problems(checkpoint)))
+            checks.append("that every weight is finite")
         if any(not spec.checked for spec in checkpoint.specs.values()):
             notes.append(f"shapes of layers quantized as {checkpoint.config.quant_algo} are not known here")
     except RedrafterError as e:
         problems += e.problems or (e.problem,)
     return VerifyReport(path, tuple(checks), tuple(problems), tuple(notes))
+
+
+def _unlisted(manifest: Manifest, path: Path) -> tuple[list[Problem], list[str]]:
+    """Files that no manifest lists: a problem where something would read them, else a note."""
+    names = manifest.unlisted(path)
+    read = [name for name in names if "/" in name or Path(name).suffix in _READ_SUFFIXES]
+    why = f"manifest.json does not list it, so it was not there when the {manifest.kind} was written"
+    problems = [
+        Problem("an unknown file that may be read, or run", str(path / name), why, "remove it, or write it all again")
+        for name in read
+    ]
+    others = [name for name in names if name not in read]
+    shown = ", ".join(others[:_SHOWN]) + (f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else "")
+    return limited(problems), [f"not listed in manifest.json, and not checked: {shown}"] if others else []
 
 
 def _refuse_others(path: Path) -> None:

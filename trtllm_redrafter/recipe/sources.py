@@ -62,13 +62,13 @@ def _load(text: str) -> Any:
     """The values of a YAML text whose aliases, written out, stay within `MAX_NODES`."""
     loader = _Loader(text)
     try:
-        node = loader.get_single_node()  # type: ignore[no-untyped-call]
+        node = loader.get_single_node()
         if node is not None and _written_out(node, {}) > MAX_NODES:
             what = f"with its aliases written out it has more than {MAX_NODES} values"
             raise yaml.composer.ComposerError(None, None, what, node.start_mark)
-        return None if node is None else loader.construct_document(node)  # type: ignore[no-untyped-call]
+        return None if node is None else loader.construct_document(node)
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def _written_out(node: yaml.Node, known: dict[int, int]) -> int:

@@ -22,7 +22,7 @@ from trtllm_redrafter.backends.engine_config import Limits, TorchEngineConfig, r
 from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY, EngineTokenizer, eos_token_ids
 from trtllm_redrafter.backends.torch.build_plan import BACKEND, TorchBuildPlan, kv_cache_bytes, plan_build
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimits
-from trtllm_redrafter.backends.torch.drafting import DRAFT_VOCAB_FILE, Drafting, frequent_rows, load_drafter
+from trtllm_redrafter.backends.torch.drafting import Drafting, frequent_rows, load_drafter
 from trtllm_redrafter.backends.torch.executor import Executor
 from trtllm_redrafter.backends.torch.low_rank import find_factor, load_factor, save_factor
 from trtllm_redrafter.backends.torch.memory_errors import explained, physical_memory
@@ -33,6 +33,7 @@ from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import ModelWeights, load_weights
 from trtllm_redrafter.base_models.tokenizer import has_tokenizer, tokenizer_files
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.checkpoint.draft_vocab import DRAFT_VOCAB_FILE
 from trtllm_redrafter.checkpoint.finite import finite_problems
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.reader import Checkpoint, rank_file

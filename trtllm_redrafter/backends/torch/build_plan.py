@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.verify import require_sound
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, raise_together
 from trtllm_redrafter.fsio import check_replaceable
-from trtllm_redrafter.paths import check_place
+from trtllm_redrafter.paths import check_place, existing_parent
 
 BACKEND = "torch"
 
@@ -127,10 +126,7 @@ def plan_build(options: BuildOptions) -> TorchBuildPlan:
 
 def _bytes_to_write(checkpoint: Checkpoint, output: Path) -> int:
     """Nothing to speak of where the weights are hard-linked: on the checkpoint's own disk."""
-    place = Path(os.path.realpath(output)).parent
-    while not place.exists():
-        place = place.parent
-    if place.stat().st_dev == checkpoint.path.stat().st_dev:
+    if existing_parent(output).stat().st_dev == checkpoint.path.stat().st_dev:
         return 0
     return sum(file.header.file_size for file in checkpoint.ranks)
 
