@@ -110,7 +110,7 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
         checks.append(f"name, shape and dtype of {count} tensors in {len(checkpoint.ranks)} rank file(s)")
         if hashes:
             problems += limited(list(finite_problems(checkpoint)))
-            checks.append("that every weight is finite")
+            checks[-1] += ", and that every value is finite"
         if any(not spec.checked for spec in checkpoint.specs.values()):
             notes.append(f"shapes of layers quantized as {checkpoint.config.quant_algo} are not known here")
     except RedrafterError as e:

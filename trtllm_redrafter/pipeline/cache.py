@@ -83,7 +83,7 @@ class HashCache:
         if isinstance(known, list) and known[:-1] == stamp and isinstance(known[-1], str):
             return known[-1]
         digest = sha256_file(file)
-        if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_SECONDS:
+        if time.time() - stat.st_mtime > _SETTLED_SECONDS:
             self._entries[name] = [*stamp, digest]
         return digest
 

@@ -47,10 +47,8 @@ def fingerprint(stage: str, resolved: Resolved, hashes: HashCache) -> Fingerprin
         assert recipe.base is not None
         inputs |= hashes.directory(recipe.base, "base", unread=_NEVER_READ)
         if recipe.drafter is not None:
-            horizon = HORIZON_IN_NAME.search(recipe.drafter.name) or HORIZON_IN_NAME.search(
-                recipe.drafter.resolve().name
-            )
-            options["drafter_name"] = None if horizon is None else horizon[0]
+            names = (recipe.drafter.name, recipe.drafter.resolve().name)  # draft_len may come from there
+            options["drafter_names"] = [m[0] for m in map(HORIZON_IN_NAME.search, names) if m is not None]
             inputs |= hashes.directory(recipe.drafter, "drafter")
     elif stage == BUILD:
         assert recipe.checkpoint is not None
