@@ -180,7 +180,8 @@ ARGUMENTS = (
 VALUES = (
     "", " ", "0", "-1", "1", "2", "3", "1000000", "9223372036854775808", "1e400", "nan", "inf", "-0.0", "0.5", "x",
     "base", "base/config.json", "/", "/dev/zero", "/dev/null", ".", "..", "a" * 300, "a/" * 2500 + "a", "\udcff",
-    "\x1b[31mred", "\u202e", "1x1", "2x9999999", "1x2,,3", "null", "[1,2", "{a: 1}", "*a", "&a [*a]", "~nobody/x", "auto", "cuda:99",
+    "\x1b[31mred", "\u202e", "1x1", "2x9999999", "1x2,,3", "null", "[1,2", "{a: 1}", "*a", "&a [*a]", "~nobody/x",
+    "auto", "cuda:99",
     "9" * 5000, "h100-80gb", "recipe.yaml", "engine", "checkpoint", "prompts.jsonl",
 )  # fmt: skip
 

@@ -270,12 +270,18 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Write tensors that are in memory anyway (drafters, training states, tests). Conversions stream instead.
 
     The bytes are those of the safetensors library, whose own writer makes files that the owner alone may read (it goes
-    through a temporary file); these have the permissions that the umask gives every other file.
+    through a temporary file); these have the permissions that the umask gives every other file. An old file is
+    replaced by a rename: tensors may still be mapped from it.
     """
     layout = Layout.of(((name, STORED_DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()), metadata)
-    with path.open("wb") as file:
-        file.write(layout.header_bytes)
-        file.writelines(tensor_bytes(tensors[entry.name]) for entry in layout.entries)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(layout.header_bytes)
+            file.writelines(tensor_bytes(tensors[entry.name]) for entry in layout.entries)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -73,14 +73,14 @@ class TorchBackend:
                 link_or_copy(source / name, target)
             if plan.tokenizer is not None:
                 _copy_tokenizer(plan.tokenizer, work / TOKENIZER_DIRECTORY)
+            damaged = limited(list(finite_problems(plan.checkpoint)))
+            raise_together(InputError, damaged, "the checkpoint cannot be used", where=source)
             factor = find_factor(plan.checkpoint) if plan.checkpoint.config.dtype == "bfloat16" else None
             if factor is not None:
                 save_factor(factor, work)
             write_json(work / "config.json", plan.engine_config())
             manifest = _manifest(plan, work)
             _check_unchanged(plan.checkpoint, manifest)
-            damaged = limited(list(finite_problems(plan.checkpoint)))  # hashed a moment ago: still in memory
-            raise_together(InputError, damaged, "the checkpoint cannot be used", where=source)
             manifest.write(work)
             progress("build", len(files), len(files), "files")
         return options.output
