@@ -70,6 +70,7 @@ def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_read_only_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Status:
         f_flag = os.ST_RDONLY
+        f_bavail = f_blocks = f_bfree = f_frsize = 1
 
     monkeypatch.setattr(os, "statvfs", lambda _: Status)
     with pytest.raises(OutputError, match="read-only"):

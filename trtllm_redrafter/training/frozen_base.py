@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.base_models.tokenizer import eos_token_ids, tokenizer_sha256
-from trtllm_redrafter.checkpoint.safetensors_io import read_header
 from trtllm_redrafter.errors import BackendError, InputError
 from trtllm_redrafter.fsio import read_json
-from trtllm_redrafter.memory import is_out_of_memory
 from trtllm_redrafter.training.export import BaseIdentity
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,7 +36,9 @@ class FrozenBase:
     def load(cls, path: Path, *, device: str, dtype: str) -> FrozenBase:
         if device == "cuda" and not torch.cuda.is_available():
             raise BackendError("no CUDA device is here", where="device", remedy="use cpu")
-        model = _load(path, DTYPES[dtype])
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], local_files_only=True)
         return cls(model.to(device).eval().requires_grad_(False), path)
 
     @property
@@ -52,34 +52,6 @@ class FrozenBase:
         tokens = torch.tensor([[*t, *[0] * (width - len(t))] for t in texts], device=self.head.device)
         states = self._model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
         return [states[i, : len(t)] for i, t in enumerate(texts)]
-
-
-def _load(path: Path, dtype: torch.dtype) -> Any:
-    """The model through transformers; `InputError` for whatever it says of files it cannot use.
-
-    A tensor that is missing would be filled with random numbers, with no more than a warning.
-    """
-    from transformers import AutoModelForCausalLM
-
-    for file in sorted(path.glob("*.safetensors")):
-        read_header(file)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise _unusable(path, f"{type(error).__name__}: {str(error)[:300]}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise _unusable(path, f"its files lack {', '.join(missing[:3])}" + (" and others" if len(missing) > 3 else ""))
-    return model
-
-
-def _unusable(path: Path, why: str) -> InputError:
-    remedy = "check it with `trtllm-redrafter convert --base … --dry-run`, or download it again"
-    return InputError("the base model cannot be loaded", where=path, why=why, remedy=remedy)
 
 
 def base_identity(path: Path) -> BaseIdentity:
