@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cli.tiny import write_models
 from trtllm_redrafter.errors import InputError, OutputError, RedrafterError, UsageError
 from trtllm_redrafter.pipeline import PipelinePlan, plan_pipeline, run_pipeline
 from trtllm_redrafter.pipeline.cache import Fingerprint, HashCache
+from trtllm_redrafter.pipeline.fingerprints import fingerprint
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.recipe import resolve, set_layer
 
@@ -199,3 +201,60 @@ def test_fingerprints_ignore_order() -> None:
     two = Fingerprint({"b": 2, "a": 1}, {"y": "2", "x": "1"})
     assert one.key == two.key and not one.changes_since(two.options, two.inputs)
     assert one.changes_since({"a": 1, "b": 3}, {"x": "1"}) == ["b was 3, is 2", "y is new"]
+
+
+def test_a_pickled_drafter_with_other_weights_is_a_miss(place: Path) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(place / "drafter" / "model.safetensors")
+    (place / "drafter" / "model.safetensors").unlink()
+    for factor, expected in ((1.0, "miss"), (1.0, "hit"), (-3.0, "miss")):
+        if expected == "miss":
+            torch.save({k: v * factor for k, v in tensors.items()}, place / "drafter" / "pytorch_model.bin")
+        assert run()["convert"] == expected
+    checkpoint = load_file(place / "runs/demo/checkpoint/rank0.safetensors")
+    assert torch.equal(checkpoint["drafter.rnn_u.bias"], tensors["rnn_u.bias"] * -3.0)
+
+
+@pytest.mark.parametrize("name", ["base/sub/model-2.safetensors", "base/added_tokens.json", "drafter/model.pt"])
+def test_whatever_a_stage_may_read_is_in_its_fingerprint(name: str, place: Path) -> None:
+    before = fingerprint("convert", plan().resolved, HashCache(place / "none.json"))
+    file = place / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"x")
+    after = fingerprint("convert", plan().resolved, HashCache(place / "none.json"))
+    assert set(after.inputs) - set(before.inputs) == {name}
+
+
+@pytest.mark.parametrize("name", ["base/pytorch_model.bin", "base/README.md", "base/.cache/x.json"])
+def test_files_that_no_stage_reads_change_nothing(name: str, place: Path) -> None:
+    before = fingerprint("convert", plan().resolved, HashCache(place / "none.json"))
+    (place / name).parent.mkdir(exist_ok=True)
+    (place / name).write_bytes(b"x")
+    assert fingerprint("convert", plan().resolved, HashCache(place / "none.json")) == before
+
+
+def test_the_draft_length_in_a_drafters_name_is_an_input(place: Path) -> None:
+    (place / "drafter").rename(place / "d_n_2_x")
+    short = fingerprint("convert", plan("drafter=d_n_2_x").resolved, HashCache(place / "none.json"))
+    (place / "d_n_2_x").rename(place / "d_n_3_x")
+    longer = fingerprint("convert", plan("drafter=d_n_3_x").resolved, HashCache(place / "none.json"))
+    assert short.key != longer.key
+
+
+def test_a_file_changed_behind_its_old_date_is_read_again(place: Path) -> None:
+    file = place / "a.json"
+    file.write_text("1")
+    os.utime(file, (1.0e9, 1.0e9))
+    cache = HashCache(place / "hashes.json")
+    first = cache.sha256(file)
+    time.sleep(0.02)
+    file.write_text("2")
+    os.utime(file, (1.0e9, 1.0e9))
+    assert cache.sha256(file) != first
+
+
+def test_every_key_of_a_section_shapes_its_stage_unless_it_is_named(place: Path) -> None:
+    options = fingerprint("convert", plan().resolved, HashCache(place / "none.json")).options
+    assert {"convert.dtype", "convert.tp_size", "convert.num_beams", "convert.greedy"} <= set(options)
+    assert "convert.workers" not in options

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -207,3 +209,30 @@ def test_the_documentation_lists_every_key_and_its_default() -> None:
     assert not missing, difflib.get_close_matches(missing[0], text.split(), 1)
     block = text.split("```yaml")[1].split("```")[0]
     resolve([Layer(Origin("file", "docs/recipe.md"), yaml.safe_load(block))])
+
+
+def bomb(levels: int) -> str:
+    """Lists of nine aliases each: levels lines of YAML, nine to the power of levels values."""
+    names = "abcdefghijklmnop"
+    lines = ["prompts:", "- &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"- &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in pairwise(names[:levels])]
+    return "run:\n  " + "\n  ".join(lines) + "\n"
+
+
+def test_aliases_are_counted_as_what_they_stand_for(tmp_path: Path) -> None:
+    assert "with its aliases written out" in message(file_layers, recipe(tmp_path, bomb(14)))
+    assert file_layers(recipe(tmp_path, bomb(3)))[0].values["run"]["prompts"][2][0][0][0] == "x"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["build.max_batch_size=9223372036854775808", "convert.num_beams=0", "convert.tp_size=4294967296", 'base="a\\0b"'],
+)
+def test_sizes_and_paths_beyond_reason(setting: str) -> None:
+    with pytest.raises(UsageError, match=setting.partition("=")[0]):
+        resolve([set_layer([setting])])
+
+
+def test_a_recipe_is_a_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "demo.yaml")
+    assert "cannot read the recipe" in message(file_layers, tmp_path / "demo.yaml")

@@ -23,6 +23,7 @@ from trtllm_redrafter.conversion import convert as run_conversion
 from trtllm_redrafter.conversion import plan_conversion
 from trtllm_redrafter.errors import RequestError
 from trtllm_redrafter.generation import defaults_for, open_runner
+from trtllm_redrafter.paths import as_input_error
 from trtllm_redrafter.progress import Progress, no_progress
 from trtllm_redrafter.recipe import Resolved, flag_layers, resolve
 from trtllm_redrafter.recipe.options import build_options, convert_options, sampling_params
@@ -56,7 +57,8 @@ def convert(
             "workers": workers,
         },
     )  # fmt: skip
-    return run_conversion(plan_conversion(convert_options(resolved, overwrite=overwrite)), progress)
+    with as_input_error():
+        return run_conversion(plan_conversion(convert_options(resolved, overwrite=overwrite)), progress)
 
 
 def build(
@@ -84,9 +86,10 @@ def build(
         },
         tensorrt_llm=tensorrt_llm or {},
     )  # fmt: skip
-    options = build_options(resolved, overwrite=overwrite)
-    chosen = load_backend(options.backend)
-    return chosen.build(chosen.plan(options), progress)
+    with as_input_error():
+        options = build_options(resolved, overwrite=overwrite)
+        chosen = load_backend(options.backend)
+        return chosen.build(chosen.plan(options), progress)
 
 
 def load_engine(
@@ -100,7 +103,8 @@ def load_engine(
     """Load an engine directory with the backend it was built for."""
     run = {"device": device, "num_beams": num_beams, "draft_len": draft_len}
     resolved = _resolved({"engine": engine}, run=run)
-    return Engine(open_runner(resolved, verify_hashes=verify_hashes), resolved)
+    with as_input_error():
+        return Engine(open_runner(resolved, verify_hashes=verify_hashes), resolved)
 
 
 class Engine:

@@ -141,6 +141,17 @@ def not_finite(what: str, dtype: str, *, where: str | Path | None = None) -> Num
     return NumericalError(f"{what} are not finite numbers", where=where, why=why, remedy=remedy)
 
 
+MAX_LISTED = 12
+"""Problems of one kind that are listed; a wrong config.json makes every layer wrong in the same way."""
+
+
+def limited(problems: list[Problem]) -> list[Problem]:
+    """The first few, and how many more."""
+    if len(problems) <= MAX_LISTED:
+        return problems
+    return [*problems[:MAX_LISTED], Problem(f"and {len(problems) - MAX_LISTED} more problems like these")]
+
+
 def raise_together(
     error: type[RedrafterError],
     problems: Sequence[Problem],

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.errors import InputError, OutputError
+from trtllm_redrafter.paths import check_place, open_regular, read_regular
 
 CREATOR = "trtllm-redrafter"
 """The creator's name in every manifest; what marks a directory as ours to replace."""
@@ -59,7 +60,8 @@ def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path, *, overwrite: bool) -> None:
-    """Raise `OutputError` when `path` exists and may not be replaced."""
+    """Raise `OutputError` when `path` exists and may not be replaced, or when nothing can be written there."""
+    check_place(path)
     target = Path(os.path.realpath(path))
     with as_output_error(path):
         exists = target.exists()
@@ -175,12 +177,22 @@ def sha256_file(path: Path, chunk_bytes: int = 2**20) -> str:
     """Hex SHA-256 of a file, read in chunks that stay in the CPU's cache."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(chunk_bytes))
-    try:
-        with path.open("rb", buffering=0) as file:
-            while n := file.readinto(buffer):
-                digest.update(buffer[:n])
-    except OSError as e:
-        raise InputError("cannot read the file", where=path, why=str(e), remedy="check that it exists") from e
+    with open_regular(path) as file:
+        while n := file.readinto(buffer):  # type: ignore[attr-defined]
+            digest.update(buffer[:n])
+    return digest.hexdigest()
+
+
+def sample_sha256(path: Path, pages: int = 16, page_bytes: int = 4096) -> str:
+    """Hex SHA-256 of evenly spaced pages of a file; of all of it where that is less."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= pages * page_bytes:
+            pages, page_bytes = 1, size
+        for page in range(pages):
+            file.seek(page * (size - page_bytes) // max(pages - 1, 1))
+            digest.update(file.read(page_bytes))
     return digest.hexdigest()
 
 
@@ -212,13 +224,13 @@ def safe_join(base: Path, relative: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; `InputError` when it is missing, malformed or not an object."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise InputError("the JSON file is too large", where=path, remedy="check that it is the right file")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
+        text = read_regular(path, _MAX_JSON_BYTES)
+    except InputError as e:
+        if not isinstance(e.__cause__, FileNotFoundError):
+            raise
         raise InputError("the file is missing", where=path, remedy="check the path, or download it again") from e
-    except OSError as e:
-        raise InputError("cannot read the file", where=path, why=str(e), remedy="check the path") from e
+    try:
+        value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as e:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise InputError("the file is not valid JSON", where=path, why=str(e), remedy="download it again") from e
     if not isinstance(value, dict):
@@ -231,7 +243,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON for people to read: indented, with a final newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError:  # a path that is not UTF-8 has no other form in JSON than escapes
+        data = json.dumps(value, indent=2).encode("ascii")
+    path.write_bytes(data + b"\n")
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -178,11 +178,11 @@ def test_files_that_nobody_wrote_are_named(checkpoint: Path, tmp_path: Path) -> 
         (path / "tokenizer" / "evil.py").write_text("print('never')")
         (path / "link").symlink_to(tmp_path)
         report = verify_files(path, hashes=True)
-        assert [p.what for p in report.problems] == ["the manifest does not list this file"] * 2
+        assert [p.what for p in report.problems] == ["an unknown file that may be read, or run"] * 2
         assert [p.where for p in report.problems] == [str(path / "link"), str(path / "tokenizer" / "evil.py")]
     for number in range(30):
-        (checkpoint / f"file{number:02d}").touch()
-    assert verify_files(checkpoint, hashes=True).problems[-1].what == "and 20 more files"
+        (checkpoint / f"file{number:02d}.py").touch()
+    assert verify_files(checkpoint, hashes=True).problems[-1].what == "and 20 more problems like these"
 
 
 def test_inspect_names_everything(checkpoint: Path, tmp_path: Path) -> None:
@@ -217,3 +217,35 @@ def test_inspect_of_something_else(content: str, tmp_path: Path) -> None:
         inspect(tmp_path)
     with pytest.raises(InputError, match="no such directory"):
         inspect(tmp_path / "nowhere")
+
+
+# ---- what verify says of files nobody lists, and without a manifest
+
+
+def test_unlisted_files_are_named(checkpoint: Path) -> None:
+    (checkpoint / "README").write_text("mine")
+    (checkpoint / "modeling.py").write_text("raise SystemExit")
+    (checkpoint / "tokenizer").mkdir(exist_ok=True)
+    (checkpoint / "tokenizer" / "added_tokens.json").write_text("{}")
+    report = verify_files(checkpoint, hashes=False)
+    assert [Path(str(p.where)).name for p in report.problems] == ["modeling.py", "added_tokens.json"]
+    assert all("unknown file" in p.what for p in report.problems)
+    assert any("README" in note for note in report.notes)
+
+
+def test_without_a_manifest_verify_says_what_it_cannot_know(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+    report = verify_files(checkpoint, hashes=True)
+    assert report.ok and "every value is finite" in report.render()
+    for text in ("have changed", "which base model and drafter", "exchanged", "--against"):
+        assert text in report.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("notes", 5), ("files", {"a": {"size": -1, "sha256": ""}}), ("inputs", []), ("kind", "web app")]
+)
+def test_manifests_of_the_wrong_shape(key: str, value: object, checkpoint: Path) -> None:
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest | {key: value}))
+    report = verify_files(checkpoint, hashes=True)
+    assert "not a manifest of ours" in report.render() and key in report.render()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,42 @@ def test_unaligned_tensors_are_copied(tmp_path: Path) -> None:
 def test_tensor_bytes_of_a_transposed_tensor() -> None:
     tensor = torch.arange(6, dtype=torch.int32).reshape(2, 3)
     assert bytes(tensor_bytes(tensor.T)) == tensor.numpy().T.tobytes()
+
+
+def test_written_files_are_the_librarys_and_follow_the_umask(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.zeros(2, dtype=torch.int32), "c": torch.ones(1).half()}
+    metadata = {"format": "pt", "step": "3"}
+    save_file(tensors, tmp_path / "theirs", metadata=metadata)
+    old = os.umask(0o002)
+    try:
+        save_tensors(tmp_path / "ours", tensors, metadata)
+    finally:
+        os.umask(old)
+    assert read_header(tmp_path / "ours").metadata == read_header(tmp_path / "theirs").metadata == metadata
+    assert {k: v.tolist() for k, v in load_file(tmp_path / "ours").items()} == {
+        k: v.tolist() for k, v in tensors.items()
+    }
+    assert (tmp_path / "ours").stat().st_mode & 0o777 == 0o664
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+def test_a_file_that_is_replaced_while_it_is_mapped(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_tensors(file, {"a": torch.ones(2**16)})
+    mapped = SafetensorsFile.open(file).load("a")
+    save_tensors(file, {"a": torch.zeros(1)})
+    assert mapped.sum() == 2**16 and len(SafetensorsFile.open(file).load("a")) == 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dtype": "F32", "shape": [2**61] * 300, "data_offsets": [0, 4]}, "300 dimensions"),
+        ({"dtype": "F32", "shape": [2**31, 2**31, 4], "data_offsets": [0, 4]}, "no file holds as many"),
+    ],
+)
+def test_shapes_beyond_reason(entry: dict[str, object], message: str, tmp_path: Path) -> None:
+    header = json.dumps({"a": entry}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(InputError, match=message):
+        read_header(tmp_path / "x.safetensors")

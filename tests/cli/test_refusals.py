@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.tiny import Program
+from trtllm_redrafter.cli.console import printable
 
 
 @pytest.fixture
@@ -187,3 +189,46 @@ main()
     assert done.returncode == 128 + number and done.stderr.endswith("interrupted\n"), done.stderr
     assert json.loads(done.stdout)["error"]["exit_code"] == 128 + number
     assert list(here.iterdir()) == []
+
+
+def test_names_from_files_reach_a_terminal_as_escapes(program: Program, tmp_path: Path) -> None:
+    folder = tmp_path / "red\x1b[31m\u202e"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architectures": ["\\u001b]0;title\\u0007"]}')
+    assert program("convert", "--base", folder, "--output", tmp_path / "out") == 3
+    assert "\x1b" not in program.err and "red\\x1b[31m\\u202e" in program.err and "\\x1b]0;title\\x07" in program.err
+    assert program("inspect", folder) == 0 and "\x1b" not in program.out
+    assert printable("ä\ttab\n" + os.fsdecode(b"\xff")) == "ä\ttab\n\\udcff"
+
+
+def test_paths_that_are_not_utf8(program: Program, tmp_path: Path) -> None:
+    name = tmp_path / os.fsdecode(b"base\xff")
+    name.mkdir()
+    assert program("convert", "--base", name, "--output", tmp_path / "out", "--json") == 2
+    assert "UTF-8" in program.err and program.document["error"]["kind"] == "usage"
+    assert program("inspect", name, "--json") == 3 and "base\\udcff" in program.err
+
+
+def test_long_names_of_inputs(program: Program) -> None:
+    for line in (
+        f"convert --base {'x' * 300} --output y",
+        f"run --engine {'x' * 300} --prompt a",
+        f"inspect {'x' * 300}",
+    ):
+        assert program(*line.split()) == 3, program.err
+        assert "error:" in program.err
+
+
+def test_too_little_memory_is_said_before_anything_is_imported() -> None:
+    """Below the address space that PyTorch needs, imports fail in the middle and differently each time."""
+    limited = "ulimit -v 600000; exec " + sys.executable + " -m trtllm_redrafter inspect ."
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 6 and "not enough memory" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_allocation_that_fails_anywhere(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("trtllm_redrafter.checkpoint.inspect.inspect", fail)
+    assert program("inspect", ".") == 6 and "not enough memory" in program.err

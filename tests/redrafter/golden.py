@@ -34,6 +34,13 @@ def load(case: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return INDEX["cases"][case], {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def load_empty(case: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same case with a batch of no rows: its inputs and outputs cut to nothing, its weights as they are."""
+    description, tensors = load(case)
+    cut = {k: v if k.startswith("param.") else v[:0] for k, v in tensors.items()}
+    return description | {"accepted": []}, cut
+
+
 def drafter_of(case: dict[str, Any], tensors: dict[str, Tensor]) -> Drafter:
     config = DrafterConfig(case["vocab"], case["hidden"], case["exit_dim"], case["layers"], case["rnn"])
     drafter = Drafter(config)

@@ -19,13 +19,12 @@ from trtllm_redrafter.base_models.hf_config import parse_hf_config, stated_dtype
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, EMBEDDING, Split, TensorSpec, tensor_specs
 from trtllm_redrafter.checkpoint.safetensors_io import TensorInfo, read_header
-from trtllm_redrafter.errors import InputError, Problem, RedrafterError, raise_together
+from trtllm_redrafter.errors import InputError, Problem, RedrafterError, limited, raise_together
 from trtllm_redrafter.fsio import read_json, safe_join
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOATING = tuple(DTYPE_NAMES.values())
-_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -52,17 +51,19 @@ class HFModel:
         raw = read_json(path / "config.json")
         parsed = parse_hf_config(raw, where=path / "config.json")
         problems = list(parsed.problems)
+        files: tuple[Path, ...]
+        tensors: dict[str, LocatedTensor] | None
         try:
             files, tensors = locate_tensors(path)
         except RedrafterError as e:
             problems += e.problems or (e.problem,)
-            files, tensors = (), {}
+            files, tensors = (), None
         config = parsed.config
-        if config is not None and tensors:
+        if config is not None and tensors is not None:
             config = _with_dtype(config, raw, tensors)
             problems += check_tensors(config, tensors, path)
         raise_together(InputError, problems, "the base model cannot be converted", where=path)
-        assert config is not None
+        assert config is not None and tensors is not None
         return cls(path, config, raw, tensors, files, parsed.notes)
 
 
@@ -168,10 +169,3 @@ def _check_one(name: str, shape: tuple[int, ...], found: LocatedTensor | None, p
         why = f"it is {found.info.dtype}; one of {', '.join(FLOATING)} is needed"
         return [Problem(f"tensor {name!r} is not a plain floating tensor", str(found.path), why, "use the original")]
     return []
-
-
-def limited(problems: list[Problem]) -> list[Problem]:
-    """The first few, and how many more: a wrong config.json makes every layer wrong in the same way."""
-    if len(problems) <= _SHOWN:
-        return problems
-    return [*problems[:_SHOWN], Problem(f"and {len(problems) - _SHOWN} more problems like these")]

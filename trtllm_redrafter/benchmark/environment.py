@@ -20,6 +20,7 @@ from typing import Any
 
 from trtllm_redrafter import __version__
 from trtllm_redrafter.backends.base import EngineInfo
+from trtllm_redrafter.backends.engine_config import parse_engine_config
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.planning.gpus import gpu_by_driver_name
@@ -170,7 +171,9 @@ def engine_config(engine: Path) -> CheckpointConfig:
     if inner.exists():
         return CheckpointConfig.from_dict(read_json(inner), where=inner)
     where = engine / "config.json"
-    return CheckpointConfig.from_dict(read_json(where)["pretrained_config"], where=where)
+    values = read_json(where)
+    parse_engine_config(values, where)
+    return CheckpointConfig.from_dict(values["pretrained_config"], where=where)
 
 
 def _bandwidth(nbytes: int) -> float:

@@ -11,7 +11,7 @@ reader would otherwise guess (bias? q/k norm? head size?) is an attribute here:
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from trtllm_redrafter.errors import InputError, Problem, raise_together
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 
 DTYPES = ("float16", "bfloat16", "float32")
+
+MAX_RANKS = 1024
 
 
 @dataclass(frozen=True)
@@ -228,12 +230,15 @@ def _read_drafter(fields: FieldReader, hidden: int, vocab: int) -> tuple[Drafter
         num_layers=fields.size("redrafter_num_layers", minimum=0),
         rnn=fields.flag("redrafter_is_rnn", None),
     )
-    return drafter, DraftShape(fields.size("redrafter_num_beams"), fields.size("redrafter_draft_len_per_beam"))
+    shape = DraftShape(fields.size("redrafter_num_beams"), fields.size("redrafter_draft_len_per_beam"))
+    fields.problems += [replace(problem, where=str(fields.where)) for problem in shape.problems()]
+    return drafter, shape
 
 
 def _rank_count(mapping: Mapping[str, Any], key: str, fields: FieldReader) -> int:
     value = mapping.get(key, 1)
-    if type(value) is not int or value < 1:
-        fields.problem(f"mapping.{key} is {value!r}", remedy="it must be a positive whole number")
+    if type(value) is not int or not 1 <= value <= MAX_RANKS:
+        remedy = f"it must be a whole number from 1 to {MAX_RANKS}"
+        fields.problem(f"mapping.{key} is {repr(value)[:60]}", remedy=remedy)
         return 1
     return value

@@ -6,13 +6,40 @@ fields.size("hidden_size")      # 1, and fields.problems says that hidden_size i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.errors import Problem
+from trtllm_redrafter.redrafter.config import MAX_DRAFT_LEN
 
+MAX_SIZE = 2**31 - 1
+"""No size of a model, an engine or a request is larger; kernels and TensorRT-LLM count in 32 bits."""
+
+LIMITS: Mapping[str, int] = {
+    "num_hidden_layers": 10_000,
+    "num_draft_layers": 1_000,
+    "redrafter_num_layers": 1_000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "head_size": 2**16,
+    "hidden_size": 2**20,
+    "redrafter_hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "exit_dim": 2**21,
+    "redrafter_exit_dim": 2**21,
+    "vocab_size": 2**26,
+    "draft_len": MAX_DRAFT_LEN,
+    "redrafter_draft_len_per_beam": MAX_DRAFT_LEN,
+    "num_beams": MAX_SIZE,
+}
+"""Far above every model there is, and low enough that a list of that length is no danger: work is planned per layer."""
+
+_MAX_NUMBER = 1e38
+"""float32 ends there."""
+
+_SHOWN = 60
 _MISSING: Any = object()
 _EDIT = "correct the file, or download it again"
 
@@ -30,11 +57,11 @@ class FieldReader:
         self.problems.append(Problem(what, str(self.where), why, remedy))
 
     def size(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        """A whole number of at least `minimum`."""
-        value = self._get(key, default)
-        if type(value) is int and value >= minimum:
+        """A whole number of at least `minimum` and at most what `LIMITS` says for the key."""
+        value, limit = self._get(key, default), LIMITS.get(key, MAX_SIZE)
+        if type(value) is int and minimum <= value <= limit:
             return value
-        self._wrong(key, value, f"a whole number of at least {minimum} is needed")
+        self._wrong(key, value, f"a whole number from {minimum} to {limit} is needed")
         return minimum
 
     def optional_size(self, key: str) -> int | None:
@@ -44,7 +71,7 @@ class FieldReader:
     def number(self, key: str, default: float | None = None) -> float:
         """A positive finite number."""
         value = self._get(key, default)
-        if type(value) in (int, float) and math.isfinite(value) and value > 0:
+        if type(value) in (int, float) and 0 < value < _MAX_NUMBER:  # false for NaN
             return float(value)
         self._wrong(key, value, "a positive number is needed")
         return 1.0
@@ -86,5 +113,7 @@ class FieldReader:
         return value
 
     def _wrong(self, key: str, value: Any, needed: str) -> None:
-        what = f"{key} is missing" if value is _MISSING else f"{key} is {value!r}"
+        text = repr(value)
+        text = text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+        what = f"{key} is missing" if value is _MISSING else f"{key} is {text}"
         self.problem(what, why=needed, remedy=_EDIT)

@@ -12,39 +12,71 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from trtllm_redrafter import __version__
-from trtllm_redrafter.errors import InputError, Problem
-from trtllm_redrafter.fsio import CREATOR, read_json, safe_join, sha256_file, write_json
+from trtllm_redrafter.checkpoint.validation import Schema, validated
+from trtllm_redrafter.errors import Problem
+from trtllm_redrafter.fsio import CREATOR, read_json, safe_join, sample_sha256, sha256_file, write_json
 
 MANIFEST = "manifest.json"
 OWN_HASH = "manifest_sha256"
+_RANK_FILE = re.compile(r"rank\d+\.(safetensors|engine)")
 DRAFTER_WEIGHTS = "model.safetensors"
 """The file of a drafter directory whose content is its identity."""
-
-_SHOWN = 12
-KINDS = ("checkpoint", "engine", "drafter")
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size in bytes and hex SHA-256 of one file."""
+    """Size in bytes and hex SHA-256 of one file.
+
+    `sample_sha256` is that of a few of its pages: which of several files of one size this is can be told at every load,
+    without reading all of it. Rank files have it.
+    """
 
     size: int
     sha256: str
+    sample_sha256: str | None = None
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
         return cls(path.stat().st_size, sha256_file(path))
 
+    def with_sample(self, path: Path) -> FileRecord:
+        """The same with the sample of the file, which is this one."""
+        return replace(self, sample_sha256=sample_sha256(path))
+
     def as_dict(self) -> dict[str, Any]:
-        return {"size": self.size, "sha256": self.sha256}
+        sample = {} if self.sample_sha256 is None else {"sample_sha256": self.sample_sha256}
+        return {"size": self.size, "sha256": self.sha256, **sample}
+
+
+class _Record(Schema):
+    size: Annotated[int, Field(ge=0)]
+    sha256: str
+    sample_sha256: str | None = None
+
+
+class _File(Schema):
+    """manifest.json as it is read; sections that a later version adds are kept out."""
+
+    kind: Literal["checkpoint", "engine", "drafter"]
+    files: dict[str, _Record]
+    inputs: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+    derived: dict[str, Any] | None = None
+    creator: dict[str, Any] | None = None
+    notes: list[str] | None = None
+    created: str | None = None
 
 
 def creator() -> dict[str, str]:
@@ -84,18 +116,17 @@ class Manifest:
         """Read a directory's manifest; `InputError` when it is missing or not one of ours."""
         path = directory / MANIFEST
         raw = read_json(path)
-        files = raw.get("files")
-        if raw.get("kind") not in KINDS or not isinstance(files, dict) or not all(map(_is_record, files.values())):
-            raise InputError("this is not a manifest of ours", where=path, remedy="write the directory again")
+        remedy = "write the directory again"
+        found = validated(_File, raw, where=path, what="this is not a manifest of ours", remedy=remedy)
         return cls(
-            kind=raw["kind"],
-            inputs=_section(raw, "inputs"),
-            options=_section(raw, "options"),
-            derived=_section(raw, "derived"),
-            files={name: FileRecord(f["size"], f["sha256"]) for name, f in files.items()},
-            notes=tuple(str(n) for n in raw.get("notes") or ()),
-            creator=_section(raw, "creator"),
-            created=str(raw.get("created", "")),
+            kind=found.kind,
+            inputs=found.inputs or {},
+            options=found.options or {},
+            derived=found.derived or {},
+            files={name: FileRecord(f.size, f.sha256, f.sample_sha256) for name, f in found.files.items()},
+            notes=tuple(found.notes or ()),
+            creator=found.creator or {},
+            created=found.created or "",
             intact=raw.get(OWN_HASH) in (None, _own_hash(raw)),
         )
 
@@ -127,23 +158,38 @@ class Manifest:
         """
         names = [name for name in self.files if name.startswith(below)]
         found = [self._check(directory, name, self.files[name], hashes) for name in names]
+        if not any(found) and not below:
+            found += self._exchanged(directory)
         if hashes and not below and not self.intact:
             remedy = f"write the {self.kind} again, or copy the manifest from an intact one"
             found.append(Problem("the manifest has been changed since it was written", str(directory / MANIFEST),
                                  f"its content is not that of its own {OWN_HASH}", remedy))  # fmt: skip
         return [problem for problem in found if problem is not None]
 
-    def unknown_files(self, directory: Path) -> list[Problem]:
-        """Every file in `directory` that the manifest does not list, the first `_SHOWN` by name."""
-        found = sorted(
-            p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_symlink() or not p.is_dir()
-        )
-        why = f"it was not there when the {self.kind} was written; nobody knows what reads it"
-        remedy = "remove it, unless you put it there; then keep it elsewhere"
-        what = "the manifest does not list this file"
-        unknown = [name for name in found if name != MANIFEST and name not in self.files]
-        more = [Problem(f"and {len(unknown) - _SHOWN} more files")] if len(unknown) > _SHOWN else []
-        return [Problem(what, str(directory / name), why, remedy) for name in unknown[:_SHOWN]] + more
+    def unlisted(self, directory: Path) -> list[str]:
+        """Names of files below `directory` that the manifest does not list, sorted; links are named, not followed."""
+        found = []
+        for folder, folders, names in os.walk(directory):
+            links = [name for name in folders if (Path(folder) / name).is_symlink()]
+            for name in [*links, *names]:
+                relative = (Path(folder) / name).relative_to(directory).as_posix()
+                if relative != MANIFEST and relative not in self.files:
+                    found.append(relative)
+        return sorted(found)
+
+    def _exchanged(self, directory: Path) -> Iterator[Problem]:
+        """Rank files of one size that have taken each other's places, told by a sample of their bytes."""
+        names = {record.sample_sha256: name for name, record in self.files.items() if record.sample_sha256}
+        for name, record in self.files.items():
+            if record.sample_sha256 is None or len(names) == 1:
+                continue
+            path = safe_join(directory, name)
+            other = names.get(sample_sha256(path), name)
+            if other != name and self.files[other].sample_sha256 != record.sample_sha256:
+                remedy = f"put the rank files back, or write the {self.kind} again"
+                yield Problem(
+                    f"the file holds what {other} should", str(path), "rank files have been exchanged", remedy
+                )
 
     def _check(self, directory: Path, name: str, record: FileRecord, hashes: bool) -> Problem | None:
         remedy = f"write the {self.kind} again, or copy the file from an intact one"
@@ -165,16 +211,12 @@ def _own_hash(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = raw.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _is_record(value: Any) -> bool:
-    return isinstance(value, dict) and type(value.get("size")) is int and isinstance(value.get("sha256"), str)
-
-
 def record_tree(directory: Path) -> dict[str, FileRecord]:
     """Hash every file below a directory, except its manifest."""
     paths = sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / MANIFEST)
-    return {p.relative_to(directory).as_posix(): FileRecord.of(p) for p in paths}
+    return {
+        p.relative_to(directory).as_posix(): (
+            FileRecord.of(p).with_sample(p) if _RANK_FILE.fullmatch(p.name) else FileRecord.of(p)
+        )
+        for p in paths
+    }

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.paths import open_regular
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "U64": torch.uint64,
@@ -52,6 +54,9 @@ STORED_DTYPES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
+
+MAX_DIMENSIONS = 16
+"""Model weights have one to four; PyTorch itself ends at 64."""
 
 _DAMAGED = "download or copy the file again"
 
@@ -100,14 +105,11 @@ class Header(Mapping[str, TensorInfo]):
 
 def read_header(path: Path) -> Header:
     """Read and check a file's header; `InputError` says what is wrong with which tensor."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            text = file.read(length) if 0 < length <= min(MAX_HEADER_BYTES, size - 8) else b""
-    except OSError as e:
-        raise InputError("cannot read the file", where=path, why=e.strerror, remedy="check the path") from e
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        text = file.read(length) if 0 < length <= min(MAX_HEADER_BYTES, size - 8) else b""
     if size < 8:
         raise InputError("the file is too short for safetensors", where=path, why=f"{size} bytes", remedy=_DAMAGED)
     if length > MAX_HEADER_BYTES or 8 + length > size:
@@ -117,6 +119,8 @@ def read_header(path: Path) -> Header:
         raise InputError("the header is not a safetensors header", where=path, remedy=_DAMAGED)
     entries = _parse(text, path)
     metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise InputError("the header's __metadata__ is not a map of texts", where=path, remedy=_DAMAGED)
     infos = [_tensor_info(name, entry, 8 + length, path) for name, entry in entries.items()]
     infos.sort(key=lambda t: (t.begin, t.end))
     _check_offsets(infos, 8 + length, size, path)
@@ -156,6 +160,9 @@ def _tensor_info(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
             remedy="convert the file to one of these, or download it again",
         )
     assert shape is not None and offsets is not None
+    if len(shape) > MAX_DIMENSIONS or math.prod(shape) >= 2**62:
+        why = f"it has {len(shape)} dimensions" if len(shape) > MAX_DIMENSIONS else "no file holds as many elements"
+        raise InputError(f"the size of tensor {name!r} does not fit its shape", where=path, why=why, remedy=_DAMAGED)
     info = TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
     expected = math.prod(shape) * info.itemsize
     if info.nbytes != expected:
@@ -204,14 +211,24 @@ class SafetensorsFile:
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.torch_dtype)
         if self._map is None:
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._map = self._mapped()
+            if len(self._map) < self.header.file_size:
+                raise InputError(
+                    "the file became shorter since it was opened", where=self.path, remedy="leave it alone, try again"
+                )
         count = info.nbytes // info.itemsize
         if info.begin % info.itemsize == 0:
             flat = torch.frombuffer(self._map, dtype=info.torch_dtype, count=count, offset=info.begin)
         else:
             flat = torch.frombuffer(bytearray(self._map[info.begin : info.end]), dtype=info.torch_dtype, count=count)
         return flat.reshape(info.shape)
+
+    def _mapped(self) -> mmap.mmap:
+        try:
+            with open_regular(self.path) as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except ValueError as e:  # of an empty file
+            raise InputError("the file is empty", where=self.path, remedy=_DAMAGED) from e
 
 
 @dataclass(frozen=True)
@@ -226,11 +243,13 @@ class Layout:
         return self.entries[-1].end if self.entries else len(self.header_bytes)
 
     @classmethod
-    def of(cls, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Layout:
+    def of(
+        cls, tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+    ) -> Layout:
         """Lay out (name, dtype, shape) triples in the library's own order, so that equal content is equal bytes."""
         rank = {dtype: i for i, dtype in enumerate(TORCH_DTYPES)}
         ordered = sorted(tensors, key=lambda t: (rank[t[1]], t[0].encode()))
-        header: dict[str, Any] = {}
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         at = 0
         for name, dtype, shape in ordered:
             end = at + math.prod(shape) * TORCH_DTYPES[dtype].itemsize
@@ -242,16 +261,27 @@ class Layout:
         entries = tuple(
             TensorInfo(n, e["dtype"], tuple(e["shape"]), start + e["data_offsets"][0], start + e["data_offsets"][1])
             for n, e in header.items()
+            if n != "__metadata__"
         )
         return cls(struct.pack("<Q", len(text)) + text, entries)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors that are in memory anyway (drafters, tests). Conversions stream instead."""
-    layout = Layout.of((name, STORED_DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items())
-    with path.open("wb") as file:
-        file.write(layout.header_bytes)
-        file.writelines(tensor_bytes(tensors[entry.name]) for entry in layout.entries)
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors that are in memory anyway (drafters, training states, tests). Conversions stream instead.
+
+    The bytes are those of the safetensors library, whose own writer makes files that the owner alone may read (it goes
+    through a temporary file); these have the permissions that the umask gives every other file. An old file is
+    replaced by a rename: tensors may still be mapped from it.
+    """
+    layout = Layout.of(((name, STORED_DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()), metadata)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(layout.header_bytes)
+            file.writelines(tensor_bytes(tensors[entry.name]) for entry in layout.entries)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -14,16 +14,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtllm_redrafter.checkpoint.finite import finite_problems
 from trtllm_redrafter.checkpoint.inspect import ENGINE_CHECKPOINT
 from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, LM_HEAD, divisibility_problems, rank_slice
 from trtllm_redrafter.checkpoint.manifest import MANIFEST, Manifest
 from trtllm_redrafter.checkpoint.quantization import DRAFTER_EXCLUDE, is_excluded
+from trtllm_redrafter.checkpoint.ranks import rank_problems
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import TensorInfo
-from trtllm_redrafter.errors import InputError, Problem, RedrafterError, VerificationError
+from trtllm_redrafter.errors import InputError, Problem, RedrafterError, VerificationError, limited, raise_together
 from trtllm_redrafter.fsio import read_json
 
 _REMEDY = "convert again, or restore the file from an intact copy"
+_SHOWN = 8
+
+_READ_SUFFIXES = (".json", ".safetensors", ".engine", ".py", ".jinja", ".model", ".bin", ".pt", ".so")
+"""Of files that a loader may pick up because they are there."""
+
+_WITHOUT_MANIFEST = (
+    "no manifest.json, so it cannot be told: whether files have changed since they were written or are all there, "
+    "which base model and drafter went in, and whether whole ranks were exchanged (a tied LM head tells that); "
+    "--against compares the values"
+)
 
 
 @dataclass(frozen=True)
@@ -81,24 +93,43 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
             why = "an engine is not loaded without its manifest"
             problems.append(Problem("manifest.json is missing", str(path), why, "build the engine again"))
         elif manifest is None:
-            notes.append("no manifest.json: sizes and hashes are not known")
+            notes.append(_WITHOUT_MANIFEST)
         else:
             problems += manifest.check_files(path, hashes=hashes)
-            problems += manifest.unknown_files(path)
+            planted, harmless = _unlisted(manifest, path)
+            problems += planted
+            notes += harmless
             what = "size and SHA-256" if hashes else "size"
             checks.append(f"{what} of {len(manifest.files)} files against manifest.json, and that there are no others")
         if "pretrained_config" in read_json(path / "config.json"):
             notes.append("a TensorRT engine: its plans are compared by hash only; --reference runs it")
             return VerifyReport(path, tuple(checks), tuple(problems), tuple(notes))
         checkpoint = Checkpoint.open(checkpoint_directory(path))
-        problems += structure_problems(checkpoint, surplus=True)
+        problems += structure_problems(checkpoint)
         count = sum(len(rank.header) for rank in checkpoint.ranks)
         checks.append(f"name, shape and dtype of {count} tensors in {len(checkpoint.ranks)} rank file(s)")
+        if hashes:
+            problems += limited(list(finite_problems(checkpoint)))
+            checks[-1] += ", and that every value is finite"
         if any(not spec.checked for spec in checkpoint.specs.values()):
             notes.append(f"shapes of layers quantized as {checkpoint.config.quant_algo} are not known here")
     except RedrafterError as e:
         problems += e.problems or (e.problem,)
     return VerifyReport(path, tuple(checks), tuple(problems), tuple(notes))
+
+
+def _unlisted(manifest: Manifest, path: Path) -> tuple[list[Problem], list[str]]:
+    """Files that no manifest lists: a problem where something would read them, else a note."""
+    names = manifest.unlisted(path)
+    read = [n for n in names if "/" in n or Path(n).suffix in _READ_SUFFIXES or (path / n).is_symlink()]
+    why = f"manifest.json does not list it, so it was not there when the {manifest.kind} was written"
+    problems = [
+        Problem("an unknown file that may be read, or run", str(path / name), why, "remove it, or write it all again")
+        for name in read
+    ]
+    others = [name for name in names if name not in read]
+    shown = ", ".join(others[:_SHOWN]) + (f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else "")
+    return limited(problems), [f"not listed in manifest.json, and not checked: {shown}"] if others else []
 
 
 def _refuse_others(path: Path) -> None:
@@ -117,15 +148,26 @@ def _refuse_others(path: Path) -> None:
         raise InputError("this is neither a checkpoint nor an engine", where=path, remedy=remedy)
 
 
-def structure_problems(checkpoint: Checkpoint, *, surplus: bool) -> list[Problem]:
-    """Everything in the files that does not follow from config.json; `surplus` tensors only when asked for."""
+def require_sound(checkpoint: Checkpoint) -> None:
+    """`InputError` for what `verify` would find without reading the weights; `build` and `load` ask this first."""
+    problems = limited(structure_problems(checkpoint))
+    what = "the checkpoint's files do not fit its config.json"
+    raise_together(InputError, problems, what, where=checkpoint.path, remedy=_REMEDY)
+
+
+def structure_problems(checkpoint: Checkpoint) -> list[Problem]:
+    """Everything in the files that does not follow from config.json, or shows one rank file to be another's.
+
+    Headers, and a few pages of each tensor where there are several ranks.
+    """
     config = checkpoint.config
     problems = divisibility_problems(config, str(checkpoint.path))
     if problems:
         return problems
     for rank in range(len(checkpoint.ranks)):
         problems += _rank_problems(checkpoint, rank)
-        problems += _surplus_problems(checkpoint, rank) if surplus else ()
+        problems += _surplus_problems(checkpoint, rank)
+    problems += () if problems else rank_problems(checkpoint)
     excludes = config.quantization.get("exclude_modules")
     if config.drafter is not None and config.quant_algo is not None and not is_excluded("drafter.input_proj", excludes):
         why = "TensorRT-LLM would build the drafter's 16-bit layers as quantized ones"

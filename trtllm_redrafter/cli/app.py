@@ -27,7 +27,9 @@ from trtllm_redrafter.cli.run import run
 from trtllm_redrafter.cli.train import train
 from trtllm_redrafter.cli.tune import tune
 from trtllm_redrafter.cli.verify import verify
-from trtllm_redrafter.errors import RedrafterError, UsageError
+from trtllm_redrafter.errors import BackendError, RedrafterError, UsageError
+from trtllm_redrafter.memory import address_space_limit, is_out_of_memory
+from trtllm_redrafter.paths import explain_os_error
 
 PROGRAM = "trtllm-redrafter"
 
@@ -64,6 +66,9 @@ def run_app(arguments: Sequence[str]) -> int:
     args = [a for a in arguments if a != "--debug"]
     command = next((a for a in args if not a.startswith("-")), "")
     how: dict[str, Any] = {"as_json": "--json" in args, "debug": len(args) < len(arguments)}
+    too_small = address_space_limit()
+    if too_small is not None:
+        return console.report_error(command, _not_enough_memory(f"`ulimit -v` allows {too_small:,} bytes"), **how)
     try:
         code = app(args, prog_name=PROGRAM, standalone_mode=False)
     except RedrafterError as error:
@@ -76,6 +81,9 @@ def run_app(arguments: Sequence[str]) -> int:
     except Exception as error:  # noqa: BLE001 - the edge: a bug must end in a message and an exit code too
         if signals.exit_code() is not None:
             return console.report_interrupt(command, as_json=how["as_json"])
+        known = _explained(error)
+        if known is not None:
+            return console.report_error(command, known, **how)
         message = getattr(error, "format_message", None)  # typer's own, of an option it cannot parse
         if message is None:
             return console.report_crash(command, error, **how)
@@ -84,6 +92,18 @@ def run_app(arguments: Sequence[str]) -> int:
     if code == console.INTERRUPTED:  # typer returns this for Ctrl-C instead of raising
         return console.report_interrupt(command, as_json=how["as_json"])
     return code if isinstance(code, int) else 0
+
+
+def _explained(error: Exception) -> RedrafterError | None:
+    """What the machine refused, memory or a path, wherever it was first noticed; None for a bug."""
+    if is_out_of_memory(error):
+        return _not_enough_memory(f"{type(error).__name__}: {str(error)[:200]}")
+    return explain_os_error(error) if isinstance(error, OSError) else None
+
+
+def _not_enough_memory(why: str) -> BackendError:
+    remedy = "end other programs, raise the limit (`ulimit -v`, container, job), or use a smaller model or batch"
+    return BackendError("there is not enough memory", why=why, remedy=remedy)
 
 
 def main() -> None:

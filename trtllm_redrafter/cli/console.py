@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -25,14 +26,28 @@ from trtllm_redrafter.progress import Progress, no_progress
 INTERNAL_ERROR, INTERRUPTED = 70, 130
 
 
-def say(text: str = "") -> None:
-    """A result for people."""
-    typer.echo(text)
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal would obey instead of show (escape sequences, reversed writing), and what no encoding can write."""
+
+
+def printable(text: str) -> str:
+    """Text with control characters as escapes: names, ids and answers of models come from files, not from the user."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def say(text: str = "", *, nl: bool = True) -> None:
+    """A result for people; as it is into a file or pipe, without control characters to a terminal."""
+    typer.echo(printable(text) if sys.stdout.isatty() else _encodable(text), nl=nl)
 
 
 def note(text: str) -> None:
     """Something about the result, on stderr."""
-    typer.echo(text, err=True)
+    typer.echo(printable(text), err=True)
+
+
+def _encodable(text: str) -> str:
+    """Lone surrogates (names that are not UTF-8) as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def emit(command: str, **values: Any) -> None:
@@ -41,7 +56,8 @@ def emit(command: str, **values: Any) -> None:
 
 
 def _document(values: Mapping[str, Any]) -> None:
-    typer.echo(json.dumps(values, ensure_ascii=False, default=str))
+    text = json.dumps(values, ensure_ascii=False, default=str)
+    typer.echo(text if _encodable(text) == text else json.dumps(values, default=str))
 
 
 def report_error(command: str, error: RedrafterError, *, as_json: bool, debug: bool) -> int:

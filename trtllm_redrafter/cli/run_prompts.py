@@ -10,8 +10,6 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-import typer
-
 from trtllm_redrafter.backends.base import EngineInfo, Update
 from trtllm_redrafter.cli.console import note, progress_bar, say, working
 from trtllm_redrafter.errors import InputError, OutputError, RedrafterError, RequestError, UsageError
@@ -26,6 +24,7 @@ from trtllm_redrafter.generation import (
     read_jobs,
     run_jobs,
 )
+from trtllm_redrafter.paths import check_place
 from trtllm_redrafter.recipe import Resolved
 from trtllm_redrafter.recipe.schema import RunSection
 
@@ -103,7 +102,10 @@ def check_files(run: RunSection, *, overwrite: bool) -> None:
     if run.input is not None and not run.input.is_file():
         what = "the prompts are a directory, not a file" if run.input.is_dir() else "the file of prompts does not exist"
         raise InputError(what, where=run.input, remedy="check --input")
-    if run.output is None or not run.output.exists():
+    if run.output is None:
+        return
+    check_place(run.output)
+    if not run.output.exists():
         return
     if not overwrite:
         remedy = "pass --overwrite to replace it, or another --output"
@@ -152,7 +154,7 @@ def _failures(summary: Summary) -> str:
 
 
 def _stream_text(job: Job, update: Update) -> None:
-    typer.echo(update.text, nl=update.result is not None)
+    say(update.text, nl=update.result is not None)
 
 
 @contextmanager
@@ -164,7 +166,7 @@ def _open_sink(path: Path) -> Iterator[IO[str]]:
             with path.open("w", encoding="utf-8") as sink:
                 yield sink
         except BaseException:
-            if path.stat().st_size == 0:
+            if path.is_file() and path.stat().st_size == 0:
                 path.unlink()
             raise
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from trtllm_redrafter.base_models.hf_model import HFModel, limited
+from trtllm_redrafter.base_models.hf_model import HFModel
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.layout import DRAFTER
 from trtllm_redrafter.checkpoint.reader import Checkpoint
@@ -22,7 +22,7 @@ from trtllm_redrafter.conversion.base import from_huggingface
 from trtllm_redrafter.conversion.head import takes_file_head
 from trtllm_redrafter.conversion.shards import Extent, TensorPlan, blocks
 from trtllm_redrafter.conversion.sources import OpenFiles
-from trtllm_redrafter.errors import Problem, RedrafterError
+from trtllm_redrafter.errors import Problem, RedrafterError, limited
 from trtllm_redrafter.progress import Progress
 
 CHUNK_BYTES = 2**20

@@ -27,7 +27,7 @@ from trtllm_redrafter.conversion.head import chosen_head
 from trtllm_redrafter.conversion.options import AUTO_DTYPE, ConvertOptions
 from trtllm_redrafter.conversion.shards import TensorPlan, plan_tensor, whole
 from trtllm_redrafter.conversion.sources import FileSource, OpenFiles, Source, stacked
-from trtllm_redrafter.errors import InputError, Problem
+from trtllm_redrafter.errors import InputError, Problem, limited
 from trtllm_redrafter.fsio import read_json
 
 QUANT_CFG = "quant_cfg.json"
@@ -183,7 +183,7 @@ def _checkpoint_problems(checkpoint: Checkpoint, options: ConvertOptions) -> lis
         remedy = "pass --dtype auto, or export the base again"
         what = f"the base checkpoint is {config.dtype}, {options.dtype} is asked for"
         problems.append(Problem(what, where, "its tensors are copied as they are", remedy))
-    return problems + structure_problems(checkpoint, surplus=False)
+    return problems + limited(structure_problems(checkpoint))
 
 
 def _checkpoint_head(checkpoint: Checkpoint, files: OpenFiles) -> Source | None:

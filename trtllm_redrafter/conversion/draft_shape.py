@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from trtllm_redrafter.conversion.drafter_files import DrafterFiles
 from trtllm_redrafter.conversion.options import ConvertOptions
 from trtllm_redrafter.errors import Problem
-from trtllm_redrafter.redrafter.config import MAX_NUM_BEAMS, NVIDIA_DRAFT_LEN, NVIDIA_NUM_BEAMS, DraftShape
+from trtllm_redrafter.redrafter.config import (
+    MAX_DRAFT_LEN,
+    MAX_NUM_BEAMS,
+    NVIDIA_DRAFT_LEN,
+    NVIDIA_NUM_BEAMS,
+    DraftShape,
+)
 
 
 @dataclass(frozen=True)
@@ -51,4 +57,7 @@ def _problems(beams: int, draft_len: int, drafter: DrafterFiles) -> list[Problem
         why = f"the drafter was trained for {drafter.horizon} ({drafter.horizon_source})"
         remedy = f"use at most {drafter.horizon}, or train a drafter for more"
         found.append(Problem(f"draft_len is {draft_len}", "--draft-len", why, remedy))
+    elif draft_len > MAX_DRAFT_LEN:
+        why = "memory for every drafted token is reserved up front"
+        found.append(Problem(f"draft_len is {draft_len}", "--draft-len", why, f"use at most {MAX_DRAFT_LEN}"))
     return found

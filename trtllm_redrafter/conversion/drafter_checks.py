@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
 from trtllm_redrafter.conversion.sources import Source
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.redrafter.config import DrafterConfig
@@ -63,20 +62,3 @@ def _tied_problems(
     elif factor is not None and (factor.shape != width or factor.dtype not in ("F16", "BF16", "F32")):
         why = f"floating {list(width)} is needed, the file has {factor.dtype} {list(factor.shape)}"
         yield Problem(f"{FACTOR!r} does not fit", str(path), why, "use the right config.json")
-
-
-def draft_vocab_problems(path: Path, vocab_size: int) -> list[Problem]:
-    """`token_ids`: int32, distinct, inside the vocabulary."""
-    remedy = "write the file again, or remove it: it changes speed only"
-    file = SafetensorsFile.open(path)
-    info = file.header.get("token_ids")
-    if info is None or info.dtype != "I32" or len(info.shape) != 1 or info.shape[0] == 0:
-        return [Problem("the file has no int32 list `token_ids`", str(path), None, remedy)]
-    ids = file.load("token_ids")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        why = f"they run from {low} to {high}, the vocabulary has {vocab_size}"
-        return [Problem("`token_ids` are outside the vocabulary", str(path), why, remedy)]
-    if len(set(ids.tolist())) != ids.numel():
-        return [Problem("`token_ids` has a token twice", str(path), None, remedy)]
-    return []

@@ -23,16 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtllm_redrafter.checkpoint.draft_vocab import DRAFT_VOCAB_FILE, draft_vocab_problems
 from trtllm_redrafter.checkpoint.fields import FieldReader
 from trtllm_redrafter.checkpoint.safetensors_io import STORED_DTYPES, read_header
-from trtllm_redrafter.conversion.drafter_checks import FACTOR, LM_HEAD, draft_vocab_problems, tensor_problems
+from trtllm_redrafter.conversion.drafter_checks import FACTOR, LM_HEAD, tensor_problems
 from trtllm_redrafter.conversion.sources import FileSource, OpenFiles, Source, TensorSource
 from trtllm_redrafter.errors import InputError, Problem, raise_together
 from trtllm_redrafter.fsio import read_json
+from trtllm_redrafter.paths import check_regular
 from trtllm_redrafter.redrafter.config import DrafterConfig
 
 WEIGHT_FILES = ("model.safetensors", "model.pt", "pytorch_model.bin")
-DRAFT_VOCAB = "draft_vocab.safetensors"
 
 _STEM = r"(?:lm_heads?|0)"
 NAME_PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -94,7 +95,7 @@ class DrafterFiles:
         named, problems = _rename(_load(weights, files), config, weights)
         factor = named.pop(FACTOR, None)
         problems += tensor_problems(config, named, factor, tied, weights)
-        vocab = path / DRAFT_VOCAB if (path / DRAFT_VOCAB).exists() else None
+        vocab = path / DRAFT_VOCAB_FILE if (path / DRAFT_VOCAB_FILE).exists() else None
         problems += [] if vocab is None else draft_vocab_problems(vocab, config.vocab_size)
         identity = raw.get("base_model")
         return cls(
@@ -154,6 +155,7 @@ def _load_pickle(path: Path) -> dict[str, Source]:
         why="pickles can hold code; only tensors are read from them",
         remedy="save it again with torch.save(model.state_dict(), ...) or, better, as safetensors",
     )
+    check_regular(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickle protocols; what is read is checked below

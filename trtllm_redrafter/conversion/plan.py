@@ -8,8 +8,6 @@ All problems of base, drafter, options and disk are collected and raised as one 
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,8 +25,9 @@ from trtllm_redrafter.conversion.render import plan_dict, render_plan
 from trtllm_redrafter.conversion.shards import RankPlan, plan_tensor
 from trtllm_redrafter.conversion.sources import Folded, OpenFiles, Source
 from trtllm_redrafter.conversion.validate import option_problems, pair_problems
-from trtllm_redrafter.errors import InputError, MismatchError, OutputError, Problem, RedrafterError
+from trtllm_redrafter.errors import InputError, MismatchError, Problem, RedrafterError
 from trtllm_redrafter.fsio import check_replaceable
+from trtllm_redrafter.paths import check_place
 
 T = TypeVar("T")
 
@@ -120,7 +119,8 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     ranks = tuple(_rank(base, drafter, config, rank) for rank in range(config.tp_size))
     copies, notes = _copies(base, drafter), _notes(base, drafter, shape, options)
     plan = ConversionPlan(options, config, base, drafter, shape, ranks, copies, notes, files)
-    found.run(lambda: _check_space(plan))
+    needed = plan.weight_bytes + sum(path.stat().st_size for path, _ in copies)
+    found.run(lambda: check_place(options.output, needed))
     found.raise_all(options.output)
     return plan
 
@@ -202,22 +202,6 @@ def _notes(
                 "TensorRT-LLM's sampling rule for drafted tokens changes the distribution of the text; greedy does not"
             )
     return tuple(notes)
-
-
-def _check_space(plan: ConversionPlan) -> None:
-    """Refuse before writing when the disk is known to be too small."""
-    parent = Path(os.path.realpath(plan.options.output)).parent
-    while not parent.exists():
-        parent = parent.parent
-    needed = plan.weight_bytes + sum(path.stat().st_size for path, _ in plan.copies)
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise OutputError(
-            "the disk has not enough room for the checkpoint",
-            where=plan.options.output,
-            why=f"{needed:,} bytes are needed, {free:,} are free",
-            remedy="free some space or choose an --output on another disk",
-        )
 
 
 def derived_values(plan: ConversionPlan) -> dict[str, Any]:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.checkpoint.finite import non_finite_count
 from trtllm_redrafter.checkpoint.layout import TensorSpec, rank_slice
 from trtllm_redrafter.checkpoint.safetensors_io import TORCH_DTYPES, Layout
 from trtllm_redrafter.conversion.sources import Source
-from trtllm_redrafter.errors import MismatchError
+from trtllm_redrafter.errors import InputError, MismatchError
 
 BLOCK_BYTES = 2 * 2**20
 """Size of a computed block: large enough to hide Python, small enough that memory stays flat."""
@@ -122,10 +123,23 @@ def _computed(plan: TensorPlan, piece: Piece, start: int, stop: int) -> Tensor:
     values = piece.source.read(start, stop)
     if piece.cols is not None:
         values = values[:, piece.cols[0] : piece.cols[1]]
+    _check_finite(values, plan, piece.source)
     cast = values.to(TORCH_DTYPES[plan.dtype]).contiguous()
     if plan.dtype == "F16" and piece.source.dtype != "F16":
         _check_range(values, cast, plan, piece.source)
     return cast
+
+
+def _check_finite(values: Tensor, plan: TensorPlan, source: Source) -> None:
+    """What is computed is looked at; bytes that are copied as they are, `build` and `verify` look at."""
+    count = non_finite_count(values.contiguous())
+    if count:
+        raise InputError(
+            f"{plan.name!r} would have {count} or more values that are not finite (NaN or infinite)",
+            where=source.where,
+            why="the model's own weights have them: every answer would be nonsense",
+            remedy="download the model again, or use an intact one",
+        )
 
 
 def _check_range(values: Tensor, cast: Tensor, plan: TensorPlan, source: Source) -> None:

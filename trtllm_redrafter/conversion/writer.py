@@ -22,6 +22,7 @@ from trtllm_redrafter.checkpoint.safetensors_io import tensor_bytes
 from trtllm_redrafter.conversion.shards import Block, Extent, RankPlan, blocks
 from trtllm_redrafter.conversion.sources import OpenFiles
 from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.paths import open_regular
 from trtllm_redrafter.progress import Progress
 
 CHUNK_BYTES = 2**20
@@ -98,7 +99,7 @@ class Hasher:
 
 def write_rank(plan: RankPlan, path: Path, files: OpenFiles, meter: Meter) -> FileRecord:
     """Write one rank file from its plan and return its size and hash."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     hasher = Hasher()
     try:
         reserve(fd, plan.layout.file_size)
@@ -111,7 +112,7 @@ def write_rank(plan: RankPlan, path: Path, files: OpenFiles, meter: Meter) -> Fi
     finally:
         digest = hasher.finish()
         os.close(fd)
-    return FileRecord(at, digest)
+    return FileRecord(at, digest).with_sample(path)
 
 
 def reserve(fd: int, size: int) -> None:
@@ -163,8 +164,8 @@ def hash_inputs(paths: Sequence[Path], meter: Meter) -> dict[Path, FileRecord]:
     buffer = memoryview(bytearray(CHUNK_BYTES))
     for path in paths:
         digest, size = hashlib.sha256(), 0
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
+        with open_regular(path) as file:
+            while count := file.readinto(buffer):  # type: ignore[attr-defined]
                 digest.update(buffer[:count])
                 size += count
                 meter.add(count)

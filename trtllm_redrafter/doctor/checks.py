@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 from trtllm_redrafter.backends.tensorrt_llm.machine import (
     FoundGpu,
@@ -32,6 +31,7 @@ from trtllm_redrafter.backends.tensorrt_llm.versions import (
 from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable, check_cache, find_compiler
 from trtllm_redrafter.doctor.host import inside_container, main_memory, shared_memory_bytes
 from trtllm_redrafter.doctor.report import BACKENDS, Check, Needs, State
+from trtllm_redrafter.paths import existing_parent
 from trtllm_redrafter.planning.gpus import gpu as planned_gpu
 
 TRT = ("tensorrt-llm",)
@@ -178,9 +178,7 @@ def _container() -> Check:
 
 
 def _needs(needs: Needs) -> Iterator[Check]:
-    parent = Path(os.path.realpath(needs.output)).parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = existing_parent(needs.output)
     free = shutil.disk_usage(parent).free
     found = f"{free / 1e9:.1f} GB free in {parent}, {needs.disk_bytes / 1e9:.1f} GB needed for checkpoint and engine"
     enough = free >= needs.disk_bytes

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.backends import engine_backend
+from trtllm_redrafter.backends.engine_config import TorchEngineConfig, read_engine_config
 from trtllm_redrafter.backends.torch.drafting import frequent_rows, load_drafter
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.redrafter.beam_search import Beams, DraftHead, beam_search, draft_head
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
@@ -119,7 +119,10 @@ def load_replay(
     drafter = load_drafter(checkpoint, config, place)
     rows, score_dtype = None, None
     if engine_backend(engine) == "torch":
-        rows = frequent_rows(reference, int(read_json(engine / "config.json")["draft"]["head_rows"]))
+        built = read_engine_config(engine)
+        assert isinstance(built, TorchEngineConfig)
+        count = 0 if built.draft is None else built.draft.head_rows
+        rows = frequent_rows(reference, count, checkpoint.config.vocab_size)
         score_dtype = torch.float32
     embedding = checkpoint.load(_EMBEDDING).to(place)
     search = Search(drafter, embedding, draft_head(drafter, rows), shape, score_dtype)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from trtllm_redrafter.backends import engine_backend, load_backend
 from trtllm_redrafter.backends.base import Runner
+from trtllm_redrafter.backends.engine_config import read_engine_config
 from trtllm_redrafter.checkpoint.inspect import ENGINE_CHECKPOINT
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.errors import UsageError
-from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.generation.jobs import Defaults
 from trtllm_redrafter.recipe.layers import Resolved
 from trtllm_redrafter.recipe.options import draft_shape, require, sampling_params
@@ -31,7 +31,8 @@ def open_runner(resolved: Resolved, *, verify_hashes: bool) -> Runner:
             why=f"{resolved.recipe.backend} was asked for ({resolved.origins['backend'].render()})",
             remedy=f"use --backend {backend}, or build an engine for {resolved.recipe.backend}",
         )
-    shape = draft_shape(resolved, built_shape(engine))
+    asks = run.num_beams is not None or run.draft_len is not None
+    shape = draft_shape(resolved, built_shape(engine)) if asks else None
     if shape is not None:
         _check_horizon(engine, shape)
     choose = run.device == AUTO_DEVICE and backend == "torch"  # a TensorRT engine finds its GPUs itself
@@ -59,16 +60,7 @@ def defaults_for(resolved: Resolved, runner: Runner) -> Defaults:
 
 def built_shape(engine: Path) -> DraftShape | None:
     """The draft shape in an engine's config.json, of either backend; None: it has no drafter."""
-    config = read_json(engine / "config.json")
-    pretrained = config.get("pretrained_config")
-    source, beams, length = (
-        (pretrained, "redrafter_num_beams", "redrafter_draft_len_per_beam")
-        if isinstance(pretrained, dict)
-        else (config.get("draft"), "num_beams", "draft_len")
-    )
-    if not isinstance(source, dict) or beams not in source or length not in source:
-        return None
-    return DraftShape(int(source[beams]), int(source[length]))
+    return read_engine_config(engine).draft_shape
 
 
 def _check_horizon(engine: Path, shape: DraftShape) -> None:

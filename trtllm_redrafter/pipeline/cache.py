@@ -4,7 +4,7 @@ A stage's fingerprint is the SHA-256 of its input files and of the options that 
 directory's stages lies what each was last run with:
 
     runs/demo/.stages/convert.json     fingerprint, options, inputs, output, hash of the output's manifest
-    runs/demo/.stages/hashes.json      SHA-256 by path, size and modification time, so that inputs are read once
+    runs/demo/.stages/hashes.json      SHA-256 by path, size, times and inode, so that inputs are read once
 
 A hit means: same fingerprint, same output directory, and that directory still whole. A miss says what changed.
 """
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,6 @@ from trtllm_redrafter.fsio import as_output_error, read_json, sha256_file, write
 
 _SETTLED_SECONDS = 2.0
 """A file younger than this may still change within the same time stamp; its hash is not kept."""
-
-_INPUT_SUFFIXES = (".json", ".safetensors", ".pt", ".model", ".txt", ".jinja")
 
 
 @dataclass(frozen=True)
@@ -79,21 +78,30 @@ class HashCache:
             stat = file.stat()
         except OSError as e:
             raise InputError("cannot read the file", where=file, why=str(e), remedy="check that it exists") from e
-        name, stamp = str(file.resolve()), [stat.st_size, stat.st_mtime_ns]
+        name, stamp = str(file.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         known = self._entries.get(name)
-        if isinstance(known, list) and known[:2] == stamp and len(known) == 3:
-            return str(known[2])
+        if isinstance(known, list) and known[:-1] == stamp and isinstance(known[-1], str):
+            return known[-1]
         digest = sha256_file(file)
         if time.time() - stat.st_mtime > _SETTLED_SECONDS:
             self._entries[name] = [*stamp, digest]
         return digest
 
-    def directory(self, path: Path, name: str) -> dict[str, str]:
-        """Hashes of the files a stage may read in `path`, under `name/`."""
+    def directory(self, path: Path, name: str, *, unread: Collection[str] = ()) -> dict[str, str]:
+        """Hashes of every file below `path`, under `name/`, but for those with one of the suffixes in `unread`.
+
+        What a stage reads depends on what is there (weights as safetensors or a pickle, shards in folders), so nothing
+        is left out that it might. Hidden files and folders (`.git`, `.cache`) are read by none.
+        """
         if not path.is_dir():
             raise InputError(f"the {name} directory does not exist", where=path, remedy="check the path")
-        files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in _INPUT_SUFFIXES)
-        return {f"{name}/{file.name}": self.sha256(file) for file in files}
+        found = {}
+        for folder, folders, files in os.walk(path):
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            for file in sorted(Path(folder) / f for f in files if not f.startswith(".")):
+                if file.suffix.lower() not in unread and file.is_file():
+                    found[f"{name}/{file.relative_to(path).as_posix()}"] = self.sha256(file)
+        return found
 
     def save(self) -> None:
         with as_output_error(self._path):
@@ -113,7 +121,7 @@ class StageRecords:
         self._directory = directory
 
     def check(self, stage: str, fingerprint: Fingerprint, output: Path) -> Verdict:
-        record = _read_or_empty(self._directory / f"{stage}.json")
+        record = _checked(_read_or_empty(self._directory / f"{stage}.json"))
         exists = output.exists()
         ours = exists and record.get("output") == str(output.resolve())
         if not record:
@@ -160,6 +168,12 @@ def _damage(output: Path, record: Mapping[str, Any]) -> tuple[str, ...]:
     except RedrafterError as error:
         return (error.render(),)
     return tuple(f"{p.where}: {p.what}" for p in problems)
+
+
+def _checked(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose sections are what `store` writes, or none."""
+    sections = (record.get("options"), record.get("inputs"))
+    return record if all(isinstance(section, dict) for section in sections) else {}
 
 
 def _read_or_empty(path: Path) -> dict[str, Any]:

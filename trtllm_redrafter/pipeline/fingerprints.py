@@ -6,21 +6,30 @@ from pathlib import Path
 
 from trtllm_redrafter import __version__
 from trtllm_redrafter.checkpoint.manifest import MANIFEST
+from trtllm_redrafter.conversion.drafter_files import HORIZON_IN_NAME
 from trtllm_redrafter.pipeline.cache import Fingerprint, HashCache, manifest_hashes
 from trtllm_redrafter.recipe.layers import Resolved, plain
+from trtllm_redrafter.recipe.schema import SECTIONS
 
 CONVERT, BUILD, RUN = "convert", "build", "run"
 
-_SHAPING = {
-    CONVERT: ("dtype", "tp_size", "num_beams", "draft_len", "greedy", "parallel_embedding", "lm_head"),
-    BUILD: ("max_batch_size", "max_input_len", "max_seq_len"),
-    RUN: ("prompts", "chat", "max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "num_beams", "draft_len",
-          "draft"),
-}  # fmt: skip
-"""The keys of a section that decide what its stage writes; paths, devices and `workers` do not."""
+_NOT_SHAPING = {
+    CONVERT: ("workers",),
+    BUILD: ("tokenizer",),
+    RUN: ("input", "output", "device"),
+    "tensorrt_llm": ("workers", "cache", "cache_dir", "allow_sampling"),
+}
+"""The keys of a section that do not decide what its stage writes. Paths do not either: the content behind them counts.
 
-_TENSORRT = ("version", "gpu", "gemm_plugin", "max_num_tokens", "opt_batch_size", "flags", "kv_cache_fraction",
-             "block_reuse", "multi_block_mode")  # fmt: skip
+Named here are the exceptions, so that a key that is added to the schema is in the fingerprint from the start.
+"""
+
+_NEVER_READ = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".md", ".png")
+"""Files of a base model's directory that no stage opens, whatever else is there; some are as large as the model."""
+
+
+def _shaping(section: str) -> list[str]:
+    return [key for key in SECTIONS[section].model_fields if key not in _NOT_SHAPING[section]]
 
 
 def output_of(stage: str, resolved: Resolved) -> Path | None:
@@ -32,18 +41,21 @@ def output_of(stage: str, resolved: Resolved) -> Path | None:
 def fingerprint(stage: str, resolved: Resolved, hashes: HashCache) -> Fingerprint:
     """Reads (or remembers) the content of everything the stage will read; its inputs must exist."""
     recipe = resolved.recipe
-    options = {f"{stage}.{key}": plain(resolved.value(f"{stage}.{key}")) for key in _SHAPING[stage]}
+    options = {f"{stage}.{key}": plain(resolved.value(f"{stage}.{key}")) for key in _shaping(stage)}
     inputs: dict[str, str] = {}
     if stage == CONVERT:
         assert recipe.base is not None
-        inputs |= hashes.directory(recipe.base, "base")
+        inputs |= hashes.directory(recipe.base, "base", unread=_NEVER_READ)
         if recipe.drafter is not None:
+            names = (recipe.drafter.name, recipe.drafter.resolve().name)  # draft_len may come from there
+            options["drafter_names"] = [m[0] for m in map(HORIZON_IN_NAME.search, names) if m is not None]
             inputs |= hashes.directory(recipe.drafter, "drafter")
     elif stage == BUILD:
         assert recipe.checkpoint is not None
         options["backend"] = recipe.backend
         if recipe.backend == "tensorrt-llm":
-            options |= {f"tensorrt_llm.{key}": plain(resolved.value(f"tensorrt_llm.{key}")) for key in _TENSORRT}
+            keys = _shaping("tensorrt_llm")
+            options |= {f"tensorrt_llm.{key}": plain(resolved.value(f"tensorrt_llm.{key}")) for key in keys}
         inputs |= manifest_hashes(recipe.checkpoint, "checkpoint")
         if recipe.build.tokenizer is not None:
             inputs |= hashes.directory(recipe.build.tokenizer, "tokenizer")

@@ -8,8 +8,22 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-Directory = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
-Positive = Annotated[int, Field(ge=1)]
+from trtllm_redrafter.checkpoint.fields import MAX_SIZE
+from trtllm_redrafter.paths import text_problem
+
+
+def _path(path: Path) -> Path:
+    problem = text_problem(path)
+    if problem is not None:
+        raise ValueError(problem)
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise ValueError(str(error)) from error
+
+
+Directory = Annotated[Path, Field(strict=False), AfterValidator(_path)]
+Positive = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 
 

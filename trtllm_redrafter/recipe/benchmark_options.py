@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_redrafter.backends import engine_backend
+from trtllm_redrafter.backends.engine_config import TorchEngineConfig, read_engine_config
 from trtllm_redrafter.base_models.hf_config import stated_dtype
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import read_json
@@ -119,7 +120,7 @@ def tune_options(resolved: Resolved, *, name: str, command: tuple[str, ...]) -> 
         max_tokens=section.max_tokens,
         steps=section.steps,
         budget=section.budget,
-        head_rows=0 if engine is None else int(read_json(engine / "config.json")["draft"]["head_rows"]),
+        head_rows=0 if engine is None else _head_rows(engine),
         dtype=stated_dtype(read_json(recipe.base / "config.json")) or "float32",
         device=device_of(resolved),
         bootstrap=bootstrap(resolved),
@@ -132,7 +133,13 @@ def _torch_engine(resolved: Resolved, name: str) -> Path | None:
     engine = with_directories(resolved, name=name).recipe.engine
     if engine is None or not engine.is_dir() or engine_backend(engine) != "torch":
         return None
-    return engine if read_json(engine / "config.json").get("draft") else None
+    return engine if read_engine_config(engine).draft_shape is not None else None
+
+
+def _head_rows(engine: Path) -> int:
+    """Frequent tokens that the engine's draft head is cut to."""
+    config = read_engine_config(engine)
+    return config.draft.head_rows if isinstance(config, TorchEngineConfig) and config.draft is not None else 0
 
 
 def _grid(resolved: Resolved, drafter: Path) -> tuple[DraftShape, ...]:

@@ -13,9 +13,14 @@ from typing import Any
 import yaml
 
 from trtllm_redrafter.errors import InputError, Problem, UsageError, raise_together
+from trtllm_redrafter.paths import read_regular
 from trtllm_redrafter.recipe.layers import Layer, Origin, nest
 
 PRESET_KEY = "preset"
+
+MAX_RECIPE_BYTES = 2**20
+MAX_NODES = 100_000
+"""Nine lists of nine aliases each, nine deep, are a few lines of YAML and three billion values."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,6 +56,28 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, what, key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+
+def _load(text: str) -> Any:
+    """The values of a YAML text whose aliases, written out, stay within `MAX_NODES`."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is not None and _written_out(node, {}) > MAX_NODES:
+            what = f"with its aliases written out it has more than {MAX_NODES} values"
+            raise yaml.composer.ComposerError(None, None, what, node.start_mark)
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """Number of values below a node, every alias counted as what it stands for."""
+    if id(node) not in known:
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        inner = () if isinstance(node, yaml.ScalarNode) else parts
+        known[id(node)] = 1 + sum(_written_out(part, known) for part in inner)
+    return known[id(node)]
 
 
 def file_layers(path: Path) -> list[Layer]:
@@ -90,11 +117,12 @@ def _preset_choice() -> str:
 def _read(path: Path) -> dict[str, Any]:
     """A YAML mapping with string keys, or `InputError` with the line."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError("cannot read the recipe", where=path, why=str(e), remedy="check the path") from e
+        text = read_regular(path, MAX_RECIPE_BYTES).decode("utf-8-sig")
+    except (InputError, UnicodeDecodeError) as e:
+        why = (e.problem.why or e.problem.what) if isinstance(e, InputError) else str(e)
+        raise InputError("cannot read the recipe", where=path, why=why, remedy="check the path") from e
     try:
-        values = yaml.load(text, Loader=_Loader)
+        values = _load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as e:
         mark = getattr(e, "problem_mark", None)
         where = path if mark is None else f"{path}, line {mark.line + 1}, column {mark.column + 1}"
@@ -117,8 +145,8 @@ def set_layer(pairs: Sequence[str]) -> Layer:
             problems.append(Problem(f"{pair!r} is not key=value", "--set", remedy="write --set convert.num_beams=4"))
             continue
         try:
-            values[key.strip()] = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as e:
+            values[key.strip()] = _load(text)
+        except (yaml.YAMLError, RecursionError, ValueError) as e:
             why = getattr(e, "problem", None) or str(e)
             problems.append(Problem(f"the value of {key!r} is not YAML", "--set", why, "put it into quotes"))
     raise_together(UsageError, problems, "cannot read --set")

@@ -9,6 +9,9 @@ from trtllm_redrafter.errors import Problem, UsageError, raise_together
 MAX_NUM_BEAMS = 50
 """Above this, tokens cut by the drafter's top-50 would be drafted and, in TensorRT-LLM, always accepted."""
 
+MAX_DRAFT_LEN = 256
+"""Drafters are trained for 3 to 10 tokens. Trees, masks and caches grow with this number and are allocated up front."""
+
 NVIDIA_NUM_BEAMS = 5
 NVIDIA_DRAFT_LEN = 5
 """The defaults of NVIDIA's ReDrafter converter, for drafters that say nothing about themselves."""
@@ -91,6 +94,14 @@ class DraftShape:
                     f"draft_len is {self.draft_len}",
                     why="it counts drafted tokens only, not the one the base model guarantees",
                     remedy="use at least 1, or switch drafting off",
+                )
+            )
+        if self.draft_len > MAX_DRAFT_LEN:
+            found.append(
+                Problem(
+                    f"draft_len is {self.draft_len}, more than {MAX_DRAFT_LEN}",
+                    why="no drafter looks that far ahead, and memory for every drafted token is reserved up front",
+                    remedy=f"use {MAX_DRAFT_LEN} or fewer, at most what the drafter was trained for",
                 )
             )
         return found

@@ -50,7 +50,7 @@ def build_tree(beams: Beams, *, max_nodes: int | Tensor | None = None, width: in
 
     `max_nodes` (one number, or [B]) keeps the root and the likeliest nodes by path score. A path never gains
     score by growing, so parents stay when their children do; 1 leaves the root alone. `width` is T; by default
-    that of the largest tree.
+    that of the largest tree, 1 for an empty batch.
     """
     tokens = beams.tokens
     num_beams, length = tokens.shape[1:]
@@ -62,7 +62,8 @@ def build_tree(beams: Beams, *, max_nodes: int | Tensor | None = None, width: in
     numbers = (flat.cumsum(1) - 1).masked_fill(~flat, -1).view_as(holder)
     draft_indices = numbers.gather(1, holder)
     lengths = flat.sum(1)
-    width = int(lengths.max()) if width is None else width
+    if width is None:
+        width = int(lengths.max()) if len(lengths) else 1
     parents = F.pad(draft_indices[..., :-1], (1, 0), value=-1)
     depths = torch.arange(length, device=tokens.device).expand_as(tokens)
     parents = _scatter(parents, numbers, width, fill=-1)

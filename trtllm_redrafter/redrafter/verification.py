@@ -101,7 +101,7 @@ def walk(tree: TokenTree, draws: Tensor) -> Verdict:
 def _verdict(tree: TokenTree, last_node: Tensor, accepted: Tensor, next_token: Tensor) -> Verdict:
     """Read the path to `last_node` off the tree's mask."""
     width = tree.width
-    deepest = int(tree.depths.max())
+    deepest = int(tree.depths.max()) if tree.depths.numel() else 0
     on_path = tree.mask.gather(1, last_node.view(-1, 1, 1).expand(-1, 1, width)).squeeze(1)  # [B, T]
     place = torch.where(on_path, tree.depths, deepest + 1)
     path = torch.full((len(last_node), deepest + 2), -1, dtype=torch.int64, device=last_node.device)
@@ -133,7 +133,7 @@ def trtllm_decide(step: Step) -> TrtllmDecision:
     law = base_log_probs(logits, greedy=draft.greedy)
     batch, num_beams, length = draft.tokens.shape
     at_beams = law.gather(1, indices.flatten(1).unsqueeze(-1).expand(-1, -1, law.shape[-1]))
-    at_beams = at_beams.view(batch, num_beams, length, -1)  # [B, K, L+1, V]
+    at_beams = at_beams.view(batch, num_beams, length, law.shape[-1])  # [B, K, L+1, V]
     drafted = draft.tokens[..., 1:, None]
     log_ratio = at_beams[:, :, :-1].gather(-1, drafted) - draft.log_probs.gather(-1, drafted)
     accept = draft.rand_validation < log_ratio.squeeze(-1).exp()

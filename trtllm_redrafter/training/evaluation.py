@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
+from trtllm_redrafter.checkpoint.draft_vocab import DRAFT_VOCAB_FILE, read_draft_vocab
+from trtllm_redrafter.checkpoint.fields import FieldReader
 from trtllm_redrafter.checkpoint.manifest import DRAFTER_WEIGHTS
-from trtllm_redrafter.errors import Problem, UsageError, raise_together
-from trtllm_redrafter.fsio import CREATOR, atomic_directory, check_replaceable, sha256_file, write_json
+from trtllm_redrafter.errors import InputError, Problem, UsageError, raise_together
+from trtllm_redrafter.fsio import CREATOR, atomic_directory, check_replaceable, read_json, sha256_file, write_json
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid, token_accuracy
 from trtllm_redrafter.training.data import TokenizedText, check_range, read_prompts
@@ -32,8 +33,6 @@ from trtllm_redrafter.training.model import TrainableDrafter
 from trtllm_redrafter.training.options import EvaluateOptions
 from trtllm_redrafter.training.rows import TrainingRows
 from trtllm_redrafter.training.self_distill import AnswerWriter, TransformersWriter
-
-DRAFT_VOCAB = "draft_vocab.safetensors"
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,14 @@ def record(base: FrozenBase, texts: Sequence[TokenizedText], batch_tokens: int, 
 
 
 def draft_vocab(drafter: Path) -> torch.Tensor | None:
-    path = drafter / DRAFT_VOCAB
-    return load_file(path)["token_ids"] if path.exists() else None
+    """The token ids that the drafter directory wants drafts to be taken from, if it has such a list."""
+    path = drafter / DRAFT_VOCAB_FILE
+    if not path.exists():
+        return None
+    fields = FieldReader(read_json(drafter / "config.json"), drafter / "config.json")
+    size = fields.size("vocab_size")
+    raise_together(InputError, fields.problems, "the drafter's config.json is not usable", where=drafter)
+    return read_draft_vocab(path, size)
 
 
 def check_fits(drafter: TrainableDrafter, options: EvaluateOptions) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
+from trtllm_redrafter.checkpoint.safetensors_io import save_tensors
 from trtllm_redrafter.fsio import atomic_directory, write_json
 from trtllm_redrafter.training.model import DrafterSpec, HeadKind, TrainableDrafter
 
@@ -115,13 +115,8 @@ def write_drafter(
     with atomic_directory(output, overwrite=overwrite) as work:
         write_json(work / "config.json", drafter_config(model.spec, base, provenance))
         write_json(work / "metrics.json", metrics)
-        _write_tensors(work / "model.safetensors", export_weights(model, dtype))
+        save_tensors(work / "model.safetensors", export_weights(model, dtype), {"format": "pt"})
         if draft_vocab is not None:
-            _write_tensors(work / "draft_vocab.safetensors", {"token_ids": draft_vocab})
+            save_tensors(work / "draft_vocab.safetensors", {"token_ids": draft_vocab}, {"format": "pt"})
         inputs, files = {"base": asdict(base)}, record_tree(work)
         Manifest("drafter", inputs=inputs, options=provenance, derived={}, files=files).write(work)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors creates files for the owner alone

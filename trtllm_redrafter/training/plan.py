@@ -12,6 +12,7 @@ from typing import Any
 
 from trtllm_redrafter.errors import UsageError, raise_together
 from trtllm_redrafter.fsio import check_replaceable
+from trtllm_redrafter.paths import check_place
 from trtllm_redrafter.redrafter.config import DrafterConfig
 from trtllm_redrafter.training.cache import CachePlan, check_space, plan_cache
 from trtllm_redrafter.training.data import Prompt, TokenizedText, check_range, read_prompts, read_texts
@@ -106,6 +107,7 @@ def plan_training(options: TrainOptions) -> TrainPlan:
     """Check options, read and tokenize the text, size everything; writes nothing."""
     options.check()
     check_replaceable(options.output, overwrite=options.overwrite)
+    check_place(options.work_dir / "cache")
     identity = base_identity(options.base)
     spec = drafter_spec(options, identity)
     raise_together(UsageError, spec.problems(), "the drafter's sizes do not fit")

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch import distributed as dist
 
+from trtllm_redrafter.checkpoint.safetensors_io import save_tensors
 from trtllm_redrafter.errors import InputError, NumericalError
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.training.fit import BaseTensors, FitOptions, StepLog
@@ -155,7 +156,7 @@ class Trainer:
                 tensors[f"adam.{name}.{key}"] = value
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         scratch = path.with_suffix(".tmp")
-        save_file(tensors, scratch, metadata={"step": str(self.step), "run": json.dumps(self._run)})
+        save_tensors(scratch, tensors, {"step": str(self.step), "run": json.dumps(self._run)})
         scratch.replace(path)
 
     @property

@@ -31,8 +31,8 @@ from trtllm_redrafter.base_models.end_tokens import RECORDED
 from trtllm_redrafter.base_models.tokenizer import GENERATION_CONFIG, tokenizer_files
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.checkpoint.verify import structure_problems
-from trtllm_redrafter.errors import BackendError, InputError, OutputError, raise_together
+from trtllm_redrafter.checkpoint.verify import require_sound
+from trtllm_redrafter.errors import BackendError, OutputError
 from trtllm_redrafter.fsio import as_output_error, atomic_directory, read_json, sha256_file, write_json
 from trtllm_redrafter.progress import Progress
 
@@ -44,8 +44,7 @@ def build_engine(plan: TensorRTPlan, progress: Progress) -> Path:
     """Build, or take the same engine from the cache."""
     options = plan.options
     checkpoint = Checkpoint.open(options.checkpoint)
-    problems = structure_problems(checkpoint, surplus=False)
-    raise_together(InputError, problems, "the checkpoint is damaged", where=options.checkpoint)
+    require_sound(checkpoint)
     text = build_text(options, checkpoint.config, checkpoint.manifest)
     host = check_build_host(plan)
     identity = _identity(plan, checkpoint, host, progress)

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtllm_redrafter.backends.engine_config import parse_engine_config
 from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions
 from trtllm_redrafter.checkpoint.manifest import MANIFEST, Manifest
+from trtllm_redrafter.checkpoint.validation import Schema, validated
 from trtllm_redrafter.errors import BackendError, InputError, Problem, raise_together
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.redrafter.config import DraftShape
@@ -66,10 +68,33 @@ class EngineDirectory:
     @property
     def runtime(self) -> RuntimeOptions:
         try:
-            return RuntimeOptions(**self.notes["runtime"])
+            found = RuntimeOptions(**self.notes["runtime"])
+            _check_runtime(found)
+            return found
         except (KeyError, TypeError) as error:
             what = f"{NOTES_FILE} has runtime options that this version does not know"
             raise BackendError(what, where=self.path, why=str(error), remedy="build it again") from error
+
+
+def _check_runtime(options: RuntimeOptions) -> None:
+    """`TypeError` for values of another type; which interfaces there are is checked where one is chosen."""
+    fraction = options.kv_cache_fraction
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0.0 < fraction < 1.0:
+        raise TypeError(f"kv_cache_fraction is {fraction!r}")
+    for name in ("block_reuse", "multi_block_mode"):
+        if not isinstance(getattr(options, name), bool):
+            raise TypeError(f"{name} is {getattr(options, name)!r}")
+
+
+class _Gpu(Schema):
+    name: str = ""
+    compute_capability: tuple[int, ...] | list[int] = ()
+
+
+class _Notes(Schema):
+    """redrafter.json: what `build` added to the engine."""
+
+    gpu: _Gpu = _Gpu()
 
 
 def read_engine(path: Path, *, verify_hashes: bool) -> EngineDirectory:
@@ -89,9 +114,12 @@ def read_engine(path: Path, *, verify_hashes: bool) -> EngineDirectory:
     if notes.get("format") != ENGINE_FORMAT:
         what = f"the engine has format {notes.get('format')!r}, this version reads {ENGINE_FORMAT}"
         raise BackendError(what, where=path, remedy="build it again")
+    parse_engine_config(config, path / "config.json")
+    validated(_Notes, notes, where=path / NOTES_FILE, what=f"{NOTES_FILE} is not usable", remedy="build it again")
     manifest = Manifest.read(path)
-    versions = manifest.derived.get("versions") or {}
-    engine = EngineDirectory(path, str(config.get("version", "")), pretrained, build, notes, versions.get("tensorrt"))
+    versions = manifest.derived.get("versions")
+    compiler = versions.get("tensorrt") if isinstance(versions, dict) else None
+    engine = EngineDirectory(path, str(config.get("version", "")), pretrained, build, notes, compiler)
     problems = [*rank_problems(path, engine.world_size)]
     problems = problems or manifest.check_files(path, hashes=verify_hashes)
     if not problems and not verify_hashes:  # small, and transformers reads it: a changed one is not passed on

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from trtllm_redrafter.backends.tensorrt_llm.machine import (
 )
 from trtllm_redrafter.backends.tensorrt_llm.versions import CONTAINER, same_line
 from trtllm_redrafter.errors import BackendError, Problem, raise_together
+from trtllm_redrafter.paths import existing_parent
 from trtllm_redrafter.planning.sizes import weight_bytes
 
 PROGRAM = "trtllm-build"
@@ -85,9 +85,7 @@ def _gpus(plan: TensorRTPlan, gpus: list[FoundGpu]) -> list[Problem]:
 
 
 def _disk(plan: TensorRTPlan) -> list[Problem]:
-    parent = Path(os.path.realpath(plan.options.output)).parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = existing_parent(plan.options.output)
     needed, free = plan.config.tp_size * weight_bytes(plan.config).total, shutil.disk_usage(parent).free
     if needed <= free:
         return []

@@ -14,20 +14,19 @@ was built for. Nothing in it depends on the machine; what does (the compiled ker
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from trtllm_redrafter import __version__
 from trtllm_redrafter.backends.base import BuildOptions, BuildPlan, EngineInfo
+from trtllm_redrafter.backends.engine_config import Limits, TorchEngineConfig, read_engine_config
 from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY, engine_text
-from trtllm_redrafter.backends.torch.build_plan import BACKEND, ENGINE_FORMAT, TorchBuildPlan, plan_build
+from trtllm_redrafter.backends.torch.build_plan import BACKEND, TorchBuildPlan, kv_cache_bytes, plan_build
 from trtllm_redrafter.backends.torch.cuda.executor import CudaExecutor, cuda_unavailable
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimits
-from trtllm_redrafter.backends.torch.drafting import DRAFT_VOCAB_FILE, Drafting, frequent_rows, load_drafter
+from trtllm_redrafter.backends.torch.drafting import Drafting, frequent_rows, load_drafter
 from trtllm_redrafter.backends.torch.executor import Executor
 from trtllm_redrafter.backends.torch.low_rank import find_factor, load_factor, save_factor
-from trtllm_redrafter.backends.torch.memory_errors import explained
+from trtllm_redrafter.backends.torch.memory_errors import explained, physical_memory
 from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.runner import TorchRunner
@@ -36,14 +35,16 @@ from trtllm_redrafter.backends.torch.weights import ModelWeights, load_weights
 from trtllm_redrafter.base_models.end_tokens import RECORDED
 from trtllm_redrafter.base_models.tokenizer import tokenizer_files
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.checkpoint.draft_vocab import DRAFT_VOCAB_FILE
+from trtllm_redrafter.checkpoint.finite import finite_problems
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.reader import Checkpoint, rank_file
-from trtllm_redrafter.errors import BackendError, InputError, Problem, UsageError, raise_together
+from trtllm_redrafter.checkpoint.verify import require_sound
+from trtllm_redrafter.errors import BackendError, InputError, Problem, UsageError, limited, raise_together
 from trtllm_redrafter.fsio import (
     as_output_error,
     atomic_directory,
     link_or_copy,
-    read_json,
     write_json,
 )
 from trtllm_redrafter.progress import Progress
@@ -74,6 +75,8 @@ class TorchBackend:
                 link_or_copy(source / name, target)
             if plan.tokenizer is not None:
                 _copy_tokenizer(plan.tokenizer, work / TOKENIZER_DIRECTORY)
+            damaged = limited(list(finite_problems(plan.checkpoint)))
+            raise_together(InputError, damaged, "the checkpoint cannot be used", where=source)
             factor = find_factor(plan.checkpoint) if plan.checkpoint.config.dtype == "bfloat16" else None
             if factor is not None:
                 save_factor(factor, work)
@@ -101,26 +104,30 @@ class TorchBackend:
         del kv_cache_tokens  # the cache has the size the engine was built with
         config = _read_engine(engine, verify_hashes)
         checkpoint = Checkpoint.open(engine / CHECKPOINT_DIRECTORY)
+        require_sound(checkpoint)
+        _check_limits(config.build_config, checkpoint, engine)
         shape = _draft_shape(checkpoint.config, config, draft_shape, engine)
         target = _device(device)
         tokenizer, ends = engine_text(
-            engine, vocab_size=checkpoint.config.vocab_size, recorded=config.get(RECORDED, _recorded(checkpoint))
+            engine,
+            vocab_size=checkpoint.config.vocab_size,
+            recorded=_recorded(checkpoint) if config.eos_token_ids is None else config.eos_token_ids,
         )
         with explained("the weights", why=str(target), remedy="use a device with more, or end what else runs on it"):
             weights = load_weights(checkpoint, target)
-        limits = config["build_config"]
+        limits = config.build_config
         executor, note = _make_executor(checkpoint.config, weights, limits, shape)
-        drafting = None
-        if shape is not None and checkpoint.config.drafter is not None:
+        drafting, built = None, config.draft
+        if shape is not None and built is not None and checkpoint.config.drafter is not None:
             with explained("the drafter", why=str(target), remedy="build with a smaller --max-batch-size"):
                 drafting = Drafting(
                     load_drafter(checkpoint, checkpoint.config.drafter, target),
                     executor,
                     weights.embedding,
                     shape,
-                    rows=frequent_rows(checkpoint.path, int(config["draft"]["head_rows"])),
-                    max_batch_size=int(limits["max_batch_size"]),
-                    low_rank=load_factor(engine, weights.head),
+                    rows=frequent_rows(checkpoint.path, built.head_rows, checkpoint.config.vocab_size),
+                    max_batch_size=limits.max_batch_size,
+                    low_rank=load_factor(engine, weights.head, checkpoint.config.drafter.exit_dim),
                 )
         info = EngineInfo(
             path=engine,
@@ -128,9 +135,9 @@ class TorchBackend:
             device=f"{target} ({executor.name}: {executor.detail})",
             dtype=checkpoint.config.dtype,
             vocab_size=checkpoint.config.vocab_size,
-            max_batch_size=int(limits["max_batch_size"]),
-            max_input_len=int(limits["max_input_len"]),
-            max_seq_len=int(limits["max_seq_len"]),
+            max_batch_size=limits.max_batch_size,
+            max_input_len=limits.max_input_len,
+            max_seq_len=limits.max_seq_len,
             draft_shape=shape,
         )
         notes = () if note is None else (note,)
@@ -173,7 +180,7 @@ def _check_unchanged(checkpoint: Checkpoint, engine: Manifest) -> None:
     problems = [
         Problem("the file's content has changed since the checkpoint was written", str(checkpoint.path / name))
         for name, record in checkpoint.manifest.files.items()
-        if engine.files.get(f"{CHECKPOINT_DIRECTORY}/{name}", record) != record
+        if engine.files.get(f"{CHECKPOINT_DIRECTORY}/{name}", record).sha256 != record.sha256
     ]
     raise_together(InputError, problems, "the checkpoint is damaged", where=checkpoint.path, remedy="convert it again")
 
@@ -183,7 +190,7 @@ def _recorded(checkpoint: Checkpoint) -> object:
     return () if checkpoint.manifest is None else checkpoint.manifest.derived.get(RECORDED, ())
 
 
-def _read_engine(engine: Path, verify_hashes: bool) -> dict[str, Any]:
+def _read_engine(engine: Path, verify_hashes: bool) -> TorchEngineConfig:
     """The engine's config, after a check of what it is and whether its files are whole."""
     from trtllm_redrafter.backends import engine_backend
 
@@ -194,14 +201,8 @@ def _read_engine(engine: Path, verify_hashes: bool) -> dict[str, Any]:
             where=engine,
             remedy="load it with that backend, or build the checkpoint again with --backend torch",
         )
-    config = read_json(engine / "config.json")
-    if config.get("format") != ENGINE_FORMAT:
-        raise BackendError(
-            f"the engine has format {config.get('format')!r}, this version reads {ENGINE_FORMAT}",
-            where=engine,
-            why=f"it was built by version {config.get('version')!r}, this is {__version__}",
-            remedy="build it again",
-        )
+    config = read_engine_config(engine)
+    assert isinstance(config, TorchEngineConfig)
     manifest = Manifest.read(engine)
     problems = manifest.check_files(engine, hashes=verify_hashes)
     if not problems and not verify_hashes:  # small, and transformers reads it: a changed one is not passed on
@@ -210,10 +211,21 @@ def _read_engine(engine: Path, verify_hashes: bool) -> dict[str, Any]:
     return config
 
 
+def _check_limits(limits: Limits, checkpoint: Checkpoint, engine: Path) -> None:
+    """What `build` refuses, of an engine that was edited since."""
+    positions = checkpoint.config.max_position_embeddings
+    if limits.max_seq_len > positions or limits.max_input_len >= limits.max_seq_len:
+        why = (
+            f"max_input_len is {limits.max_input_len}, max_seq_len {limits.max_seq_len}; the model has "
+            f"{positions} positions"
+        )
+        raise InputError("the engine's limits do not fit its model", where=engine, why=why, remedy="build it again")
+
+
 def _draft_shape(
-    config: CheckpointConfig, engine: dict[str, Any], asked: DraftShape | None, where: Path
+    config: CheckpointConfig, engine: TorchEngineConfig, asked: DraftShape | None, where: Path
 ) -> DraftShape | None:
-    if config.drafter is None or engine.get("draft") is None:
+    if config.drafter is None or engine.draft is None:
         if asked is not None:
             raise UsageError(
                 "the engine has no drafter, so there is nothing to set beams or draft length for",
@@ -221,7 +233,7 @@ def _draft_shape(
                 remedy="leave --num-beams and --draft-len out, or convert with --drafter",
             )
         return None
-    shape = asked or DraftShape(int(engine["draft"]["num_beams"]), int(engine["draft"]["draft_len"]))
+    shape = asked or DraftShape(engine.draft.num_beams, engine.draft.draft_len)
     shape.check()
     return shape
 
@@ -240,11 +252,18 @@ def _device(name: str) -> torch.device:
 
 
 def _make_executor(
-    config: CheckpointConfig, weights: ModelWeights, limits: dict[str, Any], shape: DraftShape | None
+    config: CheckpointConfig, weights: ModelWeights, limits: Limits, shape: DraftShape | None
 ) -> tuple[Executor, str | None]:
     """The kernels where they serve, else PyTorch, which says why it was taken; and what to tell the user about it."""
-    batch, tree = int(limits["max_batch_size"]), 1 if shape is None else shape.max_tree_tokens
-    capacity = int(limits["max_seq_len"]) + tree
+    batch, tree = limits.max_batch_size, 1 if shape is None else shape.max_tree_tokens
+    capacity = limits.max_seq_len + tree
+    needed = kv_cache_bytes(config, batch, capacity)
+    if not weights.embedding.is_cuda and needed > physical_memory():
+        raise BackendError(
+            "there is not enough memory for the KV cache",
+            why=f"{batch} requests of {capacity} positions take {needed:,} bytes of {physical_memory():,} in all",
+            remedy="build with a smaller --max-batch-size or --max-seq-len",
+        )
     why = f"{batch} requests of {capacity} positions"
     with explained("the KV cache", why=why, remedy="build with a smaller --max-batch-size or --max-seq-len"):
         if weights.embedding.is_cuda:

@@ -12,17 +12,19 @@ import torch
 from trtllm_redrafter import __version__
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.build_text import BuildText, build_text
+from trtllm_redrafter.backends.engine_config import TORCH_ENGINE_FORMAT
 from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
 from trtllm_redrafter.backends.torch.native.library import load_library
 from trtllm_redrafter.backends.torch.rope import SUPPORTED_SCALINGS, scaling_kind
 from trtllm_redrafter.base_models.end_tokens import RECORDED
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.reader import Checkpoint
+from trtllm_redrafter.checkpoint.verify import require_sound
 from trtllm_redrafter.errors import MismatchError, Problem, raise_together
 from trtllm_redrafter.fsio import check_replaceable
+from trtllm_redrafter.paths import check_place, existing_parent
 
 BACKEND = "torch"
-ENGINE_FORMAT = 1
 
 DRAFT_HEAD_ROWS = 8192
 """Rows of the drafter's LM head that are computed, where the checkpoint says which are the most frequent."""
@@ -44,9 +46,7 @@ class TorchBuildPlan:
     def kv_cache_bytes(self) -> int:
         config = self.checkpoint.config
         tree = 1 if config.draft_shape is None else config.draft_shape.max_tree_tokens
-        positions = self.options.max_batch_size * (self.options.max_seq_len + tree)
-        element = 4 if config.dtype == "float32" else 2
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size * positions * element
+        return kv_cache_bytes(config, self.options.max_batch_size, self.options.max_seq_len + tree)
 
     @property
     def tokenizer(self) -> Path | None:
@@ -61,7 +61,7 @@ class TorchBuildPlan:
         config, options = self.checkpoint.config, self.options
         shape = config.draft_shape
         return {
-            "format": ENGINE_FORMAT,
+            "format": TORCH_ENGINE_FORMAT,
             "backend": BACKEND,
             "version": __version__,
             "build_config": {
@@ -116,14 +116,29 @@ class TorchBuildPlan:
         return "\n".join(lines)
 
 
+def kv_cache_bytes(config: CheckpointConfig, batch: int, capacity: int) -> int:
+    """Bytes of a full KV cache: `batch` requests of `capacity` positions, the tree's nodes included."""
+    element = 4 if config.dtype == "float32" else 2
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size * batch * capacity * element
+
+
 def plan_build(options: BuildOptions) -> TorchBuildPlan:
     """Check everything a build could fail on."""
     checkpoint = Checkpoint.open(options.checkpoint)
+    require_sound(checkpoint)
     raise_together(MismatchError, _problems(checkpoint, options), "the engine cannot be built")
     check_replaceable(options.output, overwrite=options.overwrite)
+    check_place(options.output, _bytes_to_write(checkpoint, options.output))
     text = build_text(options, checkpoint.config, checkpoint.manifest)
     executor, reason, note = _executor(checkpoint.config)
     return TorchBuildPlan(options, checkpoint, text, executor, reason, note)
+
+
+def _bytes_to_write(checkpoint: Checkpoint, output: Path) -> int:
+    """Nothing to speak of where the weights are hard-linked: on the checkpoint's own disk."""
+    if existing_parent(output).stat().st_dev == checkpoint.path.stat().st_dev:
+        return 0
+    return sum(file.header.file_size for file in checkpoint.ranks)
 
 
 def _executor(config: CheckpointConfig) -> tuple[str, str | None, str | None]:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphSearch
@@ -19,6 +18,7 @@ from trtllm_redrafter.backends.torch.executor import Executor
 from trtllm_redrafter.backends.torch.low_rank import LowRankHead
 from trtllm_redrafter.backends.torch.native.drafter import NativeDrafter
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
+from trtllm_redrafter.checkpoint.draft_vocab import DRAFT_VOCAB_FILE, read_draft_vocab
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.errors import NumericalError, not_finite
 from trtllm_redrafter.redrafter.beam_search import beam_search, draft_head
@@ -26,7 +26,6 @@ from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
 from trtllm_redrafter.redrafter.token_tree import Tree
 
-DRAFT_VOCAB_FILE = "draft_vocab.safetensors"
 _PREFIX = "drafter."
 
 
@@ -41,13 +40,10 @@ def load_drafter(checkpoint: Checkpoint, config: DrafterConfig, device: torch.de
     return drafter.eval()
 
 
-def frequent_rows(folder: Path, count: int) -> Tensor | None:
-    """The `count` most frequent token ids, if the checkpoint names them and there are more."""
+def frequent_rows(folder: Path, count: int, vocab_size: int) -> Tensor | None:
+    """The `count` most frequent token ids, if the checkpoint names them."""
     file = folder / DRAFT_VOCAB_FILE
-    if count <= 0 or not file.exists():
-        return None
-    token_ids: Tensor = load_file(file)["token_ids"]
-    return token_ids[:count].to(torch.int64)
+    return read_draft_vocab(file, vocab_size)[:count] if count > 0 and file.exists() else None
 
 
 class Drafting:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trtllm_redrafter.checkpoint.reader import Checkpoint
+from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, save_tensors
+from trtllm_redrafter.errors import InputError
 
 FACTOR_FILE = "draft_head_factor.safetensors"
 _ROWS = 8192
@@ -46,16 +47,28 @@ def find_factor(checkpoint: Checkpoint) -> Tensor | None:
     fitted, tested = order[:count], order[-count:]
     if count <= config.hidden_size:
         return None  # any head would fit
-    factor: Tensor = torch.linalg.lstsq(base[fitted].float(), product[fitted].float()).solution
+    try:
+        factor: Tensor = torch.linalg.lstsq(base[fitted].float(), product[fitted].float()).solution
+    except RuntimeError:  # LAPACK gave up, on weights near the end of float32 say
+        return None
     error = base[tested].float() @ factor - product[tested].float()
     return factor if error.norm() < _TOLERANCE * product[tested].float().norm() else None
 
 
 def save_factor(factor: Tensor, folder: Path) -> None:
-    save_file({"factor": factor.to(torch.bfloat16).contiguous()}, folder / FACTOR_FILE)
+    save_tensors(folder / FACTOR_FILE, {"factor": factor.to(torch.bfloat16).contiguous()})
 
 
-def load_factor(folder: Path, base_head: Tensor) -> LowRankHead | None:
-    """What `build` found, if anything."""
-    file = folder / FACTOR_FILE
-    return LowRankHead(base_head, load_file(file)["factor"]) if file.exists() else None
+def load_factor(folder: Path, base_head: Tensor, exit_dim: int | None = None) -> LowRankHead | None:
+    """What `build` found, if anything; `InputError` when it does not fit the heads it is between."""
+    path = folder / FACTOR_FILE
+    if not path.exists():
+        return None
+    file = SafetensorsFile.open(path)
+    info, hidden = file.header.get("factor"), base_head.shape[1]
+    fits = info is not None and info.dtype == "BF16" and len(info.shape) == 2 and info.shape[0] == hidden
+    if info is None or not fits or exit_dim not in (None, info.shape[1]):
+        found = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
+        why = f"`factor` is {found}, BF16 [{hidden}, {exit_dim or 'exit_dim'}] is needed"
+        raise InputError("the factor of the drafter's head does not fit", where=path, why=why, remedy="build it again")
+    return LowRankHead(base_head, file.load("factor").to(base_head.device))

@@ -1,17 +1,13 @@
-"""Too little memory, said in one way, whichever allocator it was that said it."""
+"""Too little memory for a part of an engine, as a message that names the part."""
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from trtllm_redrafter.errors import BackendError
-
-_SIGNS = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED|Storage size calculation over")
-"""In a plain RuntimeError: of the driver, the CPU's allocator (Linux, Windows), cuBLAS, and sizes beyond 64 bits."""
+from trtllm_redrafter.memory import is_out_of_memory
 
 
 @contextmanager
@@ -20,7 +16,11 @@ def explained(what: str, *, why: str | None = None, remedy: str) -> Iterator[Non
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not known and not _SIGNS.search(str(error)):
+        if not is_out_of_memory(error):
             raise
         raise BackendError(f"there is not enough memory for {what}", why=why, remedy=remedy) from error
+
+
+def physical_memory() -> int:
+    """Bytes of main memory in this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

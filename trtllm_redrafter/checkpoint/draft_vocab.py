@@ -1,0 +1,46 @@
+"""`draft_vocab.safetensors`: the token ids that drafts are taken from first, most frequent first.
+
+A trainer writes it, `convert` copies it, the torch backend and `evaluate` read it. It changes what is drafted and never
+what is written, but an id outside the vocabulary would be read from beyond the LM head.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
+from trtllm_redrafter.errors import InputError, Problem
+
+DRAFT_VOCAB_FILE = "draft_vocab.safetensors"
+
+
+def read_draft_vocab(path: Path, vocab_size: int) -> Tensor:
+    """`token_ids` [n] int64: distinct and inside the vocabulary, else `InputError`."""
+    file = SafetensorsFile.open(path)
+    info = file.header.get("token_ids")
+    if info is None or info.dtype != "I32" or len(info.shape) != 1 or info.shape[0] == 0:
+        raise _refusal("the file has no int32 list `token_ids`", path)
+    ids = file.load("token_ids").to(torch.int64)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        why = f"they run from {low} to {high}, the vocabulary has {vocab_size}"
+        raise _refusal("`token_ids` are outside the vocabulary", path, why)
+    if len(set(ids.tolist())) != ids.numel():
+        raise _refusal("`token_ids` has a token twice", path)
+    return ids
+
+
+def draft_vocab_problems(path: Path, vocab_size: int) -> list[Problem]:
+    """What `read_draft_vocab` would refuse, to be reported beside other problems. An unreadable file raises."""
+    try:
+        read_draft_vocab(path, vocab_size)
+    except InputError as error:
+        return [error.problem]
+    return []
+
+
+def _refusal(what: str, path: Path, why: str | None = None) -> InputError:
+    return InputError(what, where=path, why=why, remedy="write the file again, or remove it: it changes speed only")

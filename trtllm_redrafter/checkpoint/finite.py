@@ -1,0 +1,45 @@
+"""Are all weights numbers? One NaN or infinity in a checkpoint makes every answer nonsense, without an error.
+
+Bits are looked at, not values: a float of 16 or 32 bits is finite unless all bits of its exponent are set, and
+comparing integers is as fast as reading memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from trtllm_redrafter.checkpoint.reader import Checkpoint
+from trtllm_redrafter.errors import Problem
+
+_EXPONENTS: dict[torch.dtype, tuple[torch.dtype, int]] = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
+}
+_CHUNK = 2**20
+
+
+def non_finite_count(tensor: Tensor) -> int:
+    """Values of a contiguous tensor that are NaN or infinite; 0 for dtypes without such values."""
+    if tensor.dtype not in _EXPONENTS or tensor.numel() == 0:
+        return 0
+    integer, exponent = _EXPONENTS[tensor.dtype]
+    found = 0
+    for part in torch.split(tensor.reshape(-1).view(integer), _CHUNK):
+        found += int(part.bitwise_and(exponent).eq_(exponent).sum())
+    return found
+
+
+def finite_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Every stored tensor with values that are not finite. Reads all weights, a chunk at a time."""
+    for file in checkpoint.ranks:
+        for name in file.header:
+            count = non_finite_count(file.load(name))
+            if count:
+                role = "drafter" if name.startswith("drafter.") else "base model"
+                what = f"tensor {name!r} has {count} value(s) that are not finite (NaN or infinite)"
+                yield Problem(what, str(file.path), f"the {role} it was made from has them, or the file is damaged",
+                              f"use an intact {role} and convert again")  # fmt: skip

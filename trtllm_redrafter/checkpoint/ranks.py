@@ -1,0 +1,147 @@
+"""Do the rank files of a checkpoint belong together, and is each in its place? Their values tell, a few pages of each.
+
+A rank file that was copied twice, or comes from another conversion, has the right names, shapes and dtypes, and gives
+an engine that writes nonsense. What is compared:
+
+    replicated vectors (norms, biases)  equal on all ranks
+    divided tensors                     not all equal between two ranks
+    KV heads repeated on ranks          equal on the ranks that share them
+    padding of the vocabulary           zero, below the last rank's rows
+    a tied LM head                      rank r's part of the embedding
+
+Two ranks that were exchanged as a whole are told by a tied head only; `manifest.json` tells in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from trtllm_redrafter.checkpoint.layout import EMBEDDING, LM_HEAD, Split, TensorSpec, rank_slice
+from trtllm_redrafter.checkpoint.reader import Checkpoint
+from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, TensorInfo
+from trtllm_redrafter.errors import InputError, Problem
+from trtllm_redrafter.paths import open_regular
+
+SAMPLES = 16
+SAMPLE_BYTES = 4096
+"""Of one tensor, evenly spaced; a smaller one is read whole."""
+
+_REMEDY = "convert again, or copy the rank files from an intact checkpoint"
+
+
+def rank_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Everything that shows one rank file to be another's, or of another checkpoint; nothing for a single rank.
+
+    Names, shapes and dtypes must have been checked before.
+    """
+    ranks = checkpoint.ranks
+    if len(ranks) == 1:
+        return
+    specs = [spec for spec in checkpoint.specs.values() if all(spec.name in file.header for file in ranks)]
+    yield from _replicated(checkpoint, [s for s in specs if s.split is Split.COPY and len(s.shape) < 2])
+    yield from _doubled(checkpoint, [spec for spec in specs if spec.split is not Split.COPY])
+    for spec in specs:
+        if spec.split is Split.QKV and spec.checked:
+            yield from _shared_heads(checkpoint, spec)
+        if spec.split is Split.VOCAB and spec.checked:
+            yield from _padding(checkpoint, spec)
+    yield from _tied_head(checkpoint)
+
+
+def sample(file: SafetensorsFile, info: TensorInfo) -> bytes:
+    """Evenly spaced bytes of a stored tensor."""
+    return _read(file.path, info.begin, info.end)
+
+
+def _replicated(checkpoint: Checkpoint, specs: list[TensorSpec]) -> Iterator[Problem]:
+    first = checkpoint.ranks[0]
+    for spec in specs:
+        expected = sample(first, first.header[spec.name])
+        for file in checkpoint.ranks[1:]:
+            if sample(file, file.header[spec.name]) != expected:
+                what = f"tensor {spec.name!r} is not the same as in {first.path.name}"
+                why = "every rank holds a copy of it: the files are of different checkpoints"
+                yield Problem(what, str(file.path), why, _REMEDY)
+
+
+def _doubled(checkpoint: Checkpoint, specs: list[TensorSpec]) -> Iterator[Problem]:
+    """Two ranks hold different parts of every divided tensor; constant tensors, all zeros say, tell nothing."""
+    seen: dict[tuple[bytes, ...], Path] = {}
+    for file in checkpoint.ranks:
+        parts = tuple(sample(file, file.header[spec.name]) for spec in specs)
+        if not any(len(set(part)) > 4 for part in parts):
+            return
+        if parts in seen:
+            what = f"the file holds the same part of every tensor as {seen[parts].name}"
+            yield Problem(what, str(file.path), "each rank has a part of its own", _REMEDY)
+        seen.setdefault(parts, file.path)
+
+
+def _shared_heads(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Problem]:
+    """With fewer KV heads than ranks, consecutive ranks hold the same key and value rows."""
+    config = checkpoint.config
+    repeats = config.tp_size // config.num_key_value_heads
+    if repeats <= 1:
+        return
+    for rank, file in enumerate(checkpoint.ranks):
+        leader = checkpoint.ranks[rank - rank % repeats]
+        rows = 2 * spec.shape[0] // (config.num_attention_heads + 2 * config.num_key_value_heads)
+        ends = []
+        for each in (leader, file):
+            info = each.header[spec.name]
+            ends.append(_read(each.path, info.end - rows * (info.nbytes // info.shape[0]), info.end))
+        if ends[0] != ends[1]:
+            what = f"tensor {spec.name!r} does not share its KV head with {leader.path.name}"
+            why = f"{config.num_key_value_heads} KV heads on {config.tp_size} ranks are repeated on consecutive ranks"
+            yield Problem(what, str(file.path), why, _REMEDY)
+
+
+def _padding(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Problem]:
+    for rank, file in enumerate(checkpoint.ranks):
+        zero_rows = rank_slice(spec, checkpoint.config, rank).zero_rows
+        info = file.header[spec.name]
+        if zero_rows and any(_read(file.path, info.end - zero_rows * (info.nbytes // info.shape[0]), info.end)):
+            what = f"tensor {spec.name!r} has values where the vocabulary's padding should be"
+            yield Problem(what, str(file.path), "the file is another rank's, or of another checkpoint", _REMEDY)
+
+
+def _tied_head(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """A head that is the embedding, with parts on other ranks than their rows' own."""
+    head, embedding = checkpoint.specs.get(LM_HEAD), checkpoint.specs[EMBEDDING]
+    first = checkpoint.ranks[0].header
+    whole = embedding.split is Split.COPY and LM_HEAD in first and EMBEDDING in first
+    if head is None or not whole or not head.checked or first[LM_HEAD].dtype != first[EMBEDDING].dtype:
+        return
+    rows = [rank_slice(head, checkpoint.config, rank).rows[0] for rank in range(len(checkpoint.ranks))]
+    info = first[EMBEDDING]
+    row_bytes = info.nbytes // info.shape[0]
+    expected = [
+        _read(checkpoint.ranks[0].path, info.begin + start * row_bytes, info.begin + stop * row_bytes)
+        for start, stop in rows
+    ]
+    for rank, (file, (start, stop)) in enumerate(zip(checkpoint.ranks, rows, strict=True)):
+        begin = file.header[LM_HEAD].begin
+        found = _read(file.path, begin, begin + (stop - start) * row_bytes)
+        if found != expected[rank] and found in expected:
+            what = f"{LM_HEAD!r} is the part of rank {expected.index(found)}, not of rank {rank}"
+            yield Problem(what, str(file.path), "rank files have been exchanged", _REMEDY)
+
+
+def _read(path: Path, begin: int, end: int) -> bytes:
+    """Evenly spaced pages of [begin, end), or all of it where that is less."""
+    size = end - begin
+    with open_regular(path) as file:
+        if size <= SAMPLES * SAMPLE_BYTES:
+            places = [(begin, size)]
+        else:
+            step = (size - SAMPLE_BYTES) / (SAMPLES - 1)
+            places = [(begin + int(i * step), SAMPLE_BYTES) for i in range(SAMPLES)]
+        parts = []
+        for at, count in places:
+            file.seek(at)
+            part = file.read(count)
+            if len(part) != count:
+                raise InputError("the file became shorter while it was read", where=path, remedy="try again")
+            parts.append(part)
+    return b"".join(parts)
