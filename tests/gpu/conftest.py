@@ -67,15 +67,16 @@ def _run_alone(item: pytest.Item) -> Iterator[pytest.TestReport]:
         reports, log = Path(folder, "reports"), Path(folder, "log")
         reports.touch()
         how = _wait(item, reports, log)
+        words = log.read_text(encoding="utf-8", errors="replace")[-_LAST_WORDS:]
         finished = False
         for line in reports.read_text(encoding="utf-8").splitlines():
             report = item.config.hook.pytest_report_from_serializable(config=item.config, data=json.loads(line))
             if isinstance(report.longrepr, list):
                 report.longrepr = tuple(report.longrepr)  # a skip's place and reason, which JSON has as a list
             finished = finished or report.when == "teardown"
+            report.sections.append(("what the test's process wrote", words))
             yield report
         if not finished:
-            words = log.read_text(encoding="utf-8", errors="replace")[-_LAST_WORDS:]
             yield pytest.TestReport(
                 item.nodeid, item.location, dict.fromkeys(item.keywords, 1), "failed", f"{how}\n{words}", "call"
             )
@@ -84,7 +85,7 @@ def _run_alone(item: pytest.Item) -> Iterator[pytest.TestReport]:
 def _wait(item: pytest.Item, reports: Path, log: Path) -> str:
     """Run the test; how its process ended, in words."""
     plugin = ["-p", __name__] if item.config.pluginmanager.has_plugin(__name__) else []  # else found as conftest.py
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *plugin, item.nodeid]
+    command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", *plugin, item.nodeid]
     mark = item.get_closest_marker("own_process")
     seconds = SECONDS if mark is None else float(mark.kwargs.get("seconds", SECONDS))
     with log.open("w", encoding="utf-8") as file:
