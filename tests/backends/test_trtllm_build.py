@@ -194,15 +194,15 @@ def test_the_cache_builds_the_same_thing_once(host: Host, checkpoint: Path, tmp_
 def test_the_cache_keeps_no_end_tokens(host: Host, checkpoint: Path, tmp_path: Path) -> None:
     """generation_config.json is the tokenizer's: another one must neither find nor overwrite the cached engine's."""
     ends: dict[str, list[Any]] = {}
-    for name in ("first", "second", "third"):
-        tokenizer = write_tokenizer(tmp_path / f"tokenizer-{name}")
-        if name != "second":
-            (tokenizer / "generation_config.json").write_text(json.dumps({"eos_token_id": [name]}))
+    for name, end in (("first", 5), ("second", None), ("third", 7)):
+        tokenizer = write_tokenizer(tmp_path / f"tokenizer-{name}", 64)
+        if end is not None:
+            (tokenizer / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
         request = replace(wanted(checkpoint, tmp_path, cache=True), tokenizer=tokenizer, output=tmp_path / name)
         engine = build(request)
         found = engine / "generation_config.json"
         ends[name] = read_json(found)["eos_token_id"] if found.exists() else []
-    assert ends == {"first": ["first"], "second": [], "third": ["third"]} and len(commands(host)) == 1
+    assert ends == {"first": [5], "second": [], "third": [7]} and len(commands(host)) == 1
     Manifest.read(tmp_path / "first").check_files(tmp_path / "first", hashes=True)
 
 

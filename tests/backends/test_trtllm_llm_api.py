@@ -87,7 +87,7 @@ def test_end_tokens_of_the_bases_config_json(host: Host, tmp_path: Path) -> None
     """They reach the engine through the checkpoint's manifest."""
     models = tmp_path / "models"
     write_tokenizer(models / "tokenizer")
-    sizes = {"dtype": "bfloat16", "num_beams": 3, "draft_len": 4, "vocab_size": VOCAB}
+    sizes = {"dtype": "bfloat16", "num_beams": 3, "draft_len": 4, "vocab_size": VOCAB, "head_dim": 32}
     other = expected((50,), 6, end=-1)[-1]
     write_checkpoint(models / "one", eos_token_id=[other], **sizes)  # type: ignore[arg-type]
     engine = build(models, tmp_path)

@@ -141,7 +141,7 @@ def test_ignored_options_are_refused(host: Host, checkpoints: Path, tmp_path: Pa
     assert "compiled into the engine" in refused(runner, draft=False)
     assert "101 tokens, the engine takes 100" in refused(runner, (3,) * 101)
     assert "exceed the engine's 200" in refused(runner, (3,) * 100, max_tokens=101)
-    assert "outside the vocabulary" in refused(runner, (VOCAB,)) and "empty" in refused(runner, ())
+    assert "outside the model's vocabulary" in refused(runner, (VOCAB,)) and "empty" in refused(runner, ())
     assert "need a tokenizer" in refused(runner, stop=("x",)) and "max_tokens is 0" in refused(runner, max_tokens=0)
     with pytest.raises(RequestError, match="no tokenizer"):
         runner.encode_prompt("text", chat=False)

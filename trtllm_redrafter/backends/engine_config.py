@@ -47,7 +47,7 @@ class TorchEngineConfig(Schema):
     backend: Literal["torch"]
     build_config: Limits
     draft: DraftSettings | None
-    eos_token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    eos_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
     """None: an engine of a version that did not record them."""
 
     @property
