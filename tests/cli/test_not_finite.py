@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -24,8 +25,11 @@ def test_one_prompt_fails_and_the_others_are_answered(
     tensors["model.embed_tokens.weight"][broken] = float("nan")
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     program, engine = Program(capsys), tmp_path / "engine"
-    assert program("convert", "--base", base, "--drafter", drafter, "--output", tmp_path / "ckpt") == 0
-    assert program("build", "--checkpoint", tmp_path / "ckpt", "--output", engine) == 0
+    # Damage that came after the build: `convert` and `build` refuse such weights.
+    checks = [f"trtllm_redrafter.{module}.non_finite_count" for module in ("conversion.shards", "checkpoint.finite")]
+    with patch(checks[0], return_value=0), patch(checks[1], return_value=0):
+        assert program("convert", "--base", base, "--drafter", drafter, "--output", tmp_path / "ckpt") == 0
+        assert program("build", "--checkpoint", tmp_path / "ckpt", "--output", engine) == 0
     (tmp_path / "p.jsonl").write_text('{"prompt": "ab", "chat": false}\n{"prompt": "axb", "chat": false}\n')
     assert program("run", "--engine", engine, "--input", tmp_path / "p.jsonl", "--max-tokens", 3, flag, "--json") == 9
     document = program.document
