@@ -20,7 +20,7 @@ from tests.tiny_models import write_base, write_drafter
 from trtllm_redrafter.backends.base import FinishReason, Request, Result, SamplingParams
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.errors import NumericalError
-from trtllm_redrafter.redrafter.sampling import NOT_FINITE, SamplingSettings, draw, finite_greedy
+from trtllm_redrafter.redrafter.sampling import NOT_FINITE, SamplingSettings, draw, finite_greedy, greedy
 
 __all__ = ["no_gpu"]  # a fixture that every test here uses
 
@@ -143,6 +143,8 @@ def test_a_broken_drafter_changes_no_text_and_is_named(tmp_path: Path, executor:
 def test_rows_without_a_largest_number_draw_nothing() -> None:
     rows = torch.tensor([[1.0, 3.0, 3.0], [1.0, NAN, 0.0], [INF, 0.0, 1.0], [-INF] * 3, [-INF, 0.5, 0.0]])
     assert finite_greedy(rows).tolist() == [1, NOT_FINITE, NOT_FINITE, NOT_FINITE, 1]
+    tied = torch.randint(-3, 3, (50, 400)).to(torch.bfloat16)
+    assert torch.equal(finite_greedy(tied), greedy(tied))
     settings = SamplingSettings.of([SamplingParams(1, temperature=t) for t in (0.0, 1.0, 0.0, 1.0, 1.0)])
     drawn = draw(rows, settings, torch.full((5,), 0.1))
     assert drawn.tolist() == [1, NOT_FINITE, NOT_FINITE, NOT_FINITE, 1]

@@ -135,9 +135,8 @@ NOT_FINITE = -1
 
 def finite_greedy(logits: Tensor) -> Tensor:
     """`greedy`, with `NOT_FINITE` for rows whose largest logit is no number. [..., V] -> [...]; no synchronisation."""
-    best = greedy(logits)
-    largest = logits.gather(-1, best.unsqueeze(-1)).squeeze(-1)  # NaN counts as the largest
-    return best.masked_fill(~largest.isfinite(), NOT_FINITE)
+    largest, best = logits.float().max(dim=-1)  # as fast as argmax; the first of equals, and NaN before all
+    return torch.where(largest.abs() < torch.inf, best, NOT_FINITE)
 
 
 def draw(logits: Tensor, settings: SamplingSettings, uniforms: Tensor | None) -> Tensor:
