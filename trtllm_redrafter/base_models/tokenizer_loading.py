@@ -47,7 +47,8 @@ def library_errors(what: str, *, where: str | Path, remedy: str) -> Iterator[Non
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the Rust tokenizers
             raise
         why = " ".join(f"{type(error).__name__}: {error}".split())[:_SHOWN]
-        raise InputError(what, where=where, why=why, remedy=remedy) from error
+        better = f"install the package it names, or {remedy}" if isinstance(error, ImportError) else remedy
+        raise InputError(what, where=where, why=why, remedy=better) from error
 
 
 def _check_fast_file(folder: Path) -> None:
