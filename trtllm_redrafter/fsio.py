@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.errors import InputError, OutputError
-from trtllm_redrafter.scratch import claimed, leftovers, new_directory, own_name, partial_stem, replaced_file
+from trtllm_redrafter.scratch import claimed, leftovers, new_directory, own_name, partial_stem, replaced_file, sweep
 
 CREATOR = "trtllm-redrafter"
 """The creator's name in every manifest; what marks a directory as ours to replace."""
@@ -163,7 +163,7 @@ def _old_stem(target: Path) -> str:
 
 
 def restore(path: Path) -> None:
-    """Put back an output that a killed run of this user on this host had moved aside to replace it."""
+    """Put back an output that a killed run of this user on this host had moved aside, and remove what else it left."""
     target = Path(os.path.realpath(path))
     for left in leftovers(target.parent, _old_stem(target)):
         with claimed(left) as free:
@@ -171,6 +171,7 @@ def restore(path: Path) -> None:
                 left.rename(target)
             elif free:
                 shutil.rmtree(left, ignore_errors=True)
+    sweep(target.parent, partial_stem(target))
 
 
 def sha256_file(path: Path, chunk_bytes: int = 2**20) -> str:

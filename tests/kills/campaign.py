@@ -15,7 +15,6 @@ import io
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -34,7 +33,6 @@ KINDS = {signal.SIGKILL: 12, signal.SIGTERM: 3, signal.SIGINT: 2, signal.SIGHUP:
 
 LIMIT_SECONDS = 20.0
 LOUD = ("Traceback", "internal error", "Exception ignored")
-LEFT_BEHIND = re.compile(r"\.(partial|old)-[^/]*-[0-9]+-[0-9a-f]{8}|\.redrafter-|\.lock$")
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,7 @@ class Scene:
 def run_forked(line: str, folder: Path, fault: Fault | None, *, kill_after: float | None = None) -> Ran:
     """Run one command line in a fork of this process, with `folder` as its current directory."""
     logs = Path(tempfile.mkdtemp(prefix="kills-"))
+    (logs / "text").touch()
     started = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -81,7 +80,7 @@ def _become(line: str, folder: Path, fault: Fault | None, logs: Path) -> None:
 
     code, hook = 99, Hook(folder, fault)
     try:
-        out = os.open(logs / "text", os.O_WRONLY | os.O_CREAT)
+        out = os.open(logs / "text", os.O_WRONLY)
         os.dup2(out, 1)
         os.dup2(out, 2)
         faulthandler.dump_traceback_later(0.9 * LIMIT_SECONDS, file=2)  # where it hangs, if it does

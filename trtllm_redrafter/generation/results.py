@@ -170,7 +170,8 @@ def _earlier_rows(target: Path, path: Path, *, overwrite: bool) -> dict[int, tup
                 ) from e  # fmt: skip
             rows[index] = (key, (end, len(line)))
             end += len(line)
-        file.truncate(end)
+        if file.seek(0, os.SEEK_END) > end:
+            file.truncate(end)
     return rows
 
 
