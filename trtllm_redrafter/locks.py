@@ -67,8 +67,9 @@ def _acquire(file: Path, what: str, where: Path) -> int:
         except OSError:
             return fd
         if _is_still(file, fd):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps(_this_process()).encode(), 0)
+            with suppress(OSError):  # a full disk: the lock holds without a name too
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, json.dumps(_this_process()).encode(), 0)
             return fd
         os.close(fd)
 
