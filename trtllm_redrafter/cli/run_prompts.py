@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from trtllm_redrafter.backends.base import EngineInfo, Update
+from trtllm_redrafter.backends.base import EngineInfo, Runner, Update
 from trtllm_redrafter.cli.console import note, progress_bar, say, working
 from trtllm_redrafter.errors import InputError, OutputError, RedrafterError, RequestError, UsageError
 from trtllm_redrafter.generation import (
@@ -73,35 +73,38 @@ def run_prompts(wanted: RunRequest) -> RunReport:
     """Everything a user can get wrong is refused before the engine is loaded."""
     run = wanted.resolved.recipe.run
     check_files(run, overwrite=wanted.overwrite or wanted.resume)
-    with working("loading the engine"):
-        runner = open_runner(wanted.resolved, verify_hashes=wanted.verify_hashes)
-    try:
-        defaults = defaults_for(wanted.resolved, runner)
-        jobs: Iterable[Job | Outcome] = chain(
-            prompt_jobs(run.prompts, defaults), () if run.input is None else read_jobs(run.input, defaults)
-        )
+    with ExitStack() as stack:
+        file = None
+        if run.output is not None:
+            how = {"resume": wanted.resume, "overwrite": wanted.overwrite}
+            file = stack.enter_context(ResultsFile.open(run.output, **how))
+        with working("loading the engine"):
+            runner = open_runner(wanted.resolved, verify_hashes=wanted.verify_hashes)
+        stack.callback(runner.close)
         report = RunReport(runner.info, Summary(), run.output)
-        with ExitStack() as stack:
-            file = None
-            if run.output is not None:
-                how = {"resume": wanted.resume, "overwrite": wanted.overwrite}
-                file = stack.enter_context(ResultsFile.open(run.output, runner.info, **how))
-                jobs = file.missing(jobs)
-            show_bar = not wanted.stream and not wanted.quiet
-            progress = stack.enter_context(progress_bar()) if show_bar else None
-            on_update = _stream_text if wanted.stream and not wanted.quiet else None
-            for outcome in run_jobs(runner, jobs, one_by_one=wanted.stream, on_update=on_update):
-                report.summary.add(outcome)
-                if progress is not None:
-                    progress("run", report.summary.prompts, None, "prompts")
-                _keep(outcome, report, file)
-            if file is not None:
-                file.finish()
-                report.kept = file.kept
-    finally:
-        runner.close()
+        _answer(wanted, runner, report, file)
     _show(wanted, report)
     return report
+
+
+def _answer(wanted: RunRequest, runner: Runner, report: RunReport, file: ResultsFile | None) -> None:
+    """All prompts through the engine, into the file or the report."""
+    run, defaults = wanted.resolved.recipe.run, defaults_for(wanted.resolved, runner)
+    jobs: Iterable[Job | Outcome] = prompt_jobs(run.prompts, defaults)
+    if run.input is not None:
+        jobs = chain(jobs, read_jobs(run.input, defaults))
+    if file is not None:
+        jobs = file.missing(jobs, runner.info)
+    on_update = _stream_text if wanted.stream and not wanted.quiet else None
+    with nullcontext() if wanted.stream or wanted.quiet else progress_bar() as progress:
+        for outcome in run_jobs(runner, jobs, one_by_one=wanted.stream, on_update=on_update):
+            report.summary.add(outcome)
+            if progress is not None:
+                progress("run", report.summary.prompts, None, "prompts")
+            _keep(outcome, report, file)
+    if file is not None:
+        file.finish()
+        report.kept = file.kept
 
 
 def check_files(run: RunSection, *, overwrite: bool) -> None:

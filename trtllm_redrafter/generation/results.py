@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,47 +33,57 @@ Place = tuple[int, int]
 
 
 class ResultsFile:
-    """The open file. `missing(jobs)` leaves out what it has already, `write` adds a row, `finish` sorts them."""
+    """The file, for this process alone. `missing` leaves out what it has already, `write` adds a row, `finish` sorts.
 
-    def __init__(self, path: Path, fd: int, engine: str, earlier: dict[int, tuple[str | None, Place]]) -> None:
+    What is there stays until `missing` is called: an engine that cannot be loaded costs no earlier results.
+    """
+
+    def __init__(self, path: Path, *, regular: bool, earlier: dict[int, tuple[str | None, Place]]) -> None:
         self.kept = 0
-        self._path, self._fd, self._engine, self._earlier = path, fd, engine, earlier
-        self._regular = path.is_file()
-        self._end = os.lseek(fd, 0, os.SEEK_END) if self._regular else 0
+        self._path, self._regular, self._earlier = path, regular, earlier
+        self._fd: int | None = None
+        self._engine = ""
+        self._end = 0
         self._places: dict[int, Place] = {}
         self._running: dict[str, tuple[int, str | None]] = {}
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, info: EngineInfo, *, resume: bool, overwrite: bool) -> Iterator[ResultsFile]:
-        """Open for this process alone.
+    def open(cls, path: Path, *, resume: bool, overwrite: bool) -> Iterator[ResultsFile]:
+        """Lock the file, and look at what it holds.
 
         With `resume`, an existing file is gone on with; `OutputError` when it holds something else, unless `overwrite`
         allows to begin anew. A file without a row goes when the block fails.
         """
         special = path.exists() and not path.is_file()  # a pipe or a terminal
         target = path if special else Path(os.path.realpath(path))
-        with ExitStack() as stack:
-            stack.enter_context(as_output_error(path))
-            stack.enter_context(nullcontext() if special else _alone(target, path))
+        with nullcontext() if special else _alone(target, path):
             if target.is_file() and not resume and not overwrite:
-                raise OutputError(
-                    "the output exists already", where=path, remedy="pass --overwrite, --resume or another --output"
-                )
-            earlier = {} if special or not resume else _earlier_rows(target, path, overwrite=overwrite)
-            mode = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if earlier else os.O_TRUNC)
-            fd = os.open(target, mode, 0o666)
-            stack.callback(os.close, fd)
-            file = cls(target, fd, _engine_key(info), earlier)
+                remedy = "pass --overwrite, --resume or another --output"
+                raise OutputError("the output exists already", where=path, remedy=remedy)
+            with as_output_error(path):
+                earlier = {} if special or not resume else _earlier_rows(target, path, overwrite=overwrite)
+            file = cls(target, regular=not special, earlier=earlier)
             try:
                 yield file
             except BaseException:
-                if not special and target.stat().st_size == 0:
+                if file._fd is not None and not special and target.stat().st_size == 0:
                     target.unlink()
                 raise
+            finally:
+                if file._fd is not None:
+                    os.close(file._fd)
 
-    def missing(self, jobs: Iterable[Job | Outcome]) -> Iterator[Job | Outcome]:
-        """The jobs without a result in the file; failed ones are tried again."""
+    def missing(self, jobs: Iterable[Job | Outcome], info: EngineInfo) -> Iterator[Job | Outcome]:
+        """Begin to write: the jobs without a result of this engine in the file. Failed ones are tried again."""
+        self._engine = _engine_key(info)
+        mode = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if self._earlier else os.O_TRUNC)
+        with as_output_error(self._path):
+            self._fd = os.open(self._path, mode, 0o666)
+            self._end = os.lseek(self._fd, 0, os.SEEK_END) if self._regular else 0
+        return self._missing(jobs)
+
+    def _missing(self, jobs: Iterable[Job | Outcome]) -> Iterator[Job | Outcome]:
         for index, job in enumerate(jobs):
             key = self._request_key(job) if isinstance(job, Job) else None
             known, place = self._earlier.get(index, (None, (0, 0)))
@@ -90,7 +100,8 @@ class ResultsFile:
         values = outcome.as_dict()
         row = {"id": values.pop("id"), "source": values.pop("source"), "index": index, "request_sha256": key, **values}
         data = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        self._append(data)
+        with as_output_error(self._path):
+            self._append(data)
         self._places[index] = (self._end, len(data))
         self._end += len(data)
 
@@ -101,7 +112,7 @@ class ResultsFile:
         in_order = all(first == end for (first, _), end in zip(places, ends, strict=False)) and ends[-1] == self._end
         if in_order or not self._regular:
             return
-        with self._path.open("rb") as source, replaced_file(self._path) as sorted_file:
+        with as_output_error(self._path), self._path.open("rb") as source, replaced_file(self._path) as sorted_file:
             shutil.copymode(self._path, sorted_file)
             with sorted_file.open("wb") as target:
                 for first, length in places:
@@ -109,6 +120,7 @@ class ResultsFile:
                     target.write(source.read(length))
 
     def _append(self, data: bytes) -> None:
+        assert self._fd is not None
         rest = memoryview(data)
         try:
             while rest:
