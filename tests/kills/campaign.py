@@ -190,6 +190,8 @@ def main() -> int:
     options = parser.parse_args()
     os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})  # a fork of several threads can hang
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell's background jobs inherit them ignored
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     import torch
 
     torch.set_num_threads(1)
