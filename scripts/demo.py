@@ -52,7 +52,7 @@ def build_engine(console: Console) -> tuple[Path, list[str]]:
     """Convert and build as the recipe says; what is unchanged is not done again."""
     resolved = resolve(file_layers(RECIPE))
     plan = plan_pipeline(resolved, name=RECIPE.stem)
-    with console.status("converting and building"):
+    with console.status("converting and building"), plan.locked():
         for stage in run_pipeline(plan, no_progress):
             if stage.name != "run":
                 console.print(stage.headline, markup=False)

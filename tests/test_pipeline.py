@@ -140,7 +140,7 @@ def test_a_stranger_who_comes_after_the_plan_is_not_replaced_either(place: Path)
 
 
 def test_a_failed_stage_leaves_no_record(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise InputError("no more electricity")
 
     planned = plan()

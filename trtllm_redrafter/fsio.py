@@ -12,48 +12,58 @@ Data is not flushed to the disk before the rename: after a power cut, `verify` t
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
 import os
-import secrets
 import shutil
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.errors import InputError, OutputError
 from trtllm_redrafter.paths import check_place, open_regular, read_regular
+from trtllm_redrafter.scratch import claimed, leftovers, new_directory, own_name, partial_stem, replaced_file, sweep
 
 CREATOR = "trtllm-redrafter"
 """The creator's name in every manifest; what marks a directory as ours to replace."""
 
 _MAX_JSON_BYTES = 512 * 2**20
 
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2(2)
+
 
 @contextmanager
-def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def atomic_directory(
+    path: Path, *, overwrite: bool, on_complete: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
     """A new sibling directory that takes `path`'s place when the block ends without an exception.
 
     An existing `path` needs `overwrite`, and is replaced only when it is empty or holds a manifest of ours: a
     mistyped `--output ~` must not delete a home directory. It stays untouched until the new one is complete.
+    `on_complete` is called with the complete directory before it takes its place: what it records is there first.
     """
     target = Path(os.path.realpath(path))
-    _restore_and_sweep(target)
+    restore(target)
     check_replaceable(target, overwrite=overwrite)
-    work = target.with_name(_sibling(target, "partial"))
-    parents = [parent for parent in target.parents if not parent.exists()]
-    with as_output_error(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work.mkdir()
+    with made_parents(target), as_output_error(target), new_directory(target.parent, partial_stem(target)) as work:
+        yield work
+        if on_complete is not None:
+            on_complete(work)
+        _put_in_place(work, target, overwrite=overwrite)
+
+
+@contextmanager
+def made_parents(path: Path) -> Iterator[None]:
+    """The directories above `path`, made where they are missing; those that stay empty are removed again."""
+    parents = [parent for parent in path.parents if not parent.exists()]
+    with as_output_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with as_output_error(target):
-            yield work
-            _put_in_place(work, target, overwrite=overwrite)
+        yield
     finally:
-        shutil.rmtree(work, ignore_errors=True)
         with suppress(OSError):  # not empty: the output is there, or somebody else's
             for parent in parents:
                 parent.rmdir()
@@ -122,55 +132,48 @@ def as_output_error(where: Path) -> Iterator[None]:
         raise OutputError(what, where=where, why=str(e), remedy=remedy) from e
 
 
-def _sibling(target: Path, kind: str) -> str:
-    """`.checkpoint.partial-host-1234-9f3a`: the owner can be told, and never clashes with another run."""
-    return f"{_sibling_prefix(target, kind)}{os.getpid()}-{secrets.token_hex(4)}"
-
-
-def _sibling_prefix(target: Path, kind: str) -> str:
-    return f".{target.name}.{kind}-{socket.gethostname().replace('-', '_')}-"
-
-
 def _put_in_place(work: Path, target: Path, *, overwrite: bool) -> None:
-    """Rename `work` to `target`; an old `target` steps aside first and comes back if that fails."""
+    """Give `work` the name `target`; an old `target` gets the name of `work`, and goes with it."""
     if not target.exists():
         work.rename(target)
         return
     check_replaceable(target, overwrite=overwrite)  # someone may have put it there in the meantime
-    aside = target.with_name(_sibling(target, "old"))
-    target.rename(aside)
-    try:
-        work.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _restore_and_sweep(target: Path) -> None:
-    """Clean up after runs on this host that were killed: put back an old output, drop unfinished ones."""
-    if not target.parent.is_dir():
+    if _exchange(work, target):
         return
-    for kind in ("old", "partial"):
-        prefix = _sibling_prefix(target, kind)
-        for left in [p for p in target.parent.iterdir() if p.name.startswith(prefix)]:
-            pid = left.name[len(prefix) :].split("-")[0]
-            if not pid.isdigit() or _is_alive(int(pid)):
-                continue
-            if kind == "old" and not target.exists():
-                left.rename(target)
-            else:
-                shutil.rmtree(left, ignore_errors=True)
+    aside = target.with_name(own_name(_old_stem(target)))
+    with claimed(target, new=True):  # nobody takes it for abandoned while it is aside
+        target.rename(aside)
+        try:
+            work.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _is_alive(pid: int) -> bool:
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories' names in one step; False where the system cannot."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        call = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
         return False
-    except PermissionError:
-        return True
-    return True
+    return bool(call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
+
+
+def _old_stem(target: Path) -> str:
+    return f".{target.name}.old"
+
+
+def restore(path: Path) -> None:
+    """Put back an output that a killed run of this user on this host had moved aside, and remove what else it left."""
+    target = Path(os.path.realpath(path))
+    for left in leftovers(target.parent, _old_stem(target)):
+        with claimed(left) as free:
+            if free and not target.exists() and is_ours(left):
+                left.rename(target)
+            elif free:
+                shutil.rmtree(left, ignore_errors=True)
+    sweep(target.parent, partial_stem(target))
 
 
 def sha256_file(path: Path, chunk_bytes: int = 2**20) -> str:
@@ -249,6 +252,12 @@ def write_json(path: Path, value: Any) -> None:
     except UnicodeEncodeError:  # a path that is not UTF-8 has no other form in JSON than escapes
         data = json.dumps(value, indent=2).encode("ascii")
     path.write_bytes(data + b"\n")
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """`write_json` for a file that others read or a kill may hit: the old content or the new, never a part."""
+    with replaced_file(path) as file:
+        write_json(file, value)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.scratch import own_name
 from trtllm_redrafter.training.engine_writer import EngineWriterOptions, engine_writer
 from trtllm_redrafter.training.frozen_base import FrozenBase
 from trtllm_redrafter.training.self_distill import (
@@ -51,6 +52,19 @@ def test_an_engine_writes_the_same(random_base: Path, tmp_path: Path) -> None:
         hot = replace(wanted, temperature=1.0)
         assert writer.write(PROMPTS[2:], hot, 2) == writer.write(PROMPTS, hot, 0)[2:]
     assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_that_a_kill_left_is_removed(random_base: Path, tmp_path: Path) -> None:
+    """Also one half removed, without its manifest; what bears no such name is somebody's and stays."""
+    left = tmp_path / own_name(".redrafter-engine") / "engine"
+    left.mkdir(parents=True)
+    (left / "config.json").write_text("{}")
+    (tmp_path / "base-engine").mkdir()
+    (tmp_path / "base-engine" / "config.json").write_text("{}")
+    sizes = EngineWriterOptions(dtype="float32", device="cpu", batch=1, max_prompt=30, max_tokens=60)
+    with engine_writer(random_base, tmp_path, sizes, no_progress):
+        assert not left.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["base-engine"]
 
 
 def test_sampling_depends_on_the_seed(random_base: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -320,7 +320,9 @@ class Backend(Protocol):
 
     def plan(self, options: BuildOptions) -> BuildPlan: ...
 
-    def build(self, plan: BuildPlan, progress: Progress) -> Path: ...
+    def build(
+        self, plan: BuildPlan, progress: Progress, *, on_complete: Callable[[Path], None] | None = None
+    ) -> Path: ...
 
     def load(
         self,

@@ -6,6 +6,7 @@ that says what, where, why and the remedy, with the exit code of its kind; a tra
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from trtllm_redrafter.cli.run import run
 from trtllm_redrafter.cli.train import train
 from trtllm_redrafter.cli.tune import tune
 from trtllm_redrafter.cli.verify import verify
-from trtllm_redrafter.errors import BackendError, RedrafterError, UsageError
+from trtllm_redrafter.errors import BackendError, OutputError, RedrafterError, UsageError
 from trtllm_redrafter.memory import address_space_limit, is_out_of_memory
 from trtllm_redrafter.paths import explain_os_error
 
@@ -72,15 +73,21 @@ def run_app(arguments: Sequence[str]) -> int:
     try:
         code = app(args, prog_name=PROGRAM, standalone_mode=False)
     except RedrafterError as error:
+        if signals.caused(error):
+            return console.report_interrupt(command, as_json=how["as_json"])
         return console.report_error(command, error, **how)
     except (KeyboardInterrupt, typer.Abort):
         return console.report_interrupt(command, as_json=how["as_json"])
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
+        _silence_stdout()  # the reader left: nothing more to say
         return 1
     except Exception as error:  # noqa: BLE001 - the edge: a bug must end in a message and an exit code too
         if signals.exit_code() is not None:
             return console.report_interrupt(command, as_json=how["as_json"])
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # files say so themselves: this is stdout
+            _silence_stdout()
+            remedy = "free some space, or send the output elsewhere"
+            return console.report_error(command, OutputError("the disk is full", why=str(error), remedy=remedy), **how)
         known = _explained(error)
         if known is not None:
             return console.report_error(command, known, **how)
@@ -106,7 +113,17 @@ def _not_enough_memory(why: str) -> BackendError:
     return BackendError("there is not enough memory", why=why, remedy=remedy)
 
 
+def _silence_stdout() -> None:
+    """What is still buffered for a stdout that takes nothing must not fail again at the program's end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     """The console script."""
     signals.listen()
-    sys.exit(run_app(sys.argv[1:]))
+    try:
+        code = run_app(sys.argv[1:])
+    except KeyboardInterrupt:  # while something else was being reported
+        code = signals.exit_code() or console.INTERRUPTED
+    signals.rest()
+    sys.exit(code)

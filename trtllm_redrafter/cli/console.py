@@ -14,7 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
@@ -41,8 +41,9 @@ def say(text: str = "", *, nl: bool = True) -> None:
 
 
 def note(text: str) -> None:
-    """Something about the result, on stderr."""
-    typer.echo(printable(text), err=True)
+    """Something about the result, on stderr; where nobody can read it, the work goes on."""
+    with suppress(OSError):
+        typer.echo(printable(text), err=True)
 
 
 def _encodable(text: str) -> str:
@@ -52,12 +53,18 @@ def _encodable(text: str) -> str:
 
 def emit(command: str, **values: Any) -> None:
     """The JSON document of what ran to its end: a success, unless `values` say `ok=False` and give the error."""
-    _document({"command": command, "ok": True, **values})
+    say(_document({"command": command, "ok": True, **values}))
 
 
-def _document(values: Mapping[str, Any]) -> None:
+def _document(values: Mapping[str, Any]) -> str:
     text = json.dumps(values, ensure_ascii=False, default=str)
-    typer.echo(text if _encodable(text) == text else json.dumps(values, default=str))
+    return text if _encodable(text) == text else json.dumps(values, default=str)
+
+
+def _emit_failure(command: str, error: Mapping[str, Any]) -> None:
+    """The JSON document of an error; where it cannot be written, the exit code has to do."""
+    with suppress(OSError):
+        say(_document({"command": command, "ok": False, "error": error}))
 
 
 def report_error(command: str, error: RedrafterError, *, as_json: bool, debug: bool) -> int:
@@ -65,10 +72,11 @@ def report_error(command: str, error: RedrafterError, *, as_json: bool, debug: b
     if debug:
         traceback.print_exception(error, file=sys.stderr)
     style: dict[str, Any] = {} if os.environ.get("NO_COLOR") else {"fg": "red", "bold": True}
-    typer.secho("error: ", err=True, nl=False, **style)
+    with suppress(OSError):
+        typer.secho("error: ", err=True, nl=False, **style)
     note(error.render())
     if as_json:
-        _document({"command": command, "ok": False, "error": error.as_dict()})
+        _emit_failure(command, error.as_dict())
     return error.exit_code
 
 
@@ -80,8 +88,7 @@ def report_crash(command: str, error: BaseException, *, as_json: bool, debug: bo
     else:
         note(f"internal error: {what}\n  remedy: run again with --debug, and report the traceback it shows")
     if as_json:
-        kind = {"kind": "internal", "exit_code": INTERNAL_ERROR, "what": what}
-        _document({"command": command, "ok": False, "error": kind})
+        _emit_failure(command, {"kind": "internal", "exit_code": INTERNAL_ERROR, "what": what})
     return INTERNAL_ERROR
 
 
@@ -90,8 +97,7 @@ def report_interrupt(command: str, *, as_json: bool) -> int:
     code = signals.exit_code() or INTERRUPTED
     note("interrupted")
     if as_json:
-        error = {"kind": "interrupted", "exit_code": code, "what": "interrupted"}
-        _document({"command": command, "ok": False, "error": error})
+        _emit_failure(command, {"kind": "interrupted", "exit_code": code, "what": "interrupted"})
     return code
 
 

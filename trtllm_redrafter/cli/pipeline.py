@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trtllm_redrafter.cli.console import emit, note, progress_bar, say
 from trtllm_redrafter.cli.options import DryRun, Json
+
+if TYPE_CHECKING:
+    from trtllm_redrafter.cli.run_prompts import RunReport
+    from trtllm_redrafter.pipeline import PipelinePlan, StagePlan
 
 
 def pipeline(
@@ -20,8 +24,7 @@ def pipeline(
     as_json: Json = False,
 ) -> None:
     """Convert, build and run as a recipe says, skipping stages whose inputs and options are unchanged."""
-    from trtllm_redrafter.cli.run_prompts import RunReport, RunRequest, run_prompts
-    from trtllm_redrafter.pipeline import plan_pipeline, record_run, run_pipeline
+    from trtllm_redrafter.pipeline import plan_pipeline
     from trtllm_redrafter.recipe import file_layers, resolve, set_layer
 
     resolved = resolve([*file_layers(recipe), *([set_layer(changes)] if changes else [])])
@@ -31,24 +34,36 @@ def pipeline(
         if as_json:
             emit("pipeline", dry_run=True, **plan.as_dict())
         return
-    done, report = [], None
-    with progress_bar() as progress:
-        for stage in run_pipeline(plan, progress):
-            note(stage.headline)
-            done.append(stage)
-    last = done[-1]
-    if last.name == "run" and last.status == "miss":
-        wanted = RunRequest(
-            plan.resolved, verify_hashes=False, stream=False, stats=not as_json,
-            overwrite=last.verdict is not None and last.verdict.ours, quiet=as_json,
-        )  # fmt: skip
-        report = run_prompts(wanted)
-        if not report.summary.exit_code:
-            record_run(plan, last)
+    with plan.locked():
+        done, report = _carry_out(plan, quiet=as_json)
     if as_json:
         stages = [stage.as_dict() for stage in done]
         ran = {} if report is None else report.as_dict()
         ok = {"ok": ran.pop("ok", True), "error": ran.pop("error", None)}
         emit("pipeline", **ok, dry_run=False, stages=stages, run=ran or None)
-    if isinstance(report, RunReport) and report.summary.exit_code:
+    if report is not None and report.summary.exit_code:
         raise typer.Exit(report.summary.exit_code)
+
+
+def _carry_out(plan: PipelinePlan, *, quiet: bool) -> tuple[list[StagePlan], RunReport | None]:
+    """All stages; results of an interrupted run stage are gone on with."""
+    from trtllm_redrafter.cli.run_prompts import RunRequest, run_prompts
+    from trtllm_redrafter.pipeline import begin_run, record_run, run_pipeline
+
+    done = []
+    with progress_bar() as progress:
+        for stage in run_pipeline(plan, progress):
+            note(stage.headline)
+            done.append(stage)
+    last = done[-1]
+    if last.name != "run" or last.status != "miss" or last.verdict is None:
+        return done, None
+    wanted = RunRequest(
+        plan.resolved, verify_hashes=False, stream=False, stats=not quiet, overwrite=last.verdict.ours,
+        resume=last.verdict.interrupted, quiet=quiet,
+    )  # fmt: skip
+    begin_run(plan, last)
+    report = run_prompts(wanted)
+    if not report.summary.exit_code:
+        record_run(plan, last)
+    return done, report

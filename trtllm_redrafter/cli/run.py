@@ -10,6 +10,7 @@ import typer
 
 from trtllm_redrafter.cli.console import emit
 from trtllm_redrafter.cli.options import Json, from_flags, setting
+from trtllm_redrafter.errors import UsageError
 
 
 def run(
@@ -40,6 +41,9 @@ def run(
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show speed and acceptance afterwards.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output file.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the results that --output has already, and write the others.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run prompts on an engine."""
@@ -67,7 +71,12 @@ def run(
     )
     if stream is None:
         stream = len(prompt or ()) == 1 and input_file is None and not as_json and sys.stdout.isatty()
-    wanted = RunRequest(resolved, verify_hashes=verify, stream=stream, stats=stats, overwrite=overwrite, quiet=as_json)
+    if resume and (overwrite or output_file is None):
+        what = "--resume goes on with a file, --overwrite replaces it" if overwrite else "--resume needs an --output"
+        raise UsageError(what, remedy="leave one of them out" if overwrite else "name the file to go on with")
+    wanted = RunRequest(
+        resolved, verify_hashes=verify, stream=stream, stats=stats, overwrite=overwrite, resume=resume, quiet=as_json
+    )
     report = run_prompts(wanted)
     if as_json:
         emit("run", **report.as_dict())

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from trtllm_redrafter.backends.base import EngineInfo, Update
+from trtllm_redrafter.backends.base import EngineInfo, Runner, Update
 from trtllm_redrafter.cli.console import note, progress_bar, say, working
 from trtllm_redrafter.errors import InputError, OutputError, RedrafterError, RequestError, UsageError
-from trtllm_redrafter.fsio import as_output_error
 from trtllm_redrafter.generation import (
     Job,
     Outcome,
+    ResultsFile,
     Summary,
     defaults_for,
     open_runner,
@@ -38,6 +37,7 @@ class RunRequest:
     stream: bool
     stats: bool
     overwrite: bool
+    resume: bool
     quiet: bool
 
 
@@ -48,6 +48,8 @@ class RunReport:
     info: EngineInfo
     summary: Summary
     output: Path | None
+    kept: int = 0
+    """Results of an earlier run that the output had already."""
     outcomes: list[Outcome] = field(default_factory=list)
     error: RedrafterError | None = None
     """The first prompt's that failed."""
@@ -60,6 +62,7 @@ class RunReport:
             "error": None if self.error is None else self.error.as_dict(),
             "engine": engine,
             "output": self.output,
+            "kept": self.kept,
             "summary": self.summary.as_dict(),
             "results": results,
         }
@@ -68,31 +71,43 @@ class RunReport:
 def run_prompts(wanted: RunRequest) -> RunReport:
     """Everything a user can get wrong is refused before the engine is loaded."""
     run = wanted.resolved.recipe.run
-    check_files(run, overwrite=wanted.overwrite)
-    with working("loading the engine"):
-        runner = open_runner(wanted.resolved, verify_hashes=wanted.verify_hashes)
-    for text in runner.notes:
-        note(f"note: {text}")
-    try:
-        defaults = defaults_for(wanted.resolved, runner)
-        jobs = chain(prompt_jobs(run.prompts, defaults), () if run.input is None else read_jobs(run.input, defaults))
+    check_files(run, overwrite=wanted.overwrite or wanted.resume)
+    with ExitStack() as stack:
+        file = None
+        if run.output is not None:
+            how = {"resume": wanted.resume, "overwrite": wanted.overwrite}
+            file = stack.enter_context(ResultsFile.open(run.output, **how))
+        with working("loading the engine"):
+            runner = open_runner(wanted.resolved, verify_hashes=wanted.verify_hashes)
+        stack.callback(runner.close)
+        for text in runner.notes:
+            note(f"note: {text}")
         report = RunReport(runner.info, Summary(), run.output)
-        with ExitStack() as stack:
-            sink = None if run.output is None else stack.enter_context(_open_sink(run.output))
-            show_bar = not wanted.stream and not wanted.quiet
-            progress = stack.enter_context(progress_bar()) if show_bar else None
-            on_update = _stream_text if wanted.stream and not wanted.quiet else None
-            for outcome in run_jobs(runner, jobs, one_by_one=wanted.stream, on_update=on_update):
-                report.summary.add(outcome)
-                if progress is not None:
-                    progress("run", report.summary.prompts, None, "prompts")
-                _keep(outcome, report, sink)
+        _answer(wanted, runner, report, file)
         if runner.drafter_error is not None:
             note(f"note: steps went undrafted; texts are right\n  why: {runner.drafter_error.render()}")
-    finally:
-        runner.close()
     _show(wanted, report)
     return report
+
+
+def _answer(wanted: RunRequest, runner: Runner, report: RunReport, file: ResultsFile | None) -> None:
+    """All prompts through the engine, into the file or the report."""
+    run, defaults = wanted.resolved.recipe.run, defaults_for(wanted.resolved, runner)
+    jobs: Iterable[Job | Outcome] = prompt_jobs(run.prompts, defaults)
+    if run.input is not None:
+        jobs = chain(jobs, read_jobs(run.input, defaults))
+    if file is not None:
+        jobs = file.missing(jobs, runner.info)
+    on_update = _stream_text if wanted.stream and not wanted.quiet else None
+    with nullcontext() if wanted.stream or wanted.quiet else progress_bar() as progress:
+        for outcome in run_jobs(runner, jobs, one_by_one=wanted.stream, on_update=on_update):
+            report.summary.add(outcome)
+            if progress is not None:
+                progress("run", report.summary.prompts, None, "prompts")
+            _keep(outcome, report, file)
+    if file is not None:
+        file.finish()
+        report.kept = file.kept
 
 
 def check_files(run: RunSection, *, overwrite: bool) -> None:
@@ -117,13 +132,12 @@ def check_files(run: RunSection, *, overwrite: bool) -> None:
         raise UsageError("--output is the file of --input", where=run.output, why=why, remedy="name another --output")
 
 
-def _keep(outcome: Outcome, report: RunReport, sink: IO[str] | None) -> None:
+def _keep(outcome: Outcome, report: RunReport, file: ResultsFile | None) -> None:
     """Write a result as it comes; hold it in memory only when no file takes it."""
-    if sink is None:
+    if file is None:
         report.outcomes.append(outcome)
     else:
-        sink.write(json.dumps(outcome.as_dict(), ensure_ascii=False) + "\n")
-        sink.flush()
+        file.write(outcome)
     if outcome.error is not None:
         report.error = report.error or outcome.error
         note(outcome.error.render())
@@ -138,7 +152,8 @@ def _show(wanted: RunRequest, report: RunReport) -> None:
                 say(outcome.result.text)
     if not wanted.quiet and report.output is not None:
         done = report.summary.prompts - report.summary.failed
-        say(f"{done} results written to {report.output}" + _failures(report.summary))
+        kept = f", {report.kept} were there already" if report.kept else ""
+        say(f"{done} results written to {report.output}{kept}" + _failures(report.summary))
     if wanted.stats and not wanted.quiet:
         say(stats_table(report))
 
@@ -155,20 +170,6 @@ def _failures(summary: Summary) -> str:
 
 def _stream_text(job: Job, update: Update) -> None:
     say(update.text, nl=update.result is not None)
-
-
-@contextmanager
-def _open_sink(path: Path) -> Iterator[IO[str]]:
-    """Results are written as they come, so that a killed run leaves what it had finished; an empty file goes."""
-    with as_output_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with path.open("w", encoding="utf-8") as sink:
-                yield sink
-        except BaseException:
-            if path.is_file() and path.stat().st_size == 0:
-                path.unlink()
-            raise
 
 
 def stats_table(report: RunReport) -> str:

@@ -39,6 +39,7 @@ def train(
     from trtllm_redrafter.training import plan_training
     from trtllm_redrafter.training import train as run_training
     from trtllm_redrafter.training.engine_writer import answer_writer
+    from trtllm_redrafter.training.execute import work_lock
 
     resolved = from_flags(
         {
@@ -65,7 +66,7 @@ def train(
         if as_json:
             emit("train", planned_only=True, values=resolved.as_dict(), plan=plan.as_dict())
         return
-    with progress_bar() as progress, answer_writer(plan, progress) as writer:
+    with work_lock(plan), progress_bar() as progress, answer_writer(plan, progress) as writer:
         result = run_training(plan, progress, writer=writer)
     say(f"drafter written to {result.output}")
     if as_json:

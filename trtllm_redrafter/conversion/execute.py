@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from trtllm_redrafter.fsio import atomic_directory, write_json
 from trtllm_redrafter.progress import Progress
 
 
-def convert(plan: ConversionPlan, progress: Progress) -> Path:
-    """Write the checkpoint; returns its path. All or nothing."""
+def convert(plan: ConversionPlan, progress: Progress, *, on_complete: Callable[[Path], None] | None = None) -> Path:
+    """Write the checkpoint; returns its path. All or nothing. `on_complete`: see `atomic_directory`."""
     output = plan.options.output
     try:
-        with atomic_directory(output, overwrite=plan.options.overwrite) as work:
+        with atomic_directory(output, overwrite=plan.options.overwrite, on_complete=on_complete) as work:
             ranks, inputs = _write_ranks(plan, work, progress)
             records = {rank_file(work, rank).name: record for rank, record in ranks.items()}
             write_json(work / "config.json", plan.config.to_dict())

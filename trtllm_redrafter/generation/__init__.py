@@ -2,6 +2,7 @@
 
 from trtllm_redrafter.generation.batch import run_jobs
 from trtllm_redrafter.generation.jobs import Defaults, Job, Outcome, prompt_jobs, read_jobs
+from trtllm_redrafter.generation.results import ResultsFile
 from trtllm_redrafter.generation.session import defaults_for, open_runner
 from trtllm_redrafter.generation.summary import Summary
 
@@ -9,6 +10,7 @@ __all__ = [
     "Defaults",
     "Job",
     "Outcome",
+    "ResultsFile",
     "Summary",
     "defaults_for",
     "open_runner",

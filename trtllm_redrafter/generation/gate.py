@@ -13,7 +13,6 @@ A sampling engine is decoded at temperature 1, and less can be said of it: see `
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,14 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_redrafter.backends import engine_backend, load_backend
-from trtllm_redrafter.backends.base import BuildOptions, Request, Result, Runner, SamplingParams
+from trtllm_redrafter.backends.base import Request, Result, Runner, SamplingParams
 from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
 from trtllm_redrafter.errors import MismatchError, Problem
 from trtllm_redrafter.generation.gate_acceptance import AcceptanceCheck, StepCounts, tolerance
 from trtllm_redrafter.generation.gate_checks import compare, sampled_alarms, token_alarms
 from trtllm_redrafter.generation.session import best_device, built_shape
 from trtllm_redrafter.planning.sizes import weight_bytes
-from trtllm_redrafter.progress import no_progress
 
 if TYPE_CHECKING:
     from trtllm_redrafter.backends.torch.runner import TorchRunner
@@ -224,20 +222,13 @@ def reference_device(checkpoint: Path) -> str:
 @contextmanager
 def _reference_runner(request: GateRequest, prompts: Sequence[tuple[int, ...]], device: str) -> Iterator[TorchRunner]:
     """The checkpoint on the torch backend, for as long as it is needed."""
-    from trtllm_redrafter.backends.torch.backend import TorchBackend
+    from trtllm_redrafter.backends.torch.temporary import temporary_directory, temporary_runner
 
-    backend = TorchBackend()
     longest = max(len(prompt) for prompt in prompts)
-    parent = request.reference.resolve().parent
-    with tempfile.TemporaryDirectory(prefix=".redrafter-gate-", dir=parent) as folder:
-        options = BuildOptions(
-            checkpoint=request.reference, output=Path(folder) / "engine", backend="torch", tokenizer=None,
-            max_batch_size=len(prompts), max_input_len=longest, max_seq_len=longest + request.max_tokens,
-            overwrite=False,
+    with temporary_directory(beside=request.reference) as folder:
+        engine = temporary_runner(
+            request.reference, folder, max_batch_size=len(prompts), max_input_len=longest,
+            max_seq_len=longest + request.max_tokens, device=device,
         )  # fmt: skip
-        backend.build(backend.plan(options), no_progress)
-        runner = backend.load(options.output, device=device, verify_hashes=False)
-        try:
+        with engine as runner:
             yield runner
-        finally:
-            runner.close()

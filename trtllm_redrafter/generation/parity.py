@@ -11,8 +11,6 @@ when its logit is no further below the largest than rounding can explain; float3
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,13 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtllm_redrafter.backends import engine_backend, load_backend
-from trtllm_redrafter.backends.base import BuildOptions, Request, Runner, SamplingParams
+from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.verify import checkpoint_directory
 from trtllm_redrafter.conversion.head import takes_file_head
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.fsio import read_json
-from trtllm_redrafter.progress import no_progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,26 +96,23 @@ def _prompt(length: int, vocab_size: int) -> tuple[int, ...]:
 @contextmanager
 def _runner(path: Path) -> Iterator[Runner]:
     """The engine at `path`, or one built from the checkpoint there for as long as it is needed."""
-    backend = load_backend("torch")
-    beside = path.resolve().parent  # on the same disk, weights are linked and not copied
-    place = beside if os.access(beside, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix=".redrafter-verify-", dir=place) as folder:
-        engine = path
-        if "backend" not in read_json(path / "config.json"):
-            context = Checkpoint.open(path).config.max_position_embeddings
-            length = min(context, max(PROMPT_LENGTHS) + TOKENS)
-            engine = Path(folder) / "engine"
-            options = BuildOptions(
-                checkpoint=path, output=engine, backend="torch", tokenizer=None,
-                max_batch_size=len(PROMPT_LENGTHS), max_input_len=length - 1, max_seq_len=length, overwrite=False,
-            )  # fmt: skip
-            backend.build(backend.plan(options), no_progress)
-        engine_backend(engine)
-        runner = backend.load(engine, device="cpu", verify_hashes=False)
+    if "backend" in read_json(path / "config.json"):
+        engine_backend(path)
+        runner = load_backend("torch").load(path, device="cpu", verify_hashes=False)
         try:
             yield runner
         finally:
             runner.close()
+        return
+    from trtllm_redrafter.backends.torch.temporary import temporary_directory, temporary_runner
+
+    length = min(Checkpoint.open(path).config.max_position_embeddings, max(PROMPT_LENGTHS) + TOKENS)
+    with temporary_directory(beside=path) as folder:
+        engine = temporary_runner(
+            path, folder, max_batch_size=len(PROMPT_LENGTHS), max_input_len=length - 1, max_seq_len=length, device="cpu"
+        )
+        with engine as built:
+            yield built
 
 
 def _reference(path: Path, against: Path, dtype: str) -> Any:

@@ -22,7 +22,7 @@ from typing import Any
 
 from trtllm_redrafter.checkpoint.manifest import MANIFEST, Manifest, now
 from trtllm_redrafter.errors import InputError, RedrafterError
-from trtllm_redrafter.fsio import as_output_error, read_json, sha256_file, write_json
+from trtllm_redrafter.fsio import as_output_error, read_json, replace_json, sha256_file
 
 _SETTLED_SECONDS = 2.0
 """A file younger than this may still change within the same time stamp; its hash is not kept."""
@@ -59,11 +59,15 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Hit or miss, why, and whether the present output is this pipeline's own to replace."""
+    """Hit or miss, why, and whether the present output is this pipeline's own to replace.
+
+    `interrupted`: what is there is the unfinished output of these very inputs and options.
+    """
 
     hit: bool
     reasons: tuple[str, ...]
     ours: bool
+    interrupted: bool = False
 
 
 class HashCache:
@@ -106,7 +110,7 @@ class HashCache:
     def save(self) -> None:
         with as_output_error(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._path, self._entries)
+            replace_json(self._path, self._entries)
 
 
 def manifest_hashes(directory: Path, name: str) -> dict[str, str]:
@@ -115,7 +119,10 @@ def manifest_hashes(directory: Path, name: str) -> dict[str, str]:
 
 
 class StageRecords:
-    """What each stage was last run with."""
+    """What each stage was last run with.
+
+    A record is written before its output gets its name: whenever a run is killed, an output in its place has one.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -135,23 +142,33 @@ class StageRecords:
             return Verdict(False, (f"the output was {record.get('output')}", *changes), False)
         if changes or record.get("key") != fingerprint.key:
             return Verdict(False, tuple(changes), ours)
+        if record.get("finished") is None:
+            return Verdict(False, ("it was interrupted",), ours, interrupted=True)
         damage = _damage(output, record)
         if damage:
             return Verdict(False, damage, ours)
         return Verdict(True, (f"inputs and options are those of {record.get('finished')}",), ours)
 
-    def store(self, stage: str, fingerprint: Fingerprint, output: Path) -> None:
+    def begin(self, stage: str, fingerprint: Fingerprint, output: Path) -> None:
+        """Remember what is about to write `output` bit by bit."""
+        self._write(stage, fingerprint, output, {"finished": None})
+
+    def store(self, stage: str, fingerprint: Fingerprint, output: Path, complete: Path | None = None) -> None:
+        """Remember a complete output; `complete` is where it lies while it does not have its name yet."""
+        stamp = sha256_file(_stamp(output if complete is None else complete))
+        self._write(stage, fingerprint, output, {"output_sha256": stamp, "finished": now()})
+
+    def _write(self, stage: str, fingerprint: Fingerprint, output: Path, state: Mapping[str, Any]) -> None:
         values = {
             "key": fingerprint.key,
             "options": dict(fingerprint.options),
             "inputs": dict(fingerprint.inputs),
             "output": str(output.resolve()),
-            "output_sha256": sha256_file(_stamp(output)),
-            "finished": now(),
+            **state,
         }
         with as_output_error(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
-            write_json(self._directory / f"{stage}.json", values)
+            replace_json(self._directory / f"{stage}.json", values)
 
 
 def _stamp(output: Path) -> Path:

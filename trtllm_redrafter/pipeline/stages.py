@@ -3,13 +3,16 @@
 plan = plan_pipeline(resolved, name="demo")
 print(plan.render())        # convert  hit: inputs and options are those of 2026-01-05T10:00:00+00:00
                             # build    miss: build.max_batch_size was 8, is 16
-for stage in run_pipeline(plan, progress): ...
+with plan.locked():
+    for stage in run_pipeline(plan, progress): ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,16 @@ from trtllm_redrafter.base_models.hf_config import parse_hf_config
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.conversion import convert, plan_conversion
 from trtllm_redrafter.errors import InputError, OutputError, UsageError, raise_together
-from trtllm_redrafter.fsio import read_json
+from trtllm_redrafter.fsio import read_json, restore
+from trtllm_redrafter.locks import exclusive
 from trtllm_redrafter.pipeline.cache import Fingerprint, HashCache, StageRecords, Verdict
 from trtllm_redrafter.pipeline.fingerprints import BUILD, CONVERT, RUN, fingerprint, output_of
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.recipe.layers import Resolved
 from trtllm_redrafter.recipe.options import build_options, convert_options, require, with_directories, with_limits
+
+LOCK = ".lock"
+"""In the work directory, while a pipeline is being carried out there."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,14 @@ class PipelinePlan:
     records: StageRecords
     hashes: HashCache
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other pipelines out of the work directory while this one is carried out."""
+        work_dir = self.resolved.recipe.work_dir
+        assert work_dir is not None
+        with exclusive(work_dir / LOCK, "the work directory", where=work_dir):
+            yield
+
     def render(self) -> str:
         used = ("", CONVERT, BUILD, RUN, *(["tensorrt_llm"] if self.resolved.recipe.backend == "tensorrt-llm" else []))
         return "\n".join([self.resolved.render(*used), "", *(stage.render() for stage in self.stages)])
@@ -101,21 +116,28 @@ def plan_pipeline(resolved: Resolved, *, name: str) -> PipelinePlan:
 def run_pipeline(plan: PipelinePlan, progress: Progress) -> Iterator[StagePlan]:
     """Carry out convert and build; yields each stage, finally decided, when it is done.
 
-    The run stage is yielded as decided but left to the caller, who knows where its results go and then calls
-    `record_run`.
+    Every stage is decided anew: since the plan was made, another pipeline may have been here. The run stage is yielded
+    as decided but left to the caller, who knows where its results go, between `begin_run` and `record_run`.
     """
     for planned in plan.stages:
-        stage = planned if planned.verdict is not None else decide(plan, planned.name)
+        if planned.output is not None:
+            restore(planned.output)
+        stage = decide(plan, planned.name)
         if stage.status == "miss" and stage.name != RUN:
             _act(plan, stage, progress)
-            _record(plan, stage)
         yield stage
+
+
+def begin_run(plan: PipelinePlan, stage: StagePlan) -> None:
+    """Remember whose results are about to be written, so that they can be gone on with after a kill."""
+    if stage.output is not None and stage.fingerprint is not None:
+        plan.records.begin(stage.name, stage.fingerprint, stage.output)
 
 
 def record_run(plan: PipelinePlan, stage: StagePlan) -> None:
     """Remember that the run stage's results are complete."""
     if stage.output is not None:
-        _record(plan, stage)
+        _record(plan, stage, stage.output)
 
 
 def decide(plan: PipelinePlan, stage: str) -> StagePlan:
@@ -127,7 +149,8 @@ def decide(plan: PipelinePlan, stage: str) -> StagePlan:
     print_ = fingerprint(stage, resolved, plan.hashes)
     verdict = plan.records.check(stage, print_, output)
     if stage == RUN and run.temperature > 0.0 and run.seed is None:
-        verdict = replace(verdict, hit=False, reasons=("sampling without run.seed differs each time",))
+        why = verdict.reasons if verdict.interrupted else ("sampling without run.seed differs each time",)
+        verdict = replace(verdict, hit=False, reasons=why)
     details = "" if verdict.hit else _details(stage, resolved, verdict)
     return StagePlan(stage, output, verdict, print_, details)
 
@@ -138,18 +161,20 @@ def has_prompts(resolved: Resolved) -> bool:
 
 def _act(plan: PipelinePlan, stage: StagePlan, progress: Progress) -> None:
     assert stage.verdict is not None
+    record = partial(_record, plan, stage)
     if stage.name == CONVERT:
-        convert(plan_conversion(convert_options(plan.resolved, overwrite=stage.verdict.ours)), progress)
+        conversion = plan_conversion(convert_options(plan.resolved, overwrite=stage.verdict.ours))
+        convert(conversion, progress, on_complete=record)
     else:
         options = build_options(plan.resolved, overwrite=stage.verdict.ours)
         backend = load_backend(options.backend)
-        backend.build(backend.plan(options), progress)
+        backend.build(backend.plan(options), progress, on_complete=record)
 
 
-def _record(plan: PipelinePlan, stage: StagePlan) -> None:
+def _record(plan: PipelinePlan, stage: StagePlan, complete: Path) -> None:
     assert stage.output is not None and stage.fingerprint is not None
-    plan.records.store(stage.name, stage.fingerprint, stage.output)
     plan.hashes.save()
+    plan.records.store(stage.name, stage.fingerprint, stage.output, complete)
 
 
 def _details(stage: str, resolved: Resolved, verdict: Verdict) -> str:

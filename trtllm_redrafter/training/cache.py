@@ -25,6 +25,7 @@ from torch import Tensor
 from trtllm_redrafter.errors import InputError, OutputError
 from trtllm_redrafter.fsio import as_output_error, read_json, sha256_file, write_json
 from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.scratch import remove_tree
 from trtllm_redrafter.training.data import TokenizedText
 from trtllm_redrafter.training.export import BaseIdentity
 from trtllm_redrafter.training.frozen_base import DTYPES, FrozenBase
@@ -146,7 +147,7 @@ def _build(
     progress: Progress,
 ) -> None:
     with as_output_error(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)
         check_space(folder, plan)
         folder.mkdir(parents=True)
         rows = _map(folder, plan, shared=True)

@@ -9,15 +9,14 @@ The base model goes through convert and build without a drafter, and the torch b
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trtllm_redrafter.backends.base import BuildOptions
-from trtllm_redrafter.backends.torch.backend import TorchBackend
+from trtllm_redrafter.backends.torch.temporary import temporary_directory, temporary_runner
 from trtllm_redrafter.conversion import ConvertOptions, convert, plan_conversion
+from trtllm_redrafter.fsio import made_parents
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.training.plan import TrainPlan
 from trtllm_redrafter.training.self_distill import AnswerWriter, RunnerWriter
@@ -39,42 +38,18 @@ def engine_writer(
     base: Path, work_dir: Path, options: EngineWriterOptions, progress: Progress
 ) -> Iterator[RunnerWriter]:
     """A writer whose engine lies in `work_dir` for as long as the block lasts."""
-    checkpoint, engine = work_dir / "base-checkpoint", work_dir / "base-engine"
-    wanted = ConvertOptions(
-        base=base,
-        drafter=None,
-        output=checkpoint,
-        dtype=options.dtype,
-        tp_size=1,
-        num_beams=None,
-        draft_len=None,
-        greedy=True,
-        parallel_embedding=False,
-        workers=1,
-        overwrite=True,
-    )
-    backend = TorchBackend()
-    try:
-        convert(plan_conversion(wanted), progress)
-        build = BuildOptions(
-            checkpoint=checkpoint,
-            output=engine,
-            backend=backend.name,
-            tokenizer=base,
-            max_batch_size=options.batch,
-            max_input_len=options.max_prompt,
-            max_seq_len=options.max_tokens,
-            overwrite=True,
-        )
-        backend.build(backend.plan(build), progress)
-        runner = backend.load(engine, device=options.device, verify_hashes=False)
-        try:
+    with made_parents(work_dir / "engine"), temporary_directory(beside=work_dir / "engine") as folder:
+        wanted = ConvertOptions(
+            base=base, drafter=None, output=folder / "checkpoint", dtype=options.dtype, tp_size=1, num_beams=None,
+            draft_len=None, greedy=True, parallel_embedding=False, workers=1, overwrite=False,
+        )  # fmt: skip
+        checkpoint = convert(plan_conversion(wanted), progress)
+        engine = temporary_runner(
+            checkpoint, folder, max_batch_size=options.batch, max_input_len=options.max_prompt,
+            max_seq_len=options.max_tokens, device=options.device, tokenizer=base, progress=progress,
+        )  # fmt: skip
+        with engine as runner:
             yield RunnerWriter(runner)
-        finally:
-            runner.close()
-    finally:
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        shutil.rmtree(engine, ignore_errors=True)
 
 
 @contextmanager

@@ -10,9 +10,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,10 @@ import torch
 
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import as_output_error
+from trtllm_redrafter.locks import exclusive
 from trtllm_redrafter.progress import Progress, no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.scratch import replaced_file
 from trtllm_redrafter.training.acceptance import borrowed_head, evaluate_grid, token_accuracy
 from trtllm_redrafter.training.cache import Cache, cache_key, open_or_build, plan_cache, weights_fingerprint
 from trtllm_redrafter.training.data import TokenizedText
@@ -53,9 +57,19 @@ class TrainResult:
 
 def train(plan: TrainPlan, progress: Progress, *, writer: AnswerWriter | None = None) -> TrainResult:
     """Run the plan. `writer` answers prompts faster than transformers would, where an engine is at hand."""
-    with process_group(plan.options.device) as device:
+    with work_lock(plan), process_group(plan.options.device) as device:
         base = FrozenBase.load(plan.options.base, device=device, dtype=plan.options.dtype)
         return _train(plan, base, writer or TransformersWriter(base), progress if is_first() else no_progress)
+
+
+@contextmanager
+def work_lock(plan: TrainPlan) -> Iterator[None]:
+    """Keep other runs out of the work directory; of several processes of one run, the first one does."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    with exclusive(plan.options.work_dir / ".lock", "the work directory", where=plan.options.work_dir):
+        yield
 
 
 def _train(plan: TrainPlan, base: FrozenBase, writer: AnswerWriter, progress: Progress) -> TrainResult:
@@ -171,7 +185,8 @@ def _cut_log(log: Path, step: int) -> None:
     if log.exists():
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        log.write_text("".join(kept), encoding="utf-8")
+        with replaced_file(log) as cut:
+            cut.write_text("".join(kept), encoding="utf-8")
 
 
 def _export(plan: TrainPlan, model: TrainableDrafter, base: BaseTensors, metrics: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from trtllm_redrafter.backends.base import BuildOptions, BuildPlan, Runner
@@ -19,12 +20,12 @@ class TensorRTBackend:
         """Flags, memory, warnings; every refusal at once. Needs neither TensorRT-LLM nor a GPU."""
         return plan_build(options)
 
-    def build(self, plan: BuildPlan, progress: Progress) -> Path:
+    def build(self, plan: BuildPlan, progress: Progress, *, on_complete: Callable[[Path], None] | None = None) -> Path:
         """Build the engine directory; it appears complete or not at all."""
         from trtllm_redrafter.backends.tensorrt_llm.builder import build_engine
 
         assert isinstance(plan, TensorRTPlan)
-        return build_engine(plan, progress)
+        return build_engine(plan, progress, on_complete=on_complete)
 
     def load(
         self,

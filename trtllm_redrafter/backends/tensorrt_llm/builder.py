@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ LOG = "build.log"
 TIMING_CACHE = "timing.cache"
 
 
-def build_engine(plan: TensorRTPlan, progress: Progress) -> Path:
+def build_engine(plan: TensorRTPlan, progress: Progress, *, on_complete: Callable[[Path], None] | None = None) -> Path:
     """Build, or take the same engine from the cache."""
     options = plan.options
     checkpoint = Checkpoint.open(options.checkpoint)
@@ -49,7 +50,8 @@ def build_engine(plan: TensorRTPlan, progress: Progress) -> Path:
     host = check_build_host(plan)
     identity = _identity(plan, checkpoint, host, progress)
     cache = EngineCache(plan.settings.cache_dir) if plan.settings.cache else None
-    with atomic_directory(options.output, overwrite=options.overwrite) as work, as_output_error(options.output):
+    place = atomic_directory(options.output, overwrite=options.overwrite, on_complete=on_complete)
+    with place as work, as_output_error(options.output):
         facts: dict[str, Any] = {"cache_key": identity.key}
         if cache is not None and cache.fetch(identity, work):
             progress("build: taken from the cache", 1, 1, "engines")

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,8 @@ from typing import Any
 from trtllm_redrafter.base_models.tokenizer import GENERATION_CONFIG
 from trtllm_redrafter.checkpoint.manifest import FileRecord
 from trtllm_redrafter.errors import InputError
-from trtllm_redrafter.fsio import atomic_directory, link_or_copy, read_json, sha256_file, write_json
+from trtllm_redrafter.fsio import atomic_directory, link_or_copy, read_json, replace_json, sha256_file, write_json
+from trtllm_redrafter.scratch import remove_tree, replaced_file
 
 _RECORD = "cached.json"
 _NOT_CACHED = ("redrafter.json", "manifest.json", "build.log", GENERATION_CONFIG)
@@ -50,17 +48,6 @@ class BuildIdentity:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A temporary file, private to this process, that replaces `target`: several builds may share the cache."""
-    temporary = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class EngineCache:
     """The cache below one directory."""
 
@@ -79,7 +66,7 @@ class EngineCache:
         except (InputError, OSError, KeyError, TypeError):
             return False
         if not intact:
-            shutil.rmtree(entry, ignore_errors=True)
+            remove_tree(entry)
             return False
         for name in files:
             link_or_copy(entry / name, target / name)
@@ -105,7 +92,7 @@ class EngineCache:
     def keep_timing_cache(self, identity: BuildIdentity, written: Path) -> None:
         target = self.timing_cache(identity)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _beside(target) as temporary:
+        with replaced_file(target) as temporary:
             shutil.copyfile(written, temporary)
 
     def last_seconds(self, model: str) -> float | None:
@@ -115,8 +102,7 @@ class EngineCache:
     def remember_seconds(self, model: str, seconds: float) -> None:
         times = self._read_times() | {model: round(seconds, 1)}
         self._times.parent.mkdir(parents=True, exist_ok=True)
-        with _beside(self._times) as temporary:
-            write_json(temporary, times)
+        replace_json(self._times, times)
 
     def _read_times(self) -> dict[str, Any]:
         try:

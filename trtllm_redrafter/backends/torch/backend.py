@@ -13,6 +13,7 @@ was built for. Nothing in it depends on the machine; what does (the compiled ker
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -62,11 +63,12 @@ class TorchBackend:
         """Check everything a build could fail on."""
         return plan_build(options)
 
-    def build(self, plan: BuildPlan, progress: Progress) -> Path:
+    def build(self, plan: BuildPlan, progress: Progress, *, on_complete: Callable[[Path], None] | None = None) -> Path:
         """Write the engine directory; it appears complete or not at all."""
         assert isinstance(plan, TorchBuildPlan)
         options, source = plan.options, plan.options.checkpoint
-        with atomic_directory(options.output, overwrite=options.overwrite) as work, as_output_error(options.output):
+        place = atomic_directory(options.output, overwrite=options.overwrite, on_complete=on_complete)
+        with place as work, as_output_error(options.output):
             files = _checkpoint_files(plan.checkpoint)
             for done, name in enumerate(files):
                 progress("build", done, len(files), "files")
