@@ -42,7 +42,8 @@ class CountingRunner(Runner):
         return updates
 
     def cancel(self, request_id: str) -> Result | None:
-        return None
+        found = self.requests.pop(request_id, None)
+        return None if found is None else found[1]
 
     def close(self) -> None:
         self.requests.clear()
@@ -55,7 +56,13 @@ class CountingRunner(Runner):
     def has_chat_template(self) -> bool:
         return False
 
-    def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]], *, chat: bool) -> tuple[int, ...]:
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        *,
+        chat: bool,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
         return (0,) if prompt == "bad" else (1, 2)
 
 
@@ -111,7 +118,7 @@ def test_lines_are_read_lazily_and_blank_ones_pass(tmp_path: Path) -> None:
     assert isinstance(first, Job) and (first.job_id, first.sampling.top_p) == ("line-2", 0.5)
     assert isinstance(second, Job) and (second.job_id, second.sampling) == ("7", DEFAULTS.sampling)
     assert isinstance(third, Outcome) and "line 5" in third.where
-    with pytest.raises(InputError, match="cannot read the prompts"):
+    with pytest.raises(InputError, match="a directory, not a file"):
         list(read_jobs(tmp_path, DEFAULTS))
 
 

@@ -6,8 +6,9 @@ summary.verdicts, summary.result.complete
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class BenchOptions:
     report: Path | None
     overwrite: bool
     command: tuple[str, ...]
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def bench(options: BenchOptions, progress: Progress) -> Summary:
@@ -103,7 +105,8 @@ def _measure(
     """An interruption ends the measurement and keeps what it has."""
     measure = options.measure
     described = environment.describe(runner.info, options.command)
-    items = make_items(baseline, prompts, max_tokens=measure.max_tokens)
+    kwargs = options.chat_template_kwargs
+    items = make_items(baseline, prompts, max_tokens=measure.max_tokens, template_kwargs=kwargs)
     session, complete = Session(runner, baseline, items, measure), False
     engine = {**_engine(runner), "roof": environment.roof(runner.info)}
     with suppress(KeyboardInterrupt):

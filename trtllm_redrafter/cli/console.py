@@ -8,8 +8,10 @@ With `--json` the last line of stdout is one JSON document, of a success or of a
 
 from __future__ import annotations
 
-import json
+import io
+import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -21,18 +23,64 @@ import typer
 from trtllm_redrafter.cli import signals
 from trtllm_redrafter.errors import RedrafterError
 from trtllm_redrafter.progress import Progress, no_progress
+from trtllm_redrafter.prompts.jsonl import dump_line
 
 INTERNAL_ERROR, INTERRUPTED = 70, 130
+
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Controls but line feed and tab, marks of writing direction, halves of surrogate pairs."""
+
+
+def printable(text: str) -> str:
+    """Text from outside as a terminal may have it: line breaks and tabs stay, what a terminal would obey is shown.
+
+    Ids, paths, templates, models and their texts can hold escape sequences that move the cursor, rename the window or
+    turn the direction of reading. Bytes of arguments that are not UTF-8 are shown as such.
+    """
+    return _UNSAFE.sub(_shown, text.replace("\r\n", "\n"))
+
+
+def _shown(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a path or argument
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def say(text: str = "") -> None:
     """A result for people."""
-    typer.echo(text)
+    typer.echo(printable(text))
+
+
+def say_generated(text: str, *, end: bool = True) -> None:
+    """What a model wrote: made safe on a terminal, byte for byte into a file or pipe."""
+    typer.echo(printable(text) if sys.stdout.isatty() else text, nl=end)
 
 
 def note(text: str) -> None:
     """Something about the result, on stderr."""
-    typer.echo(text, err=True)
+    typer.echo(printable(text), err=True)
+
+
+class _Notes(logging.Handler):
+    """Warnings of the package, as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def show_warnings() -> None:
+    """Let warnings of the package's modules appear as notes; once is enough."""
+    log = logging.getLogger("trtllm_redrafter")
+    if not any(isinstance(handler, _Notes) for handler in log.handlers):
+        log.addHandler(_Notes(logging.WARNING))
+
+
+def accept_all_text() -> None:
+    """Characters that the terminal's encoding lacks are escaped, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def emit(command: str, **values: Any) -> None:
@@ -41,13 +89,13 @@ def emit(command: str, **values: Any) -> None:
 
 
 def _document(values: Mapping[str, Any]) -> None:
-    typer.echo(json.dumps(values, ensure_ascii=False, default=str))
+    typer.echo(dump_line(values))
 
 
 def report_error(command: str, error: RedrafterError, *, as_json: bool, debug: bool) -> int:
     """Render one of our errors; returns the exit code."""
     if debug:
-        traceback.print_exception(error, file=sys.stderr)
+        _show_trace(error)
     style: dict[str, Any] = {} if os.environ.get("NO_COLOR") else {"fg": "red", "bold": True}
     typer.secho("error: ", err=True, nl=False, **style)
     note(error.render())
@@ -60,13 +108,17 @@ def report_crash(command: str, error: BaseException, *, as_json: bool, debug: bo
     """An error nobody foresaw: our bug, most likely."""
     what = f"{type(error).__name__}: {error}"
     if debug:
-        traceback.print_exception(error, file=sys.stderr)
+        _show_trace(error)
     else:
         note(f"internal error: {what}\n  remedy: run again with --debug, and report the traceback it shows")
     if as_json:
         kind = {"kind": "internal", "exit_code": INTERNAL_ERROR, "what": what}
         _document({"command": command, "ok": False, "error": kind})
     return INTERNAL_ERROR
+
+
+def _show_trace(error: BaseException) -> None:
+    note("".join(traceback.format_exception(error)).rstrip("\n"))
 
 
 def report_interrupt(command: str, *, as_json: bool) -> int:

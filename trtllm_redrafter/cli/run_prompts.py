@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -10,11 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-import typer
-
 from trtllm_redrafter.backends.base import EngineInfo, Update
-from trtllm_redrafter.cli.console import note, progress_bar, say, working
-from trtllm_redrafter.errors import InputError, OutputError, RedrafterError, RequestError, UsageError
+from trtllm_redrafter.cli.console import note, progress_bar, say, say_generated, working
+from trtllm_redrafter.errors import OutputError, RedrafterError, RequestError, UsageError
 from trtllm_redrafter.fsio import as_output_error
 from trtllm_redrafter.generation import (
     Job,
@@ -26,6 +23,7 @@ from trtllm_redrafter.generation import (
     read_jobs,
     run_jobs,
 )
+from trtllm_redrafter.prompts.jsonl import check_source, dump_line
 from trtllm_redrafter.recipe import Resolved
 from trtllm_redrafter.recipe.schema import RunSection
 
@@ -96,9 +94,8 @@ def check_files(run: RunSection, *, overwrite: bool) -> None:
     """Refuse prompts that are not there, and an output that may not be written."""
     if not run.prompts and run.input is None:
         raise RequestError("the list of prompts is empty", remedy="pass --prompt TEXT or --input FILE.jsonl")
-    if run.input is not None and not run.input.is_file():
-        what = "the prompts are a directory, not a file" if run.input.is_dir() else "the file of prompts does not exist"
-        raise InputError(what, where=run.input, remedy="check --input")
+    if run.input is not None:
+        check_source(run.input)
     if run.output is None or not run.output.exists():
         return
     if not overwrite:
@@ -116,7 +113,7 @@ def _keep(outcome: Outcome, report: RunReport, sink: IO[str] | None) -> None:
     if sink is None:
         report.outcomes.append(outcome)
     else:
-        sink.write(json.dumps(outcome.as_dict(), ensure_ascii=False) + "\n")
+        sink.write(dump_line(outcome.as_dict()) + "\n")
         sink.flush()
     if outcome.error is not None:
         report.error = report.error or outcome.error
@@ -129,7 +126,7 @@ def _show(wanted: RunRequest, report: RunReport) -> None:
             if outcome.result is not None:
                 if report.summary.prompts > 1:
                     say(f"--- {outcome.job_id}")
-                say(outcome.result.text)
+                say_generated(outcome.result.text)
     if not wanted.quiet and report.output is not None:
         done = report.summary.prompts - report.summary.failed
         say(f"{done} results written to {report.output}" + _failures(report.summary))
@@ -148,7 +145,7 @@ def _failures(summary: Summary) -> str:
 
 
 def _stream_text(job: Job, update: Update) -> None:
-    typer.echo(update.text, nl=update.result is not None)
+    say_generated(update.text, end=update.result is not None)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ CONVERT, BUILD, RUN = "convert", "build", "run"
 _SHAPING = {
     CONVERT: ("dtype", "tp_size", "num_beams", "draft_len", "greedy", "parallel_embedding"),
     BUILD: ("max_batch_size", "max_input_len", "max_seq_len"),
-    RUN: ("prompts", "chat", "max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "num_beams", "draft_len",
-          "draft"),
+    RUN: ("prompts", "chat", "max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "stop_token_ids",
+          "skip_special_tokens", "num_beams", "draft_len", "draft"),
 }  # fmt: skip
 """The keys of a section that decide what its stage writes; paths, devices and `workers` do not."""
 
@@ -49,6 +49,7 @@ def fingerprint(stage: str, resolved: Resolved, hashes: HashCache) -> Fingerprin
             inputs |= hashes.directory(recipe.build.tokenizer, "tokenizer")
     else:
         assert recipe.engine is not None
+        options["chat_template_kwargs"] = dict(recipe.chat_template_kwargs)
         inputs |= {k: v for k, v in manifest_hashes(recipe.engine, "engine").items() if not k.endswith(MANIFEST)}
         if recipe.run.input is not None:
             inputs["input"] = hashes.sha256(recipe.run.input)

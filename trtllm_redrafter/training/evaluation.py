@@ -108,7 +108,8 @@ def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWrit
         check_replaceable(options.report, overwrite=options.overwrite)
     drafter = read_drafter(options.drafter, max(shape.draft_len for shape in options.grid))
     check_fits(drafter, options)
-    prompts = read_prompts(options.prompts, load_tokenizer(options.base), max_tokens=options.max_text_tokens)
+    tokenizer, kwargs = load_tokenizer(options.base), options.chat_template_kwargs
+    prompts = read_prompts(options.prompts, tokenizer, max_tokens=options.max_text_tokens, template_kwargs=kwargs)
     base = FrozenBase.load(options.base, device=options.device, dtype=options.dtype)
     answers = _answers(writer or TransformersWriter(base), [p.token_ids for p in prompts], options, progress)
     texts = [TokenizedText.answer(p.token_ids, a) for p, a in zip(prompts, answers, strict=True)]

@@ -112,12 +112,14 @@ def plan_training(options: TrainOptions) -> TrainPlan:
     raise_together(UsageError, spec.problems(), "the drafter's sizes do not fit")
     tokenizer = load_tokenizer(options.base)
     eos = eos_token_ids(options.base, read_json(options.base / "config.json"))
+    kwargs = options.chat_template_kwargs
     texts: list[TokenizedText] = []
     prompts: list[Prompt] = []
     if options.data is not None:
-        texts = read_texts(options.data, tokenizer, max_tokens=options.max_text_tokens, eos=eos)
+        texts = read_texts(options.data, tokenizer, max_tokens=options.max_text_tokens, eos=eos, template_kwargs=kwargs)
     elif options.prompts is not None:
-        prompts = read_prompts(options.prompts, tokenizer, max_tokens=options.max_text_tokens)
+        longest_text = options.max_text_tokens
+        prompts = read_prompts(options.prompts, tokenizer, max_tokens=longest_text, template_kwargs=kwargs)
     longest = [TokenizedText.answer(p.token_ids, (0,) * options.writing.max_tokens) for p in prompts]
     cache = plan_cache(texts or longest, identity.hidden_size, options.dtype)
     check_space(options.work_dir, cache)
