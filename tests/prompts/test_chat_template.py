@@ -34,8 +34,10 @@ QWEN = """
 {%- endif %}
 """
 OTHERS = [
-    "{{ bos_token }}{% for m in messages %}\n  {% if loop.first %}\n    {{ m.role }}\n  {% endif %}\n{{ m | tojson }}{% endfor %}",
-    "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m['content'].strip() ~ 1 }}{% endfor %}",
+    "{{ bos_token }}{% for m in messages %}\n  {% if loop.first %}\n    {{ m.role }}\n  {% endif %}\n"
+    "{{ m | tojson }}{% endfor %}",
+    "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}"
+    "{{ m['content'].strip() ~ 1 }}{% endfor %}",
     "{{ messages | map(attribute='role') | join(', ') }}{{ tools is none }}{{ documents is none }}{{ eos_token }}",
     "{{ messages | tojson(indent=2) }}{{ '%s-%d' | format('a', 3) }}{{ '{:>5}'.format(7) }}{{ 'x' * 3 }}{{ 2 ** 8 }}",
     "{% macro say(m) %}[{{ m.role|upper }}]{% endmacro %}{% for m in messages %}{{ say(m) }}{% endfor %}{{ flag }}",
