@@ -54,7 +54,8 @@ def say(text: str = "") -> None:
 
 def say_generated(text: str, *, end: bool = True) -> None:
     """What a model wrote: made safe on a terminal, byte for byte into a file or pipe."""
-    typer.echo(printable(text) if sys.stdout.isatty() else text, nl=end)
+    shown = printable(text) if sys.stdout.isatty() else text
+    typer.echo(shown, nl=end, color=True)  # else it takes out what looks like colours
 
 
 def note(text: str) -> None:
