@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trtllm_redrafter.backends.base import EngineInfo, Request, Result, Runner, SamplingParams, Update
-from trtllm_redrafter.errors import InputError, RequestError
+from trtllm_redrafter.errors import BackendError, InputError, RequestError
 from trtllm_redrafter.generation import Defaults, Job, Outcome, Summary, prompt_jobs, read_jobs, run_jobs
 
 DEFAULTS = Defaults(SamplingParams(max_tokens=2), draft=True, chat=False)
@@ -42,7 +43,8 @@ class CountingRunner(Runner):
         return updates
 
     def cancel(self, request_id: str) -> Result | None:
-        return None
+        found = self.requests.pop(request_id, None)
+        return None if found is None else found[1]
 
     def close(self) -> None:
         self.requests.clear()
@@ -55,7 +57,13 @@ class CountingRunner(Runner):
     def has_chat_template(self) -> bool:
         return False
 
-    def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]], *, chat: bool) -> tuple[int, ...]:
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        *,
+        chat: bool,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
         return (0,) if prompt == "bad" else (1, 2)
 
 
@@ -99,6 +107,53 @@ def test_refused_prompts_are_outcomes_with_their_own_place() -> None:
     }
 
 
+def test_an_error_that_names_a_request_is_its_outcome_and_the_others_run() -> None:
+    class Failing(CountingRunner):
+        def step(self) -> list[Update]:
+            name = next(iter(self.requests))
+            if self.requests[name][0].sampling.seed == 7:
+                del self.requests[name]
+                raise BackendError("it went wrong", where=name)
+            return super().step()
+
+    first, second, third = jobs("a", "b", "c")
+    second = replace(second, sampling=replace(second.sampling, seed=7))
+    outcomes = {o.job_id: o for o in run_jobs(Failing(), [first, second, third], one_by_one=True)}
+    assert [o.error is None for o in outcomes.values()] == [True, False, True]
+    error = outcomes["prompt-2"].error
+    assert error is not None and error.problem.where == "prompt 2" and error.exit_code == 6
+
+    class Broken(CountingRunner):
+        def step(self) -> list[Update]:
+            raise BackendError("the engine is gone", where="engine")
+
+    runner = Broken()
+    with pytest.raises(BackendError, match="gone"):
+        list(run_jobs(runner, jobs("a", "b"), one_by_one=False))
+    assert not runner.has_work
+
+
+def test_a_prompt_the_program_stumbles_over_costs_its_own_line() -> None:
+    class Stumbling(CountingRunner):
+        def submit(self, request: Request) -> str:
+            if request.sampling.seed == 7:
+                raise OverflowError("int too large to convert to float")
+            return super().submit(request)
+
+    first, second = jobs("a", "b")
+    first = replace(first, sampling=replace(first.sampling, seed=7))
+    bad, good = run_jobs(Stumbling(), [first, second], one_by_one=False)
+    assert bad.error is not None and "OverflowError" in bad.error.render() and good.result is not None
+
+
+def test_leaving_early_leaves_nothing_queued() -> None:
+    runner = CountingRunner()
+    outcomes = run_jobs(runner, jobs(*"abcdef"), one_by_one=False)
+    next(outcomes)
+    outcomes.close()  # type: ignore[attr-defined]
+    assert not runner.has_work
+
+
 def test_nothing_to_do() -> None:
     assert list(run_jobs(CountingRunner(), [], one_by_one=False)) == []
 
@@ -111,7 +166,7 @@ def test_lines_are_read_lazily_and_blank_ones_pass(tmp_path: Path) -> None:
     assert isinstance(first, Job) and (first.job_id, first.sampling.top_p) == ("line-2", 0.5)
     assert isinstance(second, Job) and (second.job_id, second.sampling) == ("7", DEFAULTS.sampling)
     assert isinstance(third, Outcome) and "line 5" in third.where
-    with pytest.raises(InputError, match="cannot read the prompts"):
+    with pytest.raises(InputError, match="a directory, not a file"):
         list(read_jobs(tmp_path, DEFAULTS))
 
 

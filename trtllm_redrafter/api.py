@@ -25,6 +25,7 @@ from trtllm_redrafter.errors import RequestError
 from trtllm_redrafter.generation import defaults_for, open_runner
 from trtllm_redrafter.paths import as_input_error
 from trtllm_redrafter.progress import Progress, no_progress
+from trtllm_redrafter.prompts.messages import check_template_kwargs
 from trtllm_redrafter.recipe import Resolved, flag_layers, resolve
 from trtllm_redrafter.recipe.options import build_options, convert_options, sampling_params
 
@@ -119,31 +120,60 @@ class Engine:
         return self.runner.info
 
     def generate(
-        self, prompts: Sequence[Prompt], *, draft: bool = True, chat: bool | None = None, **sampling: Any
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        draft: bool = True,
+        chat: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **sampling: Any,
     ) -> list[Result]:
         """Answer prompts (texts, or lists of messages) as one batch, in their order.
 
-        `sampling` takes the fields of `SamplingParams`: max_tokens, temperature, top_k, top_p, seed, stop, ignore_eos.
+        `sampling` takes the fields of `SamplingParams`: max_tokens, temperature, top_k, top_p, seed, stop,
+        stop_token_ids, skip_special_tokens, ignore_eos. `chat_template_kwargs` are further arguments of the chat
+        template, as {"enable_thinking": False}. A prompt that is refused keeps all from running, and nothing queued.
         """
-        return self.runner.generate([self._request(p, draft, chat, sampling) for p in prompts])
+        return self.runner.generate([self._request(p, draft, chat, chat_template_kwargs, sampling) for p in prompts])
 
     def stream(
-        self, prompt: Prompt, *, draft: bool = True, chat: bool | None = None, **sampling: Any
+        self,
+        prompt: Prompt,
+        *,
+        draft: bool = True,
+        chat: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **sampling: Any,
     ) -> Iterator[Update]:
         """Updates of one prompt as they come."""
-        return self.runner.stream(self._request(prompt, draft, chat, sampling))
+        return self.runner.stream(self._request(prompt, draft, chat, chat_template_kwargs, sampling))
 
-    def _request(self, prompt: Prompt, draft: bool, chat: bool | None, sampling: Mapping[str, Any]) -> Request:
+    def _request(
+        self,
+        prompt: Prompt,
+        draft: bool,
+        chat: bool | None,
+        template_kwargs: Mapping[str, Any] | None,
+        sampling: Mapping[str, Any],
+    ) -> Request:
         if isinstance(sampling.get("stop"), str):
             sampling = {**sampling, "stop": (sampling["stop"],)}
+        lists = ("stop", "stop_token_ids")
         try:
-            params = sampling_params(self._resolved, {k: tuple(v) if k == "stop" else v for k, v in sampling.items()})
+            changes = {k: tuple(v or ()) if k in lists else v for k, v in sampling.items()}
+            params = sampling_params(self._resolved, changes)
         except TypeError as e:
-            remedy = "use max_tokens, temperature, top_k, top_p, seed, stop or ignore_eos"
+            remedy = (
+                "use max_tokens, temperature, top_k, top_p, seed, stop, stop_token_ids, skip_special_tokens "
+                "or ignore_eos"
+            )
             raise RequestError("unknown sampling parameter", why=str(e), remedy=remedy) from e
         messages = not isinstance(prompt, str)
-        through_template = defaults_for(self._resolved, self.runner).chat if chat is None else chat
-        return Request(self.runner.encode_prompt(prompt, chat=through_template or messages), params, draft=draft)
+        defaults = defaults_for(self._resolved, self.runner)
+        through_template = (defaults.chat if chat is None else chat) or messages
+        kwargs = {**defaults.template_kwargs, **check_template_kwargs(dict(template_kwargs or {}))}
+        ids = self.runner.encode_prompt(prompt, chat=through_template, template_kwargs=kwargs)
+        return Request(ids, params, draft=draft)
 
     def close(self) -> None:
         self.runner.close()

@@ -13,6 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+SomeError = TypeVar("SomeError", bound="RedrafterError")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ class RedrafterError(Exception):
         for problem in self.problems:
             text += "\n- " + problem.render().replace("\n", "\n  ")
         return text
+
+    def at(self: SomeError, where: str | Path) -> SomeError:
+        """The same error with the place that only its caller knows."""
+        p = self.problem
+        return type(self)(p.what, where=where, why=p.why, remedy=p.remedy, problems=self.problems)
 
     def as_dict(self) -> dict[str, object]:
         """The `error` object of a `--json` document."""

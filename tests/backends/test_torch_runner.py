@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines import build_engine, load, make_runner, with_oracle, write_checkpoint, write_tokenizer
-from trtllm_redrafter.backends.base import FinishReason, Request, Result, SamplingParams
+from trtllm_redrafter.backends.base import FinishReason, Request, Result, SamplingParams, Update
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.errors import RequestError
 from trtllm_redrafter.redrafter.config import DraftShape
@@ -152,6 +152,14 @@ def test_seeds(runner: TorchRunner) -> None:
         (Request((5,), SamplingParams(5, top_k=-2)), "top_k is -2"),
         (Request((5,), SamplingParams(5, seed=-1)), "seed is -1"),
         (Request((5,), SamplingParams(5, stop=("",))), "a stop string is empty"),
+        (Request((5,), SamplingParams(5, temperature=10**400)), r"temperature is 1000.*\(401 characters\)"),
+        (Request((5,), SamplingParams(5, temperature=1e308)), r"temperature is 1e\+308"),
+        (Request((5,), SamplingParams(5, temperature=True)), "temperature is True"),
+        (Request((5,), SamplingParams(10**400)), r"1 prompt tokens and 1000.* to write exceed the engine's 200"),
+        (Request((5,), SamplingParams(5, top_k=2.5)), "top_k is 2.5"),  # type: ignore[arg-type]
+        (Request((5,), SamplingParams(5, seed=10**400)), "seed is 1000"),
+        (Request((5,), SamplingParams(5, stop_token_ids=(3, 64))), "stop_token_ids has 64, outside the vocabulary"),
+        (Request((5,), SamplingParams(5, stop_token_ids=(-1,))), "stop_token_ids are"),
         (Request((5,), SamplingParams(5, stop=("a",))), "stop strings need a tokenizer"),
     ],
 )
@@ -195,3 +203,39 @@ def test_chat_and_plain_prompts(text_runner: TorchRunner, runner: TorchRunner) -
         text_runner.encode_prompt([{"role": "user", "content": "hi"}], chat=False)
     with pytest.raises(RequestError, match="the engine has no tokenizer"):
         runner.encode_prompt("hi", chat=False)
+
+
+def test_stop_token_ids_end_a_text_and_leave_none_of_it(text_runner: TorchRunner) -> None:
+    prompt = text_runner.encode_prompt("hello", chat=False)
+    whole = run(text_runner, prompt, 40)
+    stop = whole.token_ids[20]
+    place = whole.token_ids.index(stop)
+    for draft in (True, False):
+        sampling = SamplingParams(40, stop_token_ids=(stop,), ignore_eos=True)
+        result = text_runner.generate([Request(prompt, sampling, draft=draft)])[0]
+        assert result.token_ids == whole.token_ids[: place + 1] and result.stop_reason == stop
+        assert result.finish_reason is FinishReason.STOP
+        before = run(text_runner, prompt, place) if place else None
+        assert result.text == (before.text if before else "")
+
+
+def test_one_refused_request_leaves_nothing_behind(runner: TorchRunner) -> None:
+    good, bad = Request(PROMPTS[0], SamplingParams(5)), Request((), SamplingParams(0))
+    with pytest.raises(RequestError) as caught:
+        runner.generate([good, bad, good, Request((99,), SamplingParams(5))])
+    said = caught.value.render()
+    assert "2 of 4 prompts are refused; none was run" in said
+    assert "prompt 2: max_tokens is 0" in said and "prompt 2: the prompt is empty" in said
+    assert "prompt 4: a token id is outside the vocabulary" in said
+    assert not runner.has_work
+    assert len(runner.generate([good, good])) == 2
+
+
+def test_an_error_on_the_way_leaves_nothing_behind(runner: TorchRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> list[Update]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "step", broken)
+    with pytest.raises(KeyboardInterrupt):
+        runner.generate([Request(PROMPTS[0], SamplingParams(5))] * 6)
+    assert not runner.has_work and len(runner._free) == runner.info.max_batch_size

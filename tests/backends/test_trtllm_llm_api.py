@@ -96,6 +96,16 @@ def test_end_tokens_of_the_bases_config_json(host: Host, tmp_path: Path) -> None
     assert stopped.token_ids == expected((50,), 6, end=-1) and stopped.finish_reason is FinishReason.STOP
 
 
+def test_stop_token_ids_are_the_executors_to_find(host: Host, checkpoints: Path, tmp_path: Path) -> None:
+    engine = build(checkpoints, tmp_path)
+    tokens = expected((50,), 20, end=-1)
+    (stopped,) = both(engine, (50,), ignore_eos=True, stop_token_ids=(tokens[5],))
+    assert stopped.token_ids == tokens[:6] and stopped.stop_reason == tokens[5]
+    assert stopped.finish_reason is FinishReason.STOP
+    (whole,) = both(engine, (50,), ignore_eos=True, skip_special_tokens=False)
+    assert whole.token_ids == tokens
+
+
 def test_stop_strings_across_token_borders(host: Host, checkpoints: Path, tmp_path: Path) -> None:
     engine = build(checkpoints, tmp_path)
     (whole,) = both(engine, (258,), ignore_eos=True)

@@ -17,8 +17,9 @@ def test_built_in_set() -> None:
     prompts = built_in_prompts()
     counts = Counter(p.category for p in prompts)
     assert len(prompts) == 80 and len(counts) == 6 and set(counts.values()) == {13, 14}
-    assert len({p.turns for p in prompts}) == 80
-    assert all(p.earlier for p in prompts if p.category == "multi-turn conversation")
+    assert len({p.prompt.as_text() for p in prompts}) == 80
+    chats = [p.prompt for p in prompts if p.category == "multi-turn conversation"]
+    assert chats and all(len(prompt.as_messages()) == 3 for prompt in chats)
 
 
 def test_choosing_keeps_every_category() -> None:
@@ -41,9 +42,9 @@ def test_three_kinds_of_lines(tmp_path: Path) -> None:
     ]
     file.write_text("\n".join(json.dumps(line) for line in lines))
     one, two, three = read_prompts(file)
-    assert (one.prompt_id, one.category, one.turns) == ("line-1", "other", ("x",))
-    assert (two.prompt_id, two.category, two.turns, len(two.earlier)) == ("m", "chat", ("c",), 2)
-    assert (three.prompt_id, three.turns) == ("81", ("1", "2"))
+    assert (one.prompt_id, one.category, one.prompt.content) == ("line-1", "other", "x")
+    assert (two.prompt_id, two.category, two.prompt.content) == ("m", "chat", tuple(messages))
+    assert (three.prompt_id, three.prompt.content, three.prompt.later) == ("81", "1", ("2",))
 
 
 def test_every_bad_line_is_named(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
     file.write_text("\n")
     with pytest.raises(InputError, match="holds no prompts"):
         read_prompts(file)
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match="does not exist"):
         read_prompts(tmp_path / "absent.jsonl")
 
 

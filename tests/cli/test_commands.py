@@ -174,10 +174,10 @@ def test_bad_lines_are_named_and_the_others_run(program: Program, artefacts: Pat
     said = {r["id"]: r["error"] for r in found if "error" in r}
     expected = {
         "line-1": "not JSON", "line-3": "not a JSON object", "line-4": "unknown key 'promt'",
-        "line-5": "either `prompt` or `messages`", "line-6": "not a string", "line-7": "not a conversation",
+        "line-5": "exactly one of `prompt`, `messages`", "line-6": "not a string", "line-7": "`content` is missing",
         "line-8": "`max_tokens` is '5'", "line-9": "`stop`", "line-10": "`draft` is 1",
         "line-11": "without the chat template", "line-12": "temperature is -1", "line-13": "tokens",
-        "line-15": "surrogates not allowed", "line-16": "top_k is 1180591620717411303424",
+        "line-15": "half a surrogate pair", "line-16": "top_k is 1180591620717411303424",
     }  # fmt: skip
     assert set(said) == set(expected)
     for job, text in expected.items():

@@ -15,13 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trtllm_redrafter.errors import NumericalError, Problem, RedrafterError, RequestError
+from trtllm_redrafter.errors import NumericalError, Problem, RedrafterError, RequestError, raise_together
 from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.prompts.messages import brief
 from trtllm_redrafter.redrafter.config import DraftShape
 
 if TYPE_CHECKING:
     from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
     from trtllm_redrafter.backends.tokenizer import EngineTokenizer
+
+
+MAX_TEMPERATURE = 1e38
+"""Far beyond what flattens any distribution; float32 ends soon after."""
 
 
 class FinishReason(str, enum.Enum):
@@ -39,7 +44,9 @@ class SamplingParams:
 
     The order is temperature, then top-k, then top-p on what is left, as in transformers and vLLM. `seed`
     fixes one uniform number per output position, so that the same seed gives the same text with and without
-    drafting. `stop` strings end the text before their first occurrence, wherever token borders fall.
+    drafting. `stop` strings end the text before their first occurrence, wherever token borders fall, and may have
+    special tokens in them; `stop_token_ids` end it like end tokens, `ignore_eos` or not. `skip_special_tokens` False
+    leaves special tokens in the text.
     """
 
     max_tokens: int
@@ -49,26 +56,35 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    skip_special_tokens: bool = True
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
     def problems(self) -> list[Problem]:
-        """Everything that is out of range, for one message."""
+        """Everything that is of a wrong type or out of range, for one message."""
         found = []
-        if self.max_tokens < 1:
-            found.append(Problem(f"max_tokens is {self.max_tokens}", remedy="ask for at least one token"))
-        if not self.temperature >= 0.0 or self.temperature == float("inf"):
-            found.append(Problem(f"temperature is {self.temperature}", remedy="use 0 for greedy, or a positive number"))
-        if not 0 <= self.top_k < 2**31:
-            found.append(Problem(f"top_k is {self.top_k}", remedy="use 0 to switch it off, or a number below 2**31"))
-        if not 0.0 < self.top_p <= 1.0:
-            found.append(Problem(f"top_p is {self.top_p}", remedy="use a number above 0 and up to 1"))
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            found.append(Problem(f"seed is {self.seed}", remedy="use 0 <= seed < 2**63"))
-        if any(not s for s in self.stop):
+
+        def check(name: str, types: tuple[type, ...], remedy: str, allowed: Callable[[Any], bool]) -> None:
+            value = getattr(self, name)
+            good = isinstance(value, types) and not isinstance(value, bool)
+            if not good or not allowed(value):
+                found.append(Problem(f"{name} is {brief(value)}", remedy=remedy))
+
+        whole, real = (int,), (int, float)
+        check("max_tokens", whole, "ask for at least one token", lambda v: v >= 1)
+        check("temperature", real, "use 0 for greedy, or a positive number", lambda v: 0.0 <= v <= MAX_TEMPERATURE)
+        check("top_k", whole, "use 0 to switch it off, or a number below 2**31", lambda v: 0 <= v < 2**31)
+        check("top_p", real, "use a number above 0 and up to 1", lambda v: 0.0 < v <= 1.0)
+        if self.seed is not None:
+            check("seed", whole, "use 0 <= seed < 2**63", lambda v: 0 <= v < 2**63)
+        if any(not isinstance(s, str) or not s for s in self.stop):
             found.append(Problem("a stop string is empty", remedy="leave it out"))
+        if any(type(token) is not int or token < 0 for token in self.stop_token_ids):
+            ids = brief(self.stop_token_ids)
+            found.append(Problem(f"stop_token_ids are {ids}", remedy="give token ids, whole numbers from 0"))
         return found
 
 
@@ -105,7 +121,8 @@ class Result:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
-    stop_reason: str | None = None
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended the text; None: an end token of the model, or no stop at all."""
     steps: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
@@ -224,10 +241,17 @@ class Runner(ABC):
         """Can prompts be rendered as chat turns?"""
         return self._tokenizer is not None and self._tokenizer.has_chat_template
 
-    def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]], *, chat: bool) -> tuple[int, ...]:
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        *,
+        chat: bool,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
         """Token ids of a prompt: plain text, or with `chat` through the chat template.
 
         Under `chat` a string is one user turn, a sequence is the conversation's messages (`role`, `content`).
+        `template_kwargs` are further variables of the template, such as `enable_thinking`.
         """
         if self._tokenizer is None:
             raise RequestError(
@@ -235,7 +259,7 @@ class Runner(ABC):
                 where=self.info.path,
                 remedy="build it with --tokenizer DIR, or submit token ids",
             )
-        return self._tokenizer.encode_prompt(prompt, chat=chat)
+        return self._tokenizer.encode_prompt(prompt, chat=chat, template_kwargs=template_kwargs)
 
     def autoregressive(self) -> Runner:
         """The runner to compare drafting with: this one, or one of the same weights that decodes faster undrafted.
@@ -251,23 +275,44 @@ class Runner(ABC):
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """Run requests to the end and return results in their order.
 
-        A request that fails on the way does not end the others; the first such error is raised when all are done, with
-        everybody's results in its `results`.
+        A request that is refused keeps all from running: the error names every refused one. A request that fails on the
+        way does not end the others; the first such error is raised when all are done, with everybody's results in its
+        `results`. Nothing stays queued when this raises, whatever it raises.
         """
         if not requests:
             raise RequestError("the list of prompts is empty", remedy="pass at least one prompt")
         results: dict[str, Result] = {}
-        ids = [self.submit(request) for request in requests]
-        while len(results) < len(ids):
-            for update in self.step():
-                if update.result is not None and update.request_id in ids:  # others may be running too
-                    results[update.request_id] = update.result
+        ids: list[str] = []
+        try:
+            self._submit_all(requests, ids)
+            while len(results) < len(ids):
+                for update in self.step():
+                    if update.result is not None and update.request_id in ids:  # others may be running too
+                        results[update.request_id] = update.result
+        finally:
+            for request_id in ids:
+                if request_id not in results:
+                    self.cancel(request_id)
         ordered = [results[i] for i in ids]
         error = next((result.error for result in ordered if result.error is not None), None)
         if error is not None:
             error.results = tuple(ordered)
             raise error
         return ordered
+
+    def _submit_all(self, requests: Sequence[Request], ids: list[str]) -> None:
+        """Queue requests, adding to `ids`; `RequestError` with every one that is refused."""
+        refused: list[Problem] = []
+        for number, request in enumerate(requests, start=1):
+            try:
+                ids.append(self.submit(request))
+            except RequestError as error:
+                if len(requests) == 1:
+                    raise
+                problems = error.problems or (error.problem,)
+                refused += [Problem(p.what, f"prompt {number}", p.why, p.remedy) for p in problems]
+        what = f"{len(requests) - len(ids)} of {len(requests)} prompts are refused; none was run"
+        raise_together(RequestError, refused, what)
 
     def stream(self, request: Request) -> Iterator[Update]:
         """Updates of one request as they come; closing the iterator cancels it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from trtllm_redrafter.backends.base import EngineInfo, Request
 from trtllm_redrafter.base_models.vocabulary import beyond_message, first_beyond
 from trtllm_redrafter.errors import Problem
+from trtllm_redrafter.prompts.messages import brief
 
 
 def limit_problems(request: Request, info: EngineInfo, *, has_tokenizer: bool) -> list[Problem]:
@@ -19,10 +20,13 @@ def limit_problems(request: Request, info: EngineInfo, *, has_tokenizer: bool) -
     if count > info.max_input_len:
         what = f"the prompt has {count} tokens, the engine takes {info.max_input_len}"
         found.append(Problem(what, remedy="shorten it, or build with a larger --max-input-len"))
-    if count + sampling.max_tokens > info.max_seq_len:
-        what = f"{count} prompt tokens and {sampling.max_tokens} to write exceed the engine's {info.max_seq_len}"
+    if isinstance(sampling.max_tokens, int) and count + sampling.max_tokens > info.max_seq_len:
+        what = f"{count} prompt tokens and {brief(sampling.max_tokens)} to write exceed the engine's {info.max_seq_len}"
         left = max(0, info.max_seq_len - count)
         found.append(Problem(what, remedy=f"ask for at most {left} tokens, or build with a larger --max-seq-len"))
+    unknown = [t for t in sampling.stop_token_ids if isinstance(t, int) and t >= info.vocab_size]
+    if unknown:
+        found.append(Problem(f"stop_token_ids has {brief(unknown[0])}, outside the vocabulary of {info.vocab_size}"))
     if sampling.stop and not has_tokenizer:
         found.append(Problem("stop strings need a tokenizer", remedy="build the engine with --tokenizer"))
     return found

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.base_models.text_side import text_side
 from trtllm_redrafter.base_models.tokenizer_loading import load_tokenizer
 from trtllm_redrafter.errors import RequestError
+from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_prompt
+from trtllm_redrafter.prompts.messages import Prompt, normalise
 
 TOKENIZER_DIRECTORY = "tokenizer"
 REMEDY = "build the engine again with --tokenizer DIR"
@@ -20,10 +23,17 @@ class EngineTokenizer:
     def __init__(self, folder: Path, loaded: Any = None) -> None:
         """`loaded`: the tokenizer in `folder`, where it has been read already; else `InputError` if it cannot be."""
         self._tokenizer: Any = load_tokenizer(folder, remedy=REMEDY) if loaded is None else loaded
+        self._template = ChatTemplate.of(self._tokenizer)
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._tokenizer.chat_template)
+        return self._template is not None
+
+    @cached_property
+    def special_tokens(self) -> Mapping[int, str]:
+        """Texts of the tokens that `skip_special_tokens` leaves out, by id."""
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        return {int(i): str(token.content) for i, token in added.items() if token.special}
 
     @property
     def eos_token_id(self) -> int | None:
@@ -49,26 +59,16 @@ class EngineTokenizer:
         )
         return text
 
-    def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]], *, chat: bool) -> tuple[int, ...]:
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        *,
+        chat: bool,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
         """Token ids of a text, or of a conversation rendered by the chat template up to the assistant's turn."""
-        if not chat:
-            if not isinstance(prompt, str):
-                raise RequestError("messages need the chat template", remedy="pass --chat, or a plain prompt")
-            return tuple(self.encode(prompt))
-        if not self.has_chat_template:
-            raise RequestError(
-                "the tokenizer has no chat template", remedy="pass --no-chat to continue the prompt as plain text"
-            )
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        try:
-            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of its own: whatever it raises is about these messages
-            raise RequestError(
-                "the chat template refused the messages",
-                why=str(error),
-                remedy="give the roles in the order the model was trained on, or pass --no-chat",
-            ) from error
-        return tuple(self.encode(rendered, add_special_tokens=False))
+        content = prompt if isinstance(prompt, str) else normalise(prompt)
+        return encode_prompt(self, self._template, Prompt(content, template_kwargs=template_kwargs or {}), chat=chat)
 
 
 def engine_text(engine: Path, *, vocab_size: int, recorded: object) -> tuple[EngineTokenizer | None, frozenset[int]]:

@@ -6,8 +6,9 @@ summary.verdicts, summary.result.complete
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class BenchOptions:
     report: Path | None
     overwrite: bool
     command: tuple[str, ...]
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def bench(options: BenchOptions, progress: Progress) -> Summary:
@@ -87,8 +89,8 @@ def _kv_cache_tokens(options: BenchOptions, prompts: list[BenchPrompt]) -> int |
         return None
     measure, longest = options.measure, 0
     for prompt in prompts:
-        texts = [*(message["content"] for message in prompt.earlier), *prompt.turns]
-        answers = len(prompt.turns) * measure.max_tokens
+        texts = [prompt.prompt.as_text(), *prompt.prompt.later]
+        answers = (1 + len(prompt.prompt.later)) * measure.max_tokens
         longest = max(longest, answers + sum(len(text.encode("utf-8", "surrogatepass")) for text in texts))
     return max(measure.batches, default=1) * (longest + _REQUEST_SLACK)
 
@@ -128,7 +130,8 @@ def _measure(
     """An interruption ends the measurement and keeps what it has."""
     measure = options.measure
     described = environment.describe(runner.info, options.command)
-    items = make_items(baseline, prompts, max_tokens=measure.max_tokens)
+    kwargs = options.chat_template_kwargs
+    items = make_items(baseline, prompts, max_tokens=measure.max_tokens, template_kwargs=kwargs)
     session, complete = Session(runner, baseline, items, measure), False
     engine = {**_engine(runner), "roof": environment.roof(runner.info)}
     with suppress(KeyboardInterrupt):

@@ -9,9 +9,11 @@ drafts from), else from transformers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +22,9 @@ from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.benchmark.prompts import BenchPrompt, Item
 from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_any
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid
-from trtllm_redrafter.training.data import chat_token_ids
 from trtllm_redrafter.training.drafter_reader import read_drafter
 from trtllm_redrafter.training.evaluation import draft_vocab
 from trtllm_redrafter.training.fit import BaseTensors
@@ -67,18 +69,19 @@ def engine_texts(runner: TorchRunner, items: Sequence[Item], *, max_tokens: int,
 
 
 def transformers_texts(
-    base: FrozenBase, prompts: Sequence[BenchPrompt], *, max_tokens: int, batch: int, progress: Progress
+    base: FrozenBase,
+    prompts: Sequence[BenchPrompt],
+    *,
+    max_tokens: int,
+    batch: int,
+    progress: Progress,
+    template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Texts:
     """The same without an engine. Of several turns, the first is answered."""
     tokenizer = load_tokenizer(base.path)
-    ids = [
-        tuple(
-            chat_token_ids(
-                tokenizer, [*map(dict, p.earlier), {"role": "user", "content": p.turns[0]}], answer_next=True
-            )
-        )
-        for p in prompts
-    ]
+    template = ChatTemplate.of(tokenizer)
+    asked = [replace(p.prompt, template_kwargs={**template_kwargs, **p.prompt.template_kwargs}) for p in prompts]
+    ids = [encode_any(tokenizer, template, prompt) for prompt in asked]
     writer, parts, tokens = TransformersWriter(base), [], 0
     options = WritingOptions(max_tokens, 0.0, 0, batch)
     for first in range(0, len(ids), batch):

@@ -7,9 +7,9 @@ found.checks                        # with a budget: predictions beside measurem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ class TuneOptions:
     device: str
     bootstrap: Bootstrap
     command: tuple[str, ...]
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise `UsageError` with everything that cannot be meant."""
@@ -132,7 +133,14 @@ def tune(options: TuneOptions, progress: Progress) -> TuneResult:
     items: list[Item] = []
     facts: dict[str, Any] = {}
     if options.engine is None:
-        texts = transformers_texts(base, prompts, max_tokens=options.max_tokens, batch=16, progress=progress)
+        texts = transformers_texts(
+            base,
+            prompts,
+            max_tokens=options.max_tokens,
+            batch=16,
+            progress=progress,
+            template_kwargs=options.chat_template_kwargs,
+        )
     else:
         with closing(_load(options.engine, options.device, None)) as runner:
             items, texts = _recorded(runner, prompts, options, progress)
@@ -196,7 +204,8 @@ def _recorded(
 ) -> tuple[list[Item], Texts]:
     if options.roof is None:
         MeasureOptions(options.batches, options.max_tokens, CHECK_REPEATS, 1).check(runner, runner.info.path)
-    items = make_items(runner, prompts, max_tokens=options.max_tokens)
+    kwargs = options.chat_template_kwargs
+    items = make_items(runner, prompts, max_tokens=options.max_tokens, template_kwargs=kwargs)
     if options.budget:
         check_enough(items, options.batches)
     return items, engine_texts(runner, items, max_tokens=options.max_tokens, progress=progress)

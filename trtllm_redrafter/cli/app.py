@@ -63,6 +63,7 @@ def _options(
 
 def run_app(arguments: Sequence[str]) -> int:
     """Run the program on `arguments` and return its exit code."""
+    console.show_warnings()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads cost 10-40x on a busy machine
     args = [a for a in arguments if a != "--debug"]
     command = next((a for a in args if not a.startswith("-")), "")
@@ -121,6 +122,7 @@ def _silence_stdout() -> None:
 def main() -> None:
     """The console script."""
     signals.listen()
+    console.accept_all_text()
     try:
         code = run_app(sys.argv[1:])
     except KeyboardInterrupt:  # while something else was being reported

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from trtllm_redrafter.cli.console import INTERRUPTED, emit, note, progress_bar, say
-from trtllm_redrafter.cli.options import Changes, Json, Overwrite, setting
+from trtllm_redrafter.cli.options import Changes, Json, Overwrite, TemplateKwargs, setting, template_flag
 from trtllm_redrafter.errors import UsageError
 from trtllm_redrafter.recipe import Resolved
 
@@ -39,6 +39,7 @@ def bench(
     device: Annotated[str | None, setting("run.device", "--device")] = None,
     report: Annotated[Path | None, setting("bench.report", "--report")] = None,
     tolerance: Annotated[float | None, setting("bench.tolerance", "--tolerance")] = None,
+    chat_template_kwargs: TemplateKwargs = None,
     changes: Changes = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -57,6 +58,7 @@ def bench(
             "run.num_beams": ("--num-beams", num_beams),
             "run.draft_len": ("--draft-len", draft_len),
             "run.device": ("--device", device),
+            **template_flag(chat_template_kwargs),
             "bench.report": ("--report", report),
             "bench.tolerance": ("--tolerance", tolerance),
         }

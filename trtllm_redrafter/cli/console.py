@@ -8,7 +8,8 @@ With `--json` the last line of stdout is one JSON document, of a success or of a
 
 from __future__ import annotations
 
-import json
+import io
+import logging
 import os
 import re
 import sys
@@ -22,22 +23,39 @@ import typer
 from trtllm_redrafter.cli import signals
 from trtllm_redrafter.errors import RedrafterError
 from trtllm_redrafter.progress import Progress, no_progress
+from trtllm_redrafter.prompts.jsonl import dump_line
 
 INTERNAL_ERROR, INTERRUPTED = 70, 130
 
-
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What a terminal would obey instead of show (escape sequences, reversed writing), and what no encoding can write."""
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Controls but line feed and tab, marks of writing direction, halves of surrogate pairs."""
 
 
 def printable(text: str) -> str:
-    """Text with control characters as escapes: names, ids and answers of models come from files, not from the user."""
-    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+    """Text from outside as a terminal may have it: line breaks and tabs stay, what a terminal would obey is shown.
+
+    Ids, paths, templates, models and their texts can hold escape sequences that move the cursor, rename the window or
+    turn the direction of reading. Bytes of arguments that are not UTF-8 are shown as such.
+    """
+    return _UNSAFE.sub(_shown, text.replace("\r\n", "\n"))
 
 
-def say(text: str = "", *, nl: bool = True) -> None:
-    """A result for people; as it is into a file or pipe, without control characters to a terminal."""
-    typer.echo(printable(text) if sys.stdout.isatty() else _encodable(text), nl=nl)
+def _shown(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a path or argument
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def say(text: str = "") -> None:
+    """A result for people."""
+    typer.echo(printable(text))
+
+
+def say_generated(text: str, *, end: bool = True) -> None:
+    """What a model wrote: made safe on a terminal, byte for byte into a file or pipe."""
+    shown = printable(text) if sys.stdout.isatty() else text
+    typer.echo(shown, nl=end, color=True)  # else it takes out what looks like colours
 
 
 def note(text: str) -> None:
@@ -46,31 +64,46 @@ def note(text: str) -> None:
         typer.echo(printable(text), err=True)
 
 
-def _encodable(text: str) -> str:
-    """Lone surrogates (names that are not UTF-8) as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+class _Notes(logging.Handler):
+    """Warnings of the package, as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def show_warnings() -> None:
+    """Let warnings of the package's modules appear as notes; once is enough."""
+    log = logging.getLogger("trtllm_redrafter")
+    if not any(isinstance(handler, _Notes) for handler in log.handlers):
+        log.addHandler(_Notes(logging.WARNING))
+
+
+def accept_all_text() -> None:
+    """Characters that the terminal's encoding lacks are escaped, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def emit(command: str, **values: Any) -> None:
     """The JSON document of what ran to its end: a success, unless `values` say `ok=False` and give the error."""
-    say(_document({"command": command, "ok": True, **values}))
+    _document({"command": command, "ok": True, **values})
 
 
-def _document(values: Mapping[str, Any]) -> str:
-    text = json.dumps(values, ensure_ascii=False, default=str)
-    return text if _encodable(text) == text else json.dumps(values, default=str)
+def _document(values: Mapping[str, Any]) -> None:
+    typer.echo(dump_line(values))
 
 
 def _emit_failure(command: str, error: Mapping[str, Any]) -> None:
     """The JSON document of an error; where it cannot be written, the exit code has to do."""
     with suppress(OSError):
-        say(_document({"command": command, "ok": False, "error": error}))
+        _document({"command": command, "ok": False, "error": error})
 
 
 def report_error(command: str, error: RedrafterError, *, as_json: bool, debug: bool) -> int:
     """Render one of our errors; returns the exit code."""
     if debug:
-        traceback.print_exception(error, file=sys.stderr)
+        _show_trace(error)
     style: dict[str, Any] = {} if os.environ.get("NO_COLOR") else {"fg": "red", "bold": True}
     with suppress(OSError):
         typer.secho("error: ", err=True, nl=False, **style)
@@ -84,12 +117,16 @@ def report_crash(command: str, error: BaseException, *, as_json: bool, debug: bo
     """An error nobody foresaw: our bug, most likely."""
     what = f"{type(error).__name__}: {error}"
     if debug:
-        traceback.print_exception(error, file=sys.stderr)
+        _show_trace(error)
     else:
         note(f"internal error: {what}\n  remedy: run again with --debug, and report the traceback it shows")
     if as_json:
         _emit_failure(command, {"kind": "internal", "exit_code": INTERNAL_ERROR, "what": what})
     return INTERNAL_ERROR
+
+
+def _show_trace(error: BaseException) -> None:
+    note("".join(traceback.format_exception(error)).rstrip("\n"))
 
 
 def report_interrupt(command: str, *, as_json: bool) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trtllm_redrafter.cli.console import emit, note, progress_bar, say
-from trtllm_redrafter.cli.options import Changes, Json, Overwrite, from_flags, setting
+from trtllm_redrafter.cli.options import Changes, Json, Overwrite, TemplateKwargs, from_flags, setting, template_flag
 from trtllm_redrafter.errors import VerificationError
 
 
@@ -22,6 +22,7 @@ def evaluate(
     min_acceptance: Annotated[float | None, setting("evaluate.min_acceptance", "--min-acceptance")] = None,
     report: Annotated[Path | None, setting("evaluate.report", "--report")] = None,
     device: Annotated[str | None, setting("evaluate.device", "--device")] = None,
+    chat_template_kwargs: TemplateKwargs = None,
     changes: Changes = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -41,6 +42,7 @@ def evaluate(
             "evaluate.min_acceptance": ("--min-acceptance", min_acceptance),
             "evaluate.report": ("--report", report),
             "evaluate.device": ("--device", device),
+            **template_flag(chat_template_kwargs),
         },
         changes,
     )

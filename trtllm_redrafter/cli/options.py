@@ -10,6 +10,7 @@ import typer
 from trtllm_redrafter.recipe import Resolved, flag_layers, resolve, set_layer
 from trtllm_redrafter.recipe.layers import show
 from trtllm_redrafter.recipe.schema import keys
+from trtllm_redrafter.recipe.sources import template_arguments
 
 _DESCRIPTIONS = keys()
 _NOTHING_GIVEN = resolve([])
@@ -20,6 +21,15 @@ DryRun = Annotated[
 ]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the recipe; repeatable.")
+]
+TEMPLATE_KWARGS = "--chat-template-kwargs"
+TemplateKwargs = Annotated[
+    list[str] | None,
+    typer.Option(
+        TEMPLATE_KWARGS,
+        metavar="KEY=JSON",
+        help="Argument of the chat template, as enable_thinking=false; repeatable.",
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of this program.")]
 
@@ -32,9 +42,14 @@ def setting(key: str, *flags: str, metavar: str | None = None, required: bool = 
     text, default = _DESCRIPTIONS[key], _NOTHING_GIVEN.value(key)
     if required:
         text = text.partition(";")[0] + " (required)"
-    elif default is not None and default != ():
+    elif default is not None and default not in ((), {}):
         text += f" (default: {show(default)})"
     return typer.Option(*flags, help=text, metavar=metavar, show_default=False)
+
+
+def template_flag(pairs: Sequence[str] | None) -> dict[str, tuple[str, Any]]:
+    """The entry of `--chat-template-kwargs` among a command's flags."""
+    return {"chat_template_kwargs": (TEMPLATE_KWARGS, template_arguments(pairs, TEMPLATE_KWARGS))}
 
 
 def from_flags(flags: Mapping[str, tuple[str, Any]], changes: Sequence[str] | None = None) -> Resolved:

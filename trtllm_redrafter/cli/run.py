@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from trtllm_redrafter.cli.console import emit
-from trtllm_redrafter.cli.options import Json, from_flags, setting
+from trtllm_redrafter.cli.options import Json, TemplateKwargs, from_flags, setting, template_flag
 from trtllm_redrafter.errors import UsageError
 
 
@@ -25,6 +25,11 @@ def run(
     top_p: Annotated[float | None, setting("run.top_p", "--top-p")] = None,
     seed: Annotated[int | None, setting("run.seed", "--seed")] = None,
     stop: Annotated[list[str] | None, setting("run.stop", "--stop")] = None,
+    stop_token_id: Annotated[list[int] | None, setting("run.stop_token_ids", "--stop-token-id")] = None,
+    skip_special_tokens: Annotated[
+        bool | None, setting("run.skip_special_tokens", "--skip-special-tokens/--keep-special-tokens")
+    ] = None,
+    chat_template_kwargs: TemplateKwargs = None,
     num_beams: Annotated[int | None, setting("run.num_beams", "--num-beams")] = None,
     draft_len: Annotated[int | None, setting("run.draft_len", "--draft-len")] = None,
     no_draft: Annotated[bool, typer.Option("--no-draft", help="Decode without the drafter.")] = False,
@@ -62,6 +67,9 @@ def run(
             "run.top_p": ("--top-p", top_p),
             "run.seed": ("--seed", seed),
             "run.stop": ("--stop", stop),
+            "run.stop_token_ids": ("--stop-token-id", stop_token_id),
+            "run.skip_special_tokens": ("--[skip|keep]-special-tokens", skip_special_tokens),
+            **template_flag(chat_template_kwargs),
             "run.num_beams": ("--num-beams", num_beams),
             "run.draft_len": ("--draft-len", draft_len),
             "run.draft": ("--no-draft", False if no_draft else None),

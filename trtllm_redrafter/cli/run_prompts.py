@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import EngineInfo, Runner, Update
-from trtllm_redrafter.cli.console import note, progress_bar, say, working
-from trtllm_redrafter.errors import InputError, OutputError, RedrafterError, RequestError, UsageError
+from trtllm_redrafter.cli.console import note, progress_bar, say, say_generated, working
+from trtllm_redrafter.errors import OutputError, RedrafterError, RequestError, UsageError
 from trtllm_redrafter.generation import (
     Job,
     Outcome,
@@ -24,6 +24,7 @@ from trtllm_redrafter.generation import (
     run_jobs,
 )
 from trtllm_redrafter.paths import check_place
+from trtllm_redrafter.prompts.jsonl import check_source
 from trtllm_redrafter.recipe import Resolved
 from trtllm_redrafter.recipe.schema import RunSection
 
@@ -114,9 +115,8 @@ def check_files(run: RunSection, *, overwrite: bool) -> None:
     """Refuse prompts that are not there, and an output that may not be written."""
     if not run.prompts and run.input is None:
         raise RequestError("the list of prompts is empty", remedy="pass --prompt TEXT or --input FILE.jsonl")
-    if run.input is not None and not run.input.is_file():
-        what = "the prompts are a directory, not a file" if run.input.is_dir() else "the file of prompts does not exist"
-        raise InputError(what, where=run.input, remedy="check --input")
+    if run.input is not None:
+        check_source(run.input)
     if run.output is None:
         return
     check_place(run.output)
@@ -149,7 +149,7 @@ def _show(wanted: RunRequest, report: RunReport) -> None:
             if outcome.result is not None:
                 if report.summary.prompts > 1:
                     say(f"--- {outcome.job_id}")
-                say(outcome.result.text)
+                say_generated(outcome.result.text)
     if not wanted.quiet and report.output is not None:
         done = report.summary.prompts - report.summary.failed
         kept = f", {report.kept} were there already" if report.kept else ""
@@ -169,7 +169,7 @@ def _failures(summary: Summary) -> str:
 
 
 def _stream_text(job: Job, update: Update) -> None:
-    say(update.text, nl=update.result is not None)
+    say_generated(update.text, end=update.result is not None)
 
 
 def stats_table(report: RunReport) -> str:

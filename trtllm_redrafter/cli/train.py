@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trtllm_redrafter.cli.console import emit, progress_bar, say
-from trtllm_redrafter.cli.options import Changes, Json, Overwrite, from_flags, setting
+from trtllm_redrafter.cli.options import Changes, Json, Overwrite, TemplateKwargs, from_flags, setting, template_flag
 
 
 def train(
@@ -26,6 +26,7 @@ def train(
     max_steps: Annotated[int | None, setting("train.max_steps", "--max-steps")] = None,
     learning_rate: Annotated[float | None, setting("train.learning_rate", "--learning-rate")] = None,
     device: Annotated[str | None, setting("train.device", "--device")] = None,
+    chat_template_kwargs: TemplateKwargs = None,
     changes: Changes = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last save in --work-dir.")] = False,
     plan_only: Annotated[
@@ -57,6 +58,7 @@ def train(
             "train.max_steps": ("--max-steps", max_steps),
             "train.learning_rate": ("--learning-rate", learning_rate),
             "train.device": ("--device", device),
+            **template_flag(chat_template_kwargs),
         },
         changes,
     )

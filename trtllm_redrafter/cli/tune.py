@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from trtllm_redrafter.cli.console import INTERRUPTED, emit, note, progress_bar, say
-from trtllm_redrafter.cli.options import Changes, Json, Overwrite, setting
+from trtllm_redrafter.cli.options import Changes, Json, Overwrite, TemplateKwargs, setting, template_flag
 from trtllm_redrafter.fsio import check_replaceable
 
 
@@ -24,6 +24,7 @@ def tune(
     budget: Annotated[int | None, setting("tune.budget", "--budget")] = None,
     device: Annotated[str | None, setting("run.device", "--device")] = None,
     report: Annotated[Path | None, setting("tune.report", "--report")] = None,
+    chat_template_kwargs: TemplateKwargs = None,
     changes: Changes = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -42,6 +43,7 @@ def tune(
             "tune.max_tokens": ("--max-tokens", max_tokens),
             "tune.budget": ("--budget", budget),
             "run.device": ("--device", device),
+            **template_flag(chat_template_kwargs),
             "tune.report": ("--report", report),
         }
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from trtllm_redrafter.backends.base import Request, Runner, Update
-from trtllm_redrafter.errors import RedrafterError, RequestError
+from trtllm_redrafter.errors import InputError, RedrafterError, RequestError
 from trtllm_redrafter.generation.jobs import Job, Outcome
 
 
@@ -22,8 +22,21 @@ def run_jobs(
     runner's own queue decides, and jobs are read no further ahead than it can use.
     """
     ahead = 1 if one_by_one else 2 * runner.info.max_batch_size
-    waiting = iter(jobs)
     running: dict[str, Job] = {}
+    try:
+        yield from _run(runner, iter(jobs), running, ahead, on_update)
+    finally:
+        for request_id in running:  # whoever stopped listening, or an error: nothing stays queued
+            runner.cancel(request_id)
+
+
+def _run(
+    runner: Runner,
+    waiting: Iterator[Job | Outcome],
+    running: dict[str, Job],
+    ahead: int,
+    on_update: Callable[[Job, Update], None] | None,
+) -> Iterator[Outcome]:
     exhausted = False
     while running or not exhausted:
         while not exhausted and len(running) < ahead:
@@ -36,7 +49,8 @@ def run_jobs(
                 refused = _submit(runner, job, running)
                 if refused is not None:
                     yield refused
-        for update in runner.step() if running else ():
+        updates, failed = _step(runner, running) if running else ([], None)
+        for update in updates:
             job = running[update.request_id]
             if on_update is not None:
                 on_update(job, update)
@@ -44,20 +58,35 @@ def run_jobs(
                 del running[update.request_id]
                 error = update.result.error
                 yield Outcome(job.job_id, job.where, result=update.result) if error is None else _failed(job, error)
+        if failed is not None:
+            yield failed
+
+
+def _step(runner: Runner, running: dict[str, Job]) -> tuple[list[Update], Outcome | None]:
+    """A step; an error that names one request is that request's outcome, and the others go on."""
+    try:
+        return runner.step(), None
+    except RedrafterError as error:
+        job = running.pop(error.problem.where or "", None)
+        if job is None:
+            raise
+        return [], _failed(job, error)
 
 
 def _submit(runner: Runner, job: Job, running: dict[str, Job]) -> Outcome | None:
     try:
-        token_ids = runner.encode_prompt(job.prompt, chat=job.chat)
+        token_ids = runner.encode_prompt(job.prompt, chat=job.chat, template_kwargs=job.template_kwargs)
         request_id = runner.submit(Request(token_ids, job.sampling, draft=job.draft))
-    except RequestError as error:
+    except (RequestError, InputError) as error:
         return _failed(job, error)
+    except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
+        # A prompt that a tokenizer or this program stumbles over costs its own line, not the batch.
+        why = f"{type(error).__name__}: {error}"[:500]
+        refused = RequestError("the prompt cannot be run", where=job.where, why=why, remedy="report it with the prompt")
+        return Outcome(job.job_id, job.where, error=refused)
     running[request_id] = job
     return None
 
 
 def _failed(job: Job, error: RedrafterError) -> Outcome:
-    """The error with the job's own place in the input."""
-    problem = error.problem
-    named = type(error)(problem.what, where=job.where, why=problem.why, remedy=problem.remedy, problems=error.problems)
-    return Outcome(job.job_id, job.where, error=named)
+    return Outcome(job.job_id, job.where, error=error.at(job.where))

@@ -9,18 +9,15 @@ and what is wrong with it, and the rest run.
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import Result, SamplingParams
 from trtllm_redrafter.errors import InputError, RedrafterError
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[Message]
+from trtllm_redrafter.prompts.jsonl import read_lines
+from trtllm_redrafter.prompts.messages import Message, UnknownKeys, brief, own_id, parse_prompt
 
 _NUMBERS: dict[str, tuple[type, ...]] = {
     "max_tokens": (int,),
@@ -29,7 +26,6 @@ _NUMBERS: dict[str, tuple[type, ...]] = {
     "top_p": (int, float),
     "seed": (int, type(None)),
 }
-_KEYS = ("id", "prompt", "messages", *_NUMBERS, "stop", "ignore_eos", "draft", "chat")
 
 
 @dataclass(frozen=True)
@@ -38,10 +34,11 @@ class Job:
 
     job_id: str
     where: str
-    prompt: Prompt
+    prompt: str | Sequence[Message]
     sampling: SamplingParams
     draft: bool
     chat: bool
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,96 +66,72 @@ class Defaults:
     sampling: SamplingParams
     draft: bool
     chat: bool
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prompt_jobs(prompts: Sequence[str], defaults: Defaults) -> list[Job]:
-    return [
-        Job(f"prompt-{i}", f"prompt {i}", prompt, defaults.sampling, defaults.draft, defaults.chat)
-        for i, prompt in enumerate(prompts, start=1)
-    ]
+    given = (defaults.sampling, defaults.draft, defaults.chat, defaults.template_kwargs)
+    return [Job(f"prompt-{i}", f"prompt {i}", prompt, *given) for i, prompt in enumerate(prompts, start=1)]
 
 
 def read_jobs(path: Path, defaults: Defaults) -> Iterator[Job | Outcome]:
-    """Jobs of a JSONL file, line by line; a line that is none becomes an outcome with its error. Blank lines pass."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _read_line(line, f"{path}, line {number}", f"line-{number}", defaults)
-    except OSError as e:
-        raise InputError("cannot read the prompts", where=path, why=str(e), remedy="check the path") from e
+    """Jobs of a JSON Lines file or stream, line by line; a line that is none becomes an outcome with its error."""
+    unknown = UnknownKeys(path)
+    for line in read_lines(path):
+        where, job_id = f"{path}, line {line.number}", f"line-{line.number}"
+        try:
+            if line.error is not None:
+                raise line.error
+            unknown.note(line.values, line.number)
+            yield _job_of(line.values, where, job_id, defaults)
+        except InputError as error:
+            yield Outcome(job_id, where, error=error.at(where))
 
 
-def _read_line(line: bytes, where: str, job_id: str, defaults: Defaults) -> Job | Outcome:
-    try:
-        value = json.loads(line)
-        json.dumps(value, ensure_ascii=False).encode()  # "\\ud800" is valid JSON, and no text that can be tokenized
-    except (ValueError, RecursionError) as e:
-        remedy = "write one JSON object per line, in UTF-8"
-        return Outcome(job_id, where, error=InputError("the line is not JSON", where=where, why=str(e), remedy=remedy))
-    try:
-        return _job_of(value, where, job_id, defaults)
-    except InputError as error:
-        return Outcome(job_id, where, error=error)
-
-
-def _job_of(value: Any, where: str, job_id: str, defaults: Defaults) -> Job:
-    def refuse(what: str, remedy: str) -> InputError:
-        return InputError(what, where=where, remedy=remedy)
-
-    if not isinstance(value, dict):
-        raise refuse("the line is not a JSON object", 'write {"prompt": "…"}')
-    for key in value:
-        if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, 1)
-            raise refuse(f"unknown key {key!r}", f"did you mean {near[0]!r}?" if near else f"use {', '.join(_KEYS)}")
-    if ("prompt" in value) == ("messages" in value):
-        raise refuse("the line needs either `prompt` or `messages`", 'write {"prompt": "…"}')
-    if "prompt" in value and not isinstance(value["prompt"], str):
-        raise refuse("`prompt` is not a string", "put the text into quotes")
-    if "messages" in value and not _are_messages(value["messages"]):
-        raise refuse("`messages` is not a conversation", 'write [{"role": "user", "content": "…"}]')
-    chat = _flag(value, "chat", True if "messages" in value else defaults.chat, refuse)
-    if "messages" in value and not chat:
-        raise refuse("`messages` cannot go without the chat template", "remove `chat`, or give a `prompt`")
+def _job_of(values: Mapping[str, Any], where: str, job_id: str, defaults: Defaults) -> Job:
+    prompt = parse_prompt(values)
+    if prompt.later:
+        remedy = "give each turn a line of its own, or use `bench`, which asks one after the other"
+        raise InputError("`turns` has several turns", remedy=remedy)
     return Job(
-        job_id=job_id if value.get("id") is None else str(value["id"]),
+        job_id=own_id(values) or job_id,
         where=where,
-        prompt=value["prompt"] if "prompt" in value else value["messages"],
-        sampling=replace(defaults.sampling, **_sampling_changes(value, refuse)),
-        draft=_flag(value, "draft", defaults.draft, refuse),
-        chat=chat,
+        prompt=prompt.content,
+        sampling=replace(defaults.sampling, **_sampling_changes(values)),
+        draft=_flag(values, "draft", defaults.draft),
+        chat=defaults.chat if prompt.chat is None else prompt.chat,
+        template_kwargs={**defaults.template_kwargs, **prompt.template_kwargs},
     )
 
 
-def _sampling_changes(value: Mapping[str, Any], refuse: Callable[[str, str], InputError]) -> dict[str, Any]:
+def _sampling_changes(values: Mapping[str, Any]) -> dict[str, Any]:
     """The line's own sampling values, checked for type; their range is the engine's to check."""
     changes: dict[str, Any] = {}
     for key, types in _NUMBERS.items():
-        if key in value:
-            if isinstance(value[key], bool) or not isinstance(value[key], types):
-                raise refuse(f"`{key}` is {value[key]!r}", f"give a {'' if float in types else 'whole '}number")
-            changes[key] = value[key]
-    if "stop" in value:
-        stop = [value["stop"]] if isinstance(value["stop"], str) else value["stop"]
+        if key in values:
+            if isinstance(values[key], bool) or not isinstance(values[key], types):
+                remedy = f"give a {'' if float in types else 'whole '}number"
+                raise InputError(f"`{key}` is {brief(values[key])}", remedy=remedy)
+            changes[key] = values[key]
+    if values.get("stop") is not None:
+        stop = [values["stop"]] if isinstance(values["stop"], str) else values["stop"]
         if not isinstance(stop, list) or not all(isinstance(s, str) for s in stop):
-            raise refuse("`stop` is neither a string nor a list of strings", 'write {"stop": ["…"]}')
+            remedy = 'write {"stop": ["…"]}'
+            raise InputError("`stop` is neither a string nor a list of strings", remedy=remedy)
         changes["stop"] = tuple(stop)
-    if "ignore_eos" in value:
-        changes["ignore_eos"] = _flag(value, "ignore_eos", False, refuse)
+    if values.get("stop_token_ids") is not None:
+        ids = values["stop_token_ids"]
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            raise InputError("`stop_token_ids` is not a list of token ids", remedy='write {"stop_token_ids": [2]}')
+        changes["stop_token_ids"] = tuple(ids)
+    for key in ("ignore_eos", "skip_special_tokens"):
+        if key in values:
+            changes[key] = _flag(values, key, False)
     return changes
 
 
-def _flag(value: Mapping[str, Any], key: str, default: bool, refuse: Callable[[str, str], InputError]) -> bool:
-    flag = value.get(key, default)
+def _flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
+    flag = values.get(key, default)
     if not isinstance(flag, bool):
-        raise refuse(f"`{key}` is {flag!r}", "write true or false")
+        raise InputError(f"`{key}` is {brief(flag)}", remedy="write true or false")
     return flag
-
-
-def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
-    )

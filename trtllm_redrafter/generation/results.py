@@ -26,6 +26,7 @@ from trtllm_redrafter.errors import InputError, OutputError
 from trtllm_redrafter.fsio import as_output_error
 from trtllm_redrafter.generation.jobs import Job, Outcome
 from trtllm_redrafter.locks import exclusive
+from trtllm_redrafter.prompts.jsonl import dump_line
 from trtllm_redrafter.scratch import partial_stem, replaced_file, sweep
 
 Place = tuple[int, int]
@@ -99,7 +100,7 @@ class ResultsFile:
         index, key = self._running.pop(outcome.where)
         values = outcome.as_dict()
         row = {"id": values.pop("id"), "source": values.pop("source"), "index": index, "request_sha256": key, **values}
-        data = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        data = (dump_line(row) + "\n").encode("utf-8")
         with as_output_error(self._path):
             self._append(data)
         self._places[index] = (self._end, len(data))

@@ -55,6 +55,7 @@ def defaults_for(resolved: Resolved, runner: Runner) -> Defaults:
         sampling=sampling_params(resolved),
         draft=run.draft,
         chat=runner.has_chat_template if run.chat is None else run.chat,
+        template_kwargs=resolved.recipe.chat_template_kwargs,
     )
 
 

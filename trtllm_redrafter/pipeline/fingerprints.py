@@ -61,6 +61,7 @@ def fingerprint(stage: str, resolved: Resolved, hashes: HashCache) -> Fingerprin
             inputs |= hashes.directory(recipe.build.tokenizer, "tokenizer")
     else:
         assert recipe.engine is not None
+        options["chat_template_kwargs"] = dict(recipe.chat_template_kwargs)
         inputs |= {k: v for k, v in manifest_hashes(recipe.engine, "engine").items() if not k.endswith(MANIFEST)}
         if recipe.run.input is not None:
             inputs["input"] = hashes.sha256(recipe.run.input)

@@ -26,6 +26,7 @@ from trtllm_redrafter.locks import exclusive
 from trtllm_redrafter.pipeline.cache import Fingerprint, HashCache, StageRecords, Verdict
 from trtllm_redrafter.pipeline.fingerprints import BUILD, CONVERT, RUN, fingerprint, output_of
 from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.prompts.jsonl import check_source
 from trtllm_redrafter.recipe.layers import Resolved
 from trtllm_redrafter.recipe.options import build_options, convert_options, require, with_directories, with_limits
 
@@ -210,7 +211,11 @@ def _check_run(resolved: Resolved) -> None:
     """What would make the last stage fail after hours of the first ones."""
     recipe = resolved.recipe
     if recipe.run.input is not None and not recipe.run.input.is_file():
-        raise InputError("the file of prompts does not exist", where=recipe.run.input, remedy="check run.input")
+        check_source(recipe.run.input)
+        why = "a pipeline reads it twice, for the fingerprint and for the run; a stream can be read once"
+        raise InputError(
+            "the prompts are not in a file", where=recipe.run.input, why=why, remedy="use `run`, or a file"
+        )
     if recipe.drafter is None and (recipe.run.num_beams is not None or recipe.run.draft_len is not None):
         what = "run.num_beams and run.draft_len say how much to draft, and there is no drafter"
         raise UsageError(what, remedy="set `drafter`, or leave them out")

@@ -68,6 +68,7 @@ def bench_options(
         report=section.report,
         overwrite=overwrite,
         command=command,
+        chat_template_kwargs=resolved.recipe.chat_template_kwargs,
     )
 
 
@@ -125,6 +126,7 @@ def tune_options(resolved: Resolved, *, name: str, command: tuple[str, ...]) -> 
         device=device_of(resolved),
         bootstrap=bootstrap(resolved),
         command=command,
+        chat_template_kwargs=recipe.chat_template_kwargs,
     )
 
 

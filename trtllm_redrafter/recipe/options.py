@@ -152,7 +152,7 @@ def sampling_params(resolved: Resolved, changes: Mapping[str, Any] | None = None
     from trtllm_redrafter.backends.base import SamplingParams
 
     run = resolved.recipe.run
-    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "stop_token_ids", "skip_special_tokens")
     return SamplingParams(**{**{name: getattr(run, name) for name in names}, **(changes or {})})
 
 

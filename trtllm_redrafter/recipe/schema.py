@@ -11,14 +11,29 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
+from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.prompts.messages import check_template_kwargs
 from trtllm_redrafter.recipe.base import Device, Directory, Positive, Section, Text
 from trtllm_redrafter.recipe.benchmark import BenchSection, TuneSection
 from trtllm_redrafter.recipe.training import EvaluateSection, TrainSection
 
 MAX_SEQ_LEN = 2048
 """Upper bound of the derived `build.max_seq_len`: a 128k context would reserve a KV cache nobody asked for."""
+
+
+TokenId = Annotated[int, Field(ge=0)]
+
+
+def _template_kwargs(values: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return check_template_kwargs(values)
+    except InputError as error:
+        raise ValueError(error.problem.remedy or error.problem.what) from error
+
+
+TemplateKwargs = Annotated[dict[str, Any], AfterValidator(_template_kwargs)]
 
 
 class ConvertSection(Section):
@@ -77,7 +92,11 @@ class RunSection(Section):
         default=1.0, description="keep the likeliest p of the mass; 1 is off"
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(default=None, description="derived: a new one each time")
-    stop: tuple[Text, ...] = Field(default=(), strict=False, description="strings that end an answer")
+    stop: tuple[Text, ...] = Field(
+        default=(), strict=False, description="strings that end an answer; special tokens too"
+    )
+    stop_token_ids: tuple[TokenId, ...] = Field(default=(), strict=False, description="token ids that end an answer")
+    skip_special_tokens: bool = Field(default=True, description="leave special tokens out of the text")
     num_beams: Positive | None = Field(default=None, description="beams drafted per step; derived: the engine's")
     draft_len: Positive | None = Field(default=None, description="tokens drafted per beam; derived: the engine's")
     draft: bool = Field(default=True, description="false: decode without the drafter")
@@ -169,6 +188,9 @@ class Recipe(Section):
         default=None, description="checkpoint directory; derived: <work_dir>/checkpoint"
     )
     engine: Directory | None = Field(default=None, description="engine directory; derived: <work_dir>/engine")
+    chat_template_kwargs: TemplateKwargs = Field(
+        default={}, description="further arguments of the chat template, as enable_thinking: false"
+    )
     convert: ConvertSection = ConvertSection()
     build: BuildSection = BuildSection()
     run: RunSection = RunSection()

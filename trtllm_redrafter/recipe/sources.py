@@ -6,6 +6,7 @@ A file that cannot be read as a recipe ends here, with the line; what its keys m
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,31 @@ def set_layer(pairs: Sequence[str]) -> Layer:
             problems.append(Problem(f"the value of {key!r} is not YAML", "--set", why, "put it into quotes"))
     raise_together(UsageError, problems, "cannot read --set")
     return Layer(Origin("flag", "--set"), nest(values))
+
+
+def template_arguments(pairs: Sequence[str] | None, flag: str) -> dict[str, Any] | None:
+    """`enable_thinking=false` pairs as an object; None without any. Values are JSON, or words as YAML reads them."""
+    problems, values = [], {}
+    for pair in pairs or ():
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            problems.append(Problem(f"{pair!r} is not KEY=JSON", flag, remedy=f"write {flag} enable_thinking=false"))
+            continue
+        try:
+            values[key.strip()] = _json_or_word(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as e:
+            why = getattr(e, "problem", None) or str(e)
+            problems.append(Problem(f"the value of {key!r} is not JSON", flag, why, "put a text into double quotes"))
+    raise_together(UsageError, problems, f"cannot read {flag}")
+    return values or None
+
+
+def _json_or_word(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        value = yaml.load(text, Loader=_Loader)
+        return value if value is None or isinstance(value, (bool, int, float, str, list, dict)) else text  # no dates
 
 
 def flag_layers(flags: Mapping[str, tuple[str, Any]]) -> list[Layer]:

@@ -53,6 +53,7 @@ def train_options(resolved: Resolved, *, resume: bool, overwrite: bool) -> Train
         save_every=section.save_every,
         resume=resume,
         overwrite=overwrite,
+        chat_template_kwargs=recipe.chat_template_kwargs,
     )
 
 
@@ -108,6 +109,7 @@ def evaluate_options(resolved: Resolved, *, overwrite: bool) -> EvaluateOptions:
         report=section.report,
         min_acceptance=section.min_acceptance,
         overwrite=overwrite,
+        chat_template_kwargs=recipe.chat_template_kwargs,
     )
 
 

@@ -107,8 +107,8 @@ def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWrit
         check_replaceable(options.report, overwrite=options.overwrite)
     drafter = read_drafter(options.drafter, max(shape.draft_len for shape in options.grid))
     check_fits(drafter, options)
-    tokenizer = load_tokenizer(options.base)
-    prompts = read_prompts(options.prompts, tokenizer, max_tokens=options.max_text_tokens)
+    tokenizer, kwargs = load_tokenizer(options.base), options.chat_template_kwargs
+    prompts = read_prompts(options.prompts, tokenizer, max_tokens=options.max_text_tokens, template_kwargs=kwargs)
     check_range(prompts, options.prompts, tokenizer, drafter.spec.config.vocab_size)  # the base's: see check_fits
     base = FrozenBase.load(options.base, device=options.device, dtype=options.dtype)
     answers = _answers(writer or TransformersWriter(base), [p.token_ids for p in prompts], options, progress)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trtllm_redrafter.errors import Problem, UsageError, raise_together
 from trtllm_redrafter.redrafter.config import DraftShape
@@ -52,6 +54,7 @@ class TrainOptions:
     save_every: int
     resume: bool
     overwrite: bool
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise `UsageError` with everything that cannot be meant."""
@@ -98,6 +101,7 @@ class EvaluateOptions:
     report: Path | None
     min_acceptance: float | None
     overwrite: bool
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise `UsageError` with everything that cannot be meant."""

@@ -113,13 +113,14 @@ def plan_training(options: TrainOptions) -> TrainPlan:
     raise_together(UsageError, spec.problems(), "the drafter's sizes do not fit")
     text = base_text(options.base)
     tokenizer, eos = with_tokenizer(text, options.base), text.end_token_ids
+    longest_text, kwargs = options.max_text_tokens, options.chat_template_kwargs
     texts: list[TokenizedText] = []
     prompts: list[Prompt] = []
     if options.data is not None:
-        texts = read_texts(options.data, tokenizer, max_tokens=options.max_text_tokens, eos=eos)
+        texts = read_texts(options.data, tokenizer, max_tokens=longest_text, eos=eos, template_kwargs=kwargs)
         check_range(texts, options.data, tokenizer, identity.vocab_size)
     elif options.prompts is not None:
-        prompts = read_prompts(options.prompts, tokenizer, max_tokens=options.max_text_tokens)
+        prompts = read_prompts(options.prompts, tokenizer, max_tokens=longest_text, template_kwargs=kwargs)
         check_range(prompts, options.prompts, tokenizer, identity.vocab_size)
     longest = [TokenizedText.answer(p.token_ids, (0,) * options.writing.max_tokens) for p in prompts]
     cache = plan_cache(texts or longest, identity.hidden_size, options.dtype)

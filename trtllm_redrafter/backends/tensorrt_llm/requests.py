@@ -43,9 +43,10 @@ def _drafting_problems(request: Request, greedy: bool) -> list[Problem]:
 
 
 def client_request(number: int, request: Request, info: EngineInfo, eos: frozenset[int]) -> ClientRequest:
-    """The first end token is the executor's own, further ones are stop words of one token."""
+    """The first end token is the executor's own, further ones and stop token ids are stop words of one token."""
     sampling = request.sampling
     ends = [] if sampling.ignore_eos else sorted(eos)
+    stops = [*ends[1:], *(token for token in dict.fromkeys(sampling.stop_token_ids) if token not in ends)]
     plain_greedy = info.draft_shape is None and sampling.greedy
     sampled = not sampling.greedy
     return ClientRequest(
@@ -53,7 +54,7 @@ def client_request(number: int, request: Request, info: EngineInfo, eos: frozens
         token_ids=list(request.token_ids),
         max_tokens=sampling.max_tokens,
         end_id=ends[0] if ends else None,
-        stop_words=[[token] for token in ends[1:]],
+        stop_words=[[token] for token in stops],
         temperature=sampling.temperature if sampled else None,
         top_k=1 if plain_greedy else (sampling.top_k or None),
         # TensorRT-LLM decodes greedily where neither top-k nor top-p is given, so "all of the mass" must be said

@@ -16,7 +16,7 @@ from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, EngineC
 from trtllm_redrafter.backends.tensorrt_llm.counting import StepCounter
 from trtllm_redrafter.backends.tensorrt_llm.failures import explain
 from trtllm_redrafter.backends.tensorrt_llm.requests import client_request, request_problems
-from trtllm_redrafter.backends.text import TextStream
+from trtllm_redrafter.backends.text import TextStream, ends_text
 from trtllm_redrafter.backends.tokenizer import EngineTokenizer
 from trtllm_redrafter.errors import BackendError, Problem, RedrafterError, RequestError, raise_together
 
@@ -90,7 +90,7 @@ class TensorRTRunner(Runner):
             raise _refusal(RequestError, request_id, str(error)) from error
         result, shape = Result(request_id, len(request.token_ids)), self.info.draft_shape
         counter = StepCounter(result, None if shape is None else shape.draft_len)
-        text = TextStream(self._tokenizer, request.sampling.stop)
+        text = TextStream.of(self._tokenizer, request.sampling)
         self._heard = time.monotonic() if not self._active else self._heard
         self._active[number] = _Active(request, sent, result, text, counter, time.perf_counter())
         return request_id
@@ -160,10 +160,7 @@ class TensorRTRunner(Runner):
         result, sampling = active.result, active.request.sampling
         for count, token in enumerate(tokens, start=1):
             result.token_ids.append(token)
-            if active.text.push(token):
-                result.stop_reason = active.text.stop_reason
-                return count, FinishReason.STOP
-            if token in self._eos and not sampling.ignore_eos:
+            if ends_text(token, active.text, result, sampling, self._eos):
                 return count, FinishReason.STOP
             if len(result.token_ids) >= sampling.max_tokens:
                 return count, FinishReason.LENGTH

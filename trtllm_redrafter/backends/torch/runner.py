@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Result, Runner, Update
 from trtllm_redrafter.backends.requests import limit_problems
-from trtllm_redrafter.backends.text import TextStream
+from trtllm_redrafter.backends.text import TextStream, ends_text
 from trtllm_redrafter.backends.tokenizer import EngineTokenizer
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor
 from trtllm_redrafter.backends.torch.drafting import Drafting
@@ -149,7 +149,7 @@ class TorchRunner(Runner):
         result = Result(waiting.request_id, len(request.token_ids), queue_seconds=start - waiting.since)
         if self._drafting is not None:
             result.accepted_at = [0] * self._drafting.shape.draft_len
-        text = TextStream(self._tokenizer, request.sampling.stop)
+        text = TextStream.of(self._tokenizer, request.sampling)
         active = _Active(request, seed, slot, len(request.token_ids), first, output.hidden, result, text)
         self._active.append(active)
         self._settings = None
@@ -248,10 +248,8 @@ class TorchRunner(Runner):
         return Update(active.result.request_id, (), active.text.take(final=True), active.result)
 
     def _reason_to_stop(self, active: _Active, token: int) -> FinishReason | None:
-        if active.text.push(token):
-            active.result.stop_reason = active.text.stop_reason
-            return FinishReason.STOP
-        if token in self._eos and not active.request.sampling.ignore_eos:
+        sampling = active.request.sampling
+        if ends_text(token, active.text, active.result, sampling, self._eos):
             return FinishReason.STOP
         return FinishReason.LENGTH if active.remaining <= 0 else None
 

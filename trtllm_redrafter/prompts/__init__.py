@@ -1,0 +1,8 @@
+"""What is asked of a model, read in one way by every command: JSON Lines, conversations, chat templates.
+
+`run`, `evaluate`, `bench`, `tune` and `train` take the same files because they read them here:
+
+    for line in read_lines(path):              # jsonl: lines, with numbers and errors
+        prompt = parse_prompt(line.values)     # messages: text or conversation, normalised
+        ids = encode_prompt(tokenizer, ChatTemplate.of(tokenizer), prompt)       # chat_template: within limits
+"""

@@ -1,0 +1,148 @@
+"""The one reader of JSON Lines, and how a line is written.
+
+Lines end at a line feed and nowhere else: U+2028, U+0085 and form feeds are characters of a string, which
+`str.splitlines` would break. A byte order mark and carriage returns before the line feed are no part of a line. Lines
+are read once and as they come, so that pipes, `/dev/stdin` and process substitution work, and what is wrong with one
+line is said of that line alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from trtllm_redrafter.errors import InputError, Problem, raise_together
+
+MAX_LINE_BYTES = 64 * 2**20
+"""Far beyond any prompt; what has no line feed for so long is no file of lines."""
+
+MAX_STREAM_BYTES = 4 * 2**30
+"""What is read of a pipe or terminal at most: unlike a file, it may never end."""
+
+SHOWN = 20
+"""Problems of one file that a message lists."""
+
+_BOM = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_REMEDY = "write one JSON object per line, in UTF-8"
+_ESCAPED = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line that is not blank: its object, or the error that keeps it from being one."""
+
+    number: int
+    values: Mapping[str, Any]
+    error: InputError | None = None
+
+
+def check_source(path: Path) -> None:
+    """`InputError` when `path` is nothing lines can be read from. Opens nothing: a pipe is still whole afterwards."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as e:
+        missing = isinstance(e, FileNotFoundError)
+        what = "the file does not exist" if missing else "cannot read the file"
+        raise InputError(what, where=path, why=None if missing else str(e), remedy="check the path") from e
+    if stat.S_ISDIR(mode):
+        raise InputError("this is a directory, not a file", where=path, remedy="name a JSON Lines file")
+    if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not _ends(path)):
+        why = "a device has no lines, and may never end"
+        raise InputError("this is a device, not a file", where=path, why=why, remedy="name a JSON Lines file")
+
+
+def _ends(device: Path) -> bool:
+    """Is this character device a terminal, whose user ends the input, or the null device?"""
+    if os.path.realpath(device) == os.path.realpath(os.devnull):
+        return True
+    try:
+        descriptor = os.open(device, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        return os.isatty(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """Lines of a file or stream, as they are read; `InputError` when it cannot be read at all."""
+    check_source(path)
+    try:
+        with path.open("rb") as file:
+            yield from lines_of(file, path, endless=not stat.S_ISREG(os.fstat(file.fileno()).st_mode))
+    except OSError as e:
+        raise InputError("cannot read the file", where=path, why=str(e), remedy="check the path") from e
+
+
+def lines_of(file: IO[bytes], where: Path | str, *, endless: bool = False) -> Iterator[Line]:
+    """The same of an open file. `endless`: of a stream, which is read up to `MAX_STREAM_BYTES`."""
+    number = size = 0
+    while line := file.readline(MAX_LINE_BYTES):
+        number += 1
+        size += len(line)
+        if number == 1 and line.startswith(_UTF16):
+            raise InputError("the file is in UTF-16", where=where, remedy="save it in UTF-8")
+        if number == 1:
+            line = line.removeprefix(_BOM)
+        whole = True
+        while len(line) >= MAX_LINE_BYTES and not line.endswith(b"\n"):
+            whole = False
+            line = file.readline(MAX_LINE_BYTES)
+            size += len(line)
+            _check_size(size, where, endless)
+        _check_size(size, where, endless)
+        if not whole:
+            what = f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB"
+            yield Line(number, {}, InputError(what, remedy=_REMEDY))
+        elif line.strip():
+            yield _parse(number, line)
+
+
+def _check_size(size: int, where: Path | str, endless: bool) -> None:
+    if endless and size > MAX_STREAM_BYTES:
+        what = f"more than {MAX_STREAM_BYTES // 2**30} GiB came from a stream"
+        raise InputError(what, where=where, remedy="write it to a file, and pass that")
+
+
+def _parse(number: int, line: bytes) -> Line:
+    try:
+        values = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        why = f"byte {e.start + 1} is 0x{line[e.start]:02x}"
+        return Line(number, {}, InputError("the line is not UTF-8", why=why, remedy=_REMEDY))
+    except json.JSONDecodeError as e:
+        why = f"{e.msg}, at character {e.colno}"
+        return Line(number, {}, InputError("the line is not JSON", why=why, remedy=_REMEDY))
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits; brackets in brackets
+        why = "it is nested too deeply" if isinstance(e, RecursionError) else str(e)
+        return Line(number, {}, InputError("the line cannot be read", why=why, remedy=_REMEDY))
+    if not isinstance(values, dict):
+        return Line(number, {}, InputError("the line is not a JSON object", remedy='write {"prompt": "…"}'))
+    return Line(number, values)
+
+
+def raise_problems(problems: list[Problem], what: str, *, where: Path | str, remedy: str | None = None) -> None:
+    """`InputError` with the first `SHOWN` of a file's problems, and how many more there are."""
+    if len(problems) == 1 and problems[0].where is not None:
+        problems = [replace(problems[0], where=f"{where}, {problems[0].where}")]
+    more = len(problems) - SHOWN
+    shown = [*problems[:SHOWN], Problem(f"and {more} more lines like these")] if more > 0 else problems
+    raise_together(InputError, shown, what, where=where, remedy=remedy)
+
+
+def dump_line(value: Any) -> str:
+    """One line of JSON, readable, that no reader breaks and no terminal obeys.
+
+    Escaped are what `json` leaves: line separators beyond ASCII, controls (C1, direction marks), and halves of
+    surrogate pairs, which stand for bytes of file names that are not UTF-8.
+    """
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -1,0 +1,286 @@
+"""From a line of a file to what is asked: one normaliser for every form a prompt or conversation is written in.
+
+    {"prompt": "Why is the sky blue?"}
+    {"messages": [{"role": "user", "content": "Hello"}]}                            OpenAI, also with text parts
+    {"messages": [..., {"role": "assistant", "content": null, "tool_calls": [...]}, {"role": "tool", ...}]}
+    {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]}        ShareGPT
+    {"question_id": 81, "category": "writing", "turns": ["...", "..."]}             Spec-Bench
+
+Messages come out as templates expect them: `role`, `content` as text (None only beside tool calls), and whatever else a
+message has, untouched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.errors import InputError
+
+Message = Mapping[str, Any]
+
+FORMS = ("prompt", "messages", "conversations", "turns")
+"""Keys of which a prompt has exactly one."""
+
+SAMPLING_KEYS = (
+    "max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "stop_token_ids", "skip_special_tokens",
+    "ignore_eos", "draft",
+)  # fmt: skip
+KEYS = (
+    *FORMS, "text", "id", "question_id", "category", "system", "tools", "chat", "chat_template_kwargs", *SAMPLING_KEYS,
+)  # fmt: skip
+"""Every key some command reads. Each reads those that concern it, so that one file serves all."""
+
+RESERVED_KWARGS = ("messages", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template")
+"""What a template is given by the program itself."""
+
+_ROLES = {
+    "human": "user", "user": "user", "prompter": "user",
+    "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant", "bard": "assistant",
+    "bing": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_NOTED = 20
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one line asks.
+
+    `content` is a text or a conversation; `later` are user turns to ask after the answer. `chat` says whether a text
+    goes through the chat template, None: as the model has one. `template_kwargs` are the template's further arguments.
+    """
+
+    content: str | tuple[Message, ...]
+    later: tuple[str, ...] = ()
+    chat: bool | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_messages(self) -> list[Message]:
+        """A text is one turn of the user."""
+        return [{"role": "user", "content": self.content}] if isinstance(self.content, str) else list(self.content)
+
+    def as_text(self) -> str:
+        """What a model without a chat template reads: the contents, line by line."""
+        return "\n".join(str(m["content"] or "") for m in self.as_messages())
+
+
+def parse_prompt(values: Mapping[str, Any]) -> Prompt:
+    """The prompt of a line; `InputError` without a place, which the caller knows (`error.at`)."""
+    check_characters(values)
+    forms = [key for key in FORMS if key in values]
+    if "text" in values and not forms:
+        raise InputError(
+            "the line is a text to learn from, not a prompt", remedy='write {"prompt": "…"} to continue it'
+        )
+    if len(forms) != 1:
+        what = f"the line needs exactly one of {', '.join(f'`{key}`' for key in FORMS)}"
+        why = f"it has {' and '.join(forms)}" if forms else _mistyped(values)
+        raise InputError(what, why=why, remedy='write {"prompt": "…"}')
+    kwargs = template_kwargs(values)
+    form, chat = forms[0], values.get("chat")
+    if chat is not None and not isinstance(chat, bool):
+        raise InputError(f"`chat` is {brief(chat)}", remedy="write true or false")
+    if form == "prompt":
+        if not isinstance(values["prompt"], str):
+            raise InputError("`prompt` is not a string", remedy="put the text into quotes")
+        return Prompt(_after_system(values, values["prompt"]), (), chat, kwargs)
+    if chat is False:
+        raise InputError(f"`{form}` cannot go without the chat template", remedy="remove `chat`, or give a `prompt`")
+    if form == "turns":
+        turns = values["turns"]
+        if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t for t in turns):
+            raise InputError("`turns` is not a list of texts", remedy='write {"turns": ["…", "…"]}')
+        return Prompt(_after_system(values, turns[0]), tuple(turns[1:]), None, kwargs)
+    return Prompt(conversation(values), (), True, kwargs)
+
+
+def _mistyped(values: Mapping[str, Any]) -> str | None:
+    """The key that was meant to be the prompt, if one looks like it."""
+    for key in values:
+        near = difflib.get_close_matches(key, FORMS, 1) if key not in KEYS else []
+        if near:
+            return f"unknown key {brief(key)}; did you mean {near[0]!r}?"
+    return None
+
+
+def check_asks(prompt: Prompt) -> Prompt:
+    """`InputError` for a prompt that measuring and training have no use for: an empty one, or one already answered."""
+    if prompt.content == "":
+        raise InputError("`prompt` is empty", remedy="give it some text")
+    if not isinstance(prompt.content, str) and prompt.content[-1]["role"] == "assistant":
+        remedy = "remove that turn: the model writes it"
+        raise InputError("the conversation ends with an assistant's turn, nothing is asked", remedy=remedy)
+    return prompt
+
+
+def conversation(values: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The messages of a line with `messages` or `conversations`, normalised."""
+    form = "messages" if "messages" in values else "conversations"
+    found = values[form]
+    if not isinstance(found, list) or not found:
+        remedy = 'write [{"role": "user", "content": "…"}]'
+        raise InputError(f"`{form}` is not a conversation: a list of messages", remedy=remedy)
+    messages = tuple(_message(m, f"message {i}") for i, m in enumerate(found, start=1))
+    return (*_system(values), *messages)
+
+
+def normalise(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """A conversation given in Python."""
+    return conversation({"messages": [dict(m) if isinstance(m, Mapping) else m for m in messages]})
+
+
+def template_kwargs(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`chat_template_kwargs` of a line, its `tools` among them."""
+    given = values.get("chat_template_kwargs")
+    found = check_template_kwargs({} if given is None else given)
+    tools = values.get("tools")
+    if tools is None:
+        return found
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError("`tools` is not a list of objects", remedy="give JSON schemas, as for the OpenAI API")
+    return {"tools": tools, **found}
+
+
+def check_template_kwargs(values: Any) -> dict[str, Any]:
+    """Arguments a user may give a chat template, by name."""
+    if not isinstance(values, dict) or not all(isinstance(key, str) and key.isidentifier() for key in values):
+        remedy = 'write {"enable_thinking": false}'
+        raise InputError("`chat_template_kwargs` is not an object of named values", remedy=remedy)
+    for key in RESERVED_KWARGS:
+        if key in values:
+            raise InputError(f"`chat_template_kwargs` has {key!r}", why="the program sets it", remedy="leave it out")
+    return dict(values)
+
+
+def check_characters(values: Mapping[str, Any]) -> None:
+    """Halves of surrogate pairs ("\\ud83d" alone) are valid JSON, and no characters any tokenizer knows."""
+    for key in KEYS:
+        if key in values:
+            try:
+                json.dumps(values[key], ensure_ascii=False, default=str).encode()
+            except UnicodeEncodeError as e:
+                half = f"\\u{ord(e.object[e.start]):04x}"
+                raise InputError(
+                    f"`{key}` has half a surrogate pair, {half}", why="it stands for no character",
+                    remedy="write the whole pair, or remove it",
+                ) from e  # fmt: skip
+
+
+class UnknownKeys:
+    """Notes keys no command reads, once each: a mistyped one must not pass in silence, and none stops the line."""
+
+    def __init__(self, source: Path | str) -> None:
+        self._source = source
+        self._seen: set[str] = set()
+
+    def note(self, values: Mapping[str, Any], number: int) -> None:
+        for key in values:
+            if key in KEYS or key in self._seen or len(self._seen) > _NOTED:
+                continue
+            self._seen.add(key)
+            if len(self._seen) > _NOTED:
+                _log.warning("%s: further unknown keys are not listed", self._source)
+                return
+            near = difflib.get_close_matches(key, KEYS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            _log.warning("%s, line %d: the key %s is not known and not read%s", self._source, number, brief(key), hint)
+
+
+def own_id(values: Mapping[str, Any]) -> str | None:
+    """A line's own id as a text; None: it has none."""
+    value = values.get("id", values.get("question_id"))
+    return value if value is None or isinstance(value, str) else brief(value)
+
+
+def brief(value: Any) -> str:
+    """A value for a message: a number of 400 digits is not shown whole."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:40]}… ({len(text)} characters)"
+
+
+def _system(values: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The line's own `system` text, as ShareGPT files have it beside the conversation."""
+    text = values.get("system")
+    if text is None or text == "":
+        return ()
+    if not isinstance(text, str):
+        raise InputError("`system` is not a string", remedy="put the text into quotes")
+    return ({"role": "system", "content": text},)
+
+
+def _after_system(values: Mapping[str, Any], text: str) -> str | tuple[Message, ...]:
+    system = _system(values)
+    return (*system, {"role": "user", "content": text}) if system else text
+
+
+def _message(value: Any, name: str) -> Message:
+    if not isinstance(value, dict):
+        raise InputError(f"{name} is not an object", remedy='write {"role": "user", "content": "…"}')
+    if "role" not in value and "from" in value:
+        value = _from_sharegpt(value, name)
+    if not isinstance(value.get("role"), str):
+        raise InputError(f"{name} has no `role`", remedy='write {"role": "user", "content": "…"}')
+    calls = value.get("tool_calls") or value.get("function_call")
+    message = {**value, "content": _content(value.get("content"), name, value, has_calls=bool(calls))}
+    if isinstance(value.get("tool_calls"), list):
+        message["tool_calls"] = [_call(call) for call in value["tool_calls"]]
+    return message
+
+
+def _from_sharegpt(value: Mapping[str, Any], name: str) -> dict[str, Any]:
+    role = _ROLES.get(str(value["from"]).lower())
+    if role is None:
+        raise InputError(f"{name} is from {brief(value['from'])}", remedy="use human, gpt, system or tool")
+    rest = {key: v for key, v in value.items() if key not in ("from", "value")}
+    return {"role": role, "content": value.get("value"), **rest}
+
+
+def _content(content: Any, name: str, value: Mapping[str, Any], *, has_calls: bool) -> str | None:
+    if isinstance(content, str):
+        return content
+    if content is None:
+        if has_calls:
+            return None
+        what = "is null" if "content" in value else "is missing"
+        raise InputError(
+            f"{name}, of the role {brief(value['role'])}: `content` {what}",
+            remedy="give a text; only a message with tool_calls goes without",
+        )
+    if not isinstance(content, list):
+        raise InputError(f"{name}: `content` is neither a text nor a list of parts", remedy='write "content": "…"')
+    return "".join(_part(part, f"{name}, part {i}") for i, part in enumerate(content, start=1))
+
+
+def _part(part: Any, name: str) -> str:
+    """Parts are joined as they are: a template that takes parts writes them one after the other, too."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    if kind is not None and kind not in _TEXT_PARTS:
+        raise InputError(f"{name} is of the type {brief(kind)}", why="only text can be read", remedy="remove it")
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        raise InputError(f"{name} is no text", remedy='write {"type": "text", "text": "…"}')
+    return str(part["text"])
+
+
+def _call(call: Any) -> Any:
+    """OpenAI writes a call's arguments as a string of JSON; templates expect the object."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
