@@ -81,7 +81,7 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
             why = "an engine is not loaded without its manifest"
             problems.append(Problem("manifest.json is missing", str(path), why, "build the engine again"))
         elif manifest is None:
-            notes.append("no manifest.json: sizes and hashes are not known")
+            notes.append("no manifest.json: not checked are sizes, hashes, and what the files were made from")
         else:
             problems += manifest.check_files(path, hashes=hashes)
             what = "size and SHA-256" if hashes else "size"

@@ -117,13 +117,18 @@ def load_replay(
     assert config is not None
     place = torch.device(device)
     drafter = load_drafter(checkpoint, config, place)
-    rows, score_dtype = None, None
-    if engine_backend(engine) == "torch":
-        rows = frequent_rows(reference, int(read_json(engine / "config.json")["draft"]["head_rows"]))
-        score_dtype = torch.float32
+    rows = frequent_rows(reference, head_rows(engine))
+    score_dtype = torch.float32 if engine_backend(engine) == "torch" else None
     embedding = checkpoint.load(_EMBEDDING).to(place)
     search = Search(drafter, embedding, draft_head(drafter, rows), shape, score_dtype)
     return Replay(runner, search, greedy=greedy)
+
+
+def head_rows(engine: Path) -> int:
+    """How many of the most frequent tokens the engine drafts from; 0: from all (`frequent_rows`)."""
+    if engine_backend(engine) != "torch":
+        return 0
+    return int(read_json(engine / "config.json")["draft"]["head_rows"])
 
 
 def _verdict(beams: Beams, logits: Tensor) -> Verdict:

@@ -20,7 +20,7 @@ from trtllm_redrafter.backends.torch.low_rank import LowRankHead
 from trtllm_redrafter.backends.torch.native.drafter import NativeDrafter
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.redrafter.beam_search import beam_search, draft_head
+from trtllm_redrafter.redrafter.beam_search import Beams, beam_search, draft_head
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
 from trtllm_redrafter.redrafter.token_tree import Tree
@@ -87,10 +87,12 @@ class Drafting:
         """Contexts [H] and last tokens of B sequences -> their trees."""
         if self._graphs is not None:
             return [Tree.merge(rows) for rows in self._graphs.search(contexts, roots)]
-        context = torch.stack(list(contexts))
-        tokens = torch.tensor(roots, device=context.device)
-        if self._native is not None:
-            beams = self._native.search(context, tokens, self.shape)
-        else:
-            beams = beam_search(self._drafter, self._embedding, context, tokens, self.shape, head=self._head)
+        beams = self.beams(torch.stack(list(contexts)), roots)
         return [Tree.merge(rows) for rows in beams.tokens.tolist()]
+
+    def beams(self, contexts: Tensor, roots: Sequence[int]) -> Beams:
+        """Contexts [B, H] and last tokens of B sequences -> beams and their scores; on a GPU without the graph."""
+        tokens = torch.tensor(list(roots), device=contexts.device)
+        if self._native is not None:
+            return self._native.search(contexts, tokens, self.shape)
+        return beam_search(self._drafter, self._embedding, contexts, tokens, self.shape, head=self._head)
