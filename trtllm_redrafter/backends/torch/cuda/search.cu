@@ -117,10 +117,18 @@ struct Shared {
 static_assert(sizeof(Shared) <= SHARED_FIXED, "the host reserves too little shared memory");
 
 struct Ring {
-    u32 base, full, empty;
+    u32 base, full, empty, issued;
     int use;
     __device__ __forceinline__ u32 slot(int n) const { return base + (n % STAGES) * SLOT; }
     __device__ __forceinline__ void wait_full(int n) const { bounded_wait(full + 8 * (n % STAGES), (n / STAGES) & 1); }
+    // A barrier tells a fill from the one before it only: who has not waited for all fills asks first whether this one began.
+    __device__ __forceinline__ void wait_begun(int n) const {
+        int begun = 0;
+        for (u32 spins = 0; begun <= n; spins++) {
+            asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(begun) : "r"(issued) : "memory");
+            if (spins > SPIN_LIMIT) asm volatile("trap;");
+        }
+    }
     __device__ __forceinline__ void release(int n, u32 count) const {
         __syncwarp();
         if ((threadIdx.x & 31) == 0) arrive_times(empty + 8 * (n % STAGES), count);
@@ -132,6 +140,7 @@ struct Ring {
         barrier_expect(barrier, bytes);
         tma_load_3d(slot(use), map, barrier, 0, row, column_block, policy);
         use++;
+        asm volatile("st.release.cta.shared.s32 [%0], %1;" ::"r"(issued), "r"(use) : "memory");
     }
 };
 
@@ -289,6 +298,7 @@ __device__ __forceinline__ void head_keys(const Search& search, Ring& ring, Shar
 #pragma unroll 1
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             const int use = ring.use + (tile - begin) * CHUNKS + chunk;
+            ring.wait_begun(use);
             ring.wait_full(use);
             const u32 w = ring.slot(use) + first;
             const int steps = 2 * min(HEAD_DEPTH, BLOCKS_OF_K - chunk * HEAD_DEPTH);
@@ -489,10 +499,12 @@ __device__ __forceinline__ void next_beams(const Search& search, Shared& shared,
 extern "C" __global__ void __launch_bounds__(THREADS, 1) search(const __grid_constant__ Search search) {
     extern __shared__ u8 shared_memory[];
     __shared__ alignas(8) u64 full[STAGES], empty[STAGES];
+    __shared__ int issued;
     const u32 start = shared_address(shared_memory), padding = (1024 - (start & 1023)) & 1023;
     Shared& shared = *(Shared*)(shared_memory + padding + STAGES * SLOT);
     const int thread = threadIdx.x;
     if (thread == 0) {
+        issued = 0;
         for (int s = 0; s < STAGES; s++) {
             barrier_init(shared_address(&full[s]), 1);
             barrier_init(shared_address(&empty[s]), WARPS);
@@ -500,7 +512,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) search(const __grid_con
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    Ring ring{start + padding, shared_address(full), shared_address(empty), 0};
+    Ring ring{start + padding, shared_address(full), shared_address(empty), shared_address(&issued), 0};
     if (thread >= CONSUMERS) {
         if (thread == CONSUMERS) stream_all(search, ring);
         return;
