@@ -19,7 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.backends.torch.cuda.compiler import SOURCES, Kernel, _address, _checked, cubin, pointer, tensor_map
+from trtllm_redrafter.backends.torch.cuda.compiler import (
+    SOURCES,
+    Kernel,
+    _address,
+    _checked,
+    cubin,
+    pointer,
+    tensor_map,
+)
 from trtllm_redrafter.redrafter.beam_search import DraftHead
 from trtllm_redrafter.redrafter.config import TOP_CANDIDATES, DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
@@ -247,7 +255,7 @@ class SearchKernel:
         self._largest = max(n for n in range(1, max_batch_size + 1) if n == 1 or self._plan(n).unsupported() is None)
         self._kept_head_bytes = kept_head_bytes
         self._weights = self._gather_weights()
-        self._maps: dict[_Cut, list[Any]] = {}
+        self._launches: dict[tuple[int, int, int], Any] = {}
         self._buffers = self._make_buffers()
 
     @classmethod
@@ -326,19 +334,40 @@ class SearchKernel:
         """
         batch = len(roots)
         plan = self._plan(_bucket(batch, self._largest))
-        small = sum(
-            2 * t.numel() for name, t in self._weights.items() if t is not None and t.dim() == 2 and name != "head"
-        )
-        kept = _KEEP if small <= _KEPT_BYTES else _NORMAL
+        key = (contexts.data_ptr(), roots.data_ptr(), batch)
+        if key not in self._launches:
+            if contexts.dtype != self._embedding.dtype or not contexts.is_contiguous() or roots.dtype != torch.int64:
+                raise ValueError("contexts must be contiguous and of the embedding's dtype, roots int64")
+            if batch > self._largest:
+                raise ValueError(f"{batch} sequences in one launch, at most {self._largest}")
+            self._launches[key] = self._arguments(plan, contexts, roots)
+        _kernel(plan, self._extra).launch((plan.blocks,), plan.warps * 32 + 32, [self._launches[key]])
+        return self._buffers["tokens"][:batch], self._buffers["path_scores"][:batch]
+
+    def _arguments(self, plan: Plan, contexts: Tensor, roots: Tensor) -> Any:
+        matrices = {name: t for name, t in self._weights.items() if t is not None and t.dim() == 2}
+        small = sum(2 * t.numel() for name, t in matrices.items() if name != "head")
         tiles = self._kept_head_bytes // (32 * plan.head_columns * plan.blocks)
-        tail = _Tail(kept, _STREAM, batch, tiles)
+        tail = _Tail(_KEEP if small <= _KEPT_BYTES else _NORMAL, _STREAM, len(roots), tiles)
         pointers: dict[str, Tensor | None] = {
             **self._weights, **self._buffers, "embedding": self._embedding, "rows": self._head.rows,
             "contexts": contexts, "roots": roots,
         }  # fmt: skip
-        arguments = _arguments(self._boxes(plan), pointers, tail)
-        _kernel(plan, self._extra).launch((plan.blocks,), plan.warps * 32 + 32, [arguments])
-        return self._buffers["tokens"][:batch], self._buffers["path_scores"][:batch]
+        return _arguments(self._boxes(plan), pointers, tail)
+
+    @torch.no_grad()
+    def search(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[list[list[int]]]:
+        """Contexts [H] and last tokens of B sequences -> beams [B][K][L + 1]."""
+        found: list[list[list[int]]] = []
+        with torch.cuda.device(self._embedding.device):
+            for start in range(0, len(roots), self._largest):
+                part = slice(start, start + self._largest)
+                count = len(roots[part])
+                context = torch.stack(list(contexts[part]), out=self._buffers["contexts"][:count])
+                root = self._buffers["roots"][:count]
+                root.copy_(torch.tensor(roots[part], dtype=torch.int64))
+                found += self(context, root)[0].tolist()
+        return found
 
     @property
     def largest(self) -> int:
