@@ -6,13 +6,18 @@
 // owns the same rows of a matrix in every round, which is why sums of the context and of the recurrent product stay in
 // its shared memory.
 //
-// A round, with a barrier after each line:
+// A round:
 //     state      s = silu(W e + (U s' + u))         U s' was computed a round earlier, for all beams
-//     input      x = P [c ; s] + p                  P's context half is computed once; U s follows, unseen
+//     input      x = P [c ; s] + p                  P's context half is computed once
 //     block      x = x + silu(A x + a)              per residual block
 //     (factor    x = F x                            heads that are the base model's head times a small matrix)
 //     head       keys of all logits, the best of each 16 and of each block's share
-// and the selection (`selection.cuh`), by every block for one sequence, else by one block per sequence and a barrier.
+//     barrier over the grid, and U s while it is waited for
+//     selection  `selection.cuh`, by every block for one sequence, else by one block per sequence and a barrier
+// Between the first of these no barrier is needed: every value is stored together with the number of its phase, and who
+// reads it waits for that number. Two buffers taken in turns are enough: a block that writes a phase has read all of the
+// one before, so whoever wrote that has read what is overwritten now. (Numbers have 16 bits. One may come back after some
+// thousand searches: by then the rows in use were written many times over.)
 //
 // Rounded to 16 bits where PyTorch's modules round. A row's bits do not depend on the other rows: a product's sums run
 // over k in an order that follows from the matrix alone. Roof: bytes of the head once a round, and of what the L2 cache
@@ -28,6 +33,7 @@
 #define STATE_ROWS (STATE_TILES * STATE_HEIGHT)  // rows that a block owns
 #define EXIT_ROWS (EXIT_TILES * EXIT_HEIGHT)
 #define FACTOR_ROWS (FACTOR_TILES * FACTOR_HEIGHT)
+#define PHASES (LAYERS + 3)  // of a round, each numbered
 #define LAYER_MAPS (LAYERS ? LAYERS : 1)
 #define PART_PITCH 20  // floats from one row of x to the next in partial sums: no two lanes in one bank
 #ifndef SPIN_LIMIT
@@ -37,12 +43,13 @@
 struct Search {
     TensorMap state_w, state_u, input, factor, head, layers[LAYER_MAPS];
     const u16 *embedding, *contexts;
-    const long long *roots, *rows;  // rows: token ids of the head's rows, or null
+    const long long* roots;
+    const int* rows;  // token ids of the head's rows, or null
     const u16 *state_bias, *input_bias, *layer_bias;
-    u16 *states, *features, *factored;  // [ROWS, HIDDEN], [2, ROWS, EXIT], [ROWS, HEAD_COLUMNS]
+    u32 *states, *features, *factored;  // [2, ROWS, HIDDEN], [2, ROWS, EXIT], [ROWS, HEAD_COLUMNS], numbered
     u16 *keys, *tile_best, *block_best;  // [ROWS, 16 PITCH], [ROWS, PITCH], [ROWS, BLOCKS]
     int4* beams;                         // [ROWS] token, row it came from, score
-    u32* arrivals;                       // [2]
+    u32* arrivals;                       // [3] at the barrier, at the end; number of the first phase
     long long* tokens;                   // [batch, BEAMS, LENGTH + 1]
     float* path_scores;
     u64 kept, streamed;  // cache policies
@@ -85,6 +92,72 @@ __device__ __forceinline__ u16 load2(const u16* p) {
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p));
     return v;
 }
+__device__ __forceinline__ u32 load4(const u32* p) {
+    u32 v;
+    asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+__device__ __forceinline__ uint4 load16_volatile(const void* p) {
+    uint4 v;
+    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+// A value and the number of its phase in one word.
+__device__ __forceinline__ void publish(u32* p, float x, u32 number) {
+    const u32 v = (number << 16) | from_float(x);
+    asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+// Eight neighbours of a row of x: asked for, and had once they are all there.
+struct Asked {
+    uint4 low, high;
+};
+template <typename At>
+struct Plain {
+    At at;
+    __device__ __forceinline__ void ask(Asked& v, int n, int k) const { v.low = load16(at(n, k)); }
+    __device__ __forceinline__ uint4 have(Asked& v, int, int) const { return v.low; }
+};
+template <typename At>
+struct Numbered {
+    At at;
+    u32 number;
+    __device__ __forceinline__ void ask(Asked& v, int n, int k) const {
+        const u32* p = at(n, k);
+        v.low = load16_volatile(p), v.high = load16_volatile(p + 4);
+    }
+    __device__ __forceinline__ uint4 have(Asked& v, int n, int k) const {
+        const u32 want = number << 16;
+        for (u32 spins = 0;; spins++) {
+            const u32 wrong = (v.low.x ^ want) | (v.low.y ^ want) | (v.low.z ^ want) | (v.low.w ^ want) | (v.high.x ^ want) |
+                              (v.high.y ^ want) | (v.high.z ^ want) | (v.high.w ^ want);
+            if (!(wrong >> 16)) break;
+            if (spins > SPIN_LIMIT) asm volatile("trap;");
+            ask(v, n, k);
+        }
+        return make_uint4(__byte_perm(v.low.x, v.low.y, 0x5410), __byte_perm(v.low.z, v.low.w, 0x5410),
+                          __byte_perm(v.high.x, v.high.y, 0x5410), __byte_perm(v.high.z, v.high.w, 0x5410));
+    }
+};
+template <typename Context, typename State>
+struct Both {  // [context ; state]
+    Context context;
+    State state;
+    __device__ __forceinline__ void ask(Asked& v, int n, int k) const {
+        if (k < HIDDEN) context.ask(v, n, k);
+        else state.ask(v, n, k - HIDDEN);
+    }
+    __device__ __forceinline__ uint4 have(Asked& v, int n, int k) const {
+        return k < HIDDEN ? context.have(v, n, k) : state.have(v, n, k - HIDDEN);
+    }
+};
+template <typename At>
+__device__ __forceinline__ Plain<At> plain(At at) { return {at}; }
+template <typename At>
+__device__ __forceinline__ Numbered<At> numbered(At at, u32 number) { return {at, number & 0xffffu}; }
+template <typename Context, typename State>
+__device__ __forceinline__ Both<Context, State> both(Context context, State state) { return {context, state}; }
+
 __device__ __forceinline__ uint4 shared16(u32 address) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
@@ -163,11 +236,11 @@ __device__ __forceinline__ void stream(Ring& ring, const TensorMap* map, int fir
 // banks whatever the swizzle.
 __device__ __forceinline__ int tile_row(int lane) { return (lane >> 3) | ((lane & 4)); }
 
-// Sums of one tile: w's rows by all rows of x; the warps share the columns. `source(n, k)` is where x[n, k .. k + 8] lies.
+// Sums of one tile: w's rows by all rows of x; the warps share the columns. `source` brings x[n, k .. k + 8].
 template <int HEIGHT, int DEPTH, int COLUMN_BLOCKS, typename Source>
 __device__ __forceinline__ void tile_sums(Ring& ring, Shared& shared, int rows, Source source) {
     constexpr int CHUNKS = (COLUMN_BLOCKS + DEPTH - 1) / DEPTH, STEPS = 2 * COLUMN_BLOCKS;
-    constexpr int MINE = (STEPS + WARPS - 1) / WARPS, MOST = GROUPS == 1 ? 5 : GROUPS > 8 ? 1 : 8 / GROUPS, AHEAD = MINE < MOST ? MINE : MOST;
+    constexpr int MINE = (STEPS + WARPS - 1) / WARPS, MOST = GROUPS == 1 ? 4 : GROUPS == 2 ? 2 : 1, AHEAD = MINE < MOST ? MINE : MOST;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, row = tile_row(lane);
     float sums[2][GROUPS][4];
 #pragma unroll
@@ -175,13 +248,13 @@ __device__ __forceinline__ void tile_sums(Ring& ring, Shared& shared, int rows, 
     int chunk = -1;
 #pragma unroll 1
     for (int first = 0; first < MINE; first += AHEAD) {
-        uint4 x[AHEAD][GROUPS];
+        Asked asked[AHEAD][GROUPS];
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             const int step = warp + (first + i) * WARPS;
 #pragma unroll
             for (int j = 0; j < GROUPS; j++)
-                if (step < STEPS && 8 * j < rows) x[i][j] = load16(source(min(8 * j + g, rows - 1), step * 32 + 8 * t));
+                if (step < STEPS && 8 * j < rows) source.ask(asked[i][j], min(8 * j + g, rows - 1), step * 32 + 8 * t);
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
@@ -199,8 +272,9 @@ __device__ __forceinline__ void tile_sums(Ring& ring, Shared& shared, int rows, 
 #pragma unroll
             for (int j = 0; j < GROUPS; j++) {
                 if (8 * j >= rows) continue;
-                mma(sums[0][j], a.x, b.x, a.y, b.y, x[i][j].x, x[i][j].y);
-                mma(sums[1][j], a.z, b.z, a.w, b.w, x[i][j].z, x[i][j].w);
+                const uint4 x = source.have(asked[i][j], min(8 * j + g, rows - 1), step * 32 + 8 * t);
+                mma(sums[0][j], a.x, b.x, a.y, b.y, x.x, x.y);
+                mma(sums[1][j], a.z, b.z, a.w, b.w, x.z, x.w);
             }
         }
     }
@@ -269,7 +343,7 @@ struct Grid {
         if (threadIdx.x == 0) {
             u32 before;
             asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals + 1) : "memory");
-            if (before == BLOCKS - 1) arrivals[0] = 0, arrivals[1] = 0;
+            if (before == BLOCKS - 1) arrivals[0] = 0, arrivals[1] = 0, arrivals[2] += LENGTH * PHASES;
         }
     }
 };
@@ -279,9 +353,20 @@ template <typename Source>
 __device__ __forceinline__ void head_keys(const Search& search, Ring& ring, Shared& shared, int rows, Source source) {
     constexpr int BLOCKS_OF_K = HEAD_COLUMNS / 64, CHUNKS = (BLOCKS_OF_K + HEAD_DEPTH - 1) / HEAD_DEPTH;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, row = tile_row(lane);
-    for (int i = threadIdx.x; i < rows * (HEAD_COLUMNS / 8); i += CONSUMERS) {
-        const int n = i / (HEAD_COLUMNS / 8), c = i - n * (HEAD_COLUMNS / 8);
-        shared.x[c >> 2][n >> 3][((n & 7) << 2) | (c & 3)] = load16(source(n, 8 * c));
+    constexpr int PARTS = HEAD_COLUMNS / 8;
+#pragma unroll 1
+    for (int first = threadIdx.x; first < rows * PARTS; first += 2 * CONSUMERS) {
+        Asked asked[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int i = first + j * CONSUMERS, n = i / PARTS;
+            if (i < rows * PARTS) source.ask(asked[j], n, 8 * (i - n * PARTS));
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int i = first + j * CONSUMERS, n = i / PARTS, c = i - n * PARTS;
+            if (i < rows * PARTS) shared.x[c >> 2][n >> 3][((n & 7) << 2) | (c & 3)] = source.have(asked[j], n, 8 * c);
+        }
     }
     sync();
     const int begin = (int)((u64)TILES * blockIdx.x / BLOCKS), end = (int)((u64)TILES * (blockIdx.x + 1) / BLOCKS);
@@ -364,10 +449,6 @@ __device__ __forceinline__ void stream_all(const Search& search, Ring& ring) {
 #ifdef INPUT
         stream<EXIT, EXIT_TILES, EXIT_HEIGHT, INPUT_DEPTH, H>(ring, &search.input, H, kept);
 #endif
-#ifdef RECURRENT
-        if (round + 1 < LENGTH)
-            stream<HIDDEN, STATE_TILES, STATE_HEIGHT, STATE_DEPTH, H>(ring, &search.state_u, 0, kept);
-#endif
         for (int layer = 0; layer < LAYERS; layer++)
             stream<EXIT, EXIT_TILES, EXIT_HEIGHT, EXIT_DEPTH, E>(ring, &search.layers[layer], 0, kept);
 #ifdef FACTOR
@@ -376,114 +457,112 @@ __device__ __forceinline__ void stream_all(const Search& search, Ring& ring) {
         const int begin = (int)((u64)TILES * blockIdx.x / BLOCKS), end = (int)((u64)TILES * (blockIdx.x + 1) / BLOCKS);
         for (int tile = begin; tile < end; tile++)
             for (int k = 0; k < HEAD_COLUMNS / 64; k += HEAD_DEPTH)
-                ring.load(&search.head, 2048 * HEAD_DEPTH, tile * 16, k, tile - begin < search.kept_tiles ? kept : streamed);
+                ring.load(&search.head, 2048 * HEAD_DEPTH, tile * 16, k, tile - begin < search.kept_tiles ? EVICT_LAST : streamed);
+#ifdef RECURRENT
+        if (round + 1 < LENGTH)
+            stream<HIDDEN, STATE_TILES, STATE_HEIGHT, STATE_DEPTH, H>(ring, &search.state_u, 0, kept);
+#endif
     }
 }
 
-// One step of all sequences up to the head's keys.
-__device__ __forceinline__ void round_keys(const Search& search, Ring& ring, Shared& shared, Grid& grid, const int round) {
+// One step of all sequences: the head's keys, and what the next step adds to its state.
+__device__ __forceinline__ void round_keys(const Search& search, Ring& ring, Shared& shared, Grid& grid, const int round,
+                                           const u32 number) {
     constexpr int H = HIDDEN / 64, E = EXIT / 64;
     const int rows = round ? search.batch * BEAMS : search.batch;
     const auto sequence = [=](int n) { return round ? n / BEAMS : n; };
+    const auto context_at = [&](int n, int k) { return search.contexts + (u64)sequence(n) * HIDDEN + k; };
     const auto state_at = [&](int n, int k) { return search.states + ((u64)(round & 1) * ROWS + n) * HIDDEN + k; };
     const auto embedded_at = [&](int n, int k) { return search.embedding + (u64)shared.now[n].token * HIDDEN + k; };
-    const auto both_at = [&](int n, int k) -> const u16* {
-        return k < HIDDEN ? search.contexts + (u64)sequence(n) * HIDDEN + k : state_at(n, k - HIDDEN);
-    };
     const auto features_at = [&](int layer, int n) { return search.features + ((u64)(layer & 1) * ROWS + n) * EXIT; };
+    const auto state = numbered(state_at, number);
 #ifdef RECURRENT
     product<HIDDEN, STATE_TILES, STATE_HEIGHT, STATE_DEPTH, H>(
-        ring, shared, rows, embedded_at, [&](int n, int own, int place, float sum) {
+        ring, shared, rows, plain(embedded_at), [&](int n, int own, int place, float sum) {
             const float before = round ? shared.recurrent[shared.now[n].source][own] : shared.state_bias[own];
-            *state_at(n, place) = from_float(silu(rounded(rounded(sum) + before)));
+            publish(state_at(n, place), silu(rounded(rounded(sum) + before)), number);
         });
 #else
     for (int i = blockIdx.x * CONSUMERS + threadIdx.x; i < rows * HIDDEN; i += BLOCKS * CONSUMERS) {
         const int n = i / HIDDEN, k = i - n * HIDDEN;
-        const u16* old = search.states + ((u64)(~round & 1) * ROWS + shared.now[n].source) * HIDDEN + k;
-        *state_at(n, k) = from_float(to_float(*embedded_at(n, k)) + (round ? to_float(load2(old)) : 0.0f));
+        const u32* old = search.states + ((u64)(~round & 1) * ROWS + shared.now[n].source) * HIDDEN + k;
+        publish(state_at(n, k), to_float(*embedded_at(n, k)) + (round ? low_half(load4(old)) : 0.0f), number);
     }
 #endif
-    grid.barrier();
 #ifdef INPUT
     product<EXIT, EXIT_TILES, EXIT_HEIGHT, INPUT_DEPTH, H>(
-        ring, shared, rows, state_at, [&](int n, int own, int place, float sum) {
+        ring, shared, rows, state, [&](int n, int own, int place, float sum) {
             const float x = rounded(shared.context[sequence(n)][own] + sum + shared.input_bias[own]);
             shared.residual[n][own] = x;
-            features_at(0, n)[place] = from_float(x);
+            publish(features_at(0, n) + place, x, number + 1);
         });
-    grid.arrive();
-#endif
-#ifdef RECURRENT
-    if (round + 1 < LENGTH)
-        product<HIDDEN, STATE_TILES, STATE_HEIGHT, STATE_DEPTH, H>(
-            ring, shared, rows, state_at, [&](int n, int own, int place, float sum) {
-                shared.recurrent[n][own] = rounded(sum + shared.state_bias[own]);
-            });
-#endif
-#ifdef INPUT
-    grid.wait();
 #endif
 #pragma unroll 1
     for (int layer = 0; layer < LAYERS; layer++) {
         const auto finish = [&](int n, int own, int place, float sum) {
             const float active = silu(rounded(sum + shared.layer_bias[layer][own]));
-#ifdef INPUT
-            const float old = shared.residual[n][own];
-#else
-            const float old = layer ? shared.residual[n][own] : to_float(load2(both_at(n, place)));
+            float old = shared.residual[n][own];
+#ifndef INPUT
+            if (layer == 0) old = place < HIDDEN ? to_float(*context_at(n, place)) : low_half(load4(state_at(n, place - HIDDEN)));
 #endif
             const float x = rounded(old + active);
             shared.residual[n][own] = x;
-            features_at(layer + 1, n)[place] = from_float(x);
+            publish(features_at(layer + 1, n) + place, x, number + 2 + layer);
         };
-        const auto from = [&](int n, int k) -> const u16* {
 #ifndef INPUT
-            if (layer == 0) return both_at(n, k);
+        if (layer == 0) {
+            product<EXIT, EXIT_TILES, EXIT_HEIGHT, EXIT_DEPTH, E>(ring, shared, rows, both(plain(context_at), state), finish);
+            continue;
+        }
 #endif
-            return features_at(layer, n) + k;
-        };
+        const auto from = numbered([&](int n, int k) { return features_at(layer, n) + k; }, number + 1 + layer);
         product<EXIT, EXIT_TILES, EXIT_HEIGHT, EXIT_DEPTH, E>(ring, shared, rows, from, finish);
-        grid.barrier();
     }
-    const auto last = [&](int n, int k) -> const u16* {
 #if !defined(INPUT) && LAYERS == 0
-        return both_at(n, k);
+    const auto last = both(plain(context_at), state);
 #else
-        return features_at(LAYERS, n) + k;
+    const auto last = numbered([&](int n, int k) { return features_at(LAYERS, n) + k; }, number + 1 + LAYERS);
 #endif
-    };
 #ifdef FACTOR
     const auto factored_at = [&](int n, int k) { return search.factored + (u64)n * HEAD_COLUMNS + k; };
     product<HEAD_COLUMNS, FACTOR_TILES, FACTOR_HEIGHT, FACTOR_DEPTH, E>(
-        ring, shared, rows, last, [&](int n, int own, int place, float sum) { *factored_at(n, place) = from_float(sum); });
-    grid.barrier();
-    head_keys(search, ring, shared, rows, factored_at);
+        ring, shared, rows, last,
+        [&](int n, int own, int place, float sum) { publish(factored_at(n, place), sum, number + 2 + LAYERS); });
+    head_keys(search, ring, shared, rows, numbered(factored_at, number + 2 + LAYERS));
 #else
     head_keys(search, ring, shared, rows, last);
 #endif
-    grid.barrier();
+    grid.arrive();
+#ifdef RECURRENT
+    if (round + 1 < LENGTH)
+        product<HIDDEN, STATE_TILES, STATE_HEIGHT, STATE_DEPTH, H>(
+            ring, shared, rows, state, [&](int n, int own, int place, float sum) {
+                shared.recurrent[n][own] = rounded(sum + shared.state_bias[own]);
+            });
+#endif
+    grid.wait();
 }
 
 // The next beams: by every block where there is one sequence, else by one block per sequence.
 __device__ __forceinline__ void next_beams(const Search& search, Shared& shared, Grid& grid, const int round) {
     const int count = round ? BEAMS : 1;
+    const bool more = round + 1 < LENGTH;
     Beam* out = shared.history[round];
 #if BATCH == 1
-    if (round + 1 < LENGTH || blockIdx.x == 0) select(search, shared.candidates, shared.selection, shared.now, 0, count, out);
+    if (more || blockIdx.x == 0) select(search, shared.candidates, shared.selection, shared.now, 0, count, more, out);
     sync();
     for (int n = threadIdx.x; n < ROWS; n += CONSUMERS) shared.now[n] = out[n];
     sync();
 #else
     for (int b = blockIdx.x; b < search.batch; b += BLOCKS) {
-        select(search, shared.candidates, shared.selection, shared.now, b * count, count, out + b * BEAMS);
+        select(search, shared.candidates, shared.selection, shared.now, b * count, count, more, out + b * BEAMS);
         sync();
         for (int i = threadIdx.x; i < BEAMS; i += CONSUMERS) {
             const Beam beam = out[b * BEAMS + i];
             search.beams[b * BEAMS + i] = make_int4(beam.token, beam.source, __float_as_int(beam.score), 0);
         }
     }
-    if (round + 1 == LENGTH) {
+    if (!more) {
         sync();
         return;
     }
@@ -536,14 +615,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) search(const __grid_con
     }
     sync();
     Grid grid{search.arrivals, 0};
+    const u32 number = load4(search.arrivals + 2);
 #ifdef INPUT
     product<EXIT, EXIT_TILES, EXIT_HEIGHT, INPUT_DEPTH, HIDDEN / 64>(
-        ring, shared, search.batch, [&](int n, int k) { return search.contexts + (u64)n * HIDDEN + k; },
+        ring, shared, search.batch, plain([&](int n, int k) { return search.contexts + (u64)n * HIDDEN + k; }),
         [&](int n, int own, int place, float sum) { shared.context[n][own] = sum; });
 #endif
 #pragma unroll 1
     for (int round = 0; round < LENGTH; round++) {
-        round_keys(search, ring, shared, grid, round);
+        round_keys(search, ring, shared, grid, round, number + round * PHASES);
         next_beams(search, shared, grid, round);
     }
     // Each beam's path, from its end.

@@ -127,11 +127,11 @@ class Plan:
         beams, layers = self.shape.num_beams, max(1, self.config.num_layers)
         part = self.warps * 8 * self.groups * 20 * 4
         x = self.head_columns // 32 * self.groups * 512
-        candidates = min(beams, 7) * (_MAX_CANDIDATES * 18 + 16)
+        candidates = min(beams, 6) * (_MAX_CANDIDATES * 18 + 16)
         state, ends = self.cuts["STATE"].rows, self.cuts["EXIT"].rows
         floats = self.rows * (state + ends) + self.batch * ends + state + ends * (1 + layers)
         beam_bytes = 12 * self.rows * (1 + self.shape.draft_len)
-        chosen = beams * beams * 12 + 7 * 9 * 4 + self.warps * 4
+        chosen = beams * beams * 8 + 16 + 6 * 9 * 4 + self.warps * 4
         warp_best = self.warps * 8 * self.groups * 2
         return -(-(max(part, x, candidates) + 4 * floats + beam_bytes + chosen + warp_best + 64) // 16) * 16
 
@@ -255,6 +255,7 @@ class SearchKernel:
         self._largest = max(n for n in range(1, max_batch_size + 1) if n == 1 or self._plan(n).unsupported() is None)
         self._kept_head_bytes = kept_head_bytes
         self._weights = self._gather_weights()
+        self._rows = None if head.rows is None else head.rows.to(torch.int32)
         self._launches: dict[tuple[int, int, int], Any] = {}
         self._buffers = self._make_buffers()
 
@@ -293,17 +294,18 @@ class SearchKernel:
         length = self._shape.draft_len + 1
         like = {"device": device, "dtype": dtype}
         keys = {"device": device, "dtype": torch.int16}
+        numbered = {"device": device, "dtype": torch.int32}
         return {
             "contexts": torch.zeros(self._largest, config.hidden_size, **like),
             "roots": torch.zeros(self._largest, dtype=torch.int64, device=device),
-            "states": torch.zeros(2, rows, config.hidden_size, **like),
-            "features": torch.zeros(2, rows, config.exit_dim, **like),
-            "factored": torch.zeros(rows, plan.head_columns, **like),
+            "states": torch.zeros(2, rows, config.hidden_size, **numbered),
+            "features": torch.zeros(2, rows, config.exit_dim, **numbered),
+            "factored": torch.zeros(rows, plan.head_columns, **numbered),
             "keys": torch.zeros(rows, plan.pitch * 16, **keys),
             "tile_best": torch.zeros(rows, plan.pitch, **keys),
             "block_best": torch.zeros(rows, plan.blocks, **keys),
             "beams": torch.zeros(rows, 4, dtype=torch.int32, device=device),
-            "arrivals": torch.zeros(2, dtype=torch.int32, device=device),
+            "arrivals": torch.tensor([0, 0, 1], dtype=torch.int32, device=device),
             "tokens": torch.zeros(self._largest, self._shape.num_beams, length, dtype=torch.int64, device=device),
             "path_scores": torch.zeros(self._largest, self._shape.num_beams, length, device=device),
         }
@@ -350,7 +352,7 @@ class SearchKernel:
         tiles = self._kept_head_bytes // (32 * plan.head_columns * plan.blocks)
         tail = _Tail(_KEEP if small <= _KEPT_BYTES else _NORMAL, _STREAM, len(roots), tiles)
         pointers: dict[str, Tensor | None] = {
-            **self._weights, **self._buffers, "embedding": self._embedding, "rows": self._head.rows,
+            **self._weights, **self._buffers, "embedding": self._embedding, "rows": self._rows,
             "contexts": contexts, "roots": roots,
         }  # fmt: skip
         return _arguments(self._boxes(plan), pointers, tail)

@@ -10,7 +10,7 @@
 
 #define TOP 50
 #define MAX_CANDIDATES 256  // per row; with more the slow way is taken
-#define SELECTED (BEAMS < 7 ? BEAMS : 7)  // rows looked at together, at most a warp for each
+#define SELECTED (BEAMS < 6 ? BEAMS : 6)  // rows looked at together: a warp for each, and one at least beside
 
 struct Beam {
     int token, source;  // source: the row of this round that it continues
@@ -18,21 +18,24 @@ struct Beam {
 };
 
 struct Candidates {
-    alignas(16) u16 keys[MAX_CANDIDATES + 8];  // zeros behind the last
-    u16 tiles[MAX_CANDIDATES], ranks[MAX_CANDIDATES];
-    u32 columns[MAX_CANDIDATES];
     union {
-        float weights[MAX_CANDIDATES];
-        u64 order[MAX_CANDIDATES];  // total and column of each survivor, by falling logit
+        alignas(16) u32 keys[MAX_CANDIDATES + 4];  // key and, falling, place; zeros behind the last
+        u64 order[MAX_CANDIDATES];                 // total and token of each survivor, by falling logit
     };
+    u32 sorted[MAX_CANDIDATES];
+    int tokens[MAX_CANDIDATES];
+    u16 tiles[MAX_CANDIDATES];
+    __device__ __forceinline__ void put(int place, u32 key, int token) {
+        keys[place] = key << 16 | (0xffffu - place), tokens[place] = token;
+    }
+    __device__ __forceinline__ int token_of(u32 sorted_key) const { return tokens[0xffffu - (sorted_key & 0xffffu)]; }
 };
 
 struct Selection {
-    u64 best[BEAMS][BEAMS];  // per row: totals and columns
-    int best_token[BEAMS][BEAMS];
+    alignas(16) u32 best[(BEAMS * BEAMS + 3) / 4 * 4];  // per row, falling: totals; zeros behind the last
+    int best_token[BEAMS * BEAMS];
     u32 floor[SELECTED], top[SELECTED], last[SELECTED];  // keys: lower bound, largest; last: of uncounted ties
-    int tiles[SELECTED], count[SELECTED], survivors[SELECTED], uncounted[SELECTED];
-    float norm[SELECTED];
+    int tiles[SELECTED], count[SELECTED], uncounted[SELECTED];
     int sums[WARPS];
 };
 
@@ -49,6 +52,8 @@ __device__ __forceinline__ u32 ordered(float x) {
 __device__ __forceinline__ float unordered(u32 x) {
     return __uint_as_float(x ^ ((x >> 31) ? 0x80000000u : 0xffffffffu));
 }
+
+__device__ __forceinline__ int token_at(const Search& search, int column) { return search.rows ? search.rows[column] : column; }
 
 __device__ __forceinline__ int block_sum(Selection& s, int value) {
     const int sum = __reduce_add_sync(0xffffffffu, value);
@@ -70,7 +75,7 @@ __device__ __forceinline__ int block_min(Selection& s, int value) {
 }
 
 // Candidates of one row with any number of ties: those above the 50th largest, and of its equals the first BEAMS.
-__device__ __noinline__ void select_slowly(const u16* keys, Candidates& c, Selection& s, int row) {
+__device__ __noinline__ void select_slowly(const u16* keys, const int* rows, Candidates& c, Selection& s, int row) {
     const auto count_from = [&](u32 least) {
         int count = 0;
         for (int i = threadIdx.x; i < WIDTH; i += CONSUMERS) count += load2(keys + i) >= least;
@@ -83,13 +88,13 @@ __device__ __noinline__ void select_slowly(const u16* keys, Candidates& c, Selec
         if (count >= TOP) last |= 1u << bit, at_least = count;
     }
     if (threadIdx.x == 0) s.count[row] = 0;
-    for (int i = threadIdx.x; i < MAX_CANDIDATES + 8; i += CONSUMERS) c.keys[i] = 0;
+    for (int i = threadIdx.x; i < MAX_CANDIDATES + 4; i += CONSUMERS) c.keys[i] = 0;
     sync();
     for (int i = threadIdx.x; i < WIDTH; i += CONSUMERS) {
         const u32 key = load2(keys + i);
         if (key > last) {
             const int place = atomicAdd(&s.count[row], 1);
-            c.keys[place] = (u16)key, c.columns[place] = i;
+            c.put(place, key, rows ? rows[i] : i);
         }
     }
     sync();
@@ -105,7 +110,7 @@ __device__ __noinline__ void select_slowly(const u16* keys, Candidates& c, Selec
         next = block_min(s, next);
         if (next == 0x7fffffff) break;
         found = next;
-        if (threadIdx.x == 0) c.keys[above + equals] = (u16)last, c.columns[above + equals] = next;
+        if (threadIdx.x == 0) c.put(above + equals, last, rows ? rows[next] : next);
     }
     if (threadIdx.x == 0) {
         s.count[row] = above + equals;
@@ -125,38 +130,45 @@ __device__ __forceinline__ void find_candidates(const Search& search, Candidates
         if (row < here) early[i] = load16(search.tile_best + (u64)(base + row) * PITCH + 8 * (at - row * CHUNKS));
     }
     if (warp < here) {
-        u32 keys[(BLOCKS + 31) / 32], top = 0, least = 0;
+        constexpr int OWN = (BLOCKS + 31) / 32;
+        u32 keys[OWN], top = 0, least = 0;
 #pragma unroll
-        for (int i = 0; i < (BLOCKS + 31) / 32; i++) {
+        for (int i = 0; i < OWN; i++) {
             keys[i] = 32 * i + lane < BLOCKS ? load2(search.block_best + (base + warp) * BLOCKS + 32 * i + lane) : 0;
             top = max(top, keys[i]);
         }
+#pragma unroll
         for (int bit = 15; bit >= 0; bit--) {
             int count = 0;
 #pragma unroll
-            for (int i = 0; i < (BLOCKS + 31) / 32; i++) count += keys[i] >= (least | 1u << bit);
-            if (__reduce_add_sync(0xffffffffu, count) >= TOP) least |= 1u << bit;
+            for (int i = 0; i < OWN; i++) count += __popc(__ballot_sync(0xffffffffu, keys[i] >= (least | 1u << bit)));
+            if (count >= TOP) least |= 1u << bit;
         }
         top = __reduce_max_sync(0xffffffffu, top);
         if (lane == 0) {
             s.floor[warp] = least, s.top[warp] = top, s.last[warp] = 0;
-            s.tiles[warp] = s.count[warp] = s.survivors[warp] = s.uncounted[warp] = 0;
+            s.tiles[warp] = s.count[warp] = s.uncounted[warp] = 0;
         }
-        for (int i = lane; i < (MAX_CANDIDATES + 8) / 8; i += 32) ((uint4*)c[warp].keys)[i] = make_uint4(0, 0, 0, 0);
+    } else {
+        for (int i = thread - here * 32; i < here * (MAX_CANDIDATES + 4); i += CONSUMERS - here * 32)
+            c[i / (MAX_CANDIDATES + 4)].keys[i % (MAX_CANDIDATES + 4)] = 0;
     }
     sync();
     const auto look = [&](int at, uint4 v) {
         const int row = at / CHUNKS;
         const u32 least = s.floor[row], word[4] = {v.x, v.y, v.z, v.w};
-        const u32 twice = least | least << 16;
-        if (!(__vcmpgeu2(v.x, twice) | __vcmpgeu2(v.y, twice) | __vcmpgeu2(v.z, twice) | __vcmpgeu2(v.w, twice))) return;
+        u32 hits = 0;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int tile = 8 * (at - row * CHUNKS) + i;
-            if (((word[i / 2] >> (16 * (i & 1))) & 0xffffu) < least || tile >= TILES) continue;
-            const int place = atomicAdd(&s.tiles[row], 1);
-            if (place < MAX_CANDIDATES) c[row].tiles[place] = (u16)tile;
+        for (int i = 0; i < 4; i++) {
+            hits |= (u32)((word[i] & 0xffffu) >= least) << (2 * i);
+            hits |= (u32)((word[i] >> 16) >= least) << (2 * i + 1);
         }
+        if (!hits) return;
+        const int tile = 8 * (at - row * CHUNKS);
+        if (tile + 8 > TILES) hits &= (1u << (TILES - tile)) - 1;
+        int place = atomicAdd(&s.tiles[row], __popc(hits));
+        for (; hits; hits &= hits - 1, place++)
+            if (place < MAX_CANDIDATES) c[row].tiles[place] = (u16)(tile + __ffs(hits) - 1);
     };
 #pragma unroll
     for (int i = 0; i < EARLY; i++)
@@ -166,105 +178,109 @@ __device__ __forceinline__ void find_candidates(const Search& search, Candidates
         look(at, load16(search.tile_best + (u64)(base + row) * PITCH + 8 * (at - row * CHUNKS)));
     }
     sync();
-    for (int at = thread; at < here * MAX_CANDIDATES; at += CONSUMERS) {
-        const int row = at % here, i = at / here;
-        if (i >= s.tiles[row]) continue;
+    const int row = thread % here, count = min(s.tiles[row], MAX_CANDIDATES), stride = CONSUMERS / here;
+    for (int i = thread < stride * here ? thread / here : count; i < count; i += stride) {
         const int tile = c[row].tiles[i];
         const u32 least = s.floor[row];
         const u16* keys = search.keys + (u64)(base + row) * (16 * PITCH) + 16 * tile;
         const uint4 low = load16(keys), high = load16(keys + 8);
+        if (search.rows) {  // their token ids come into the first-level cache meanwhile
+            int unused;
+            asm volatile("ld.global.ca.s32 %0, [%1];" : "=r"(unused) : "l"(search.rows + 16 * tile));
+            if (16 * tile + 8 < WIDTH)
+                asm volatile("ld.global.ca.s32 %0, [%1];" : "=r"(unused) : "l"(search.rows + 16 * tile + 8));
+        }
         const u32 word[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        u32 hits = 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            hits |= (u32)((word[j] & 0xffffu) >= least) << (2 * j);
+            hits |= (u32)((word[j] >> 16) >= least) << (2 * j + 1);
+        }
+        if (16 * tile + 16 > WIDTH) hits &= (1u << (WIDTH - 16 * tile)) - 1;
+        int place = atomicAdd(&s.count[row], __popc(hits));
 #pragma unroll
         for (int j = 0; j < 16; j++) {
-            const u32 key = (word[j / 2] >> (16 * (j & 1))) & 0xffffu;
-            if (key < least || 16 * tile + j >= WIDTH) continue;
-            const int place = atomicAdd(&s.count[row], 1);
-            if (place < MAX_CANDIDATES) c[row].keys[place] = (u16)key, c[row].columns[place] = 16 * tile + j;
+            if (!(hits >> j & 1)) continue;
+            if (place < MAX_CANDIDATES)
+                c[row].put(place, (word[j / 2] >> (16 * (j & 1))) & 0xffffu, token_at(search, 16 * tile + j));
+            place++;
         }
     }
     sync();
-    for (int row = 0; row < here; row++)
-        if (s.tiles[row] > MAX_CANDIDATES || s.count[row] > MAX_CANDIDATES)
-            select_slowly(search.keys + (u64)(base + row) * (16 * PITCH), c[row], s, row);
+    for (int r = 0; r < here; r++)
+        if (s.tiles[r] > MAX_CANDIDATES || s.count[r] > MAX_CANDIDATES)
+            select_slowly(search.keys + (u64)(base + r) * (16 * PITCH), search.rows, c[r], s, r);
 }
 
-// The survivors' totals, and of each row the BEAMS best into `s.best[first + row]`.
-__device__ __forceinline__ void rank_candidates(const Search& search, Candidates* c, Selection& s, const Beam* now, int base,
-                                                int first, int here) {
-    const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
-    for (int at = thread; at < here * MAX_CANDIDATES; at += CONSUMERS) {
-        const int row = at % here, i = at / here, count = s.count[row];
-        if (i >= count) continue;
-        const u32 mine = c[row].keys[i];
-        int greater = 0, before = 0;
-        for (int j = 0; j < count; j += 8) {
-            const uint4 v = *(const uint4*)&c[row].keys[j];
-            const u32 word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int k = 0; k < 8; k++) {
-                const u32 other = (word[k / 2] >> (16 * (k & 1))) & 0xffffu;
-                greater += other > mine;
-                before += other == mine && j + k < i;
-            }
+// The survivors' totals, and of a row the BEAMS best into `s.best`: a warp's work.
+__device__ __forceinline__ void rank_candidates(Candidates& c, Selection& s, float score, int row, int out) {
+    const int lane = threadIdx.x & 31, count = s.count[row];
+    for (int i = lane; i < count; i += 32) {
+        const u32 mine = c.keys[i];
+        int rank = 0;
+#pragma unroll 4
+        for (int j = 0; j < count; j += 4) {
+            const uint4 v = *(const uint4*)&c.keys[j];
+            rank += (v.x > mine) + (v.y > mine) + (v.z > mine) + (v.w > mine);
         }
-        const bool survives = greater < TOP;
-        c[row].ranks[i] = survives ? (u16)(greater + before) : (u16)0xffff;
-        if (!survives) continue;
-        c[row].weights[greater + before] = expf(logit_of(mine) - logit_of(s.top[row]));
-        atomicAdd(&s.survivors[row], 1);
+        c.sorted[rank] = mine;
     }
-    sync();
-    if (warp < here) {
-        float sum = 0.0f;
-        for (int i = lane; i < s.survivors[warp]; i += 32) sum += c[warp].weights[i];
-        sum = warp_sum(sum);
-        if (s.uncounted[warp]) sum += s.uncounted[warp] * expf(logit_of(s.last[warp]) - logit_of(s.top[warp]));
-        if (lane == 0) s.norm[warp] = logf(sum);
+    __syncwarp();
+    const u32 last = c.sorted[TOP - 1] >> 16;
+    int survivors = TOP;
+    for (int i = TOP; i < count; i += 32)
+        survivors += __popc(__ballot_sync(0xffffffffu, i + lane < count && c.sorted[i + lane] >> 16 == last));
+    const float top = logit_of(s.top[row]);
+    float sum = 0.0f;
+    for (int i = lane; i < survivors; i += 32) sum += expf(logit_of(c.sorted[i] >> 16) - top);
+    sum = warp_sum(sum);
+    if (s.uncounted[row]) sum += s.uncounted[row] * expf(logit_of(s.last[row]) - top);
+    const float norm = logf(sum);
+    for (int i = lane; i < survivors; i += 32) {
+        const float law = (logit_of(c.sorted[i] >> 16) - top) - norm;
+        c.order[i] = (u64)ordered(score + law) << 32 | (u32)~c.token_of(c.sorted[i]);
     }
-    sync();
-    for (int at = thread; at < here * MAX_CANDIDATES; at += CONSUMERS) {
-        const int row = at % here, i = at / here;
-        if (i >= s.count[row] || c[row].ranks[i] == 0xffff) continue;
-        const float law = (logit_of(c[row].keys[i]) - logit_of(s.top[row])) - s.norm[row];
-        c[row].order[c[row].ranks[i]] = (u64)ordered(now[base + row].score + law) << 32 | (u32)~c[row].columns[i];
-    }
-    sync();
-    // Totals fall with the logits; where some are equal the lower column comes first.
-    for (int at = thread; at < here * MAX_CANDIDATES; at += CONSUMERS) {
-        const int row = at % here, i = at / here, count = s.survivors[row];
-        if (i >= count) continue;
-        const u64 mine = c[row].order[i];
-        if (i >= BEAMS && (c[row].order[BEAMS - 1] >> 32) > (mine >> 32)) continue;
+    __syncwarp();
+    // Totals fall with the logits; where some are equal the lower token comes first.
+    for (int i = lane; i < survivors; i += 32) {
+        const u64 mine = c.order[i];
+        if (i >= BEAMS && (c.order[BEAMS - 1] >> 32) > (mine >> 32)) break;
         int rank = i;
-        for (int j = i - 1; j >= 0 && c[row].order[j] >> 32 == mine >> 32; j--) rank -= c[row].order[j] < mine;
-        for (int j = i + 1; j < count && c[row].order[j] >> 32 == mine >> 32; j++) rank += c[row].order[j] > mine;
-        if (rank >= BEAMS) continue;
-        const u32 column = ~(u32)mine;
-        s.best[first + row][rank] = mine;
-        s.best_token[first + row][rank] = search.rows ? (int)search.rows[column] : (int)column;
+        for (int j = i - 1; j >= 0 && c.order[j] >> 32 == mine >> 32; j--) rank -= c.order[j] < mine;
+        for (int j = i + 1; j < survivors && c.order[j] >> 32 == mine >> 32; j++) rank += c.order[j] > mine;
+        if (rank < BEAMS) s.best[out + rank] = mine >> 32, s.best_token[out + rank] = ~(u32)mine;
     }
-    sync();
 }
 
 // BEAMS best continuations of the rows `base` .. `base + count` into `out`. All consumers take part.
 __device__ __forceinline__ void select(const Search& search, Candidates* c, Selection& s, const Beam* now, int base, int count,
-                                       Beam* out) {
+                                       bool more, Beam* out) {
+    const int warp = threadIdx.x >> 5;
     for (int first = 0; first < count; first += SELECTED) {
         const int here = min(SELECTED, count - first);
         find_candidates(search, c, s, base + first, here);
-        rank_candidates(search, c, s, now, base + first, first, here);
+        if (warp < here) rank_candidates(c[warp], s, now[base + first + warp].score, warp, (first + warp) * BEAMS);
+        sync();
+    }
+    if (more) {  // embeddings that may be needed next
+        constexpr int LINES = HIDDEN / 64, BY = BATCH == 1 ? BLOCKS : 1;
+        for (int i = threadIdx.x * BY + (BATCH == 1 ? blockIdx.x : 0); i < count * BEAMS * LINES; i += CONSUMERS * BY) {
+            const u16* p = search.embedding + (u64)s.best_token[i / LINES] * HIDDEN + i % LINES * 64;
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+        }
     }
     for (int at = threadIdx.x; at < count * BEAMS; at += CONSUMERS) {
-        const int beam = at / BEAMS, i = at - beam * BEAMS;
-        const u32 mine = s.best[beam][i] >> 32;
-        int rank = i;
-        for (int b = 0; b < count; b++) {
-            if (b == beam) continue;
-            for (int j = 0; j < BEAMS; j++) {
-                const u32 other = s.best[b][j] >> 32;
-                rank += other > mine || (other == mine && b < beam);
-            }
+        const u32 mine = s.best[at];
+        int rank = 0;
+#pragma unroll 4
+        for (int j = 0; j < count * BEAMS; j += 4) {
+            const uint4 v = *(const uint4*)&s.best[j];
+            rank += v.x > mine || (v.x == mine && j < at);
+            rank += v.y > mine || (v.y == mine && j + 1 < at);
+            rank += v.z > mine || (v.z == mine && j + 2 < at);
+            rank += v.w > mine || (v.w == mine && j + 3 < at);
         }
-        if (rank < BEAMS) out[rank].token = s.best_token[beam][i], out[rank].source = base + beam, out[rank].score = unordered(mine);
+        if (rank < BEAMS) out[rank].token = s.best_token[at], out[rank].source = base + at / BEAMS, out[rank].score = unordered(mine);
     }
 }
