@@ -227,8 +227,8 @@ __device__ __forceinline__ void rank_candidates(Candidates& c, Selection& s, flo
         c.sorted[rank] = mine;
     }
     __syncwarp();
-    const u32 last = c.sorted[TOP - 1] >> 16;
-    int survivors = TOP;
+    int survivors = min(count, TOP);  // the slow way lists survivors only, and may list fewer
+    const u32 last = c.sorted[survivors - 1] >> 16;
     for (int i = TOP; i < count; i += 32)
         survivors += __popc(__ballot_sync(0xffffffffu, i + lane < count && c.sorted[i + lane] >> 16 == last));
     const float top = logit_of(s.top[row]);
