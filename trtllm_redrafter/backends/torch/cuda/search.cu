@@ -108,55 +108,34 @@ __device__ __forceinline__ void publish(u32* p, float x, u32 number) {
     asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
-// Eight neighbours of a row of x: asked for, and had once they are all there.
+// What a product multiplies: rows of `split` steps of 32 columns that were there before the search (16 bits; row n is that
+// of its token, or n / share), then numbered values of this search.
+struct Input {
+    const u16* given;
+    const u32* made;
+    int split, width, share;  // width: of a row of `made`; share 0: rows go by token
+    u32 number;
+};
+// Eight neighbours of a row: asked for, and had once they are all there.
 struct Asked {
     uint4 low, high;
 };
-template <typename At>
-struct Plain {
-    At at;
-    __device__ __forceinline__ void ask(Asked& v, int n, int k) const { v.low = load16(at(n, k)); }
-    __device__ __forceinline__ uint4 have(Asked& v, int, int) const { return v.low; }
-};
-template <typename At>
-struct Numbered {
-    At at;
-    u32 number;
-    __device__ __forceinline__ void ask(Asked& v, int n, int k) const {
-        const u32* p = at(n, k);
-        v.low = load16_volatile(p), v.high = load16_volatile(p + 4);
+__device__ __forceinline__ void ask(Asked& v, const u16* given, const u32* made, bool is_given) {
+    if (is_given) v.low = load16(given);
+    else v.low = load16_volatile(made), v.high = load16_volatile(made + 4);
+}
+__device__ __forceinline__ uint4 have(Asked& v, const u32* made, bool is_given, u32 want) {
+    if (is_given) return v.low;
+    for (u32 spins = 0;; spins++) {
+        const u32 wrong = (v.low.x ^ want) | (v.low.y ^ want) | (v.low.z ^ want) | (v.low.w ^ want) | (v.high.x ^ want) |
+                          (v.high.y ^ want) | (v.high.z ^ want) | (v.high.w ^ want);
+        if (!(wrong >> 16)) break;
+        if (spins > SPIN_LIMIT) asm volatile("trap;");
+        v.low = load16_volatile(made), v.high = load16_volatile(made + 4);
     }
-    __device__ __forceinline__ uint4 have(Asked& v, int n, int k) const {
-        const u32 want = number << 16;
-        for (u32 spins = 0;; spins++) {
-            const u32 wrong = (v.low.x ^ want) | (v.low.y ^ want) | (v.low.z ^ want) | (v.low.w ^ want) | (v.high.x ^ want) |
-                              (v.high.y ^ want) | (v.high.z ^ want) | (v.high.w ^ want);
-            if (!(wrong >> 16)) break;
-            if (spins > SPIN_LIMIT) asm volatile("trap;");
-            ask(v, n, k);
-        }
-        return make_uint4(__byte_perm(v.low.x, v.low.y, 0x5410), __byte_perm(v.low.z, v.low.w, 0x5410),
-                          __byte_perm(v.high.x, v.high.y, 0x5410), __byte_perm(v.high.z, v.high.w, 0x5410));
-    }
-};
-template <typename Context, typename State>
-struct Both {  // [context ; state]
-    Context context;
-    State state;
-    __device__ __forceinline__ void ask(Asked& v, int n, int k) const {
-        if (k < HIDDEN) context.ask(v, n, k);
-        else state.ask(v, n, k - HIDDEN);
-    }
-    __device__ __forceinline__ uint4 have(Asked& v, int n, int k) const {
-        return k < HIDDEN ? context.have(v, n, k) : state.have(v, n, k - HIDDEN);
-    }
-};
-template <typename At>
-__device__ __forceinline__ Plain<At> plain(At at) { return {at}; }
-template <typename At>
-__device__ __forceinline__ Numbered<At> numbered(At at, u32 number) { return {at, number & 0xffffu}; }
-template <typename Context, typename State>
-__device__ __forceinline__ Both<Context, State> both(Context context, State state) { return {context, state}; }
+    return make_uint4(__byte_perm(v.low.x, v.low.y, 0x5410), __byte_perm(v.low.z, v.low.w, 0x5410),
+                      __byte_perm(v.high.x, v.high.y, 0x5410), __byte_perm(v.high.z, v.high.w, 0x5410));
+}
 
 __device__ __forceinline__ uint4 shared16(u32 address) {
     uint4 v;
@@ -227,7 +206,9 @@ __device__ __forceinline__ int own_tiles() {
 template <int M, int COUNT, int HEIGHT, int DEPTH, int COLUMN_BLOCKS>
 __device__ __forceinline__ void stream(Ring& ring, const TensorMap* map, int first, u64 policy) {
     const int tiles = own_tiles<M, COUNT, HEIGHT>();
+#pragma unroll 1
     for (int tile = 0; tile < tiles; tile++)
+#pragma unroll 1
         for (int k = 0; k < COLUMN_BLOCKS; k += DEPTH)
             ring.load(map, HEIGHT * DEPTH * 128, (blockIdx.x * COUNT + tile) * HEIGHT, first + k, policy);
 }
@@ -236,54 +217,66 @@ __device__ __forceinline__ void stream(Ring& ring, const TensorMap* map, int fir
 // banks whatever the swizzle.
 __device__ __forceinline__ int tile_row(int lane) { return (lane >> 3) | ((lane & 4)); }
 
-// Sums of one tile: w's rows by all rows of x; the warps share the columns. `source` brings x[n, k .. k + 8].
-template <int HEIGHT, int DEPTH, int COLUMN_BLOCKS, typename Source>
-__device__ __forceinline__ void tile_sums(Ring& ring, Shared& shared, int rows, Source source) {
-    constexpr int CHUNKS = (COLUMN_BLOCKS + DEPTH - 1) / DEPTH, STEPS = 2 * COLUMN_BLOCKS;
-    constexpr int MINE = (STEPS + WARPS - 1) / WARPS, MOST = GROUPS == 1 ? 4 : GROUPS == 2 ? 2 : 1, AHEAD = MINE < MOST ? MINE : MOST;
+__device__ __forceinline__ const u16* given_row(const Input& input, const Shared& shared, int n) {
+    return input.given + (u64)(input.share ? n / input.share : shared.now[n].token) * HIDDEN;
+}
+
+// Sums of one tile: w's rows by all rows of x; the warps share the columns. One function for all products: instructions
+// that are not in the multiprocessor's cache cost more than what they do.
+__device__ __noinline__ void tile_sums(const Ring ring, Shared& shared, const int rows, const Input input, const int steps,
+                                       const int depth, const int height) {
+    constexpr int AHEAD = GROUPS == 1 ? 4 : GROUPS == 2 ? 2 : 1;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, row = tile_row(lane);
+    const int chunks = (steps + 2 * depth - 1) / (2 * depth);
+    const u32 want = input.number << 16;
+    const u16* given[GROUPS];
+    const u32* made[GROUPS];
+#pragma unroll
+    for (int j = 0; j < GROUPS; j++) {
+        const int n = min(8 * j + g, rows - 1);
+        given[j] = input.split ? given_row(input, shared, n) + 8 * t : nullptr;
+        made[j] = input.made + (u64)n * input.width + 8 * t - 32 * input.split;
+    }
     float sums[2][GROUPS][4];
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) (&sums[0][0][0])[i] = 0.0f;
-    int chunk = -1;
+    int chunk = -1, chunk_end = 0;
 #pragma unroll 1
-    for (int first = 0; first < MINE; first += AHEAD) {
+    for (int first = warp; first < steps; first += AHEAD * WARPS) {
         Asked asked[AHEAD][GROUPS];
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            const int step = warp + (first + i) * WARPS;
+            const int step = first + i * WARPS;
 #pragma unroll
             for (int j = 0; j < GROUPS; j++)
-                if (step < STEPS && 8 * j < rows) source.ask(asked[i][j], min(8 * j + g, rows - 1), step * 32 + 8 * t);
+                if (step < steps && 8 * j < rows) ask(asked[i][j], given[j] + 32 * step, made[j] + 32 * step, step < input.split);
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            const int step = warp + (first + i) * WARPS;
-            if (step >= STEPS) break;
-            while (chunk < step / (2 * DEPTH)) {
+            const int step = first + i * WARPS;
+            if (step >= steps) break;
+            while (step >= chunk_end) {
                 if (chunk >= 0) ring.release(ring.use + chunk, 1);
                 ring.wait_full(ring.use + ++chunk);
+                chunk_end += 2 * depth;
             }
-            const int place = (step / 2 - chunk * DEPTH) * HEIGHT + row;
+            const int place = ((step >> 1) - chunk * depth) * height + row;
             const u32 address = ring.slot(ring.use + chunk) + place * 128 + (((((step & 1) << 2) | t) ^ (place & 7)) << 4);
-            const uint4 a = shared16(address);
-            uint4 b = make_uint4(0, 0, 0, 0);
-            if (HEIGHT > 8) b = shared16(address + 1024);
+            const uint4 a = shared16(address), b = height > 8 ? shared16(address + 1024) : make_uint4(0, 0, 0, 0);
 #pragma unroll
             for (int j = 0; j < GROUPS; j++) {
                 if (8 * j >= rows) continue;
-                const uint4 x = source.have(asked[i][j], min(8 * j + g, rows - 1), step * 32 + 8 * t);
+                const uint4 x = have(asked[i][j], made[j] + 32 * step, step < input.split, want);
                 mma(sums[0][j], a.x, b.x, a.y, b.y, x.x, x.y);
                 mma(sums[1][j], a.z, b.z, a.w, b.w, x.z, x.w);
             }
         }
     }
-    while (chunk < CHUNKS - 1) {
+    while (chunk < chunks - 1) {
         if (chunk >= 0) ring.release(ring.use + chunk, 1);
         ring.wait_full(ring.use + ++chunk);
     }
     ring.release(ring.use + chunk, 1);
-    ring.use += CHUNKS;
 #pragma unroll
     for (int j = 0; j < GROUPS; j++) {
         if (8 * j >= rows) continue;
@@ -291,19 +284,21 @@ __device__ __forceinline__ void tile_sums(Ring& ring, Shared& shared, int rows, 
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             part[c][row] = sums[0][j][c] + sums[1][j][c];
-            if (HEIGHT > 8) part[c][row + 8] = sums[0][j][2 + c] + sums[1][j][2 + c];
+            if (height > 8) part[c][row + 8] = sums[0][j][2 + c] + sums[1][j][2 + c];
         }
     }
+    sync();
 }
 
 // All tiles of a product; `finish(n, own row, row, sum)` does the rest.
-template <int M, int COUNT, int HEIGHT, int DEPTH, int COLUMN_BLOCKS, typename Source, typename Finish>
-__device__ __forceinline__ void product(Ring& ring, Shared& shared, int rows, Source source, Finish finish) {
+template <int M, int COUNT, int HEIGHT, int DEPTH, int COLUMN_BLOCKS, typename Finish>
+__device__ __forceinline__ void product(Ring& ring, Shared& shared, int rows, const Input& input, Finish finish) {
     const int tiles = own_tiles<M, COUNT, HEIGHT>();
 #pragma unroll 1
     for (int tile = 0; tile < tiles; tile++) {
-        tile_sums<HEIGHT, DEPTH, COLUMN_BLOCKS>(ring, shared, rows, source);
-        sync();
+        tile_sums(ring, shared, rows, input, 2 * COLUMN_BLOCKS, DEPTH, HEIGHT);
+        ring.use += (COLUMN_BLOCKS + DEPTH - 1) / DEPTH;
+#pragma unroll 1
         for (int i = threadIdx.x; i < rows * HEIGHT; i += CONSUMERS) {
             const int n = i / HEIGHT, m = i - n * HEIGHT, own = tile * HEIGHT + m;
             const int place = blockIdx.x * COUNT * HEIGHT + own;
@@ -349,23 +344,30 @@ struct Grid {
 };
 
 // Logits of this block's tiles as keys, a tile per warp.
-template <typename Source>
-__device__ __forceinline__ void head_keys(const Search& search, Ring& ring, Shared& shared, int rows, Source source) {
+__device__ __forceinline__ void head_keys(const Search& search, Ring& ring, Shared& shared, int rows, const Input& input) {
     constexpr int BLOCKS_OF_K = HEAD_COLUMNS / 64, CHUNKS = (BLOCKS_OF_K + HEAD_DEPTH - 1) / HEAD_DEPTH;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, row = tile_row(lane);
     constexpr int PARTS = HEAD_COLUMNS / 8;
 #pragma unroll 1
     for (int first = threadIdx.x; first < rows * PARTS; first += 2 * CONSUMERS) {
         Asked asked[2];
+        const u16* given[2];
+        const u32* made[2];
+        bool is_given[2];
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            const int i = first + j * CONSUMERS, n = i / PARTS;
-            if (i < rows * PARTS) source.ask(asked[j], n, 8 * (i - n * PARTS));
+            const int i = first + j * CONSUMERS, n = i / PARTS, k = 8 * (i - n * PARTS);
+            if (i >= rows * PARTS) continue;
+            is_given[j] = k < 32 * input.split;
+            given[j] = is_given[j] ? given_row(input, shared, n) + k : nullptr;
+            made[j] = input.made + (u64)n * input.width + k - 32 * input.split;
+            ask(asked[j], given[j], made[j], is_given[j]);
         }
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             const int i = first + j * CONSUMERS, n = i / PARTS, c = i - n * PARTS;
-            if (i < rows * PARTS) shared.x[c >> 2][n >> 3][((n & 7) << 2) | (c & 3)] = source.have(asked[j], n, 8 * c);
+            if (i < rows * PARTS)
+                shared.x[c >> 2][n >> 3][((n & 7) << 2) | (c & 3)] = have(asked[j], made[j], is_given[j], input.number << 16);
         }
     }
     sync();
@@ -428,6 +430,7 @@ __device__ __forceinline__ void head_keys(const Search& search, Ring& ring, Shar
     for (int j = 0; j < GROUPS; j++)
         if (g == 0) *(u32*)&shared.warp_best[warp][8 * j + 2 * t] = best[j];
     sync();
+#pragma unroll 1
     for (int n = threadIdx.x; n < rows; n += CONSUMERS) {
         u32 top = 0;
 #pragma unroll
@@ -442,6 +445,7 @@ __device__ __forceinline__ void stream_all(const Search& search, Ring& ring) {
 #ifdef INPUT
     stream<EXIT, EXIT_TILES, EXIT_HEIGHT, INPUT_DEPTH, H>(ring, &search.input, 0, kept);
 #endif
+#pragma unroll 1
     for (int round = 0; round < LENGTH; round++) {
 #ifdef RECURRENT
         stream<HIDDEN, STATE_TILES, STATE_HEIGHT, STATE_DEPTH, H>(ring, &search.state_w, 0, kept);
@@ -449,13 +453,16 @@ __device__ __forceinline__ void stream_all(const Search& search, Ring& ring) {
 #ifdef INPUT
         stream<EXIT, EXIT_TILES, EXIT_HEIGHT, INPUT_DEPTH, H>(ring, &search.input, H, kept);
 #endif
+#pragma unroll 1
         for (int layer = 0; layer < LAYERS; layer++)
             stream<EXIT, EXIT_TILES, EXIT_HEIGHT, EXIT_DEPTH, E>(ring, &search.layers[layer], 0, kept);
 #ifdef FACTOR
         stream<HEAD_COLUMNS, FACTOR_TILES, FACTOR_HEIGHT, FACTOR_DEPTH, E>(ring, &search.factor, 0, kept);
 #endif
         const int begin = (int)((u64)TILES * blockIdx.x / BLOCKS), end = (int)((u64)TILES * (blockIdx.x + 1) / BLOCKS);
+#pragma unroll 1
         for (int tile = begin; tile < end; tile++)
+#pragma unroll 1
             for (int k = 0; k < HEAD_COLUMNS / 64; k += HEAD_DEPTH)
                 ring.load(&search.head, 2048 * HEAD_DEPTH, tile * 16, k, tile - begin < search.kept_tiles ? EVICT_LAST : streamed);
 #ifdef RECURRENT
@@ -469,68 +476,63 @@ __device__ __forceinline__ void stream_all(const Search& search, Ring& ring) {
 __device__ __forceinline__ void round_keys(const Search& search, Ring& ring, Shared& shared, Grid& grid, const int round,
                                            const u32 number) {
     constexpr int H = HIDDEN / 64, E = EXIT / 64;
-    const int rows = round ? search.batch * BEAMS : search.batch;
-    const auto sequence = [=](int n) { return round ? n / BEAMS : n; };
-    const auto context_at = [&](int n, int k) { return search.contexts + (u64)sequence(n) * HIDDEN + k; };
-    const auto state_at = [&](int n, int k) { return search.states + ((u64)(round & 1) * ROWS + n) * HIDDEN + k; };
-    const auto embedded_at = [&](int n, int k) { return search.embedding + (u64)shared.now[n].token * HIDDEN + k; };
-    const auto features_at = [&](int layer, int n) { return search.features + ((u64)(layer & 1) * ROWS + n) * EXIT; };
-    const auto state = numbered(state_at, number);
+    const int rows = round ? search.batch * BEAMS : search.batch, share = round ? BEAMS : 1;
+    u32* const states = search.states + (u64)(round & 1) * ROWS * HIDDEN;
+    const auto features_of = [&](int layer) { return search.features + (u64)(layer & 1) * ROWS * EXIT; };
+    const Input state{nullptr, states, 0, HIDDEN, 1, number & 0xffffu};
 #ifdef RECURRENT
     product<HIDDEN, STATE_TILES, STATE_HEIGHT, STATE_DEPTH, H>(
-        ring, shared, rows, plain(embedded_at), [&](int n, int own, int place, float sum) {
+        ring, shared, rows, Input{search.embedding, nullptr, 2 * H, 0, 0, 0}, [&](int n, int own, int place, float sum) {
             const float before = round ? shared.recurrent[shared.now[n].source][own] : shared.state_bias[own];
-            publish(state_at(n, place), silu(rounded(rounded(sum) + before)), number);
+            publish(states + n * HIDDEN + place, silu(rounded(rounded(sum) + before)), number);
         });
 #else
+#pragma unroll 1
     for (int i = blockIdx.x * CONSUMERS + threadIdx.x; i < rows * HIDDEN; i += BLOCKS * CONSUMERS) {
         const int n = i / HIDDEN, k = i - n * HIDDEN;
         const u32* old = search.states + ((u64)(~round & 1) * ROWS + shared.now[n].source) * HIDDEN + k;
-        publish(state_at(n, k), to_float(*embedded_at(n, k)) + (round ? low_half(load4(old)) : 0.0f), number);
+        const u16 embedded = search.embedding[(u64)shared.now[n].token * HIDDEN + k];
+        publish(states + i, to_float(embedded) + (round ? low_half(load4(old)) : 0.0f), number);
     }
 #endif
 #ifdef INPUT
     product<EXIT, EXIT_TILES, EXIT_HEIGHT, INPUT_DEPTH, H>(
         ring, shared, rows, state, [&](int n, int own, int place, float sum) {
-            const float x = rounded(shared.context[sequence(n)][own] + sum + shared.input_bias[own]);
+            const float x = rounded(shared.context[n / share][own] + sum + shared.input_bias[own]);
             shared.residual[n][own] = x;
-            publish(features_at(0, n) + place, x, number + 1);
+            publish(features_of(0) + n * EXIT + place, x, number + 1);
         });
 #endif
+    const auto input_of = [&](int layer) {
+#ifndef INPUT
+        if (layer == 0) return Input{search.contexts, states, 2 * H, HIDDEN, share, number & 0xffffu};
+#endif
+        return Input{nullptr, features_of(layer), 0, EXIT, 1, (number + 1 + layer) & 0xffffu};
+    };
 #pragma unroll 1
-    for (int layer = 0; layer < LAYERS; layer++) {
-        const auto finish = [&](int n, int own, int place, float sum) {
-            const float active = silu(rounded(sum + shared.layer_bias[layer][own]));
-            float old = shared.residual[n][own];
+    for (int layer = 0; layer < LAYERS; layer++)
+        product<EXIT, EXIT_TILES, EXIT_HEIGHT, EXIT_DEPTH, E>(
+            ring, shared, rows, input_of(layer), [&](int n, int own, int place, float sum) {
+                const float active = silu(rounded(sum + shared.layer_bias[layer][own]));
+                float old = shared.residual[n][own];
 #ifndef INPUT
-            if (layer == 0) old = place < HIDDEN ? to_float(*context_at(n, place)) : low_half(load4(state_at(n, place - HIDDEN)));
+                if (layer == 0)
+                    old = place < HIDDEN ? to_float(search.contexts[n / share * HIDDEN + place])
+                                         : low_half(load4(states + n * HIDDEN + place - HIDDEN));
 #endif
-            const float x = rounded(old + active);
-            shared.residual[n][own] = x;
-            publish(features_at(layer + 1, n) + place, x, number + 2 + layer);
-        };
-#ifndef INPUT
-        if (layer == 0) {
-            product<EXIT, EXIT_TILES, EXIT_HEIGHT, EXIT_DEPTH, E>(ring, shared, rows, both(plain(context_at), state), finish);
-            continue;
-        }
-#endif
-        const auto from = numbered([&](int n, int k) { return features_at(layer, n) + k; }, number + 1 + layer);
-        product<EXIT, EXIT_TILES, EXIT_HEIGHT, EXIT_DEPTH, E>(ring, shared, rows, from, finish);
-    }
-#if !defined(INPUT) && LAYERS == 0
-    const auto last = both(plain(context_at), state);
-#else
-    const auto last = numbered([&](int n, int k) { return features_at(LAYERS, n) + k; }, number + 1 + LAYERS);
-#endif
+                const float x = rounded(old + active);
+                shared.residual[n][own] = x;
+                publish(features_of(layer + 1) + n * EXIT + place, x, number + 2 + layer);
+            });
 #ifdef FACTOR
-    const auto factored_at = [&](int n, int k) { return search.factored + (u64)n * HEAD_COLUMNS + k; };
     product<HEAD_COLUMNS, FACTOR_TILES, FACTOR_HEIGHT, FACTOR_DEPTH, E>(
-        ring, shared, rows, last,
-        [&](int n, int own, int place, float sum) { publish(factored_at(n, place), sum, number + 2 + LAYERS); });
-    head_keys(search, ring, shared, rows, numbered(factored_at, number + 2 + LAYERS));
+        ring, shared, rows, input_of(LAYERS), [&](int n, int own, int place, float sum) {
+            publish(search.factored + n * HEAD_COLUMNS + place, sum, number + 2 + LAYERS);
+        });
+    head_keys(search, ring, shared, rows,
+              Input{nullptr, search.factored, 0, HEAD_COLUMNS, 1, (number + 2 + LAYERS) & 0xffffu});
 #else
-    head_keys(search, ring, shared, rows, last);
+    head_keys(search, ring, shared, rows, input_of(LAYERS));
 #endif
     grid.arrive();
 #ifdef RECURRENT
@@ -551,12 +553,15 @@ __device__ __forceinline__ void next_beams(const Search& search, Shared& shared,
 #if BATCH == 1
     if (more || blockIdx.x == 0) select(search, shared.candidates, shared.selection, shared.now, 0, count, more, out);
     sync();
+#pragma unroll 1
     for (int n = threadIdx.x; n < ROWS; n += CONSUMERS) shared.now[n] = out[n];
     sync();
 #else
+#pragma unroll 1
     for (int b = blockIdx.x; b < search.batch; b += BLOCKS) {
         select(search, shared.candidates, shared.selection, shared.now, b * count, count, more, out + b * BEAMS);
         sync();
+#pragma unroll 1
         for (int i = threadIdx.x; i < BEAMS; i += CONSUMERS) {
             const Beam beam = out[b * BEAMS + i];
             search.beams[b * BEAMS + i] = make_int4(beam.token, beam.source, __float_as_int(beam.score), 0);
@@ -567,6 +572,7 @@ __device__ __forceinline__ void next_beams(const Search& search, Shared& shared,
         return;
     }
     grid.barrier();
+#pragma unroll 1
     for (int n = threadIdx.x; n < search.batch * BEAMS; n += CONSUMERS) {
         const uint4 beam = load16(search.beams + n);
         shared.now[n].token = beam.x, shared.now[n].source = beam.y, shared.now[n].score = __int_as_float(beam.z);
@@ -596,12 +602,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) search(const __grid_con
         if (thread == CONSUMERS) stream_all(search, ring);
         return;
     }
+#pragma unroll 1
     for (int i = thread; i < (int)sizeof(Shared) / 4; i += CONSUMERS) ((u32*)&shared)[i] = 0;  // whatever logits hold, indices are some
     sync();
+#pragma unroll 1
     for (int i = thread; i < STATE_ROWS; i += CONSUMERS) {
         const int place = blockIdx.x * STATE_ROWS + i;
         shared.state_bias[i] = search.state_bias && place < HIDDEN ? to_float(search.state_bias[place]) : 0.0f;
     }
+#pragma unroll 1
     for (int i = thread; i < EXIT_ROWS; i += CONSUMERS) {
         const int place = blockIdx.x * EXIT_ROWS + i;
         shared.input_bias[i] = search.input_bias && place < EXIT ? to_float(search.input_bias[place]) : 0.0f;
@@ -609,6 +618,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) search(const __grid_con
             shared.layer_bias[layer][i] = place < EXIT ? to_float(search.layer_bias[layer * EXIT + place]) : 0.0f;
     }
     wait_for_previous();
+#pragma unroll 1
     for (int n = thread; n < search.batch; n += CONSUMERS) {
         shared.now[n].token = (int)search.roots[n];
         shared.now[n].source = n, shared.now[n].score = 0.0f;
@@ -618,7 +628,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) search(const __grid_con
     const u32 number = load4(search.arrivals + 2);
 #ifdef INPUT
     product<EXIT, EXIT_TILES, EXIT_HEIGHT, INPUT_DEPTH, HIDDEN / 64>(
-        ring, shared, search.batch, plain([&](int n, int k) { return search.contexts + (u64)n * HIDDEN + k; }),
+        ring, shared, search.batch, Input{search.contexts, nullptr, HIDDEN / 32, 0, 1, 0},
         [&](int n, int own, int place, float sum) { shared.context[n][own] = sum; });
 #endif
 #pragma unroll 1
@@ -627,10 +637,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) search(const __grid_con
         next_beams(search, shared, grid, round);
     }
     // Each beam's path, from its end.
+#pragma unroll 1
     for (int b = blockIdx.x; b < search.batch; b += BLOCKS)
+#pragma unroll 1
         for (int k = thread; k < BEAMS; k += CONSUMERS) {
             const u64 target = (u64)(b * BEAMS + k) * (LENGTH + 1);
             int n = b * BEAMS + k;
+#pragma unroll 1
             for (int round = LENGTH - 1; round >= 0; round--) {
                 const Beam beam = shared.history[round][n];
                 search.tokens[target + round + 1] = beam.token;

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from trtllm_redrafter.backends.torch.cuda.compiler import (
     SOURCES,
@@ -255,7 +256,7 @@ class SearchKernel:
         self._largest = max(n for n in range(1, max_batch_size + 1) if n == 1 or self._plan(n).unsupported() is None)
         self._kept_head_bytes = kept_head_bytes
         self._weights = self._gather_weights()
-        self._rows = None if head.rows is None else head.rows.to(torch.int32)
+        self._rows = None if head.rows is None else F.pad(head.rows.to(torch.int32), (0, -len(head.rows) % 16))
         self._launches: dict[tuple[int, int, int], Any] = {}
         self._buffers = self._make_buffers()
 

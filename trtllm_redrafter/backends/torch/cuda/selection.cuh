@@ -53,8 +53,6 @@ __device__ __forceinline__ float unordered(u32 x) {
     return __uint_as_float(x ^ ((x >> 31) ? 0x80000000u : 0xffffffffu));
 }
 
-__device__ __forceinline__ int token_at(const Search& search, int column) { return search.rows ? search.rows[column] : column; }
-
 __device__ __forceinline__ int block_sum(Selection& s, int value) {
     const int sum = __reduce_add_sync(0xffffffffu, value);
     if ((threadIdx.x & 31) == 0) s.sums[threadIdx.x >> 5] = sum;
@@ -78,6 +76,7 @@ __device__ __forceinline__ int block_min(Selection& s, int value) {
 __device__ __noinline__ void select_slowly(const u16* keys, const int* rows, Candidates& c, Selection& s, int row) {
     const auto count_from = [&](u32 least) {
         int count = 0;
+#pragma unroll 1
         for (int i = threadIdx.x; i < WIDTH; i += CONSUMERS) count += load2(keys + i) >= least;
         return block_sum(s, count);
     };
@@ -88,8 +87,10 @@ __device__ __noinline__ void select_slowly(const u16* keys, const int* rows, Can
         if (count >= TOP) last |= 1u << bit, at_least = count;
     }
     if (threadIdx.x == 0) s.count[row] = 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < MAX_CANDIDATES + 4; i += CONSUMERS) c.keys[i] = 0;
     sync();
+#pragma unroll 1
     for (int i = threadIdx.x; i < WIDTH; i += CONSUMERS) {
         const u32 key = load2(keys + i);
         if (key > last) {
@@ -102,6 +103,7 @@ __device__ __noinline__ void select_slowly(const u16* keys, const int* rows, Can
     int found = -1, equals = 0;
     for (; equals < BEAMS; equals++) {
         int next = 0x7fffffff;
+#pragma unroll 1
         for (int i = threadIdx.x; i < WIDTH; i += CONSUMERS)
             if (i > found && load2(keys + i) == last) {
                 next = i;
@@ -121,7 +123,7 @@ __device__ __noinline__ void select_slowly(const u16* keys, const int* rows, Can
 
 // Finds the candidates of rows `base` .. `base + here`.
 __device__ __forceinline__ void find_candidates(const Search& search, Candidates* c, Selection& s, int base, int here) {
-    constexpr int CHUNKS = PITCH / 8, EARLY = 4;
+    constexpr int CHUNKS = PITCH / 8, EARLY = 3;
     const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
     uint4 early[EARLY];  // asked for before the threshold is known
 #pragma unroll
@@ -137,7 +139,7 @@ __device__ __forceinline__ void find_candidates(const Search& search, Candidates
             keys[i] = 32 * i + lane < BLOCKS ? load2(search.block_best + (base + warp) * BLOCKS + 32 * i + lane) : 0;
             top = max(top, keys[i]);
         }
-#pragma unroll
+#pragma unroll 1
         for (int bit = 15; bit >= 0; bit--) {
             int count = 0;
 #pragma unroll
@@ -150,6 +152,7 @@ __device__ __forceinline__ void find_candidates(const Search& search, Candidates
             s.tiles[warp] = s.count[warp] = s.uncounted[warp] = 0;
         }
     } else {
+#pragma unroll 1
         for (int i = thread - here * 32; i < here * (MAX_CANDIDATES + 4); i += CONSUMERS - here * 32)
             c[i / (MAX_CANDIDATES + 4)].keys[i % (MAX_CANDIDATES + 4)] = 0;
     }
@@ -173,23 +176,24 @@ __device__ __forceinline__ void find_candidates(const Search& search, Candidates
 #pragma unroll
     for (int i = 0; i < EARLY; i++)
         if ((thread + i * CONSUMERS) / CHUNKS < here) look(thread + i * CONSUMERS, early[i]);
+#pragma unroll 1
     for (int at = thread + EARLY * CONSUMERS; at < here * CHUNKS; at += CONSUMERS) {
         const int row = at / CHUNKS;
         look(at, load16(search.tile_best + (u64)(base + row) * PITCH + 8 * (at - row * CHUNKS)));
     }
     sync();
     const int row = thread % here, count = min(s.tiles[row], MAX_CANDIDATES), stride = CONSUMERS / here;
+#pragma unroll 1
     for (int i = thread < stride * here ? thread / here : count; i < count; i += stride) {
         const int tile = c[row].tiles[i];
         const u32 least = s.floor[row];
         const u16* keys = search.keys + (u64)(base + row) * (16 * PITCH) + 16 * tile;
         const uint4 low = load16(keys), high = load16(keys + 8);
-        if (search.rows) {  // their token ids come into the first-level cache meanwhile
-            int unused;
-            asm volatile("ld.global.ca.s32 %0, [%1];" : "=r"(unused) : "l"(search.rows + 16 * tile));
-            if (16 * tile + 8 < WIDTH)
-                asm volatile("ld.global.ca.s32 %0, [%1];" : "=r"(unused) : "l"(search.rows + 16 * tile + 8));
-        }
+        int4 ids[4];  // their tokens, asked for at the same time; the table is padded
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            ids[j] = search.rows ? ((const int4*)(search.rows + 16 * tile))[j]
+                                 : make_int4(16 * tile + 4 * j, 16 * tile + 4 * j + 1, 16 * tile + 4 * j + 2, 16 * tile + 4 * j + 3);
         const u32 word[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
         u32 hits = 0;
 #pragma unroll
@@ -199,12 +203,16 @@ __device__ __forceinline__ void find_candidates(const Search& search, Candidates
         }
         if (16 * tile + 16 > WIDTH) hits &= (1u << (WIDTH - 16 * tile)) - 1;
         int place = atomicAdd(&s.count[row], __popc(hits));
-#pragma unroll
-        for (int j = 0; j < 16; j++) {
-            if (!(hits >> j & 1)) continue;
-            if (place < MAX_CANDIDATES)
-                c[row].put(place, (word[j / 2] >> (16 * (j & 1))) & 0xffffu, token_at(search, 16 * tile + j));
-            place++;
+#pragma unroll 1
+        for (; hits; hits &= hits - 1, place++) {
+            if (place >= MAX_CANDIDATES) break;
+            const int j = __ffs(hits) - 1;
+            const uint4 half = j & 8 ? high : low;
+            const uint2 quarter = j & 4 ? make_uint2(half.z, half.w) : make_uint2(half.x, half.y);
+            const u32 pair = j & 2 ? quarter.y : quarter.x;
+            const int4 four = j & 8 ? (j & 4 ? ids[3] : ids[2]) : (j & 4 ? ids[1] : ids[0]);
+            const int token = j & 2 ? (j & 1 ? four.w : four.z) : (j & 1 ? four.y : four.x);
+            c[row].put(place, (pair >> (16 * (j & 1))) & 0xffffu, token);
         }
     }
     sync();
@@ -216,6 +224,7 @@ __device__ __forceinline__ void find_candidates(const Search& search, Candidates
 // The survivors' totals, and of a row the BEAMS best into `s.best`: a warp's work.
 __device__ __forceinline__ void rank_candidates(Candidates& c, Selection& s, float score, int row, int out) {
     const int lane = threadIdx.x & 31, count = s.count[row];
+#pragma unroll 1
     for (int i = lane; i < count; i += 32) {
         const u32 mine = c.keys[i];
         int rank = 0;
@@ -229,25 +238,31 @@ __device__ __forceinline__ void rank_candidates(Candidates& c, Selection& s, flo
     __syncwarp();
     int survivors = min(count, TOP);  // the slow way lists survivors only, and may list fewer
     const u32 last = c.sorted[survivors - 1] >> 16;
+#pragma unroll 1
     for (int i = TOP; i < count; i += 32)
         survivors += __popc(__ballot_sync(0xffffffffu, i + lane < count && c.sorted[i + lane] >> 16 == last));
     const float top = logit_of(s.top[row]);
     float sum = 0.0f;
+#pragma unroll 1
     for (int i = lane; i < survivors; i += 32) sum += expf(logit_of(c.sorted[i] >> 16) - top);
     sum = warp_sum(sum);
     if (s.uncounted[row]) sum += s.uncounted[row] * expf(logit_of(s.last[row]) - top);
     const float norm = logf(sum);
+#pragma unroll 1
     for (int i = lane; i < survivors; i += 32) {
         const float law = (logit_of(c.sorted[i] >> 16) - top) - norm;
         c.order[i] = (u64)ordered(score + law) << 32 | (u32)~c.token_of(c.sorted[i]);
     }
     __syncwarp();
     // Totals fall with the logits; where some are equal the lower token comes first.
+#pragma unroll 1
     for (int i = lane; i < survivors; i += 32) {
         const u64 mine = c.order[i];
         if (i >= BEAMS && (c.order[BEAMS - 1] >> 32) > (mine >> 32)) break;
         int rank = i;
+#pragma unroll 1
         for (int j = i - 1; j >= 0 && c.order[j] >> 32 == mine >> 32; j--) rank -= c.order[j] < mine;
+#pragma unroll 1
         for (int j = i + 1; j < survivors && c.order[j] >> 32 == mine >> 32; j++) rank += c.order[j] > mine;
         if (rank < BEAMS) s.best[out + rank] = mine >> 32, s.best_token[out + rank] = ~(u32)mine;
     }
@@ -265,11 +280,13 @@ __device__ __forceinline__ void select(const Search& search, Candidates* c, Sele
     }
     if (more) {  // embeddings that may be needed next
         constexpr int LINES = HIDDEN / 64, BY = BATCH == 1 ? BLOCKS : 1;
+#pragma unroll 1
         for (int i = threadIdx.x * BY + (BATCH == 1 ? blockIdx.x : 0); i < count * BEAMS * LINES; i += CONSUMERS * BY) {
             const u16* p = search.embedding + (u64)s.best_token[i / LINES] * HIDDEN + i % LINES * 64;
             asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
         }
     }
+#pragma unroll 1
     for (int at = threadIdx.x; at < count * BEAMS; at += CONSUMERS) {
         const u32 mine = s.best[at];
         int rank = 0;
