@@ -6,18 +6,15 @@
 // owns the same rows of a matrix in every round, which is why sums of the context and of the recurrent product stay in
 // its shared memory.
 //
-// A round:
+// A round, with a barrier after each line:
 //     state      s = silu(W e + (U s' + u))         U s' was computed a round earlier, for all beams
-//     input      x = P [c ; s] + p                  P's context half is computed once
+//     input      x = P [c ; s] + p                  P's context half is computed once; U s while the barrier is waited for
 //     block      x = x + silu(A x + a)              per residual block
 //     (factor    x = F x                            heads that are the base model's head times a small matrix)
 //     head       keys of all logits, the best of each 16 and of each block's share
-//     barrier over the grid, and U s while it is waited for
-//     selection  `selection.cuh`, by every block for one sequence, else by one block per sequence and a barrier
-// Between the first of these no barrier is needed: every value is stored together with the number of its phase, and who
-// reads it waits for that number. Two buffers taken in turns are enough: a block that writes a phase has read all of the
-// one before, so whoever wrote that has read what is overwritten now. (Numbers have 16 bits. One may come back after some
-// thousand searches: by then the rows in use were written many times over.)
+// and the selection (`selection.cuh`), by every block for one sequence, else by one block per sequence and a barrier.
+// (Values that carry their phase's number, and readers that wait for it, were no faster than these barriers for one
+// sequence and half as slow again for eight: every poll is a trip to a cache that the stream of weights keeps busy.)
 //
 // Rounded to 16 bits where PyTorch's modules round. A row's bits do not depend on the other rows: a product's sums run
 // over k in an order that follows from the matrix alone. Roof: bytes of the head once a round, and of what the L2 cache
@@ -33,7 +30,6 @@
 #define STATE_ROWS (STATE_TILES * STATE_HEIGHT)  // rows that a block owns
 #define EXIT_ROWS (EXIT_TILES * EXIT_HEIGHT)
 #define FACTOR_ROWS (FACTOR_TILES * FACTOR_HEIGHT)
-#define PHASES (LAYERS + 3)  // of a round, each numbered
 #define LAYER_MAPS (LAYERS ? LAYERS : 1)
 #define PART_PITCH 20  // floats from one row of x to the next in partial sums: no two lanes in one bank
 #ifndef SPIN_LIMIT
@@ -46,10 +42,10 @@ struct Search {
     const long long* roots;
     const int* rows;  // token ids of the head's rows, or null
     const u16 *state_bias, *input_bias, *layer_bias;
-    u32 *states, *features, *factored;  // [2, ROWS, HIDDEN], [2, ROWS, EXIT], [ROWS, HEAD_COLUMNS], numbered
+    u16 *states, *features, *factored;  // [2, ROWS, HIDDEN], [2, ROWS, EXIT], [ROWS, HEAD_COLUMNS]
     u16 *keys, *tile_best, *block_best;  // [ROWS, 16 PITCH], [ROWS, PITCH], [ROWS, BLOCKS]
     int4* beams;                         // [ROWS] token, row it came from, score
-    u32* arrivals;                       // [3] at the barrier, at the end; number of the first phase
+    u32* arrivals;                       // [2] at the barrier, at the end
     long long* tokens;                   // [batch, BEAMS, LENGTH + 1]
     float* path_scores;
     u64 kept, streamed;  // cache policies
@@ -92,50 +88,12 @@ __device__ __forceinline__ u16 load2(const u16* p) {
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p));
     return v;
 }
-__device__ __forceinline__ u32 load4(const u32* p) {
-    u32 v;
-    asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
-    return v;
-}
-__device__ __forceinline__ uint4 load16_volatile(const void* p) {
-    uint4 v;
-    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
-// A value and the number of its phase in one word.
-__device__ __forceinline__ void publish(u32* p, float x, u32 number) {
-    const u32 v = (number << 16) | from_float(x);
-    asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
-
-// What a product multiplies: rows of `split` steps of 32 columns that were there before the search (16 bits; row n is that
-// of its token, or n / share), then numbered values of this search.
+// What a product multiplies: rows of `split` steps of 32 columns that were there before the search (row n is that of its
+// token, or n / share), then rows made in it.
 struct Input {
-    const u16* given;
-    const u32* made;
+    const u16 *given, *made;
     int split, width, share;  // width: of a row of `made`; share 0: rows go by token
-    u32 number;
 };
-// Eight neighbours of a row: asked for, and had once they are all there.
-struct Asked {
-    uint4 low, high;
-};
-__device__ __forceinline__ void ask(Asked& v, const u16* given, const u32* made, bool is_given) {
-    if (is_given) v.low = load16(given);
-    else v.low = load16_volatile(made), v.high = load16_volatile(made + 4);
-}
-__device__ __forceinline__ uint4 have(Asked& v, const u32* made, bool is_given, u32 want) {
-    if (is_given) return v.low;
-    for (u32 spins = 0;; spins++) {
-        const u32 wrong = (v.low.x ^ want) | (v.low.y ^ want) | (v.low.z ^ want) | (v.low.w ^ want) | (v.high.x ^ want) |
-                          (v.high.y ^ want) | (v.high.z ^ want) | (v.high.w ^ want);
-        if (!(wrong >> 16)) break;
-        if (spins > SPIN_LIMIT) asm volatile("trap;");
-        v.low = load16_volatile(made), v.high = load16_volatile(made + 4);
-    }
-    return make_uint4(__byte_perm(v.low.x, v.low.y, 0x5410), __byte_perm(v.low.z, v.low.w, 0x5410),
-                      __byte_perm(v.high.x, v.high.y, 0x5410), __byte_perm(v.high.z, v.high.w, 0x5410));
-}
 
 __device__ __forceinline__ uint4 shared16(u32 address) {
     uint4 v;
@@ -225,12 +183,10 @@ __device__ __forceinline__ const u16* given_row(const Input& input, const Shared
 // that are not in the multiprocessor's cache cost more than what they do.
 __device__ __noinline__ void tile_sums(const Ring ring, Shared& shared, const int rows, const Input input, const int steps,
                                        const int depth, const int height) {
-    constexpr int AHEAD = GROUPS == 1 ? 4 : GROUPS == 2 ? 2 : 1;
+    constexpr int AHEAD = GROUPS == 1 ? 5 : GROUPS == 2 ? 4 : GROUPS <= 5 ? 2 : 1;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, row = tile_row(lane);
     const int chunks = (steps + 2 * depth - 1) / (2 * depth);
-    const u32 want = input.number << 16;
-    const u16* given[GROUPS];
-    const u32* made[GROUPS];
+    const u16 *given[GROUPS], *made[GROUPS];
 #pragma unroll
     for (int j = 0; j < GROUPS; j++) {
         const int n = min(8 * j + g, rows - 1);
@@ -243,13 +199,13 @@ __device__ __noinline__ void tile_sums(const Ring ring, Shared& shared, const in
     int chunk = -1, chunk_end = 0;
 #pragma unroll 1
     for (int first = warp; first < steps; first += AHEAD * WARPS) {
-        Asked asked[AHEAD][GROUPS];
+        uint4 x[AHEAD][GROUPS];
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             const int step = first + i * WARPS;
 #pragma unroll
             for (int j = 0; j < GROUPS; j++)
-                if (step < steps && 8 * j < rows) ask(asked[i][j], given[j] + 32 * step, made[j] + 32 * step, step < input.split);
+                if (step < steps && 8 * j < rows) x[i][j] = load16((step < input.split ? given[j] : made[j]) + 32 * step);
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
@@ -266,9 +222,8 @@ __device__ __noinline__ void tile_sums(const Ring ring, Shared& shared, const in
 #pragma unroll
             for (int j = 0; j < GROUPS; j++) {
                 if (8 * j >= rows) continue;
-                const uint4 x = have(asked[i][j], made[j] + 32 * step, step < input.split, want);
-                mma(sums[0][j], a.x, b.x, a.y, b.y, x.x, x.y);
-                mma(sums[1][j], a.z, b.z, a.w, b.w, x.z, x.w);
+                mma(sums[0][j], a.x, b.x, a.y, b.y, x[i][j].x, x[i][j].y);
+                mma(sums[1][j], a.z, b.z, a.w, b.w, x[i][j].z, x[i][j].w);
             }
         }
     }
@@ -338,7 +293,7 @@ struct Grid {
         if (threadIdx.x == 0) {
             u32 before;
             asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals + 1) : "memory");
-            if (before == BLOCKS - 1) arrivals[0] = 0, arrivals[1] = 0, arrivals[2] += LENGTH * PHASES;
+            if (before == BLOCKS - 1) arrivals[0] = 0, arrivals[1] = 0;
         }
     }
 };
@@ -348,27 +303,11 @@ __device__ __forceinline__ void head_keys(const Search& search, Ring& ring, Shar
     constexpr int BLOCKS_OF_K = HEAD_COLUMNS / 64, CHUNKS = (BLOCKS_OF_K + HEAD_DEPTH - 1) / HEAD_DEPTH;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, row = tile_row(lane);
     constexpr int PARTS = HEAD_COLUMNS / 8;
-#pragma unroll 1
-    for (int first = threadIdx.x; first < rows * PARTS; first += 2 * CONSUMERS) {
-        Asked asked[2];
-        const u16* given[2];
-        const u32* made[2];
-        bool is_given[2];
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const int i = first + j * CONSUMERS, n = i / PARTS, k = 8 * (i - n * PARTS);
-            if (i >= rows * PARTS) continue;
-            is_given[j] = k < 32 * input.split;
-            given[j] = is_given[j] ? given_row(input, shared, n) + k : nullptr;
-            made[j] = input.made + (u64)n * input.width + k - 32 * input.split;
-            ask(asked[j], given[j], made[j], is_given[j]);
-        }
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const int i = first + j * CONSUMERS, n = i / PARTS, c = i - n * PARTS;
-            if (i < rows * PARTS)
-                shared.x[c >> 2][n >> 3][((n & 7) << 2) | (c & 3)] = have(asked[j], made[j], is_given[j], input.number << 16);
-        }
+#pragma unroll 2
+    for (int i = threadIdx.x; i < rows * PARTS; i += CONSUMERS) {
+        const int n = i / PARTS, c = i - n * PARTS, k = 8 * c;
+        const u16* from = k < 32 * input.split ? given_row(input, shared, n) : input.made + (u64)n * input.width - 32 * input.split;
+        shared.x[c >> 2][n >> 3][((n & 7) << 2) | (c & 3)] = load16(from + k);
     }
     sync();
     const int begin = (int)((u64)TILES * blockIdx.x / BLOCKS), end = (int)((u64)TILES * (blockIdx.x + 1) / BLOCKS);
@@ -453,6 +392,10 @@ __device__ __forceinline__ void stream_all(const Search& search, Ring& ring) {
 #ifdef INPUT
         stream<EXIT, EXIT_TILES, EXIT_HEIGHT, INPUT_DEPTH, H>(ring, &search.input, H, kept);
 #endif
+#ifdef RECURRENT
+        if (round + 1 < LENGTH)
+            stream<HIDDEN, STATE_TILES, STATE_HEIGHT, STATE_DEPTH, H>(ring, &search.state_u, 0, kept);
+#endif
 #pragma unroll 1
         for (int layer = 0; layer < LAYERS; layer++)
             stream<EXIT, EXIT_TILES, EXIT_HEIGHT, EXIT_DEPTH, E>(ring, &search.layers[layer], 0, kept);
@@ -465,76 +408,41 @@ __device__ __forceinline__ void stream_all(const Search& search, Ring& ring) {
 #pragma unroll 1
             for (int k = 0; k < HEAD_COLUMNS / 64; k += HEAD_DEPTH)
                 ring.load(&search.head, 2048 * HEAD_DEPTH, tile * 16, k, tile - begin < search.kept_tiles ? EVICT_LAST : streamed);
-#ifdef RECURRENT
-        if (round + 1 < LENGTH)
-            stream<HIDDEN, STATE_TILES, STATE_HEIGHT, STATE_DEPTH, H>(ring, &search.state_u, 0, kept);
-#endif
     }
 }
 
 // One step of all sequences: the head's keys, and what the next step adds to its state.
-__device__ __forceinline__ void round_keys(const Search& search, Ring& ring, Shared& shared, Grid& grid, const int round,
-                                           const u32 number) {
+__device__ __forceinline__ void round_keys(const Search& search, Ring& ring, Shared& shared, Grid& grid, const int round) {
     constexpr int H = HIDDEN / 64, E = EXIT / 64;
     const int rows = round ? search.batch * BEAMS : search.batch, share = round ? BEAMS : 1;
-    u32* const states = search.states + (u64)(round & 1) * ROWS * HIDDEN;
+    u16* const states = search.states + (u64)(round & 1) * ROWS * HIDDEN;
     const auto features_of = [&](int layer) { return search.features + (u64)(layer & 1) * ROWS * EXIT; };
-    const Input state{nullptr, states, 0, HIDDEN, 1, number & 0xffffu};
+    const Input state{nullptr, states, 0, HIDDEN, 1};
 #ifdef RECURRENT
     product<HIDDEN, STATE_TILES, STATE_HEIGHT, STATE_DEPTH, H>(
-        ring, shared, rows, Input{search.embedding, nullptr, 2 * H, 0, 0, 0}, [&](int n, int own, int place, float sum) {
+        ring, shared, rows, Input{search.embedding, nullptr, 2 * H, 0, 0}, [&](int n, int own, int place, float sum) {
             const float before = round ? shared.recurrent[shared.now[n].source][own] : shared.state_bias[own];
-            publish(states + n * HIDDEN + place, silu(rounded(rounded(sum) + before)), number);
+            states[n * HIDDEN + place] = from_float(silu(rounded(rounded(sum) + before)));
         });
 #else
 #pragma unroll 1
     for (int i = blockIdx.x * CONSUMERS + threadIdx.x; i < rows * HIDDEN; i += BLOCKS * CONSUMERS) {
         const int n = i / HIDDEN, k = i - n * HIDDEN;
-        const u32* old = search.states + ((u64)(~round & 1) * ROWS + shared.now[n].source) * HIDDEN + k;
+        const u16* old = search.states + ((u64)(~round & 1) * ROWS + shared.now[n].source) * HIDDEN + k;
         const u16 embedded = search.embedding[(u64)shared.now[n].token * HIDDEN + k];
-        publish(states + i, to_float(embedded) + (round ? low_half(load4(old)) : 0.0f), number);
+        states[i] = from_float(to_float(embedded) + (round ? to_float(load2(old)) : 0.0f));
     }
 #endif
+    grid.barrier();
 #ifdef INPUT
     product<EXIT, EXIT_TILES, EXIT_HEIGHT, INPUT_DEPTH, H>(
         ring, shared, rows, state, [&](int n, int own, int place, float sum) {
             const float x = rounded(shared.context[n / share][own] + sum + shared.input_bias[own]);
             shared.residual[n][own] = x;
-            publish(features_of(0) + n * EXIT + place, x, number + 1);
+            features_of(0)[n * EXIT + place] = from_float(x);
         });
-#endif
-    const auto input_of = [&](int layer) {
-#ifndef INPUT
-        if (layer == 0) return Input{search.contexts, states, 2 * H, HIDDEN, share, number & 0xffffu};
-#endif
-        return Input{nullptr, features_of(layer), 0, EXIT, 1, (number + 1 + layer) & 0xffffu};
-    };
-#pragma unroll 1
-    for (int layer = 0; layer < LAYERS; layer++)
-        product<EXIT, EXIT_TILES, EXIT_HEIGHT, EXIT_DEPTH, E>(
-            ring, shared, rows, input_of(layer), [&](int n, int own, int place, float sum) {
-                const float active = silu(rounded(sum + shared.layer_bias[layer][own]));
-                float old = shared.residual[n][own];
-#ifndef INPUT
-                if (layer == 0)
-                    old = place < HIDDEN ? to_float(search.contexts[n / share * HIDDEN + place])
-                                         : low_half(load4(states + n * HIDDEN + place - HIDDEN));
-#endif
-                const float x = rounded(old + active);
-                shared.residual[n][own] = x;
-                publish(features_of(layer + 1) + n * EXIT + place, x, number + 2 + layer);
-            });
-#ifdef FACTOR
-    product<HEAD_COLUMNS, FACTOR_TILES, FACTOR_HEIGHT, FACTOR_DEPTH, E>(
-        ring, shared, rows, input_of(LAYERS), [&](int n, int own, int place, float sum) {
-            publish(search.factored + n * HEAD_COLUMNS + place, sum, number + 2 + LAYERS);
-        });
-    head_keys(search, ring, shared, rows,
-              Input{nullptr, search.factored, 0, HEAD_COLUMNS, 1, (number + 2 + LAYERS) & 0xffffu});
-#else
-    head_keys(search, ring, shared, rows, input_of(LAYERS));
-#endif
     grid.arrive();
+#endif
 #ifdef RECURRENT
     if (round + 1 < LENGTH)
         product<HIDDEN, STATE_TILES, STATE_HEIGHT, STATE_DEPTH, H>(
@@ -542,7 +450,43 @@ __device__ __forceinline__ void round_keys(const Search& search, Ring& ring, Sha
                 shared.recurrent[n][own] = rounded(sum + shared.state_bias[own]);
             });
 #endif
+#ifdef INPUT
     grid.wait();
+#endif
+    const auto input_of = [&](int layer) {
+#ifndef INPUT
+        if (layer == 0) return Input{search.contexts, states, 2 * H, HIDDEN, share};
+#endif
+        return Input{nullptr, features_of(layer), 0, EXIT, 1};
+    };
+#pragma unroll 1
+    for (int layer = 0; layer < LAYERS; layer++) {
+        product<EXIT, EXIT_TILES, EXIT_HEIGHT, EXIT_DEPTH, E>(
+            ring, shared, rows, input_of(layer), [&](int n, int own, int place, float sum) {
+                const float active = silu(rounded(sum + shared.layer_bias[layer][own]));
+                float old = shared.residual[n][own];
+#ifndef INPUT
+                if (layer == 0)
+                    old = place < HIDDEN ? to_float(search.contexts[n / share * HIDDEN + place])
+                                         : to_float(load2(states + n * HIDDEN + place - HIDDEN));
+#endif
+                const float x = rounded(old + active);
+                shared.residual[n][own] = x;
+                features_of(layer + 1)[n * EXIT + place] = from_float(x);
+            });
+        grid.barrier();
+    }
+#ifdef FACTOR
+    product<HEAD_COLUMNS, FACTOR_TILES, FACTOR_HEIGHT, FACTOR_DEPTH, E>(
+        ring, shared, rows, input_of(LAYERS), [&](int n, int own, int place, float sum) {
+            search.factored[n * HEAD_COLUMNS + place] = from_float(sum);
+        });
+    grid.barrier();
+    head_keys(search, ring, shared, rows, Input{nullptr, search.factored, 0, HEAD_COLUMNS, 1});
+#else
+    head_keys(search, ring, shared, rows, input_of(LAYERS));
+#endif
+    grid.barrier();
 }
 
 // The next beams: by every block where there is one sequence, else by one block per sequence.
@@ -625,15 +569,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) search(const __grid_con
     }
     sync();
     Grid grid{search.arrivals, 0};
-    const u32 number = load4(search.arrivals + 2);
 #ifdef INPUT
     product<EXIT, EXIT_TILES, EXIT_HEIGHT, INPUT_DEPTH, HIDDEN / 64>(
-        ring, shared, search.batch, Input{search.contexts, nullptr, HIDDEN / 32, 0, 1, 0},
+        ring, shared, search.batch, Input{search.contexts, nullptr, HIDDEN / 32, 0, 1},
         [&](int n, int own, int place, float sum) { shared.context[n][own] = sum; });
 #endif
 #pragma unroll 1
     for (int round = 0; round < LENGTH; round++) {
-        round_keys(search, ring, shared, grid, round, number + round * PHASES);
+        round_keys(search, ring, shared, grid, round);
         next_beams(search, shared, grid, round);
     }
     // Each beam's path, from its end.

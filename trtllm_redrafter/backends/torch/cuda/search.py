@@ -295,18 +295,17 @@ class SearchKernel:
         length = self._shape.draft_len + 1
         like = {"device": device, "dtype": dtype}
         keys = {"device": device, "dtype": torch.int16}
-        numbered = {"device": device, "dtype": torch.int32}
         return {
             "contexts": torch.zeros(self._largest, config.hidden_size, **like),
             "roots": torch.zeros(self._largest, dtype=torch.int64, device=device),
-            "states": torch.zeros(2, rows, config.hidden_size, **numbered),
-            "features": torch.zeros(2, rows, config.exit_dim, **numbered),
-            "factored": torch.zeros(rows, plan.head_columns, **numbered),
+            "states": torch.zeros(2, rows, config.hidden_size, **like),
+            "features": torch.zeros(2, rows, config.exit_dim, **like),
+            "factored": torch.zeros(rows, plan.head_columns, **like),
             "keys": torch.zeros(rows, plan.pitch * 16, **keys),
             "tile_best": torch.zeros(rows, plan.pitch, **keys),
             "block_best": torch.zeros(rows, plan.blocks, **keys),
             "beams": torch.zeros(rows, 4, dtype=torch.int32, device=device),
-            "arrivals": torch.tensor([0, 0, 1], dtype=torch.int32, device=device),
+            "arrivals": torch.zeros(2, dtype=torch.int32, device=device),
             "tokens": torch.zeros(self._largest, self._shape.num_beams, length, dtype=torch.int64, device=device),
             "path_scores": torch.zeros(self._largest, self._shape.num_beams, length, device=device),
         }
