@@ -179,13 +179,13 @@ __device__ __forceinline__ const u16* given_row(const Input& input, const Shared
     return input.given + (u64)(input.share ? n / input.share : shared.now[n].token) * HIDDEN;
 }
 
-// Sums of one tile: w's rows by all rows of x; the warps share the columns. One function for all products: instructions
-// that are not in the multiprocessor's cache cost more than what they do.
-__device__ __noinline__ void tile_sums(const Ring ring, Shared& shared, const int rows, const Input input, const int steps,
-                                       const int depth, const int height) {
-    constexpr int AHEAD = GROUPS == 1 ? 5 : GROUPS == 2 ? 4 : GROUPS <= 5 ? 2 : 1;
+// Sums of one tile: w's rows by all rows of x; the warps share the columns.
+template <int STEPS, int DEPTH, int HEIGHT>
+__device__ __forceinline__ void tile_sums(const Ring& ring, Shared& shared, const int rows, const Input& input) {
+    constexpr int MINE = (STEPS + WARPS - 1) / WARPS, MOST = GROUPS == 1 ? 5 : GROUPS == 2 ? 4 : GROUPS <= 5 ? 2 : 1;
+    constexpr int AHEAD = MINE < MOST ? MINE : MOST;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, row = tile_row(lane);
-    const int chunks = (steps + 2 * depth - 1) / (2 * depth);
+    constexpr int CHUNKS = (STEPS + 2 * DEPTH - 1) / (2 * DEPTH);
     const u16 *given[GROUPS], *made[GROUPS];
 #pragma unroll
     for (int j = 0; j < GROUPS; j++) {
@@ -196,29 +196,28 @@ __device__ __noinline__ void tile_sums(const Ring ring, Shared& shared, const in
     float sums[2][GROUPS][4];
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) (&sums[0][0][0])[i] = 0.0f;
-    int chunk = -1, chunk_end = 0;
+    int chunk = -1;
 #pragma unroll 1
-    for (int first = warp; first < steps; first += AHEAD * WARPS) {
+    for (int first = warp; first < STEPS; first += AHEAD * WARPS) {
         uint4 x[AHEAD][GROUPS];
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             const int step = first + i * WARPS;
 #pragma unroll
             for (int j = 0; j < GROUPS; j++)
-                if (step < steps && 8 * j < rows) x[i][j] = load16((step < input.split ? given[j] : made[j]) + 32 * step);
+                if (step < STEPS && 8 * j < rows) x[i][j] = load16((step < input.split ? given[j] : made[j]) + 32 * step);
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             const int step = first + i * WARPS;
-            if (step >= steps) break;
-            while (step >= chunk_end) {
+            if (step >= STEPS) break;
+            while (chunk < step / (2 * DEPTH)) {
                 if (chunk >= 0) ring.release(ring.use + chunk, 1);
                 ring.wait_full(ring.use + ++chunk);
-                chunk_end += 2 * depth;
             }
-            const int place = ((step >> 1) - chunk * depth) * height + row;
+            const int place = ((step >> 1) - chunk * DEPTH) * HEIGHT + row;
             const u32 address = ring.slot(ring.use + chunk) + place * 128 + (((((step & 1) << 2) | t) ^ (place & 7)) << 4);
-            const uint4 a = shared16(address), b = height > 8 ? shared16(address + 1024) : make_uint4(0, 0, 0, 0);
+            const uint4 a = shared16(address), b = HEIGHT > 8 ? shared16(address + 1024) : make_uint4(0, 0, 0, 0);
 #pragma unroll
             for (int j = 0; j < GROUPS; j++) {
                 if (8 * j >= rows) continue;
@@ -227,7 +226,7 @@ __device__ __noinline__ void tile_sums(const Ring ring, Shared& shared, const in
             }
         }
     }
-    while (chunk < chunks - 1) {
+    while (chunk < CHUNKS - 1) {
         if (chunk >= 0) ring.release(ring.use + chunk, 1);
         ring.wait_full(ring.use + ++chunk);
     }
@@ -239,7 +238,7 @@ __device__ __noinline__ void tile_sums(const Ring ring, Shared& shared, const in
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             part[c][row] = sums[0][j][c] + sums[1][j][c];
-            if (height > 8) part[c][row + 8] = sums[0][j][2 + c] + sums[1][j][2 + c];
+            if (HEIGHT > 8) part[c][row + 8] = sums[0][j][2 + c] + sums[1][j][2 + c];
         }
     }
     sync();
@@ -251,7 +250,7 @@ __device__ __forceinline__ void product(Ring& ring, Shared& shared, int rows, co
     const int tiles = own_tiles<M, COUNT, HEIGHT>();
 #pragma unroll 1
     for (int tile = 0; tile < tiles; tile++) {
-        tile_sums(ring, shared, rows, input, 2 * COLUMN_BLOCKS, DEPTH, HEIGHT);
+        tile_sums<2 * COLUMN_BLOCKS, DEPTH, HEIGHT>(ring, shared, rows, input);
         ring.use += (COLUMN_BLOCKS + DEPTH - 1) / DEPTH;
 #pragma unroll 1
         for (int i = threadIdx.x; i < rows * HEIGHT; i += CONSUMERS) {
