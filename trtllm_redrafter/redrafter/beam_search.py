@@ -54,6 +54,12 @@ class DraftHead:
     rows: Tensor | None = None
     """[R] rising token ids of the logits' columns; None: column i is token i."""
 
+    weight: Tensor | None = None
+    """[R, E] of `project`, for kernels that multiply themselves; with `factor` [R, F]."""
+
+    factor: Tensor | None = None
+    """[F, E]: features are multiplied by it first (a head that is the base model's times a small matrix)."""
+
 
 def draft_head(drafter: Drafter, rows: Tensor | None = None) -> DraftHead:
     """The head of `drafter`, restricted to the token ids in `rows`. Slices the weight once, here."""
@@ -62,7 +68,7 @@ def draft_head(drafter: Drafter, rows: Tensor | None = None) -> DraftHead:
     if rows is not None:
         rows = rows.to(device=weight.device, dtype=torch.int64).sort().values
         weight = weight.detach()[rows].contiguous()
-    return DraftHead(lambda features: F.linear(features, weight), vocab_size, rows)
+    return DraftHead(lambda features: F.linear(features, weight), vocab_size, rows, weight)
 
 
 @dataclass(frozen=True)
