@@ -45,8 +45,8 @@ def test_a_wrong_rotary_base_is_found(tmp_path: Path) -> None:
 
 def test_what_cannot_be_compared_says_why(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_config": {}, "build_config": {}}))
-    assert "its GPU only" in (can_compare(tmp_path) or "")
+    assert "its GPU only" in (can_compare(tmp_path, tmp_path) or "")
     path, _ = checkpoint(tmp_path, "llama")
-    assert can_compare(path) is None
+    assert can_compare(path, tmp_path / "base") is None
     with pytest.raises(InputError, match="transformers cannot load"):
         greedy_parity(path, tmp_path / "drafter")

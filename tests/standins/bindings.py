@@ -5,7 +5,7 @@ TypeError here. The executor "generates" by a fixed rule, in steps of varying le
 the prefill is an iteration, drafted tokens are path lengths, and the end token is cut off (the decoder of explicit
 draft tokens sets the length to its position; stop words stay). `STANDIN_RUN` makes it differ or fail: load-oom, error,
 response-error, merge, pairs (two steps in a response), keep-end, overrun (tokens behind the end), none (no response is
-None), poll-error (and then `shutdown` waits forever), die, lost-rank (rank 1 dies while rank 0 waits for it).
+None), no-logits, poll-error (and then `shutdown` waits forever), die, lost-rank (rank 1 dies while rank 0 waits).
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ class Executor:
         assert executor_config.max_beam_width == 1
         config = json.loads(Path(model_path, "config.json").read_text())
         self._how = os.environ.get("STANDIN_RUN", "")
+        self._gathers = bool(executor_config.gather_generation_logits)
         pretrained = config["pretrained_config"]
         self._rank, size = self._place()
         if size != pretrained.get("mapping", {}).get("world_size", 1):
@@ -143,6 +144,7 @@ class Executor:
             assert executor_config.decoding_config.decoding_mode == "ExplicitDraftTokens()"
         self._running: dict[int, Running] = {}
         self._next_id = 100
+        self._torch: Any = None
         self._polls = 0
 
     def _place(self) -> tuple[int, int]:
@@ -153,7 +155,8 @@ class Executor:
         return self._rank == 0
 
     def enqueue_request(self, request: Any) -> int:
-        assert isinstance(request, Request) and request.streaming and request.sampling_config.beam_width == 1
+        assert isinstance(request, Request) and request.sampling_config.beam_width == 1
+        assert request.streaming or (request.output_config.return_generation_logits and self._gathers)
         if self._how == "error" and request.input_token_ids[0] == 9:
             raise RuntimeError("prompt is refused")
         self._next_id += 1
@@ -209,8 +212,23 @@ class Executor:
             decoding_iter=running.iterations,
             avg_decoded_tokens_per_iter=len(running.tokens) / running.iterations,
             request_perf_metrics=metrics,
+            generation_logits=self._logits(running),
         )
         return SimpleNamespace(request_id=id, has_error=lambda: False, error_msg="", result=result)
+
+    def _logits(self, running: Running) -> Any:
+        """[beams, tokens, V] of a prompt's last token, from the torch engine that `STANDIN_LOGITS` names."""
+        request = running.request
+        if not request.output_config.return_generation_logits or self._how == "no-logits":
+            return None
+        if running.iterations > 1 and self._draft_len:
+            raise RuntimeError("Only speculative decoding with external draft tokens supports generation logits")
+        if self._torch is None:
+            from trtllm_redrafter.backends.torch.backend import TorchBackend
+
+            engine = Path(os.environ["STANDIN_LOGITS"])
+            self._torch = TorchBackend().load(engine, device="cpu", verify_hashes=False)
+        return self._torch.along(request.input_token_ids, [0]).logits.unsqueeze(0)
 
     def _generate(self, running: Running) -> tuple[list[int], Any]:
         """One iteration: the prefill emits one token, later ones between 1 and draft length + 1."""

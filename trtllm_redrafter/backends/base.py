@@ -21,8 +21,11 @@ from trtllm_redrafter.prompts.messages import brief
 from trtllm_redrafter.redrafter.config import DraftShape
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
     from trtllm_redrafter.backends.tokenizer import EngineTokenizer
+    from trtllm_redrafter.redrafter.beam_search import Beams
 
 
 MAX_TEMPERATURE = 1e38
@@ -197,6 +200,15 @@ class EngineInfo:
     """None: no drafter; the engine decodes autoregressively."""
 
 
+@dataclass(frozen=True)
+class Along:
+    """What an engine computes along a given text of n tokens, one row before each of them."""
+
+    logits: Tensor  # [n, V] float32
+    states: Tensor | None
+    """[n, H] in the engine's dtype, what its drafter reads; None where it does not show them."""
+
+
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that runners use."""
 
@@ -267,6 +279,20 @@ class Runner(ABC):
         Where it is another one, it is closed by itself.
         """
         return self
+
+    def along(self, prompt: Sequence[int], tokens: Sequence[int]) -> Along | None:
+        """What the engine computes before each of `tokens` is chosen, as decoding computes it.
+
+        None where an engine does not show its logits. The runner must be idle.
+        """
+        return None
+
+    def drafts(self, contexts: Tensor, roots: Sequence[int]) -> Beams | None:
+        """What the engine drafts after states [B, H] and the tokens that follow them, with the drafter's scores.
+
+        None where it has no drafter, or does not show what it drafts. The runner must be idle.
+        """
+        return None
 
     @abstractmethod
     def close(self) -> None:

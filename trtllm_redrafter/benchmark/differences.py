@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from trtllm_redrafter.backends.base import Runner
 from trtllm_redrafter.benchmark.prompts import Item
 from trtllm_redrafter.benchmark.records import Difference
-from trtllm_redrafter.generation.parity import ROUNDING
+from trtllm_redrafter.generation.ties import gap, tie_bound
 
 TIE, FAULT, UNEXAMINED = "tie", "fault", "unexamined"
 
@@ -32,9 +32,9 @@ def examine(
     measured = _gap(runner, (*item.token_ids, *plain[:position]), drafted[position], plain[position])
     if measured is None:
         return Difference(item.item_id, batch, position, UNEXAMINED, None, None)
-    gap, bound, invariant = measured
-    kind = TIE if gap <= bound and not (invariant and alike) else FAULT
-    return Difference(item.item_id, batch, position, kind, gap, bound)
+    apart, bound, invariant = measured
+    kind = TIE if apart <= bound and not (invariant and alike) else FAULT
+    return Difference(item.item_id, batch, position, kind, apart, bound)
 
 
 def _gap(runner: Runner, context: tuple[int, ...], one: int, other: int) -> tuple[float, float, bool] | None:
@@ -47,5 +47,4 @@ def _gap(runner: Runner, context: tuple[int, ...], one: int, other: int) -> tupl
         return None
     with torch.no_grad():
         logits = runner.executor.prefill(0, context).logits.float()
-    bound = ROUNDING[runner.info.dtype] * float(logits.abs().max())
-    return abs(float(logits[one] - logits[other])), bound, runner.executor.row_invariant
+    return abs(gap(logits, one, other)), tie_bound(logits, runner.info.dtype), runner.executor.row_invariant

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 def verify(
     path: Annotated[Path, typer.Argument(help="Checkpoint or engine directory.")],
     against: Annotated[
-        Path | None, typer.Option("--against", help="Hugging Face directory to compare values and greedy tokens with.")
+        Path | None,
+        typer.Option(
+            "--against",
+            help="Hugging Face directory to compare values, greedy tokens and logits with; or a checkpoint.",
+        ),
+    ] = None,
+    drafter: Annotated[
+        Path | None, typer.Option("--drafter", help="Drafter directory to compare the drafter's values with.")
     ] = None,
     reference: Annotated[
         Path | None,
@@ -36,9 +43,10 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check hashes, names, shapes and dtypes; with --against, values and greedy tokens too.
+    """Check hashes, names, shapes and dtypes; with --against and --drafter, values and what is computed too.
 
-    With --reference: run the engine and compare tokens and acceptance with its checkpoint on the torch backend.
+    With --reference: run the engine and compare its config, weights, tokens, logits, drafter and acceptance with its
+    checkpoint's, as far as the engine shows them.
     """
     if reference is not None:
         run = from_flags({"run.max_tokens": ("--max-tokens", max_tokens)}).recipe.run
@@ -47,7 +55,7 @@ def verify(
     from trtllm_redrafter.conversion.against import verify as run_checks
 
     with progress_bar() as progress:
-        report = run_checks(path, against=against, hashes=True, progress=progress)
+        report = run_checks(path, against=against, drafter=drafter, hashes=True, progress=progress)
     if against is not None and report.ok:
         report = _with_greedy_tokens(report, path, against)
     if report.ok:
@@ -84,9 +92,9 @@ def _with_greedy_tokens(report: VerifyReport, path: Path, against: Path) -> Veri
     """Add what decoding a few prompts shows; only worth it when files and values are right."""
     from trtllm_redrafter.generation.parity import can_compare, greedy_parity
 
-    reason = can_compare(path)
+    reason = can_compare(path, against)
     if reason is not None:
         return replace(report, notes=(*report.notes, reason))
-    with working("comparing greedy tokens with transformers"):
+    with working("comparing greedy tokens and logits with transformers"):
         parity = greedy_parity(path, against)
-    return replace(report, checks=(*report.checks, parity.render()), problems=(*report.problems, *parity.problems))
+    return replace(report, checks=(*report.checks, *parity.checks()), problems=(*report.problems, *parity.problems))

@@ -153,7 +153,7 @@ def _from_checkpoint(options: ConvertOptions, files: OpenFiles) -> Base:
         tokenizer=tokenizer,
         eos_token_ids=_recorded(checkpoint),
         notes=tuple(notes),
-        head=_checkpoint_head(checkpoint, files),
+        head=checkpoint_head(checkpoint, files),
         problems=tuple(_checkpoint_problems(checkpoint, options)),
         weights_sample=None,
         _specs={},
@@ -186,7 +186,7 @@ def _checkpoint_problems(checkpoint: Checkpoint, options: ConvertOptions) -> lis
     return problems + limited(structure_problems(checkpoint))
 
 
-def _checkpoint_head(checkpoint: Checkpoint, files: OpenFiles) -> Source | None:
+def checkpoint_head(checkpoint: Checkpoint, files: OpenFiles) -> Source | None:
     """The LM head's rank shards as one source; None when it cannot be read as numbers."""
     config = checkpoint.config
     has_head = LM_HEAD in checkpoint.ranks[0].header

@@ -1,9 +1,14 @@
-"""The parity gate: does an engine write what its checkpoint says, and does its drafter draft?
+"""The parity gate: does an engine compute what its checkpoint says, and does its drafter draft?
 
-The engine decodes a few prompts. Then the torch backend computes the checkpoint's laws along the engine's own tokens:
-each must be the largest of its law. In 16 bits two nearly equal logits may change places (a tie); anything further down
-is a fault. A wrong drafter changes no token, only the speed, so the steps are walked again along the same tokens with
-TensorRT-LLM's search and rule (`replay`), and their number is compared (`gate_acceptance`).
+The engine decodes a few prompts. Then the checkpoint's distributions are computed along the engine's own tokens, twice:
+exactly, and in the checkpoint's dtype, which shows how far rounding moves them (`reference`). Compared are
+
+    config      fields of the engine's config.json that decide what is computed
+    weights     bit for bit, where the engine holds them as tensors (torch)
+    tokens      each must be the largest of its exact distribution, or tie with it (`gate_checks`)
+    logits      where the engine shows them (`distributions`), also along arbitrary tokens
+    drafter     what it believes of its drafts, where the engine shows that (`gate_drafter`)
+    steps       walked again along the same tokens with TensorRT-LLM's search and rule (`replay`, `gate_acceptance`)
 
     report = parity_gate(GateRequest(engine, reference, prompts, ...))
     report.ok, report.render()
@@ -15,131 +20,68 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trtllm_redrafter.backends import engine_backend, load_backend
-from trtllm_redrafter.backends.base import Request, Result, Runner, SamplingParams
+from trtllm_redrafter.backends import engine_backend
 from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
-from trtllm_redrafter.errors import MismatchError, Problem
-from trtllm_redrafter.generation.gate_acceptance import AcceptanceCheck, StepCounts, tolerance
-from trtllm_redrafter.generation.gate_checks import compare, sampled_alarms, token_alarms
-from trtllm_redrafter.generation.session import best_device, built_shape
+from trtllm_redrafter.generation.gate_acceptance import (
+    SINGLE_STEPS,
+    AcceptanceCheck,
+    SingleSteps,
+    StepCounts,
+    tolerance,
+)
+from trtllm_redrafter.generation.gate_checks import TokenCheck, compare, sampled_alarms, token_alarms
+from trtllm_redrafter.generation.gate_decode import Decoded, decode
+from trtllm_redrafter.generation.gate_files import check_pair, check_weights, not_seen
+from trtllm_redrafter.generation.gate_report import PROMPTS, GateReport, GateRequest
+from trtllm_redrafter.generation.session import best_device
 from trtllm_redrafter.planning.sizes import weight_bytes
 
 if TYPE_CHECKING:
     from trtllm_redrafter.backends.torch.runner import TorchRunner
+    from trtllm_redrafter.generation.distributions import Distributions
+    from trtllm_redrafter.generation.gate_drafter import Drafts
+    from trtllm_redrafter.generation.reference import Pair
     from trtllm_redrafter.redrafter.config import DraftShape
 
-PROMPTS = (
-    "Why is the sky blue? Answer in three sentences.",
-    "Write a short story about a lighthouse keeper who finds a map.",
-    "List the first ten prime numbers and explain what makes them prime.",
-    "Translate into French: The train leaves at nine, but the station opens at seven.",
-)
-"""What is decoded when nobody names prompts: prose, story, list, translation."""
+__all__ = ["PROMPTS", "GateReport", "GateRequest", "parity_gate", "reference_device"]
 
 REFERENCE_SHARE = 1.3
 """Of the model's bytes, what its reference takes: the replay's second copy of drafter and embedding, logits, cache."""
 
 
-@dataclass(frozen=True)
-class GateRequest:
-    """What to compare. `prompts` are texts; `min_acceptance` a floor in tokens per step, None for none."""
-
-    engine: Path
-    reference: Path
-    prompts: tuple[str, ...]
-    max_tokens: int
-    min_acceptance: float | None
-    device: str
-
-
-@dataclass(frozen=True)
-class GateReport:
-    """`alarms` are findings that no single token shows. `sampled`: the tokens were drawn, and are not counted."""
-
-    request: GateRequest
-    same: int
-    ties: int
-    faults: tuple[Problem, ...]
-    alarms: tuple[Problem, ...]
-    steps: AcceptanceCheck | None
-    """None: the engine has no drafter."""
-    token_ids: tuple[tuple[int, ...], ...]
-    sampled: bool
-
-    @property
-    def ok(self) -> bool:
-        return not self.faults and not self.alarms
-
-    @property
-    def acceptance(self) -> float | None:
-        """Tokens per step, as the engine counted them."""
-        return None if self.steps is None else self.steps.found.acceptance_length
-
-    @property
-    def reference_acceptance(self) -> float | None:
-        """Tokens per step that the checkpoint's drafter gives the same texts."""
-        return None if self.steps is None else self.steps.expected.acceptance_length
-
-    def render(self) -> str:
-        prompts = f"after {len(self.request.prompts)} prompts"
-        counts = f"{self.same} the checkpoint's own, {self.ties} numeric ties, {len(self.faults)} faults"
-        tokens = f"{self.same + self.ties + len(self.faults)} checked {prompts}: {counts}"
-        if self.sampled:
-            drawn = sum(map(len, self.token_ids))
-            tokens = f"{drawn} drawn {prompts}: single ones cannot be checked, their likelihood was"
-        lines = [
-            f"{self.request.engine} {'passes' if self.ok else 'FAILS'} against {self.request.reference}",
-            f"  tokens      {tokens}",
-        ]
-        if self.steps is not None:
-            lines.append(self.steps.render())
-        problems = (*self.faults, *self.alarms)
-        return "\n".join(lines + ["- " + problem.render().replace("\n", "\n  ") for problem in problems])
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "engine": str(self.request.engine),
-            "reference": str(self.request.reference),
-            "ok": self.ok,
-            "sampled": self.sampled,
-            "same": self.same,
-            "ties": self.ties,
-            "faults": [p.as_dict() for p in self.faults],
-            "alarms": [p.as_dict() for p in self.alarms],
-            "acceptance_length": self.acceptance,
-            "reference_acceptance_length": self.reference_acceptance,
-            "steps": None if self.steps is None else self.steps.as_dict(),
-            "token_ids": [list(ids) for ids in self.token_ids],
-        }
-
-
 def parity_gate(request: GateRequest) -> GateReport:
     """Decode with the engine, let go of it, then compute the reference: the two never share the memory."""
     engine_backend(request.engine)  # says what the directory is, if it is no engine
-    _check_pair(request)
+    differing = check_pair(request.engine, request.reference)
+    weights = check_weights(request.engine, request.reference)
     sampled = _samples(request)
-    prompts, results, shape = _decode(request, sampled=sampled)
-    same, ties, faults, alarms = 0, 0, list[Problem](), list[Problem]()
-    quantized = read_checkpoint_config(request.reference).quant_algo is not None
-    steps = None
+    decoded = decode(request, sampled=sampled)
     device = reference_device(request.reference)  # asked once: the replay's tensors meet the reference's
-    with _reference_runner(request, prompts, device) as reference:
+    alarms, tokens = [*differing, *weights.problems], None
+    distributions, drafts = None, None
+    if decoded.texts:
+        pair = _pair(request, decoded, device)
         if sampled:
-            alarms += sampled_alarms(request.engine, reference, prompts, results)
+            rows = (pair.exact.logits(place) for place in range(decoded.own))
+            alarms += sampled_alarms(request.engine, rows, decoded.results)
         else:
-            same, ties, faults = compare(request.engine, reference, quantized, prompts, results)
-        if shape is not None:
-            allowed = tolerance(reference.info.dtype, quantized=quantized, sampled=sampled)
-            steps = _replayed(request, reference, device, shape, prompts, results, allowed, sampled=sampled)
-    alarms += token_alarms(request.engine, results, same, ties)
-    if steps is not None and shape is not None:
-        alarms += steps.alarms(request.engine, shape.draft_len, request.min_acceptance)
-    token_ids = tuple(tuple(result.token_ids) for result in results)
-    return GateReport(request, same, ties, tuple(faults), tuple(alarms), steps, token_ids, sampled)
+            tokens = compare(request.engine, pair, decoded.results, quantized=_rounds_otherwise(request))
+        distributions, drafts = _distributions(decoded, pair), _drafts(request, decoded)
+    steps = None if decoded.shape is None else _steps(request, decoded, device, decoded.shape, sampled=sampled)
+    alarms += token_alarms(request.engine, decoded.results, tokens)
+    for found in (distributions, drafts):
+        alarms += [] if found is None else found.problems(request.engine)
+    if steps is not None and decoded.shape is not None:
+        alarms += steps.alarms(request.engine, decoded.shape.draft_len, request.min_acceptance)
+    notes = not_seen(request, distributions, drafts, decoded.refusal, has_drafter=decoded.shape is not None)
+    return GateReport(
+        request, tokens or TokenCheck(0, 0, 0, ()), tuple(alarms), steps, distributions, drafts, weights.checked,
+        notes, tuple(tuple(result.token_ids) for result in decoded.results), sampled,
+    )  # fmt: skip
 
 
 def _samples(request: GateRequest) -> bool:
@@ -148,59 +90,61 @@ def _samples(request: GateRequest) -> bool:
     return engine_backend(request.engine) == "tensorrt-llm" and config.drafter is not None and not config.greedy
 
 
-def _decode(request: GateRequest, *, sampled: bool) -> tuple[list[tuple[int, ...]], list[Result], DraftShape | None]:
-    """What the engine makes of the prompts, and what it drafts with."""
-    backend = load_backend(engine_backend(request.engine))
-    runner = backend.load(request.engine, device=request.device, verify_hashes=False)
-    try:
-        prompts = [_encode(runner, text, request.max_tokens) for text in request.prompts]
-        sampling = SamplingParams(request.max_tokens, temperature=float(sampled), seed=1 if sampled else None)
-        return prompts, runner.generate([Request(prompt, sampling) for prompt in prompts]), runner.info.draft_shape
-    finally:
-        runner.close()
+def _rounds_otherwise(request: GateRequest) -> bool:
+    """Quantized activations, which the reference does not imitate. The torch backend reads FP8 weights as numbers."""
+    quantized = read_checkpoint_config(request.reference).quant_algo is not None
+    return quantized and engine_backend(request.engine) != "torch"
 
 
-def _replayed(
-    request: GateRequest, reference: TorchRunner, device: str, shape: DraftShape, prompts: Sequence[tuple[int, ...]],
-    results: Sequence[Result], allowed: float, *, sampled: bool,
+def _pair(request: GateRequest, decoded: Decoded, device: str) -> Pair:
+    from trtllm_redrafter.checkpoint.reader import Checkpoint
+    from trtllm_redrafter.generation.reference import compute_pair, tensorrt_qk_epsilon
+
+    checkpoint = Checkpoint.open(request.reference)
+    epsilon = tensorrt_qk_epsilon(checkpoint.config) if engine_backend(request.engine) == "tensorrt-llm" else None
+    return compute_pair(checkpoint, decoded.texts, device, qk_epsilon=epsilon)
+
+
+def _distributions(decoded: Decoded, pair: Pair) -> Distributions | None:
+    """The engine's logits beside the pair's, as far as the engine was asked for them."""
+    from trtllm_redrafter.generation.distributions import measure
+
+    if not decoded.logits:
+        return None
+    rows = ((found, *pair.rows(i, len(found))) for i, found in enumerate(decoded.logits))
+    return measure(rows, pair.dtype)
+
+
+def _drafts(request: GateRequest, decoded: Decoded) -> Drafts | None:
+    from trtllm_redrafter.checkpoint.reader import Checkpoint
+    from trtllm_redrafter.generation.gate_drafter import judge_drafts
+    from trtllm_redrafter.generation.replay import head_rows
+
+    if decoded.drafted is None:
+        return None
+    checkpoint = Checkpoint.open(request.reference)
+    return judge_drafts(*decoded.drafted, checkpoint, head_rows=head_rows(request.engine))
+
+
+def _steps(
+    request: GateRequest, decoded: Decoded, device: str, shape: DraftShape, *, sampled: bool
 ) -> AcceptanceCheck:  # fmt: skip
     """The engine's steps beside those its texts take."""
     from trtllm_redrafter.generation.replay import load_replay
 
-    replay = load_replay(request.engine, request.reference, reference, shape, device, greedy=not sampled)
-    texts = [replay.steps(prompt, result.token_ids) for prompt, result in zip(prompts, results, strict=True)]
-    found, expected = StepCounts.of_results(results), StepCounts.of_replay(texts, shape.draft_len)
-    return AcceptanceCheck(found, expected, sum(text.parted for text in texts), allowed, sampled)
-
-
-def _check_pair(request: GateRequest) -> None:
-    """A reference of another model would make every token a fault."""
-    from trtllm_redrafter.fsio import read_json
-
-    config = read_checkpoint_config(request.reference)
-    raw = read_json(request.engine / "config.json")
-    found = raw.get("pretrained_config")
-    if not isinstance(found, dict):
-        found = read_json(request.engine / "checkpoint" / "config.json")
-    if (built_shape(request.engine) is None) != (config.drafter is None):
-        which = "the checkpoint" if config.drafter is not None else "the engine"
-        raise MismatchError(
-            "the engine was not built from this checkpoint", where=request.reference, why=f"only {which} has a drafter",
-            remedy="pass the checkpoint that the engine's manifest names",
-        )  # fmt: skip
-    keys = ("hidden_size", "num_hidden_layers", "vocab_size")
-    differ = [key for key in keys if found.get(key) != getattr(config, key)]
-    if differ:
-        why = "; ".join(f"{key} is {found.get(key)} there, {getattr(config, key)} here" for key in differ)
-        raise MismatchError(
-            "the engine was not built from this checkpoint", where=request.reference, why=why,
-            remedy="pass the checkpoint that the engine's manifest names",
-        )  # fmt: skip
-
-
-def _encode(runner: Runner, text: str, max_tokens: int) -> tuple[int, ...]:
-    room = min(runner.info.max_input_len, runner.info.max_seq_len - max_tokens)
-    return runner.encode_prompt(text, chat=runner.has_chat_template)[-room:]
+    quantized = read_checkpoint_config(request.reference).quant_algo is not None
+    with _reference_runner(request, decoded.prompts, device) as reference:
+        dtype = reference.info.dtype
+        allowed = tolerance(dtype, quantized=quantized, sampled=sampled)
+        replay = load_replay(request.engine, request.reference, reference, shape, device, greedy=not sampled)
+        walked = zip(decoded.prompts, decoded.results, strict=True)
+        texts = [replay.steps(prompt, result.token_ids) for prompt, result in walked]
+    found, expected = StepCounts.of_results(decoded.results), StepCounts.of_replay(texts, shape.draft_len)
+    single = SingleSteps.of(decoded.accepted, [text.accepted for text in texts])
+    single_allowed = max(SINGLE_STEPS[dtype], allowed)
+    return AcceptanceCheck(
+        found, expected, sum(text.parted for text in texts), allowed, sampled, single, single_allowed
+    )  # fmt: skip
 
 
 def reference_device(checkpoint: Path) -> str:

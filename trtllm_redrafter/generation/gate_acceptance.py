@@ -24,6 +24,9 @@ TOLERANCE = {"float32": 0.02, "float16": 0.05, "bfloat16": 0.05}
 """Of the steps of all prompts, for their number and for how many accept a draft at each position. In bfloat16, right
 engines were within 0.025 (docs/tensorrt-llm.md); a drafter fed the state of one position earlier was 0.23 away."""
 
+SINGLE_STEPS = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.1}
+"""Of the steps that begin at the same token, how many may accept another number of drafts than the replay does."""
+
 QUANTIZED_TOLERANCE = 0.15
 """For quantized activations, which the reference does not imitate; not measured on such an engine."""
 
@@ -92,6 +95,37 @@ class StepCounts:
 
 
 @dataclass(frozen=True)
+class SingleSteps:
+    """Steps of the engine and the replay that begin at the same token of a text, and how many accept differently.
+
+    Totals hide a fault that loses a draft here and wins one there; single steps do not.
+    """
+
+    compared: int
+    apart: int
+
+    @classmethod
+    def of(cls, found: Sequence[Sequence[int] | None], expected: Sequence[Sequence[int]]) -> SingleSteps:
+        """Drafts accepted step by step, per text; None where an engine does not tell its steps apart."""
+        compared = apart = 0
+        for ours, theirs in zip(found, expected, strict=True):
+            one, other = _by_start(ours or ()), _by_start(theirs)
+            shared = one.keys() & other.keys()
+            compared += len(shared)
+            apart += sum(one[place] != other[place] for place in shared)
+        return cls(compared, apart)
+
+
+def _by_start(accepted: Sequence[int]) -> dict[int, int]:
+    """Steps by the token they begin at; the last one is cut short by the text's end and left out."""
+    starts, place = {}, 0
+    for count in accepted[:-1]:
+        starts[place] = count
+        place += count + 1
+    return starts
+
+
+@dataclass(frozen=True)
 class AcceptanceCheck:
     """`found` by the engine, `expected` by the replay; `parted` of the replay's steps do not follow the text."""
 
@@ -100,6 +134,8 @@ class AcceptanceCheck:
     parted: int
     tolerance: float
     sampled: bool
+    single: SingleSteps = SingleSteps(0, 0)
+    single_tolerance: float = 1.0
 
     def render(self) -> str:
         """Two lines for the report."""
@@ -113,6 +149,8 @@ class AcceptanceCheck:
         )
         if self.parted:
             text += f" ({self.parted} that ties decide)"
+        if self.single.compared:
+            text += f"; {self.single.apart} of {self.single.compared} that begin alike accept differently"
         if self.found.accepted_at:
             pairs = zip(self.found.accepted_at, self.expected.accepted_at, strict=True)
             text += "\n  at least 1, 2, ... drafts accepted in " + ", ".join(f"{a} ({e})" for a, e in pairs)
@@ -124,6 +162,7 @@ class AcceptanceCheck:
             "expected": self.expected.as_dict(),
             "parted": self.parted,
             "tolerance": self.tolerance,
+            "single_steps": {"compared": self.single.compared, "apart": self.single.apart},
         }
 
     def alarms(self, engine: Path, draft_len: int, floor: float | None) -> Iterator[Problem]:
@@ -167,6 +206,9 @@ class AcceptanceCheck:
         """Where the counts are apart: in all, by prompt, by position."""
         if abs(self.found.total - self.expected.total) > self._allowed:
             yield f"{self.found.total} steps where these texts take {self.expected.total}"
+        single = self.single
+        if single.apart > max(FEW_STEPS, self.single_tolerance * single.compared):
+            yield f"{single.apart} of {single.compared} steps that begin alike accept another number of drafts"
         share = max(PROMPT_TOLERANCE, self.tolerance)
         for number, (found, expected) in enumerate(zip(self.found.steps, self.expected.steps, strict=True), start=1):
             if abs(found - expected) > max(FEW_STEPS, share * expected):

@@ -1,17 +1,17 @@
-"""Does a checkpoint or engine write what its base model writes? Greedy tokens against transformers.
+"""Does a checkpoint or engine compute what its base model computes? Greedy tokens and logits against transformers.
 
-Equal weights are not yet an equal model: a wrong rotary base or a forgotten bias shows only in the text. A few prompts
-are decoded with drafting; then transformers computes the laws along those very tokens, and every token must be the
-largest of its law. Computed in 16 bits, two nearly equal logits may change places, so a token counts as a near tie
-when its logit is no further below the largest than rounding can explain; float32 leaves little room for that.
+Equal weights are not yet an equal model: a wrong rotary base or a forgotten bias shows only in what is computed. A few
+prompts are decoded with drafting; then transformers computes the distributions along those very tokens, and along
+random ones, once exactly and once in the engine's dtype. Every token must be the largest of its exact distribution, or
+tie with it, and the logits may be no further from exact than rounding explains (`distributions`).
 
     report = greedy_parity(Path("engine"), Path("Llama-3.1-8B"))
-    report.same, report.near_ties, report.problems
+    report.tokens.same, report.distributions, report.problems
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,39 +23,55 @@ from trtllm_redrafter.backends import engine_backend, load_backend
 from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.verify import checkpoint_directory
+from trtllm_redrafter.conversion.against import is_checkpoint
 from trtllm_redrafter.conversion.head import takes_file_head
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.fsio import read_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from trtllm_redrafter.generation.distributions import Distributions
+    from trtllm_redrafter.generation.gate_checks import TokenCheck
+    from trtllm_redrafter.generation.reference import Pair, Stored, Text
 
 PROMPT_LENGTHS = (3, 17, 40, 64)
 TOKENS = 32
 
-ROUNDING = {"float32": 2.0**-14, "float16": 2.0**-8, "bfloat16": 2.0**-5}
-"""How far equal computations may come apart, relative to the largest logit: a few units in the last place."""
-
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Tokens that are the base model's own choice, those that nearly are, and what is wrong with the others."""
+    """Tokens that are the base model's own choice and those that nearly are; how far logits are from exact."""
 
     prompts: int
-    same: int
-    near_ties: int
+    tokens: TokenCheck
+    distributions: Distributions
     problems: tuple[Problem, ...]
 
-    def render(self) -> str:
+    @property
+    def same(self) -> int:
+        return self.tokens.same
+
+    @property
+    def near_ties(self) -> int:
+        return self.tokens.ties
+
+    def checks(self) -> tuple[str, ...]:
+        """What was compared, one line each."""
         ties = f", {self.near_ties} within rounding of it" if self.near_ties else ""
-        return f"{self.same} greedy tokens after {self.prompts} prompts are the base model's{ties}"
+        found = self.distributions
+        figures = ", ".join(f"{name} {value:.2f} of {allowed:g}" for name, (value, allowed) in found.figures().items())
+        return (
+            f"{self.same} greedy tokens after {self.prompts} prompts are the base model's{ties}",
+            f"logits at {found.positions} positions, in units of what {found.dtype} rounds there: {figures} allowed",
+        )
 
 
-def can_compare(path: Path) -> str | None:
+def can_compare(path: Path, against: Path) -> str | None:
     """Why greedy tokens cannot be compared here, or None."""
     config = read_json(path / "config.json")
     if "pretrained_config" in config:
         return "greedy tokens are not compared: a TensorRT-LLM engine runs on its GPU only; verify its checkpoint"
+    if is_checkpoint(against):
+        return "what is computed is not compared: transformers reads no checkpoints; --reference runs an engine"
     checkpoint = path / "checkpoint" if "backend" in config else path
     if Checkpoint.open(checkpoint).config.quant_algo is not None:
         return "greedy tokens are not compared: the checkpoint is quantized"
@@ -63,29 +79,27 @@ def can_compare(path: Path) -> str | None:
 
 
 def greedy_parity(path: Path, against: Path) -> ParityReport:
-    """Decode with the torch backend on the CPU and check every token with transformers."""
+    """Decode with the torch backend on the CPU and compare with transformers."""
+    from trtllm_redrafter.generation.distributions import measure
+    from trtllm_redrafter.generation.gate_checks import compare
+    from trtllm_redrafter.generation.gate_decode import probe_texts
+    from trtllm_redrafter.generation.reference import Text
+
     with _runner(path) as runner:
         longest = runner.info.max_seq_len - TOKENS
         prompts = [_prompt(min(n, longest), runner.info.vocab_size) for n in PROMPT_LENGTHS if longest > 0]
         sampling = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
         results = runner.generate([Request(prompt, sampling) for prompt in prompts])
+        own = [Text(p, tuple(result.token_ids)) for p, result in zip(prompts, results, strict=True)]
+        texts = (*own, *probe_texts(runner.info.vocab_size, runner.info.max_input_len, runner.info.max_seq_len))
+        along = [runner.along(text.prompt, text.tokens) for text in texts]
         dtype = runner.info.dtype
-    model = _reference(path, against, dtype)
-    same = near_ties = 0
-    problems: list[Problem] = []
-    for number, (prompt, result) in enumerate(zip(prompts, results, strict=True), start=1):
-        gaps, bests, bound = _gaps(model, prompt, result.token_ids, ROUNDING[dtype])
-        for place, (token, gap, best) in enumerate(zip(result.token_ids, gaps, bests, strict=True), start=1):
-            if gap == 0.0:
-                same += 1
-            elif gap <= bound:
-                near_ties += 1
-            else:
-                what = f"greedy token {place} of prompt {number} is {token}, the base model's is {best}"
-                why = f"its logit is {gap:.4g} lower, rounding in {dtype} explains {bound:.2g}"
-                problems.append(Problem(what, str(path), why, "convert again from this base model"))
-                break  # what follows a wrong token tells nothing more
-    return ParityReport(len(prompts), same, near_ties, tuple(problems))
+    pair = _transformers_pair(path, against, dtype, texts)
+    tokens = compare(path, pair, results, whose="base model")
+    rows = ((found.logits, *pair.rows(i)) for i, found in enumerate(along) if found is not None)
+    distributions = measure(rows, dtype)
+    problems = (*tokens.faults, *distributions.problems(path))
+    return ParityReport(len(prompts), tokens, distributions, problems)
 
 
 def _prompt(length: int, vocab_size: int) -> tuple[int, ...]:
@@ -124,15 +138,32 @@ def _reference(path: Path, against: Path, dtype: str) -> Any:
     return load_model(against, dtype=getattr(torch, dtype), file_head=file_head)
 
 
-def _gaps(
-    model: Any, prompt: tuple[int, ...], tokens: list[int], rounding: float
-) -> tuple[list[float], list[int], float]:
-    """How far below its law's largest logit each token is, what the largest one is, and what rounding explains."""
+def _transformers_pair(path: Path, against: Path, dtype: str, texts: Sequence[Text]) -> Pair:
+    """The model is loaded in the engine's dtype and widened where it stands, so that both have the same weights."""
     import torch
 
+    from trtllm_redrafter.generation.reference import EXACT, SHAKES, Pair, shake
+
+    model = _reference(path, against, dtype)
+    rounded = _logits(model, texts)
+    model = model.to(EXACT[dtype])
+    exact = _logits(model, texts)
+    generator = torch.Generator().manual_seed(0)
+    for part in model.modules():  # norms and activations, where `reference` shakes too
+        if type(part).__name__.endswith(("RMSNorm", "MLP")):
+            part.register_forward_hook(lambda part, given, made: shake(made, dtype, generator))
+    return Pair(dtype, exact, rounded, tuple(_logits(model, texts) for _ in range(SHAKES)))
+
+
+def _logits(model: Any, texts: Sequence[Text]) -> Stored:
+    import torch
+
+    from trtllm_redrafter.generation.reference import Stored
+
+    rows = []
     with torch.no_grad():
-        ids = torch.tensor([[*prompt, *tokens[:-1]]])
-        logits: Tensor = model(input_ids=ids).logits[0, len(prompt) - 1 :].float()
-    best, chosen = logits.max(dim=-1), logits.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
-    bound = rounding * float(logits.abs().max())
-    return (best.values - chosen).tolist(), best.indices.tolist(), bound
+        for text in texts:
+            ids = torch.tensor([[*text.prompt, *text.tokens[:-1]]])
+            logits = model(input_ids=ids).logits[0, len(text.prompt) - 1 :]
+            rows.append(logits if logits.dtype is torch.float64 else logits.float())
+    return Stored(tuple(rows))

@@ -117,16 +117,20 @@ def load_replay(
     assert config is not None
     place = torch.device(device)
     drafter = load_drafter(checkpoint, config, place)
-    rows, score_dtype = None, None
-    if engine_backend(engine) == "torch":
-        built = read_engine_config(engine)
-        assert isinstance(built, TorchEngineConfig)
-        count = 0 if built.draft is None else built.draft.head_rows
-        rows = frequent_rows(reference, count, checkpoint.config.vocab_size)
-        score_dtype = torch.float32
+    rows = frequent_rows(reference, head_rows(engine), checkpoint.config.vocab_size)
+    score_dtype = torch.float32 if engine_backend(engine) == "torch" else None
     embedding = checkpoint.load(_EMBEDDING).to(place)
     search = Search(drafter, embedding, draft_head(drafter, rows), shape, score_dtype)
     return Replay(runner, search, greedy=greedy)
+
+
+def head_rows(engine: Path) -> int:
+    """How many of the most frequent tokens the engine drafts from; 0: from all (`frequent_rows`)."""
+    if engine_backend(engine) != "torch":
+        return 0
+    built = read_engine_config(engine)
+    assert isinstance(built, TorchEngineConfig)
+    return 0 if built.draft is None else built.draft.head_rows
 
 
 def _verdict(beams: Beams, logits: Tensor) -> Verdict:

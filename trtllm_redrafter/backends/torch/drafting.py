@@ -21,7 +21,7 @@ from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.checkpoint.draft_vocab import DRAFT_VOCAB_FILE, read_draft_vocab
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.errors import NumericalError, not_finite
-from trtllm_redrafter.redrafter.beam_search import beam_search, draft_head
+from trtllm_redrafter.redrafter.beam_search import Beams, beam_search, draft_head
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
 from trtllm_redrafter.redrafter.token_tree import Tree
@@ -88,13 +88,15 @@ class Drafting:
         """Contexts [H] and last tokens of B sequences -> their trees."""
         if self._graphs is not None:
             return self._trees(roots, *self._graphs.search(contexts, roots))
-        context = torch.stack(list(contexts))
-        tokens = torch.tensor(roots, device=context.device)
-        if self._native is not None:
-            beams = self._native.search(context, tokens, self.shape)
-        else:
-            beams = beam_search(self._drafter, self._embedding, context, tokens, self.shape, head=self._head)
+        beams = self.beams(torch.stack(list(contexts)), roots)
         return self._trees(roots, beams.tokens.tolist(), beams.finite.tolist())
+
+    def beams(self, contexts: Tensor, roots: Sequence[int]) -> Beams:
+        """Contexts [B, H] and last tokens of B sequences -> beams and their scores; on a GPU without the graph."""
+        tokens = torch.tensor(list(roots), device=contexts.device)
+        if self._native is not None:
+            return self._native.search(contexts, tokens, self.shape)
+        return beam_search(self._drafter, self._embedding, contexts, tokens, self.shape, head=self._head)
 
     def _trees(self, roots: Sequence[int], beams: list[list[list[int]]], finite: list[bool]) -> list[Tree]:
         if not all(finite) and self.error is None:

@@ -25,8 +25,8 @@ class Pointwise:
 
 
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMS norm over the last dimension, in float32."""
-    wide = x.float()
+    """RMS norm over the last dimension, in float32 (float64 stays what it is)."""
+    wide = x if x.dtype is torch.float64 else x.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return weight * (wide * scale).to(x.dtype)
 

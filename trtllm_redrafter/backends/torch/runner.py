@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Result, Runner, Update
+from trtllm_redrafter.backends.base import Along, EngineInfo, FinishReason, Request, Result, Runner, Update
 from trtllm_redrafter.backends.requests import limit_problems
 from trtllm_redrafter.backends.text import TextStream, ends_text
 from trtllm_redrafter.backends.tokenizer import EngineTokenizer
@@ -26,6 +26,7 @@ from trtllm_redrafter.backends.torch.drafting import Drafting
 from trtllm_redrafter.backends.torch.executor import Executor, TreeOutput
 from trtllm_redrafter.backends.torch.memory_errors import explained
 from trtllm_redrafter.errors import Problem, RequestError, not_finite, raise_together
+from trtllm_redrafter.redrafter.beam_search import Beams
 from trtllm_redrafter.redrafter.sampling import NOT_FINITE, SamplingSettings, draw, fresh_seed, uniform
 from trtllm_redrafter.redrafter.token_tree import Tree
 
@@ -122,6 +123,34 @@ class TorchRunner(Runner):
         with explained("a second KV cache, which decoding without drafting has", remedy=remedy):
             executor = self.executor.without_trees()
         return TorchRunner(self.info, executor, None, self._tokenizer, self._eos)
+
+    @torch.no_grad()
+    def along(self, prompt: Sequence[int], tokens: Sequence[int]) -> Along:
+        """The first row comes from the prompt's pass, the others from chains no longer than a tree."""
+        width = 1 if self.info.draft_shape is None else self.info.draft_shape.max_tree_tokens
+        with _quiet_threads(self.executor):
+            first = self.executor.prefill(0, prompt)
+            logits, states = [first.logits.float().clone().unsqueeze(0)], [first.hidden.clone().unsqueeze(0)]
+            for start in range(0, len(tokens) - 1, width):
+                chunk = list(tokens[start : min(start + width, len(tokens) - 1)])
+                base = len(prompt) + start
+                output = self.executor.forward([0], [base], [Tree.merge([chunk])], logits=True)
+                assert output.logits is not None
+                logits.append(output.logits.float().clone())  # the next pass may write to the same place
+                states.append(output.hidden.clone())
+                self.executor.commit(0, base, range(len(chunk)))
+        return Along(torch.cat(logits), torch.cat(states))
+
+    @torch.no_grad()
+    def drafts(self, contexts: Tensor, roots: Sequence[int]) -> Beams | None:
+        if self._drafting is None:
+            return None
+        size = self.info.max_batch_size  # what the kernels have memory for
+        parts = [
+            self._drafting.beams(contexts[start : start + size], roots[start : start + size])
+            for start in range(0, len(roots), size)
+        ]
+        return Beams(torch.cat([p.tokens for p in parts]), torch.cat([p.path_scores for p in parts]), None)
 
     def close(self) -> None:
         self._drafting = None  # its graphs hold memory of the executor's

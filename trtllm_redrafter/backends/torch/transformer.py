@@ -61,8 +61,11 @@ class TorchExecutor:
         capacity: int,
         detail: str = "",
         pointwise: Pointwise = EAGER,
+        qk_epsilon: float | None = None,
     ) -> None:
+        """`qk_epsilon` is that of the q/k norms where it is not the model's (`generation.reference`)."""
         self.detail = detail
+        self._qk_epsilon = config.norm_epsilon if qk_epsilon is None else qk_epsilon
         self._pointwise = pointwise
         self._config = config
         self._weights = weights
@@ -184,8 +187,8 @@ class TorchExecutor:
         split = qkv.view(*qkv.shape[:2], heads + 2 * kv_heads, config.head_size)
         query, key, value = torch.split(split, [heads, kv_heads, kv_heads], dim=2)
         if layer.q_norm is not None and layer.k_norm is not None:
-            query = ops.norm(query, layer.q_norm, config.norm_epsilon)
-            key = ops.norm(key, layer.k_norm, config.norm_epsilon)
+            query = ops.norm(query, layer.q_norm, self._qk_epsilon)
+            key = ops.norm(key, layer.k_norm, self._qk_epsilon)
         return ops.rotate(query, *rotation), ops.rotate(key, *rotation), value
 
     def _mix(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

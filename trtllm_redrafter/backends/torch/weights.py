@@ -6,8 +6,9 @@ joined. In the checkpoint `mlp.fc` is Hugging Face's gate_proj (it goes through 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -46,24 +47,56 @@ class ModelWeights:
     """All of a base model; `head` is the embedding itself when the checkpoint's copies are equal."""
 
     embedding: Tensor  # [V, H]
-    layers: tuple[LayerWeights, ...]
+    layers: Sequence[LayerWeights]
     final_norm: Tensor  # [H]
     head: Tensor  # [V, H]
 
 
-def load_weights(checkpoint: Checkpoint, device: torch.device) -> ModelWeights:
-    """Read every base-model tensor. On the CPU a one-rank checkpoint is memory-mapped, not copied."""
+class StreamedLayers(Sequence[LayerWeights]):
+    """Layers that are read and cast each time they are asked for, so that one at a time is in memory."""
+
+    def __init__(self, count: int, read: Callable[[int], LayerWeights]) -> None:
+        self._count = count
+        self._read = read
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> LayerWeights: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[LayerWeights]: ...
+
+    def __getitem__(self, index: int | slice) -> LayerWeights | Sequence[LayerWeights]:
+        if isinstance(index, slice):
+            return [self._read(i) for i in range(*index.indices(self._count))]
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._read(index)
+
+
+def load_weights(
+    checkpoint: Checkpoint, device: torch.device, *, dtype: torch.dtype | None = None, streamed: bool = False
+) -> ModelWeights:
+    """Read every base-model tensor, cast to `dtype` where one is given.
+
+    On the CPU a one-rank checkpoint in its own dtype is memory-mapped, not copied. `streamed` layers are read anew in
+    every pass.
+    """
     names = set(checkpoint.names())
 
     def get(name: str) -> Tensor:
-        return checkpoint.load(name).to(device)
+        return checkpoint.load(name).to(device=device, dtype=dtype)
 
     def get_optional(name: str) -> Tensor | None:
         return get(name) if name in names else None
 
-    layers = tuple(
-        _layer(f"transformer.layers.{i}.", get, get_optional) for i in range(checkpoint.config.num_hidden_layers)
-    )
+    def read(index: int) -> LayerWeights:
+        return _layer(f"transformer.layers.{index}.", get, get_optional)
+
+    count = checkpoint.config.num_hidden_layers
+    layers = StreamedLayers(count, read) if streamed else tuple(map(read, range(count)))
     embedding = get("transformer.vocab_embedding.weight")
     return ModelWeights(embedding, layers, get("transformer.ln_f.weight"), _head(get_optional, embedding))
 

@@ -1,0 +1,144 @@
+"""What a checkpoint's base model computes, exactly and in its own dtype, along given texts.
+
+An engine may differ from exact arithmetic by what its dtype rounds, and by no more. How much that is depends on the
+model, on the text and on the position, so it is not assumed but computed: the same weights run through plain PyTorch in
+a wider dtype (float32 for 16 bits, float64 for float32) and in their own. That is one way of rounding among many, and
+an engine has another one; so the wider dtype is run a few times more with every intermediate result shaken at random
+by as much as the narrower one would round it.
+
+    pair = compute_pair(Checkpoint.open(path), texts, device)
+    pair.exact.logits(0), pair.rounded.logits(0), pair.shaken[0].logits(0)        # [n, V] each, of the first text
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trtllm_redrafter.backends.torch.pointwise import EAGER, Pointwise
+from trtllm_redrafter.backends.torch.transformer import TorchExecutor
+from trtllm_redrafter.backends.torch.weights import DTYPES, load_weights
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.checkpoint.reader import Checkpoint
+from trtllm_redrafter.planning.sizes import weight_bytes
+
+EXACT = {"float16": torch.float32, "bfloat16": torch.float32, "float32": torch.float64}
+"""What counts as exact beside a dtype: 2^13 times finer or more."""
+
+UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+SHAKES = 3
+"""More of them make the unit steadier: with rounding alone, an intact engine was up to 3.2 units away somewhere."""
+
+STREAM_ABOVE = 4 * 10**9
+"""Bytes of a 16-bit model above which layers are read and cast one at a time, once per text."""
+
+TENSORRT_QK_EPSILON = 1e-5
+"""TensorRT-LLM 1.2 builds Qwen3's q and k norms without the model's epsilon (1e-6): the layer's default counts."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt and the tokens after it, whose distributions are compared: the first comes from the prompt's pass."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Final states of every text, and the LM head that makes logits of them."""
+
+    states: tuple[Tensor, ...]  # [n, H] per text; row j predicts the text's token j
+    head: Tensor  # [V, H]
+
+    def logits(self, text: int) -> Tensor:
+        """[n, V] in float32, or in float64 where that was computed."""
+        logits = F.linear(self.states[text], self.head)
+        return logits if logits.dtype is torch.float64 else logits.float()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Logits of every text as they are."""
+
+    rows: tuple[Tensor, ...]
+
+    def logits(self, text: int) -> Tensor:
+        return self.rows[text]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same texts through the same weights: in the wider dtype, in the model's own, and in the wider one shaken."""
+
+    dtype: str
+    exact: Computed | Stored
+    rounded: Computed | Stored
+    shaken: tuple[Computed | Stored, ...]
+
+    def rows(self, text: int, count: int | None = None) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Exact, rounded and shaken logits [count, V] of a text's first tokens."""
+        exact, rounded = self.exact.logits(text)[:count], self.rounded.logits(text)[:count]
+        return exact, rounded, [computed.logits(text)[:count] for computed in self.shaken]
+
+
+def compute_pair(
+    checkpoint: Checkpoint, texts: Sequence[Text], device: str, *, qk_epsilon: float | None = None
+) -> Pair:
+    """All computations, one after the other. Raises what loading the weights raises (quantization other than FP8)."""
+    dtype = checkpoint.config.dtype
+
+    def computed(wanted: torch.dtype, pointwise: Pointwise = EAGER) -> Computed:
+        return _compute(checkpoint, texts, device, wanted, qk_epsilon, pointwise)
+
+    shaken = tuple(computed(EXACT[dtype], _shaking(seed, dtype)) for seed in range(SHAKES))
+    return Pair(dtype, computed(EXACT[dtype]), computed(DTYPES[dtype]), shaken)
+
+
+def shake(values: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
+    """Each value moved at random by up to what rounding to `dtype` moves it."""
+    noise = torch.rand(values.shape, generator=generator, dtype=torch.float32).to(values) * 2 - 1
+    return values * (1 + UNIT_ROUNDOFF[dtype] * noise)
+
+
+def _shaking(seed: int, dtype: str) -> Pointwise:
+    generator = torch.Generator().manual_seed(seed)
+
+    def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        x, normed = EAGER.add_norm(shake(x, dtype, generator), delta, weight, epsilon)
+        return x, shake(normed, dtype, generator)
+
+    def gate(activated: Tensor, linear: Tensor) -> Tensor:
+        return shake(EAGER.gate(activated, linear), dtype, generator)
+
+    return replace(EAGER, add_norm=add_norm, gate=gate)
+
+
+@torch.no_grad()
+def _compute(
+    checkpoint: Checkpoint, texts: Sequence[Text], device: str, dtype: torch.dtype, qk_epsilon: float | None,
+    pointwise: Pointwise,
+) -> Computed:  # fmt: skip
+    streamed = weight_bytes(replace(checkpoint.config, tp_size=1, quantization={})).total > STREAM_ABOVE
+    weights = load_weights(checkpoint, torch.device(device), dtype=dtype, streamed=streamed)
+    longest = max(len(text.prompt) + len(text.tokens) for text in texts)
+    executor = TorchExecutor(
+        checkpoint.config, weights, max_batch_size=1, capacity=longest, pointwise=pointwise, qk_epsilon=qk_epsilon
+    )
+    states = [
+        executor.hidden_states(0, (*text.prompt, *text.tokens[:-1]))[len(text.prompt) - 1 :].clone() for text in texts
+    ]
+    head = weights.head
+    executor.close()
+    return Computed(tuple(states), head)
+
+
+def tensorrt_qk_epsilon(config: CheckpointConfig) -> float | None:
+    """The epsilon TensorRT-LLM gives the q/k norms of this model, where that is not the model's own."""
+    differs = config.has_qk_norm and config.norm_epsilon != TENSORRT_QK_EPSILON
+    return TENSORRT_QK_EPSILON if differs else None
