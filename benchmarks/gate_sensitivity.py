@@ -178,10 +178,10 @@ class Bench:
             plant_drafter({k: p.data for k, p in drafter.named_parameters()}, name, size, place, self.token)
             factor = None if "head" in name else factor  # the engine that was built from such a head has no factor
         info = self.runner.info
+        rows = frequent_rows(self.checkpoint.path, self.head_rows, self.checkpoint.config.vocab_size)
         self.runner._drafting = Drafting(
             drafter, self.runner.executor, self.weights.embedding, info.draft_shape,
-            rows=frequent_rows(self.checkpoint.path, self.head_rows), max_batch_size=info.max_batch_size,
-            low_rank=factor,
+            rows=rows, max_batch_size=info.max_batch_size, low_rank=factor,
         )  # fmt: skip
         beams = self.runner.drafts(self.contexts, self.roots)
         assert beams is not None

@@ -34,7 +34,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     tokenizer = write_tokenizer(folder / "tokenizer")
     for dtype in ("float32", "bfloat16"):
-        checkpoint = write_checkpoint(folder / dtype, dtype=dtype, vocab_size=VOCAB)
+        heads = {"head_dim": 32} if dtype == "bfloat16" else {}  # those TensorRT-LLM has kernels for
+        checkpoint = write_checkpoint(folder / dtype, dtype=dtype, vocab_size=VOCAB, **heads)
         build_engine(checkpoint, folder / dtype / "engine", tokenizer)
     return folder
 

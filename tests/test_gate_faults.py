@@ -20,12 +20,13 @@ from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.torch.weights import load_weights
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.generation import reference
+from trtllm_redrafter.generation.distributions import measure
 from trtllm_redrafter.generation.gate import GateReport, GateRequest, parity_gate
 from trtllm_redrafter.generation.gate_acceptance import SingleSteps
 from trtllm_redrafter.generation.reference import Text, compute_pair, tensorrt_qk_epsilon
 from trtllm_redrafter.progress import no_progress
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 259}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 259, "head_dim": 32}
 PROMPTS = ("one", "a second prompt", "3")
 Tensors = dict[str, Tensor]
 LAYER = "transformer.layers.1."
@@ -94,13 +95,15 @@ def test_faults_of_the_base_model_are_seen_in_its_logits(intact: Path, tmp_path:
     assert any("differs from the checkpoint's" in p.what for p in report.alarms)  # bit for bit, beside that
 
 
-def test_logits_that_are_not_finite_are_named(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path / "tokenizer")
-    write_checkpoint(tmp_path, dtype="float32", **SIZES)
-    nan = at(LAYER + "mlp.proj.weight", (7, 11), lambda w: float("nan"))
-    (tmp_path / "wrong").mkdir()
-    report = gate(spoiled(tmp_path, tmp_path / "wrong", nan), tmp_path / "checkpoint")
-    assert "logits are not finite at" in report.render(), report.render()
+def test_logits_that_are_not_finite_are_named() -> None:
+    exact = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
+    found = exact + 1e-3
+    found[2, 7], found[4, 0] = float("nan"), float("inf")
+    measured = measure([(found, exact, exact * 1.001, [exact * 0.999])], "bfloat16")
+    [problem] = measured.problems(Path("engine"))
+    assert problem.what == "logits are not finite at 2 of 6 positions" and not measured.exceeded()
+    nothing = measure([(found * float("nan"), exact, exact, [exact])], "bfloat16")
+    assert nothing.not_finite == 6 and len(list(nothing.problems(Path("engine")))) == 1
 
 
 @pytest.mark.parametrize("fault", SEEN_IN_THE_DRAFTER)

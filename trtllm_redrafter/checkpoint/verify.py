@@ -34,7 +34,7 @@ _READ_SUFFIXES = (".json", ".safetensors", ".engine", ".py", ".jinja", ".model",
 _WITHOUT_MANIFEST = (
     "no manifest.json, so it cannot be told: whether files have changed since they were written or are all there, "
     "which base model and drafter went in, and whether whole ranks were exchanged (a tied LM head tells that); "
-    "--against compares the values"
+    "--against and --drafter compare the values"
 )
 
 

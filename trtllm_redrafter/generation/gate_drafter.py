@@ -87,7 +87,7 @@ def pick_contexts(
 def judge_drafts(beams: Beams, contexts: Tensor, checkpoint: Checkpoint, *, head_rows: int) -> Drafts:
     """`contexts` [B, H] are those the engine drafted `beams` from; `head_rows` as in `frequent_rows`."""
     dtype = checkpoint.config.dtype
-    tokens = beams.tokens.to(contexts.device)
+    tokens = beams.tokens.masked_fill(~beams.finite.view(-1, 1, 1), 0).to(contexts.device)  # else they mean nothing
     exact = _beam_log_probs(checkpoint, EXACT[dtype], contexts, tokens, head_rows)
     rounded = _beam_log_probs(checkpoint, DTYPES[dtype], contexts, tokens, head_rows).to(exact)
     found = beams.path_scores.to(exact).diff(dim=-1)
@@ -114,7 +114,7 @@ def _beam_log_probs(
     assert config is not None
     drafter = load_drafter(checkpoint, config, contexts.device).to(dtype)
     embedding = checkpoint.load(EMBEDDING).to(contexts.device)
-    head = draft_head(drafter, frequent_rows(checkpoint.path, head_rows, config.vocab_size))
+    head = draft_head(drafter, frequent_rows(checkpoint.path, head_rows, checkpoint.config.vocab_size))
     chunks = [slice(start, start + _CHUNK) for start in range(0, len(tokens), _CHUNK)]
     return torch.cat([_walk(drafter, embedding, head, contexts[part].to(dtype), tokens[part]) for part in chunks])
 
