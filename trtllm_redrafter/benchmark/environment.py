@@ -20,8 +20,8 @@ from typing import Any
 
 from trtllm_redrafter import __version__
 from trtllm_redrafter.backends.base import EngineInfo
-from trtllm_redrafter.backends.engine_config import parse_engine_config
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.planning.gpus import gpu_by_driver_name
 from trtllm_redrafter.planning.sizes import weight_bytes
@@ -171,9 +171,10 @@ def engine_config(engine: Path) -> CheckpointConfig:
     if inner.exists():
         return CheckpointConfig.from_dict(read_json(inner), where=inner)
     where = engine / "config.json"
-    values = read_json(where)
-    parse_engine_config(values, where)
-    return CheckpointConfig.from_dict(values["pretrained_config"], where=where)
+    pretrained = read_json(where).get("pretrained_config")
+    if not isinstance(pretrained, dict):
+        raise InputError("this is not a TensorRT-LLM engine", where=where, remedy="check the path")
+    return CheckpointConfig.from_dict(pretrained, where=where)
 
 
 def _bandwidth(nbytes: int) -> float:
