@@ -8,11 +8,14 @@ change the acceptance length, and never the output.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from trtllm_redrafter.backends.torch.cuda.executor import CudaExecutor
+from trtllm_redrafter.backends.torch.cuda.search import SearchKernel
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphSearch
 from trtllm_redrafter.backends.torch.executor import Executor
 from trtllm_redrafter.backends.torch.low_rank import LowRankHead
@@ -21,7 +24,7 @@ from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.checkpoint.draft_vocab import DRAFT_VOCAB_FILE, read_draft_vocab
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.errors import NumericalError, not_finite
-from trtllm_redrafter.redrafter.beam_search import Beams, beam_search, draft_head
+from trtllm_redrafter.redrafter.beam_search import Beams, DraftHead, beam_search, draft_head
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
 from trtllm_redrafter.redrafter.token_tree import Tree
@@ -46,6 +49,12 @@ def frequent_rows(folder: Path, count: int, vocab_size: int) -> Tensor | None:
     return read_draft_vocab(file, vocab_size)[:count] if count > 0 and file.exists() else None
 
 
+def _factored(head: DraftHead, low_rank: LowRankHead) -> DraftHead:
+    """The same head as the base model's rows times a small matrix, which is less to read."""
+    base = low_rank.base_head if head.rows is None else low_rank.base_head[head.rows].contiguous()
+    return replace(head, weight=base, factor=low_rank.factor.to(base.device))
+
+
 class Drafting:
     """Proposes one tree per sequence: its root alone where the drafter's numbers are not finite."""
 
@@ -66,7 +75,7 @@ class Drafting:
         self.shape = shape
         self._dtype = embedding.dtype
         self._native: NativeDrafter | None = None
-        self._graphs: GraphSearch | None = None
+        self._graphs: GraphSearch | SearchKernel | None = None
         if isinstance(executor, NativeExecutor) and NativeDrafter.supports(drafter, rows):
             rows = None if rows is None else rows.sort().values
             self._native = NativeDrafter(
@@ -81,8 +90,12 @@ class Drafting:
         self._drafter = drafter
         self._embedding = embedding
         self._head = draft_head(drafter, rows)
-        if isinstance(executor, GraphExecutor):
+        if isinstance(executor, GraphExecutor | CudaExecutor):
             self._graphs = GraphSearch(drafter, embedding, self._head, shape, executor.pool)
+        if isinstance(executor, CudaExecutor):
+            head = self._head if low_rank is None else _factored(self._head, low_rank)
+            if SearchKernel.unsupported(drafter, embedding, head, shape) is None:
+                self._graphs = SearchKernel(drafter, embedding, head, shape, max_batch_size=max_batch_size)
 
     def propose(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[Tree]:
         """Contexts [H] and last tokens of B sequences -> their trees."""

@@ -3,7 +3,7 @@
     reason = SearchKernel.unsupported(drafter, embedding, head, shape)     # None: it can
     search = SearchKernel(drafter, embedding, head, shape, max_batch_size=4)
     tokens, path_scores = search(contexts, roots)        # on the device; captured into a graph with everything else
-    search.search([context, ...], [root, ...])           # lists, as GraphSearch gives them
+    search.search([context, ...], [root, ...])           # lists and flags, as GraphSearch gives them
 
 Drafts equal those of `beam_search` on the same logits. Logits themselves differ from PyTorch's by the order of sums.
 """
@@ -200,9 +200,10 @@ class SearchKernel:
         return _arguments(self._boxes(plan), pointers, tail)
 
     @torch.no_grad()
-    def search(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[list[list[int]]]:
-        """Contexts [H] and last tokens of B sequences -> beams [B][K][L + 1]."""
+    def search(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> tuple[list[list[list[int]]], list[bool]]:
+        """Contexts [H] and last tokens of B sequences -> beams [B][K][L + 1], and whether their scores are finite."""
         found: list[list[list[int]]] = []
+        finite: list[bool] = []
         with torch.cuda.device(self._embedding.device):
             for start in range(0, len(roots), self._largest):
                 part = slice(start, start + self._largest)
@@ -210,8 +211,12 @@ class SearchKernel:
                 context = torch.stack(list(contexts[part]), out=self._buffers["contexts"][:count])
                 root = self._buffers["roots"][:count]
                 root.copy_(torch.tensor(roots[part], dtype=torch.int64))
-                found += self(context, root)[0].tolist()
-        return found
+                tokens, path_scores = self(context, root)
+                flags = path_scores.isfinite().all(-1, keepdim=True).to(tokens)
+                beams = torch.cat([tokens, flags], dim=-1).tolist()  # one copy to the host
+                found += [[beam[:-1] for beam in rows] for rows in beams]
+                finite += [all(beam[-1] for beam in rows) for rows in beams]
+        return found, finite
 
     @property
     def largest(self) -> int:
