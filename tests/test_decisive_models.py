@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,10 @@ from torch import Tensor
 from tests.decisive_models import SIZES, successors, write_decisive_checkpoint
 from tests.engines import build_engine, load
 from trtllm_redrafter.backends.base import Request, Result, SamplingParams
-from trtllm_redrafter.backends.torch.runner import TorchRunner
+from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.generation.gate import GateRequest, parity_gate
-from trtllm_redrafter.generation.gate_checks import compare
+from trtllm_redrafter.generation.gate_checks import TokenCheck, compare
+from trtllm_redrafter.generation.reference import Text, compute_pair
 
 PROMPTS = ((79, 8, 130), (200,), (45, 46, 47, 48, 49, 50, 51), (3, 250, 17, 91))
 LIMITS = {"max_input_len": 100, "max_seq_len": 200}
@@ -22,12 +22,13 @@ MLP, QUERIES = "model.layers.0.mlp.", "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> TorchRunner:
-    """float32, treated as what it stands for: exact logits of the 16-bit engines."""
-    folder = tmp_path_factory.mktemp("exact")
-    runner = load(build_engine(write_decisive_checkpoint(folder, dtype="float32"), folder / "engine", **LIMITS))
-    runner.info = replace(runner.info, dtype="bfloat16")
-    return runner
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(write_decisive_checkpoint(tmp_path_factory.mktemp("intact")))
+
+
+def compared(folder: Path, intact: Checkpoint, results: list[Result]) -> TokenCheck:
+    texts = [Text(tuple(p), tuple(r.token_ids)) for p, r in zip(PROMPTS, results, strict=True)]
+    return compare(folder, compute_pair(intact, texts, "cpu"), results)
 
 
 def decoded(folder: Path, fault: Callable[[dict[str, Tensor]], None] | None = None) -> list[Result]:
@@ -44,10 +45,10 @@ def shift_query_heads(tensors: dict[str, Tensor]) -> None:
     tensors[QUERIES] = tensors[QUERIES].roll(64, 0)
 
 
-def test_bfloat16_keeps_the_tokens(tmp_path: Path, reference: TorchRunner) -> None:
+def test_bfloat16_keeps_the_tokens(tmp_path: Path, intact: Checkpoint) -> None:
     results = decoded(tmp_path)
-    same, ties, faults = compare(tmp_path, reference, False, PROMPTS, results)
-    assert not faults and ties <= 5 and same + ties == 256
+    check = compared(tmp_path, intact, results)
+    assert not check.faults and check.ties <= 5 and check.same + check.ties == 256
     follows = successors(SIZES["vocab_size"])
     pairs = [pair for r in results for pair in zip(r.token_ids, r.token_ids[1:], strict=False)]
     elsewhere = sum(int(follows[a]) != b for a, b in pairs)
@@ -56,11 +57,9 @@ def test_bfloat16_keeps_the_tokens(tmp_path: Path, reference: TorchRunner) -> No
 
 
 @pytest.mark.parametrize("fault", [swap_gate_and_up, shift_query_heads])
-def test_a_wrong_layer_shows(
-    tmp_path: Path, reference: TorchRunner, fault: Callable[[dict[str, Tensor]], None]
-) -> None:
-    same, _, faults = compare(tmp_path, reference, False, PROMPTS, decoded(tmp_path, fault))
-    assert len(faults) == len(PROMPTS) and same < 150
+def test_a_wrong_layer_shows(tmp_path: Path, intact: Checkpoint, fault: Callable[[dict[str, Tensor]], None]) -> None:
+    check = compared(tmp_path, intact, decoded(tmp_path, fault))
+    assert len(check.faults) == len(PROMPTS) and check.same < 150
 
 
 def test_it_passes_the_parity_gate(tmp_path: Path) -> None:
