@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the tests' ti
 
 from tests.engines import build_engine, write_checkpoint, write_tokenizer
 from tests.tiny_models import FAMILIES
-from trtllm_redrafter.generation.gate import GateRequest, parity_gate
-from trtllm_redrafter.generation.parity import greedy_parity
+from trtllm_redrafter.verify.gate import GateRequest, parity_gate
+from trtllm_redrafter.verify.tokens import greedy_parity
 
 PROMPTS = ("one", "a second prompt", "3")
 Figures = dict[str, dict[str, list[float]]]

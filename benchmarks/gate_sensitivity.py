@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtllm_redrafter import api
 from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.torch.backend import TorchBackend, _make_executor
 from trtllm_redrafter.backends.torch.drafting import Drafting, frequent_rows, load_drafter
@@ -34,11 +33,12 @@ from trtllm_redrafter.benchmark.environment import describe
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.fsio import read_json
-from trtllm_redrafter.generation.distributions import measure
-from trtllm_redrafter.generation.gate_decode import LOGITS, probe_texts
-from trtllm_redrafter.generation.gate_drafter import judge_drafts, pick_contexts
-from trtllm_redrafter.generation.gate_report import PROMPTS
-from trtllm_redrafter.generation.reference import Pair, Text, compute_pair
+from trtllm_redrafter.run import api
+from trtllm_redrafter.verify.distributions import measure
+from trtllm_redrafter.verify.gate_decode import LOGITS, probe_texts
+from trtllm_redrafter.verify.gate_drafter import judge_drafts, pick_contexts
+from trtllm_redrafter.verify.gate_report import PROMPTS
+from trtllm_redrafter.verify.reference import Pair, Text, compute_pair
 
 PLACES = 3
 """Layers (first, middle, last) in which a fault of one weight or one layer is planted."""

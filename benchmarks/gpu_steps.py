@@ -33,12 +33,12 @@ from trtllm_redrafter.planning.gpus import gpu
 from trtllm_redrafter.planning.latency import Assumptions, latency_plan
 from trtllm_redrafter.planning.model import planned_model
 from trtllm_redrafter.planning.sizes import base_parameters, weight_bytes
-from trtllm_redrafter.recipe.hardware_plan import model_source
-from trtllm_redrafter.recipe.layers import resolve
-from trtllm_redrafter.recipe.sources import file_layers
 from trtllm_redrafter.redrafter.beam_search import draft_head
 from trtllm_redrafter.redrafter.drafter import Drafter
 from trtllm_redrafter.redrafter.token_tree import Tree
+from trtllm_redrafter.run.hardware_plan import model_source
+from trtllm_redrafter.settings.layers import resolve
+from trtllm_redrafter.settings.sources import file_layers
 
 STEPS = 30
 ROUNDS = 5

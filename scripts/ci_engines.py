@@ -24,8 +24,8 @@ from typing import Any
 from trtllm_redrafter import __version__
 from trtllm_redrafter.errors import InputError, RedrafterError, UsageError, VerificationError
 from trtllm_redrafter.fsio import read_json, write_json
-from trtllm_redrafter.recipe import file_layers, resolve
-from trtllm_redrafter.recipe.hardware_plan import RecipePlan, plan_recipe
+from trtllm_redrafter.run.hardware_plan import RecipePlan, plan_recipe
+from trtllm_redrafter.settings import file_layers, resolve
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NEW_GOLDEN = 10

@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from trtllm_redrafter import load_engine
-from trtllm_redrafter.api import Engine
 from trtllm_redrafter.backends.base import Result
 from trtllm_redrafter.errors import RedrafterError
-from trtllm_redrafter.pipeline import plan_pipeline, run_pipeline
 from trtllm_redrafter.progress import no_progress
-from trtllm_redrafter.recipe import file_layers, resolve
+from trtllm_redrafter.run.api import Engine
+from trtllm_redrafter.run.stages import plan_pipeline, run_pipeline
+from trtllm_redrafter.settings import file_layers, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "configs" / "smollm2-demo.yaml"

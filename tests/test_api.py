@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.tiny import write_models
-from trtllm_redrafter import api
 from trtllm_redrafter.errors import RequestError, UsageError
+from trtllm_redrafter.run import api
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "from trtllm_redrafter import convert; convert",
         "import trtllm_redrafter.conversion; from trtllm_redrafter import convert, build; convert",
         "from trtllm_redrafter import build, load_engine, convert; convert",
-        "import trtllm_redrafter.api; from trtllm_redrafter import convert",
+        "import trtllm_redrafter.run.api; from trtllm_redrafter import convert",
     ],
 )
 def test_imports(code: str) -> None:

@@ -19,7 +19,7 @@ from trtllm_redrafter.backends.tensorrt_llm.versions import CONTAINER
 from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY
 from trtllm_redrafter.cli import app
 from trtllm_redrafter.errors import InputError, UsageError, VerificationError
-from trtllm_redrafter.recipe.schema import keys
+from trtllm_redrafter.settings.schema import keys
 
 ROOT = Path(__file__).parent.parent
 CONTRACT = json.loads((ROOT / "tests" / "data" / "trtllm" / "trtllm_api.json").read_text())

@@ -20,9 +20,9 @@ from trtllm_redrafter.backends.base import Result
 from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
 from trtllm_redrafter.checkpoint.layout import tensor_specs
 from trtllm_redrafter.errors import MismatchError
-from trtllm_redrafter.generation import gate_checks, gate_decode
-from trtllm_redrafter.generation.gate import GateReport, GateRequest, parity_gate, reference_device
 from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.verify import gate_checks, gate_decode
+from trtllm_redrafter.verify.gate import GateReport, GateRequest, parity_gate, reference_device
 
 PROMPTS = ("one", "a second prompt", "3")
 VOCAB = 259

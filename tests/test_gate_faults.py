@@ -19,12 +19,12 @@ from tests.trtllm_options import options, settings
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.torch.weights import load_weights
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.generation import reference
-from trtllm_redrafter.generation.distributions import measure
-from trtllm_redrafter.generation.gate import GateReport, GateRequest, parity_gate
-from trtllm_redrafter.generation.gate_acceptance import SingleSteps
-from trtllm_redrafter.generation.reference import Text, compute_pair, tensorrt_qk_epsilon
 from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.verify import reference
+from trtllm_redrafter.verify.distributions import measure
+from trtllm_redrafter.verify.gate import GateReport, GateRequest, parity_gate
+from trtllm_redrafter.verify.gate_acceptance import SingleSteps
+from trtllm_redrafter.verify.reference import Text, compute_pair, tensorrt_qk_epsilon
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 259, "head_dim": 32}
 PROMPTS = ("one", "a second prompt", "3")

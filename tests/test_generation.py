@@ -11,7 +11,9 @@ import pytest
 
 from trtllm_redrafter.backends.base import EngineInfo, Request, Result, Runner, SamplingParams, Update
 from trtllm_redrafter.errors import BackendError, InputError, RequestError
-from trtllm_redrafter.generation import Defaults, Job, Outcome, Summary, prompt_jobs, read_jobs, run_jobs
+from trtllm_redrafter.run.batch import run_jobs
+from trtllm_redrafter.run.jobs import Defaults, Job, Outcome, prompt_jobs, read_jobs
+from trtllm_redrafter.run.summary import Summary
 
 DEFAULTS = Defaults(SamplingParams(max_tokens=2), draft=True, chat=False)
 

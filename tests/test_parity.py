@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_models import FAMILIES, write_base, write_drafter
-from trtllm_redrafter import api
 from trtllm_redrafter.errors import InputError
-from trtllm_redrafter.generation.parity import can_compare, greedy_parity
+from trtllm_redrafter.run import api
+from trtllm_redrafter.verify.tokens import can_compare, greedy_parity
 
 
 def checkpoint(tmp_path: Path, family: str, **changes: object) -> tuple[Path, Path]:

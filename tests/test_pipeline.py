@@ -13,11 +13,11 @@ import torch
 
 from tests.cli.tiny import write_models
 from trtllm_redrafter.errors import InputError, OutputError, RedrafterError, UsageError
-from trtllm_redrafter.pipeline import PipelinePlan, plan_pipeline, run_pipeline
-from trtllm_redrafter.pipeline.cache import Fingerprint, HashCache
-from trtllm_redrafter.pipeline.fingerprints import fingerprint
 from trtllm_redrafter.progress import no_progress
-from trtllm_redrafter.recipe import resolve, set_layer
+from trtllm_redrafter.run.fingerprints import fingerprint
+from trtllm_redrafter.run.stage_cache import Fingerprint, HashCache
+from trtllm_redrafter.run.stages import PipelinePlan, plan_pipeline, run_pipeline
+from trtllm_redrafter.settings import resolve, set_layer
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_a_failed_stage_leaves_no_record(place: Path, monkeypatch: pytest.Monkey
 
     planned = plan()
     with monkeypatch.context() as patch:
-        patch.setattr("trtllm_redrafter.pipeline.stages.convert", fail)
+        patch.setattr("trtllm_redrafter.run.stages.convert", fail)
         with pytest.raises(InputError):
             list(run_pipeline(planned, no_progress))
     assert not (place / "runs").exists()
@@ -189,7 +189,7 @@ def test_hash_cache_reads_a_settled_file_once(tmp_path: Path, monkeypatch: pytes
     cache = HashCache(tmp_path / "cache" / "hashes.json")
     first = cache.sha256(file)
     cache.save()
-    monkeypatch.setattr("trtllm_redrafter.pipeline.cache.sha256_file", lambda _: "read again")
+    monkeypatch.setattr("trtllm_redrafter.run.stage_cache.sha256_file", lambda _: "read again")
     again = HashCache(tmp_path / "cache" / "hashes.json")
     assert again.sha256(file) == first
     file.write_text("[]")  # same size, fresh date

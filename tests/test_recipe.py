@@ -11,10 +11,19 @@ import pytest
 import yaml
 
 from trtllm_redrafter.errors import InputError, RedrafterError, UsageError
-from trtllm_redrafter.recipe import Layer, Origin, Resolved, file_layers, flag_layers, preset_layer, resolve, set_layer
-from trtllm_redrafter.recipe.options import build_options, convert_options, draft_shape, require, with_directories
-from trtllm_redrafter.recipe.schema import Recipe, keys
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.run.options import build_options, convert_options, draft_shape, require, with_directories
+from trtllm_redrafter.settings import (
+    Layer,
+    Origin,
+    Resolved,
+    file_layers,
+    flag_layers,
+    preset_layer,
+    resolve,
+    set_layer,
+)
+from trtllm_redrafter.settings.schema import Recipe, keys
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -23,10 +23,6 @@ from trtllm_redrafter.backends.torch.executor import PromptOutput, TreeOutput
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.errors import MismatchError
 from trtllm_redrafter.fsio import write_json
-from trtllm_redrafter.generation import gate, gate_decode
-from trtllm_redrafter.generation.gate import GateReport, GateRequest, parity_gate
-from trtllm_redrafter.generation.gate_acceptance import AcceptanceCheck, StepCounts
-from trtllm_redrafter.generation.replay import Replay, Steps, load_replay
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.beam_search import Beams
 from trtllm_redrafter.redrafter.config import DraftShape
@@ -35,6 +31,10 @@ from trtllm_redrafter.training.execute import train
 from trtllm_redrafter.training.model import HeadKind
 from trtllm_redrafter.training.plan import plan_training
 from trtllm_redrafter.training.self_distill import WritingOptions
+from trtllm_redrafter.verify import gate, gate_decode
+from trtllm_redrafter.verify.gate import GateReport, GateRequest, parity_gate
+from trtllm_redrafter.verify.gate_acceptance import AcceptanceCheck, StepCounts
+from trtllm_redrafter.verify.replay import Replay, Steps, load_replay
 
 PROMPTS = ("Number A0", "Number C2", "Number E4")
 

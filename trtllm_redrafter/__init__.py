@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from trtllm_redrafter.api import Engine, build, convert, load_engine
+from trtllm_redrafter.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from trtllm_redrafter.run.api import Engine, build, convert, load_engine
+
 __all__ = ["Engine", "__version__", "build", "convert", "load_engine"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from trtllm_redrafter import api
+        from trtllm_redrafter.run import api
 
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

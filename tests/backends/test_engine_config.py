@@ -16,8 +16,8 @@ from tests.engines import build_engine, load, write_checkpoint
 from trtllm_redrafter.backends.engine_config import parse_engine_config
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.safetensors_io import save_tensors
-from trtllm_redrafter.checkpoint.verify import verify_files
 from trtllm_redrafter.errors import BackendError, InputError, RedrafterError
+from trtllm_redrafter.verify.files import verify_files
 
 WHERE = Path("engine/config.json")
 LIMITS = {"max_batch_size": 2, "max_input_len": 40, "max_seq_len": 64}

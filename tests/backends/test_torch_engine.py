@@ -9,7 +9,8 @@ import pytest
 
 from tests.engines import build_engine, build_options, load, write_checkpoint, write_tokenizer
 from tests.tiny_models import write_base
-from trtllm_redrafter.backends import engine_backend, load_backend
+from trtllm_redrafter.backends import load_backend
+from trtllm_redrafter.backends.engine_config import engine_backend
 from trtllm_redrafter.backends.torch.backend import TorchBackend
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.errors import BackendError, InputError, MismatchError, OutputError, RedrafterError, UsageError

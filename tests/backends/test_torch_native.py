@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.engines import build_engine, convert_pair, load, make_runner, with_oracle, write_checkpoint
 from tests.tiny_models import write_base, write_tied_drafter
 from trtllm_redrafter.backends.base import Request, SamplingParams
-from trtllm_redrafter.backends.torch.backend import CHECKPOINT_DIRECTORY
+from trtllm_redrafter.backends.engine_config import ENGINE_CHECKPOINT
 from trtllm_redrafter.backends.torch.drafting import load_drafter
 from trtllm_redrafter.backends.torch.native import compiled, library
 from trtllm_redrafter.backends.torch.native.drafter import NativeDrafter
@@ -54,7 +54,7 @@ def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def plain_executor(runner: TorchRunner, dtype: torch.dtype) -> TorchExecutor:
     """The PyTorch executor on the same weights, in another dtype."""
-    checkpoint = Checkpoint.open(runner.info.path / CHECKPOINT_DIRECTORY)
+    checkpoint = Checkpoint.open(runner.info.path / ENGINE_CHECKPOINT)
     weights = load_weights(checkpoint, torch.device("cpu"))
 
     def cast(value: object) -> object:
@@ -115,7 +115,7 @@ def test_a_row_does_not_depend_on_its_company(runner: TorchRunner) -> None:
 
 
 def test_beams_are_the_plain_searchs(runner: TorchRunner) -> None:
-    checkpoint = Checkpoint.open(runner.info.path / CHECKPOINT_DIRECTORY)
+    checkpoint = Checkpoint.open(runner.info.path / ENGINE_CHECKPOINT)
     config = checkpoint.config.drafter
     assert config is not None
     drafter = load_drafter(checkpoint, config, torch.device("cpu"))
@@ -217,7 +217,7 @@ def test_more_threads_than_there_are_places_for(
 
 
 def test_tensors_that_do_not_fit_the_config_are_refused(runner: TorchRunner) -> None:
-    checkpoint = Checkpoint.open(runner.info.path / CHECKPOINT_DIRECTORY)
+    checkpoint = Checkpoint.open(runner.info.path / ENGINE_CHECKPOINT)
     weights = load_weights(checkpoint, torch.device("cpu"))
     for change in (
         {"intermediate_size": 128},

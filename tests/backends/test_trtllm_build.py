@@ -18,7 +18,6 @@ from tests.cli.tiny import Program
 from tests.engines import write_checkpoint, write_tokenizer
 from tests.standins.host import GPU_LINE, ROOT, Host
 from tests.trtllm_options import options, settings
-from trtllm_redrafter import api
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.tensorrt_llm.build_log import BuildProgress, warnings_in
@@ -29,6 +28,7 @@ from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.errors import BackendError, InputError, OutputError, RedrafterError, UsageError
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.progress import Progress, no_progress
+from trtllm_redrafter.run import api
 
 
 @pytest.fixture(scope="module")

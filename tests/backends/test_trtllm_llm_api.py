@@ -22,13 +22,13 @@ from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
 from trtllm_redrafter.backends.tensorrt_llm.loading import load_runner
 from trtllm_redrafter.backends.tensorrt_llm.options import Api, RuntimeOptions
 from trtllm_redrafter.backends.tensorrt_llm.remote_client import worker_command, worker_environment
-from trtllm_redrafter.checkpoint.inspect import inspect
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.errors import BackendError, UsageError
 from trtllm_redrafter.fsio import read_json, write_json
-from trtllm_redrafter.generation.session import open_runner
-from trtllm_redrafter.recipe.layers import Layer, Origin, resolve
-from trtllm_redrafter.recipe.options import tensorrt_options
+from trtllm_redrafter.run.options import tensorrt_options
+from trtllm_redrafter.run.session import open_runner
+from trtllm_redrafter.settings.layers import Layer, Origin, resolve
+from trtllm_redrafter.verify.inspect import inspect
 
 RUNTIME = replace(settings().runtime, api="llm")
 SLURM = {"SLURM_JOB_ID": "7"}

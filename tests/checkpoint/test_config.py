@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from trtllm_redrafter.checkpoint import CheckpointConfig
+from trtllm_redrafter.checkpoint.config_writer import config_dict
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import read_json
 
@@ -50,10 +51,10 @@ def test_defaults_are_tensorrt_llms() -> None:
 @pytest.mark.parametrize("values", [LLAMA, REDRAFTER, LLAMA | {"architecture": "Qwen3ForCausalLM"}])
 def test_round_trip_keeps_every_value_and_unknown_keys(values: dict[str, Any]) -> None:
     values = values | {"chunk_length": 17, "runtime_defaults": {"a": 1}, "logits_dtype": "float16"}
-    once = parse(values).to_dict()
+    once = config_dict(parse(values))
     assert {key: once[key] for key in values} == values
-    assert parse(once) == parse(parse(once).to_dict())
-    assert parse(once).to_dict() == once
+    assert parse(once) == parse(config_dict(parse(once)))
+    assert config_dict(parse(once)) == once
 
 
 def test_redrafter_fields() -> None:
@@ -72,7 +73,7 @@ def test_redrafter_fields() -> None:
 def test_qwen_is_understood_without_qwen_type(name: str, attn_bias: bool, qk_norm: bool, dense_bias: bool) -> None:
     config = parse(LLAMA | {"architecture": name})
     assert (config.attn_bias, config.has_qk_norm, config.dense_bias) == (attn_bias, qk_norm, dense_bias)
-    written = config.to_dict()
+    written = config_dict(config)
     assert written["qwen_type"] == name[:5].lower()
     assert written["seq_length"] == 8192 and written["moe_intermediate_size"] == 0
 
@@ -94,7 +95,7 @@ def test_missing_bias_flags_are_settled_by_the_tensors() -> None:
 @pytest.mark.parametrize("name", sorted(p.name for p in PEER.iterdir()))
 def test_the_exporters_configs(name: str) -> None:
     raw = read_json(PEER / name / "config.json")
-    written = parse(raw).to_dict()
+    written = config_dict(parse(raw))
     assert {key: written[key] for key in raw if key != "quantization"} == {
         key: value for key, value in raw.items() if key != "quantization"
     }
@@ -103,11 +104,11 @@ def test_the_exporters_configs(name: str) -> None:
 
 def test_excludes_are_completed_when_a_drafter_joins_a_quantized_base() -> None:
     quantized = REDRAFTER | {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
-    excludes = parse(quantized).to_dict()["quantization"]["exclude_modules"]
+    excludes = config_dict(parse(quantized))["quantization"]["exclude_modules"]
     assert excludes[0] == "lm_head"
     assert {"drafter*", "*lm_head", "*vocab_embedding"} <= set(excludes)
     without_list = REDRAFTER | {"quantization": {"quant_algo": "FP8"}}
-    assert "drafter*" in parse(without_list).to_dict()["quantization"]["exclude_modules"]
+    assert "drafter*" in config_dict(parse(without_list))["quantization"]["exclude_modules"]
 
 
 def test_all_problems_in_one_message() -> None:

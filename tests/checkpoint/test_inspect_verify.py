@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_models import write_base, write_drafter
-from trtllm_redrafter import api
-from trtllm_redrafter.checkpoint.inspect import inspect
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
-from trtllm_redrafter.checkpoint.verify import verify_files
-from trtllm_redrafter.conversion.against import verify
 from trtllm_redrafter.conversion.execute import convert
 from trtllm_redrafter.conversion.options import ConvertOptions
 from trtllm_redrafter.conversion.plan import plan_conversion
 from trtllm_redrafter.errors import InputError, VerificationError
 from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.run import api
+from trtllm_redrafter.verify.files import verify_files
+from trtllm_redrafter.verify.inspect import inspect
+from trtllm_redrafter.verify.weights import verify
 
 Tensors = dict[str, torch.Tensor]
 

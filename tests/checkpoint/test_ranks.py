@@ -16,8 +16,8 @@ from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.ranks import rank_problems
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import save_tensors
-from trtllm_redrafter.checkpoint.verify import verify_files
 from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.verify.files import verify_files
 
 
 def found(path: Path) -> list[str]:

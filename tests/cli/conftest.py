@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.tiny import Program, write_models
-from trtllm_redrafter import api
+from trtllm_redrafter.run import api
 
 
 @pytest.fixture

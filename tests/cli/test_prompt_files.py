@@ -15,7 +15,8 @@ import pytest
 
 from tests.cli.tiny import VOCAB, Program, write_models
 from tests.prompts.test_chat_template import QWEN
-from trtllm_redrafter import api, load_engine
+from trtllm_redrafter import load_engine
+from trtllm_redrafter.run import api
 
 SEPARATORS = "one\u2028two\x85three\x0cfour"
 PARTS = [{"type": "text", "text": "hello "}, {"type": "text", "text": "world"}]

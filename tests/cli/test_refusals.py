@@ -151,7 +151,7 @@ def test_a_bug_ends_in_a_message_too(here: Path, program: Program, monkeypatch: 
     def broken(_: Path) -> None:
         raise ZeroDivisionError("one over nothing")
 
-    monkeypatch.setattr("trtllm_redrafter.checkpoint.inspect.inspect", broken)
+    monkeypatch.setattr("trtllm_redrafter.verify.inspect.inspect", broken)
     assert program("inspect", "../engine", "--json") == 70
     assert "internal error: ZeroDivisionError: one over nothing" in program.err and "--debug" in program.err
     assert program.document["error"]["kind"] == "internal"
@@ -230,5 +230,5 @@ def test_an_allocation_that_fails_anywhere(program: Program, monkeypatch: pytest
     def fail(*_: object) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("trtllm_redrafter.checkpoint.inspect.inspect", fail)
+    monkeypatch.setattr("trtllm_redrafter.verify.inspect.inspect", fail)
     assert program("inspect", ".") == 6 and "not enough memory" in program.err

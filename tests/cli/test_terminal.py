@@ -42,35 +42,26 @@ def test_ids_paths_and_prompts_are_shown_not_obeyed(program: Program, artefacts:
     assert program(*run, "--input", lines, "--no-stream") == 3
     shown = program.out.partition("--- ")[2].partition("\n")[0] + program.err
     assert not any(c in shown for c in "\x1b\x9b\x07\u202e\x7f") and r"\x1b]0;owned" in shown
-    assert (
-        program("run", "--engine", f"no{EVIL}".replace("\0", "").encode("utf-8", "replace").decode(), "--prompt", "x")
-        == 3
-    )
+    assert program("run", "--engine", f"no{EVIL}".replace("\0", ""), "--prompt", "x") == 3
     assert "\x1b" not in program.err
     assert program(*run, "--input", lines, "--json") == 3
     assert program.document["results"][-1]["id"] and not any(c in program.out for c in "\x1b\x9b\u202e\x7f")
 
 
-def test_bytes_that_are_not_utf8(artefacts: Path, tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8(artefacts: Path) -> None:
     program = [sys.executable, "-m", "trtllm_redrafter"]
-    folder = os.fsencode(tmp_path) + b"/\xff"
-    os.mkdir(folder)
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
-    os.rename(tmp_path / "p.jsonl", folder + b"/p.jsonl")
     run = [*program, "run", "--engine", artefacts / "engine", "--max-tokens", "2"]
     cases = [
-        ([*run, "--prompt", b"\xff"], 2, "unicode string"),
-        ([*run, "--input", folder + b"/p.jsonl", "--output", folder + b"/o.jsonl"], 2, r"\xff/o.jsonl"),
-        ([*run, "--input", folder + b"/none"], 2, r"\xff/none"),
-        ([*program, b"\xffcommand"], 2, r"\xff"),
-        ([*run, "--chat-template-kwargs", b"\xff=\xfe", "--prompt", "a"], 2, "is not JSON"),
+        ([*run, "--prompt", b"\xff"], "unicode string"),
+        ([*run, "--input", b"\xff/none"], r"\xff/none"),
+        ([*program, b"\xffcommand"], r"\xff"),
+        ([*run, "--chat-template-kwargs", b"\xff=\xfe", "--prompt", "a"], "is not JSON"),
     ]
-    for command, code, said in cases:
+    for command, said in cases:
         done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
         error = done.stderr.decode()
-        assert (done.returncode, "Traceback" in error, "internal" in error) == (code, False, False), error
+        assert (done.returncode, "Traceback" in error, "internal" in error) == (2, False, False), error
         assert said in error
-    assert os.listdir(folder) == [b"p.jsonl"]
 
 
 def test_on_a_real_terminal(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from tests.engines import write_tokenizer
 from tests.tiny_models import drafter_tensors, write_base, write_drafter, write_tied_drafter
 from trtllm_redrafter.checkpoint import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import read_header
-from trtllm_redrafter.checkpoint.verify import verify_files
 from trtllm_redrafter.conversion.plan import plan_conversion
 from trtllm_redrafter.errors import MismatchError
+from trtllm_redrafter.verify.files import verify_files
 
 PEER = Path(__file__).parents[1] / "data" / "peer"
 

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.conversion.conftest import Convert, Options
 from tests.tiny_models import write_base, write_drafter
-from trtllm_redrafter import api
 from trtllm_redrafter.base_models.weights_identity import sample_of
-from trtllm_redrafter.conversion.against import verify
 from trtllm_redrafter.conversion.plan import plan_conversion
 from trtllm_redrafter.errors import InputError, MismatchError, UsageError
-from trtllm_redrafter.generation.parity import greedy_parity
 from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.run import api
+from trtllm_redrafter.verify.tokens import greedy_parity
+from trtllm_redrafter.verify.weights import verify
 
 
 def tied_base(path: Path, *, head: torch.Tensor | None = None, copy: bool = False) -> Path:

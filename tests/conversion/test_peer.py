@@ -12,9 +12,9 @@ from safetensors import safe_open
 
 from tests.conversion.conftest import Convert
 from trtllm_redrafter.checkpoint.safetensors_io import read_header
-from trtllm_redrafter.checkpoint.verify import verify_files
-from trtllm_redrafter.conversion.against import verify
 from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.verify.files import verify_files
+from trtllm_redrafter.verify.weights import verify
 
 PEER = Path(os.environ.get("REDRAFTER_PEER_DIR") or Path(__file__).parents[1] / "data" / "peer")
 INDEX: dict[str, dict[str, Any]] = json.loads((PEER / "index.json").read_text())

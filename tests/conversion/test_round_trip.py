@@ -24,8 +24,8 @@ from tests.tiny_models import (
     write_tied_drafter,
 )
 from trtllm_redrafter.checkpoint import Checkpoint
-from trtllm_redrafter.conversion.against import verify
 from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.verify.weights import verify
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in FAMILIES},

@@ -18,8 +18,8 @@ import torch
 
 from tests.engines import write_tokenizer
 from tests.tiny_models import write_base, write_drafter
-from trtllm_redrafter import api
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
+from trtllm_redrafter.run import api
 
 VOCAB = 259
 CHAT = (

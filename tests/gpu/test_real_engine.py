@@ -31,9 +31,9 @@ from trtllm_redrafter.backends.tensorrt_llm.runner import TensorRTRunner
 from trtllm_redrafter.backends.tensorrt_llm.versions import Status, release_for
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.errors import RequestError
-from trtllm_redrafter.generation.gate import GateRequest, parity_gate
 from trtllm_redrafter.planning.gpus import GPUS
 from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.verify.gate import GateRequest, parity_gate
 
 GPU_LIST = find_gpus()
 VERSION = installed_version("tensorrt_llm")

@@ -26,11 +26,11 @@ from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import load_weights
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.errors import NumericalError
-from trtllm_redrafter.generation.gate import GateRequest, parity_gate
 from trtllm_redrafter.redrafter.beam_search import beam_search, draft_head
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
 from trtllm_redrafter.redrafter.token_tree import Tree
+from trtllm_redrafter.verify.gate import GateRequest, parity_gate
 
 pytestmark = [
     pytest.mark.gpu,

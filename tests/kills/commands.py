@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from tests.cli.tiny import write_models
-from trtllm_redrafter import api
+from trtllm_redrafter.run import api
 
 TRAIN = (
     "train --base base --prompts prompts.jsonl --output drafted --work-dir work --draft-len 3 --num-layers 1 "

@@ -10,8 +10,8 @@ import pytest
 
 from tests.backends.test_trtllm_flags import legal
 from tests.cli.tiny import Program
-from trtllm_redrafter.recipe import file_layers, preset_layer, resolve
-from trtllm_redrafter.recipe.hardware_plan import RecipePlan, plan_recipe
+from trtllm_redrafter.run.hardware_plan import RecipePlan, plan_recipe
+from trtllm_redrafter.settings import file_layers, preset_layer, resolve
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 PRESETS = ("h100-latency", "h100-throughput", "h100-fp8")

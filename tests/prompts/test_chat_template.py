@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -144,6 +146,21 @@ def test_a_template_that_never_ends_is_stopped_in_any_thread(monkeypatch: pytest
     assert len(said) == 4 and all("has not ended after" in text for text in said)
     assert "not tried again" in said[3] and time.monotonic() - start < 10
     assert ChatTemplate("fine", {}).render(CHAT, {}, answer_next=True).text == "fine"
+
+
+def test_the_time_limit_leaves_the_interpreter_as_it_was() -> None:
+    """An exception that is taken back before it is raised makes CPython 3.11 loop for ever once something traces."""
+    program = (
+        "import sys\nfrom trtllm_redrafter.prompts.time_limit import TimeExpired, time_limit\n"
+        "with time_limit(5):\n    pass\n"
+        "try:\n    with time_limit(0.01):\n        while True:\n            pass\n"
+        "except TimeExpired:\n    print('stopped')\n"
+        "sys.settrace(lambda *_: None)\n"
+        "def loop():\n    for i in range(1000):\n        len('x')\n"
+        "loop()\nprint('traced')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["stopped", "traced"], done.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from trtllm_redrafter.backends.base import Backend
-from trtllm_redrafter.errors import InputError, UsageError
-from trtllm_redrafter.fsio import read_json
-
-ENGINE_CONFIG = "config.json"
+from trtllm_redrafter.errors import UsageError
 
 
 def _torch() -> Backend:
@@ -38,22 +34,13 @@ def load_backend(name: str) -> Backend:
     return _BACKENDS[name]()
 
 
-def engine_backend(engine: Path) -> str:
-    """Name of the backend that an engine directory was built for; `InputError` when it is no engine."""
-    if not engine.is_dir():
-        raise InputError("the engine directory does not exist", where=engine, remedy="check the path, or run `build`")
-    config = read_json(engine / ENGINE_CONFIG)
-    if "backend" in config:
-        return str(config["backend"])
-    if "pretrained_config" in config and "build_config" in config:
-        return "tensorrt-llm"
-    if "architecture" in config:
-        raise InputError(
-            "this is a checkpoint, not an engine",
-            where=engine,
-            why="it has not been built for a backend",
-            remedy="run `trtllm-redrafter build --checkpoint` on it and pass that output to --engine",
-        )
-    raise InputError(
-        "this is not an engine", where=engine, why="its config.json names no backend", remedy="check the path"
-    )
+AUTO_DEVICE = "auto"
+
+
+def torch_device(asked: str = AUTO_DEVICE) -> str:
+    """The torch backend's device; "auto" is a GPU if there is one."""
+    if asked != AUTO_DEVICE:
+        return asked
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,12 +14,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from trtllm_redrafter import __version__
 from trtllm_redrafter.checkpoint.config import MAX_RANKS
 from trtllm_redrafter.checkpoint.validation import Schema, Size, validated
 from trtllm_redrafter.errors import BackendError, InputError, raise_together
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.version import __version__
+
+ENGINE_CHECKPOINT = "checkpoint"
+"""Where an engine of the torch backend keeps the checkpoint that it executes."""
 
 TORCH_ENGINE_FORMAT = 1
 """`format` of engines of the torch backend."""
@@ -121,3 +124,24 @@ def _check_format(values: Mapping[str, Any], where: Path) -> None:
             why=f"it was built by version {values.get('version')!r}, this is {__version__}",
             remedy="build it again",
         )
+
+
+def engine_backend(engine: Path) -> str:
+    """Name of the backend that an engine directory was built for; `InputError` when it is no engine."""
+    if not engine.is_dir():
+        raise InputError("the engine directory does not exist", where=engine, remedy="check the path, or run `build`")
+    config = read_json(engine / "config.json")
+    if "backend" in config:
+        return str(config["backend"])
+    if "pretrained_config" in config and "build_config" in config:
+        return "tensorrt-llm"
+    if "architecture" in config:
+        raise InputError(
+            "this is a checkpoint, not an engine",
+            where=engine,
+            why="it has not been built for a backend",
+            remedy="run `trtllm-redrafter build --checkpoint` on it and pass that output to --engine",
+        )
+    raise InputError(
+        "this is not an engine", where=engine, why="its config.json names no backend", remedy="check the path"
+    )

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.backends import engine_backend, load_backend
+from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import Runner
+from trtllm_redrafter.backends.engine_config import engine_backend
 from trtllm_redrafter.benchmark import environment
 from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, both_sides
 from trtllm_redrafter.benchmark.plots import require_matplotlib
@@ -25,6 +26,7 @@ from trtllm_redrafter.benchmark.summary import Summary, summarize
 from trtllm_redrafter.errors import InputError, MismatchError, UsageError
 from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.prompts.jsonl import dump_line
 from trtllm_redrafter.redrafter.config import DraftShape
 
 
@@ -89,8 +91,9 @@ def _kv_cache_tokens(options: BenchOptions, prompts: list[BenchPrompt]) -> int |
         return None
     measure, longest = options.measure, 0
     for prompt in prompts:
-        texts = [prompt.prompt.as_text(), *prompt.prompt.later]
-        answers = (1 + len(prompt.prompt.later)) * measure.max_tokens
+        asked = prompt.prompt  # as JSON: tool calls and template arguments are read by the model, too
+        texts = [dump_line([*asked.as_messages(), asked.template_kwargs]), *asked.later]
+        answers = (1 + len(asked.later)) * measure.max_tokens
         longest = max(longest, answers + sum(len(text.encode("utf-8", "surrogatepass")) for text in texts))
     return max(measure.batches, default=1) * (longest + _REQUEST_SLACK)
 

@@ -18,13 +18,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter import __version__
 from trtllm_redrafter.backends.base import EngineInfo
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.planning.gpus import gpu_by_driver_name
 from trtllm_redrafter.planning.sizes import weight_bytes
+from trtllm_redrafter.version import __version__
 
 _PACKAGES = ("torch", "transformers", "numpy", "tensorrt_llm", "tensorrt")
 _VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "REDRAFTER_THREADS", "REDRAFTER_NATIVE", "CUDA_VISIBLE_DEVICES")

@@ -149,12 +149,6 @@ class CheckpointConfig:
         raise_together(InputError, fields.problems, "the checkpoint's config.json is not usable", where=where)
         return config
 
-    def to_dict(self) -> dict[str, Any]:
-        """The complete `config.json`, known keys first."""
-        from trtllm_redrafter.checkpoint.config_writer import config_dict
-
-        return config_dict(self)
-
 
 def _base_architecture(fields: FieldReader) -> str:
     """The plain architecture behind the file's `architecture`, with Qwen's generations told apart."""

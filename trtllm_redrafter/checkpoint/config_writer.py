@@ -6,12 +6,10 @@ for these models (`hidden_act` gelu, `position_embedding_type` learned_absolute,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.quantization import complete_excludes
-
-if TYPE_CHECKING:
-    from trtllm_redrafter.checkpoint.config import CheckpointConfig
 
 QWEN_DEFAULT_SEQ_LENGTH = 8192
 """What TensorRT-LLM's own converter writes when the Hugging Face config has no `seq_length`."""

@@ -23,10 +23,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from trtllm_redrafter import __version__
 from trtllm_redrafter.checkpoint.validation import Schema, validated
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.fsio import CREATOR, read_json, safe_join, sample_sha256, sha256_file, write_json
+from trtllm_redrafter.version import __version__
 
 MANIFEST = "manifest.json"
 OWN_HASH = "manifest_sha256"

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import typer
 
-from trtllm_redrafter import __version__
 from trtllm_redrafter.cli import console, signals
 from trtllm_redrafter.cli.bench import bench
 from trtllm_redrafter.cli.build import build
@@ -31,6 +30,7 @@ from trtllm_redrafter.cli.verify import verify
 from trtllm_redrafter.errors import BackendError, OutputError, RedrafterError, UsageError
 from trtllm_redrafter.memory import address_space_limit, is_out_of_memory
 from trtllm_redrafter.paths import explain_os_error
+from trtllm_redrafter.version import __version__
 
 PROGRAM = "trtllm-redrafter"
 

@@ -11,7 +11,7 @@ import typer
 from trtllm_redrafter.cli.console import INTERRUPTED, emit, note, progress_bar, say
 from trtllm_redrafter.cli.options import Changes, Json, Overwrite, TemplateKwargs, setting, template_flag
 from trtllm_redrafter.errors import UsageError
-from trtllm_redrafter.recipe import Resolved
+from trtllm_redrafter.settings import Resolved
 
 COMPARE = "compare"
 
@@ -45,8 +45,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure whether drafting pays, or compare measurements (`bench compare A.json B.json`)."""
-    from trtllm_redrafter.recipe import flag_layers, resolve, set_layer
-    from trtllm_redrafter.recipe.benchmark_options import bench_options, spec_bench_layer, target_layers
+    from trtllm_redrafter.run.benchmark_options import bench_options, spec_bench_layer, target_layers
+    from trtllm_redrafter.settings import flag_layers, resolve, set_layer
 
     given = flag_layers(
         {
@@ -92,7 +92,7 @@ def bench(
 def _compare(paths: list[Path], resolved: Resolved, *, as_json: bool) -> None:
     from trtllm_redrafter.benchmark.compare import compare
     from trtllm_redrafter.benchmark.records import read_result
-    from trtllm_redrafter.recipe.benchmark_options import bootstrap
+    from trtllm_redrafter.run.benchmark_options import bootstrap
 
     results = [(str(path), read_result(path)) for path in paths]
     found = compare(results, bootstrap(resolved), tolerance=resolved.recipe.bench.tolerance)

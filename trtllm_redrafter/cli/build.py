@@ -25,7 +25,7 @@ def build(
 ) -> None:
     """Build an engine from a checkpoint."""
     from trtllm_redrafter.backends import load_backend
-    from trtllm_redrafter.recipe.options import build_options, with_checkpoint_limits
+    from trtllm_redrafter.run.options import build_options, with_checkpoint_limits
 
     resolved = with_checkpoint_limits(
         from_flags(

@@ -30,7 +30,7 @@ def convert(
     """Convert a Hugging Face base model and a ReDrafter drafter into a TensorRT-LLM checkpoint."""
     from trtllm_redrafter.conversion import convert as run_conversion
     from trtllm_redrafter.conversion import plan_conversion
-    from trtllm_redrafter.recipe.options import convert_options
+    from trtllm_redrafter.run.options import convert_options
 
     resolved = from_flags(
         {

@@ -19,8 +19,8 @@ def doctor(
 ) -> None:
     """Check versions, GPU, driver, MPI, disk and memory; exit code 6 when the backend asked for cannot be used."""
     from trtllm_redrafter.doctor import examine
-    from trtllm_redrafter.recipe import file_layers, resolve, set_layer
-    from trtllm_redrafter.recipe.hardware_plan import machine_needs
+    from trtllm_redrafter.run.hardware_plan import machine_needs
+    from trtllm_redrafter.settings import file_layers, resolve, set_layer
 
     layers = [*(file_layers(recipe) if recipe is not None else []), *([set_layer(changes)] if changes else [])]
     resolved = resolve(layers)

@@ -28,7 +28,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a drafter's acceptance for every setting of a grid."""
-    from trtllm_redrafter.recipe.training_options import evaluate_options
+    from trtllm_redrafter.run.training_options import evaluate_options
     from trtllm_redrafter.training import evaluate as run_evaluation
 
     resolved = from_flags(

@@ -16,7 +16,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what PATH is: settings, table of tensors, provenance. Reads headers only."""
-    from trtllm_redrafter.checkpoint.inspect import inspect as look_at
+    from trtllm_redrafter.verify.inspect import inspect as look_at
 
     found = look_at(path)
     say(found.render())

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from trtllm_redrafter.recipe import Resolved, flag_layers, resolve, set_layer
-from trtllm_redrafter.recipe.layers import show
-from trtllm_redrafter.recipe.schema import keys
-from trtllm_redrafter.recipe.sources import template_arguments
+from trtllm_redrafter.settings import Resolved, flag_layers, resolve, set_layer
+from trtllm_redrafter.settings.layers import show
+from trtllm_redrafter.settings.schema import keys
+from trtllm_redrafter.settings.sources import template_arguments
 
 _DESCRIPTIONS = keys()
 _NOTHING_GIVEN = resolve([])

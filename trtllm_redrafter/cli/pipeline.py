@@ -12,7 +12,7 @@ from trtllm_redrafter.cli.options import DryRun, Json
 
 if TYPE_CHECKING:
     from trtllm_redrafter.cli.run_prompts import RunReport
-    from trtllm_redrafter.pipeline import PipelinePlan, StagePlan
+    from trtllm_redrafter.run.stages import PipelinePlan, StagePlan
 
 
 def pipeline(
@@ -24,8 +24,8 @@ def pipeline(
     as_json: Json = False,
 ) -> None:
     """Convert, build and run as a recipe says, skipping stages whose inputs and options are unchanged."""
-    from trtllm_redrafter.pipeline import plan_pipeline
-    from trtllm_redrafter.recipe import file_layers, resolve, set_layer
+    from trtllm_redrafter.run.stages import plan_pipeline
+    from trtllm_redrafter.settings import file_layers, resolve, set_layer
 
     resolved = resolve([*file_layers(recipe), *([set_layer(changes)] if changes else [])])
     plan = plan_pipeline(resolved, name=recipe.stem)
@@ -48,7 +48,7 @@ def pipeline(
 def _carry_out(plan: PipelinePlan, *, quiet: bool) -> tuple[list[StagePlan], RunReport | None]:
     """All stages; results of an interrupted run stage are gone on with."""
     from trtllm_redrafter.cli.run_prompts import RunRequest, run_prompts
-    from trtllm_redrafter.pipeline import begin_run, record_run, run_pipeline
+    from trtllm_redrafter.run.stages import begin_run, record_run, run_pipeline
 
     done = []
     with progress_bar() as progress:

@@ -17,8 +17,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show flags, memory and step times of a recipe on its GPU; needs no GPU and no weights."""
-    from trtllm_redrafter.recipe import file_layers, resolve, set_layer
-    from trtllm_redrafter.recipe.hardware_plan import plan_recipe
+    from trtllm_redrafter.run.hardware_plan import plan_recipe
+    from trtllm_redrafter.settings import file_layers, resolve, set_layer
 
     resolved = resolve([*file_layers(recipe), *([set_layer(changes)] if changes else [])])
     report = plan_recipe(resolved, name=recipe.stem)

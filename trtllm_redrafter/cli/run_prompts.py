@@ -12,21 +12,15 @@ from typing import Any
 from trtllm_redrafter.backends.base import EngineInfo, Runner, Update
 from trtllm_redrafter.cli.console import note, progress_bar, say, say_generated, working
 from trtllm_redrafter.errors import OutputError, RedrafterError, RequestError, UsageError
-from trtllm_redrafter.generation import (
-    Job,
-    Outcome,
-    ResultsFile,
-    Summary,
-    defaults_for,
-    open_runner,
-    prompt_jobs,
-    read_jobs,
-    run_jobs,
-)
 from trtllm_redrafter.paths import check_place
 from trtllm_redrafter.prompts.jsonl import check_source
-from trtllm_redrafter.recipe import Resolved
-from trtllm_redrafter.recipe.schema import RunSection
+from trtllm_redrafter.run.batch import run_jobs
+from trtllm_redrafter.run.jobs import Job, Outcome, prompt_jobs, read_jobs
+from trtllm_redrafter.run.results import ResultsFile
+from trtllm_redrafter.run.session import defaults_for, open_runner
+from trtllm_redrafter.run.summary import Summary
+from trtllm_redrafter.settings import Resolved
+from trtllm_redrafter.settings.schema import RunSection
 
 
 @dataclass(frozen=True)

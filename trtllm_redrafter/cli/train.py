@@ -36,7 +36,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a drafter for a base model, which stays as it is."""
-    from trtllm_redrafter.recipe.training_options import train_options
+    from trtllm_redrafter.run.training_options import train_options
     from trtllm_redrafter.training import plan_training
     from trtllm_redrafter.training import train as run_training
     from trtllm_redrafter.training.engine_writer import answer_writer

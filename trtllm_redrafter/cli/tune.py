@@ -30,8 +30,8 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Find beams and draft length per batch size without building each."""
-    from trtllm_redrafter.recipe import flag_layers, resolve, set_layer
-    from trtllm_redrafter.recipe.benchmark_options import recipe_values, target_layers, tune_options
+    from trtllm_redrafter.run.benchmark_options import recipe_values, target_layers, tune_options
+    from trtllm_redrafter.settings import flag_layers, resolve, set_layer
 
     given = flag_layers(
         {

@@ -13,7 +13,7 @@ from trtllm_redrafter.cli.options import Json, from_flags, setting
 from trtllm_redrafter.errors import VerificationError
 
 if TYPE_CHECKING:
-    from trtllm_redrafter.checkpoint.verify import VerifyReport
+    from trtllm_redrafter.verify.files import VerifyReport
 
 
 def verify(
@@ -52,7 +52,7 @@ def verify(
         run = from_flags({"run.max_tokens": ("--max-tokens", max_tokens)}).recipe.run
         _gate(path, reference, tuple(prompt or ()), run.max_tokens, min_acceptance, device=run.device, as_json=as_json)
         return
-    from trtllm_redrafter.conversion.against import verify as run_checks
+    from trtllm_redrafter.verify.weights import verify as run_checks
 
     with progress_bar() as progress:
         report = run_checks(path, against=against, drafter=drafter, hashes=True, progress=progress)
@@ -73,11 +73,11 @@ def _gate(
     engine: Path, reference: Path, prompts: tuple[str, ...], max_tokens: int, floor: float | None, *, device: str,
     as_json: bool,
 ) -> None:  # fmt: skip
-    from trtllm_redrafter.backends import engine_backend
-    from trtllm_redrafter.generation.gate import PROMPTS, GateRequest, parity_gate
-    from trtllm_redrafter.generation.session import best_device
+    from trtllm_redrafter.backends import torch_device
+    from trtllm_redrafter.backends.engine_config import engine_backend
+    from trtllm_redrafter.verify.gate import PROMPTS, GateRequest, parity_gate
 
-    device = best_device() if engine_backend(engine) == "torch" else device
+    device = torch_device() if engine_backend(engine) == "torch" else device
     with working("running the engine and its reference"):
         report = parity_gate(GateRequest(engine, reference, prompts or PROMPTS, max_tokens, floor, device))
     (say if report.ok else note)(report.render())
@@ -90,7 +90,7 @@ def _gate(
 
 def _with_greedy_tokens(report: VerifyReport, path: Path, against: Path) -> VerifyReport:
     """Add what decoding a few prompts shows; only worth it when files and values are right."""
-    from trtllm_redrafter.generation.parity import can_compare, greedy_parity
+    from trtllm_redrafter.verify.tokens import can_compare, greedy_parity
 
     reason = can_compare(path, against)
     if reason is not None:

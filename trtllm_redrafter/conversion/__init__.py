@@ -4,9 +4,8 @@ The room is not called after its function: `trtllm_redrafter.convert` is the API
 would put itself in the function's place.
 """
 
-from trtllm_redrafter.conversion.against import verify
 from trtllm_redrafter.conversion.execute import convert
 from trtllm_redrafter.conversion.options import ConvertOptions
 from trtllm_redrafter.conversion.plan import ConversionPlan, plan_conversion
 
-__all__ = ["ConversionPlan", "ConvertOptions", "convert", "plan_conversion", "verify"]
+__all__ = ["ConversionPlan", "ConvertOptions", "convert", "plan_conversion"]

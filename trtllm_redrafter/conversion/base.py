@@ -22,7 +22,7 @@ from trtllm_redrafter.base_models.weights_identity import weights_sample
 from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
 from trtllm_redrafter.checkpoint.layout import EMBEDDING, LM_HEAD, TensorSpec, tensor_specs
 from trtllm_redrafter.checkpoint.reader import Checkpoint, rank_file
-from trtllm_redrafter.checkpoint.verify import structure_problems
+from trtllm_redrafter.checkpoint.structure import structure_problems
 from trtllm_redrafter.conversion.head import chosen_head
 from trtllm_redrafter.conversion.options import AUTO_DTYPE, ConvertOptions
 from trtllm_redrafter.conversion.shards import TensorPlan, plan_tensor, whole

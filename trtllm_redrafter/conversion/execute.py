@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from trtllm_redrafter.checkpoint.config_writer import config_dict
 from trtllm_redrafter.checkpoint.manifest import FileRecord, Manifest
 from trtllm_redrafter.checkpoint.reader import rank_file
 from trtllm_redrafter.conversion.plan import ConversionPlan
@@ -29,7 +30,7 @@ def convert(plan: ConversionPlan, progress: Progress, *, on_complete: Callable[[
         with atomic_directory(output, overwrite=plan.options.overwrite, on_complete=on_complete) as work:
             ranks, inputs = _write_ranks(plan, work, progress)
             records = {rank_file(work, rank).name: record for rank, record in ranks.items()}
-            write_json(work / "config.json", plan.config.to_dict())
+            write_json(work / "config.json", config_dict(plan.config))
             records["config.json"] = FileRecord.of(work / "config.json")
             for source, name in plan.copies:
                 (work / name).parent.mkdir(exist_ok=True)

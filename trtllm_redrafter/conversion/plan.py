@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trtllm_redrafter.checkpoint.config import ARCHITECTURES, CheckpointConfig
+from trtllm_redrafter.checkpoint.config_writer import config_dict
 from trtllm_redrafter.checkpoint.layout import DRAFTER, divisibility_problems, tensor_specs
 from trtllm_redrafter.conversion.base import Base, open_base, with_text
 from trtllm_redrafter.conversion.draft_shape import ResolvedShape, resolve_shape
 from trtllm_redrafter.conversion.drafter_checks import LM_HEAD
 from trtllm_redrafter.conversion.drafter_files import DrafterFiles
 from trtllm_redrafter.conversion.options import ConvertOptions
-from trtllm_redrafter.conversion.render import plan_dict, render_plan
 from trtllm_redrafter.conversion.shards import RankPlan, plan_tensor
 from trtllm_redrafter.conversion.sources import Folded, OpenFiles, Source
 from trtllm_redrafter.conversion.validate import option_problems, pair_problems
@@ -63,11 +63,11 @@ class ConversionPlan:
 
     def render(self) -> str:
         """The plan for people."""
-        return render_plan(self)
+        return _render(self)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan for programs."""
-        return plan_dict(self)
+        return _as_dict(self)
 
 
 class _Collector:
@@ -231,3 +231,60 @@ def derived_values(plan: ConversionPlan) -> dict[str, Any]:
             "tied_drafter_head": plan.drafter.tie_lm_head,
         }
     return values
+
+
+def _human_bytes(count: int) -> str:
+    """`269.1 MB`; powers of ten, as disks are sold."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def _render(plan: ConversionPlan) -> str:
+    """Reads, writes, derived values, notes."""
+    options = plan.options
+    read = sum(path.stat().st_size for path in plan.inputs)
+    lines = [
+        f"convert to {options.output}",
+        f"  base      {options.base} ({plan.base.kind}): {plan.config.parameters_hint}",
+    ]
+    if plan.drafter is not None:
+        d = plan.drafter.config
+        kind = "RNN" if d.rnn else "no RNN"
+        lines.append(
+            f"  drafter   {plan.drafter.path}: {d.num_layers} layers, exit_dim {d.exit_dim}, {kind}"
+            + (", LM head from the base" if plan.drafter.tie_lm_head else "")
+        )
+    lines.append(f"  reads     {len(plan.inputs)} files, {_human_bytes(read)}")
+    lines += [
+        f"  writes    rank{rank.rank}.safetensors, {len(rank.tensors)} tensors, {_human_bytes(rank.layout.file_size)}"
+        for rank in plan.ranks
+    ]
+    lines += [f"  copies    {target}" for _, target in plan.copies]
+    lines.append("  derived")
+    width = max(len(key) for key in plan.derived)
+    lines += [f"    {key:<{width}}  {value}" for key, value in plan.derived.items()]
+    lines += [f"  note      {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def _as_dict(plan: ConversionPlan) -> dict[str, Any]:
+    return {
+        "options": plan.options.as_dict(),
+        "reads": [_file(path) for path in plan.inputs],
+        "writes": [
+            {"file": f"rank{r.rank}.safetensors", "tensors": len(r.tensors), "bytes": r.layout.file_size}
+            for r in plan.ranks
+        ],
+        "copies": [{"from": str(source), "to": target} for source, target in plan.copies],
+        "config": config_dict(plan.config),
+        "derived": plan.derived,
+        "notes": list(plan.notes),
+    }
+
+
+def _file(path: Path) -> dict[str, Any]:
+    return {"file": str(path), "bytes": path.stat().st_size}

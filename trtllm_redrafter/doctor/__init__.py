@@ -7,6 +7,7 @@ belongs to one or both backends, so that the last line can say which of them thi
     report.render(), report.serves("torch")
 """
 
-from trtllm_redrafter.doctor.report import Check, DoctorReport, Needs, State, examine
+from trtllm_redrafter.doctor.checks import examine
+from trtllm_redrafter.doctor.report import Check, DoctorReport, Needs, State
 
 __all__ = ["Check", "DoctorReport", "Needs", "State", "examine"]

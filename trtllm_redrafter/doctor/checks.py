@@ -30,7 +30,7 @@ from trtllm_redrafter.backends.tensorrt_llm.versions import (
 )
 from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable, check_cache, find_compiler
 from trtllm_redrafter.doctor.host import inside_container, main_memory, shared_memory_bytes
-from trtllm_redrafter.doctor.report import BACKENDS, Check, Needs, State
+from trtllm_redrafter.doctor.report import BACKENDS, Check, DoctorReport, Needs, State
 from trtllm_redrafter.paths import existing_parent
 from trtllm_redrafter.planning.gpus import gpu as planned_gpu
 
@@ -40,6 +40,11 @@ OWN_REQUIREMENTS = {"torch": ">=2.9", "transformers": ">=4.57,<6", "safetensors"
 
 _SHARED_MEMORY = 10**9
 """NVIDIA's advice for NCCL in containers; Docker gives 64 MB."""
+
+
+def examine(needs: Needs | None) -> DoctorReport:
+    """Examine this machine; with a recipe's needs, also whether it meets them."""
+    return DoctorReport(tuple(all_checks(needs)))
 
 
 def all_checks(needs: Needs | None) -> Iterator[Check]:

@@ -73,10 +73,3 @@ class DoctorReport:
     def as_dict(self) -> dict[str, Any]:
         serves = {backend: self.serves(backend) for backend in BACKENDS}
         return {"checks": [check.as_dict() for check in self.checks], "serves": serves}
-
-
-def examine(needs: Needs | None) -> DoctorReport:
-    """Examine this machine; with a recipe's needs, also whether it meets them."""
-    from trtllm_redrafter.doctor import checks
-
-    return DoctorReport(tuple(checks.all_checks(needs)))

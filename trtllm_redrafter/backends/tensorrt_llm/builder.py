@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter import __version__
 from trtllm_redrafter.backends.build_text import BuildText, build_text
 from trtllm_redrafter.backends.tensorrt_llm.build_log import BuildProgress, warnings_in
 from trtllm_redrafter.backends.tensorrt_llm.build_plan import BACKEND, TensorRTPlan
@@ -32,10 +31,11 @@ from trtllm_redrafter.base_models.end_tokens import RECORDED
 from trtllm_redrafter.base_models.tokenizer import GENERATION_CONFIG, tokenizer_files
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.checkpoint.verify import require_sound
+from trtllm_redrafter.checkpoint.structure import require_sound
 from trtllm_redrafter.errors import BackendError, OutputError
 from trtllm_redrafter.fsio import as_output_error, atomic_directory, read_json, sha256_file, write_json
 from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.version import __version__
 
 LOG = "build.log"
 TIMING_CACHE = "timing.cache"

@@ -19,7 +19,13 @@ from pathlib import Path
 import torch
 
 from trtllm_redrafter.backends.base import BuildOptions, BuildPlan, EngineInfo
-from trtllm_redrafter.backends.engine_config import Limits, TorchEngineConfig, read_engine_config
+from trtllm_redrafter.backends.engine_config import (
+    ENGINE_CHECKPOINT,
+    Limits,
+    TorchEngineConfig,
+    engine_backend,
+    read_engine_config,
+)
 from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY, engine_text
 from trtllm_redrafter.backends.torch.build_plan import BACKEND, TorchBuildPlan, kv_cache_bytes, plan_build
 from trtllm_redrafter.backends.torch.cuda.executor import CudaExecutor, cuda_unavailable
@@ -40,7 +46,7 @@ from trtllm_redrafter.checkpoint.draft_vocab import DRAFT_VOCAB_FILE
 from trtllm_redrafter.checkpoint.finite import finite_problems
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.reader import Checkpoint, rank_file
-from trtllm_redrafter.checkpoint.verify import require_sound
+from trtllm_redrafter.checkpoint.structure import require_sound
 from trtllm_redrafter.errors import BackendError, InputError, Problem, UsageError, limited, raise_together
 from trtllm_redrafter.fsio import (
     as_output_error,
@@ -50,8 +56,6 @@ from trtllm_redrafter.fsio import (
 )
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.redrafter.config import DraftShape
-
-CHECKPOINT_DIRECTORY = "checkpoint"
 
 
 class TorchBackend:
@@ -72,7 +76,7 @@ class TorchBackend:
             files = _checkpoint_files(plan.checkpoint)
             for done, name in enumerate(files):
                 progress("build", done, len(files), "files")
-                target = work / CHECKPOINT_DIRECTORY / name
+                target = work / ENGINE_CHECKPOINT / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 link_or_copy(source / name, target)
             if plan.tokenizer is not None:
@@ -105,7 +109,7 @@ class TorchBackend:
             raise UsageError("only TensorRT-LLM engines have a choice of interface", where=engine, remedy=remedy)
         del kv_cache_tokens  # the cache has the size the engine was built with
         config = _read_engine(engine, verify_hashes)
-        checkpoint = Checkpoint.open(engine / CHECKPOINT_DIRECTORY)
+        checkpoint = Checkpoint.open(engine / ENGINE_CHECKPOINT)
         require_sound(checkpoint)
         _check_limits(config.build_config, checkpoint, engine)
         shape = _draft_shape(checkpoint.config, config, draft_shape, engine)
@@ -182,7 +186,7 @@ def _check_unchanged(checkpoint: Checkpoint, engine: Manifest) -> None:
     problems = [
         Problem("the file's content has changed since the checkpoint was written", str(checkpoint.path / name))
         for name, record in checkpoint.manifest.files.items()
-        if engine.files.get(f"{CHECKPOINT_DIRECTORY}/{name}", record).sha256 != record.sha256
+        if engine.files.get(f"{ENGINE_CHECKPOINT}/{name}", record).sha256 != record.sha256
     ]
     raise_together(InputError, problems, "the checkpoint is damaged", where=checkpoint.path, remedy="convert it again")
 
@@ -194,8 +198,6 @@ def _recorded(checkpoint: Checkpoint) -> object:
 
 def _read_engine(engine: Path, verify_hashes: bool) -> TorchEngineConfig:
     """The engine's config, after a check of what it is and whether its files are whole."""
-    from trtllm_redrafter.backends import engine_backend
-
     backend = engine_backend(engine)
     if backend != BACKEND:
         raise BackendError(

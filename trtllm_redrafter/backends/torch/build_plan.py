@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from trtllm_redrafter import __version__
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.build_text import BuildText, build_text
 from trtllm_redrafter.backends.engine_config import TORCH_ENGINE_FORMAT
@@ -19,10 +18,11 @@ from trtllm_redrafter.backends.torch.rope import SUPPORTED_SCALINGS, scaling_kin
 from trtllm_redrafter.base_models.end_tokens import RECORDED
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.checkpoint.verify import require_sound
+from trtllm_redrafter.checkpoint.structure import require_sound
 from trtllm_redrafter.errors import MismatchError, Problem, raise_together
 from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.paths import check_place, existing_parent
+from trtllm_redrafter.version import __version__
 
 BACKEND = "torch"
 

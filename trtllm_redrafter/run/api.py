@@ -1,0 +1,193 @@
+"""The Python API: what the commands do, as three functions and an engine.
+
+    from trtllm_redrafter import build, convert, load_engine
+
+    convert(base="vicuna-7b", drafter="redrafter-vicuna-7b", output="checkpoint")
+    build(checkpoint="checkpoint", output="engine")
+    with load_engine("engine") as engine:
+        print(engine.generate(["What is a tree?"], max_tokens=64)[0].text)
+
+An argument left None takes the recipe's default, the same one the command has. Errors are `RedrafterError`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trtllm_redrafter.backends import load_backend
+from trtllm_redrafter.backends.base import EngineInfo, Request, Result, Runner, Update
+from trtllm_redrafter.conversion import convert as run_conversion
+from trtllm_redrafter.conversion import plan_conversion
+from trtllm_redrafter.errors import RequestError
+from trtllm_redrafter.paths import as_input_error
+from trtllm_redrafter.progress import Progress, no_progress
+from trtllm_redrafter.prompts.messages import check_template_kwargs
+from trtllm_redrafter.run.options import build_options, convert_options, sampling_params
+from trtllm_redrafter.run.session import defaults_for, open_runner
+from trtllm_redrafter.settings import Resolved, flag_layers, resolve
+
+AnyPath = str | Path
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+def convert(
+    base: AnyPath,
+    output: AnyPath,
+    *,
+    drafter: AnyPath | None = None,
+    dtype: str | None = None,
+    tp_size: int | None = None,
+    num_beams: int | None = None,
+    draft_len: int | None = None,
+    greedy: bool | None = None,
+    parallel_embedding: bool | None = None,
+    lm_head: str | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> Path:
+    """Write a TensorRT-LLM checkpoint of `base` and `drafter`; returns its directory."""
+    resolved = _resolved(
+        {"base": base, "checkpoint": output, "drafter": drafter},
+        convert={
+            "dtype": dtype, "tp_size": tp_size, "num_beams": num_beams, "draft_len": draft_len,
+            "greedy": greedy, "parallel_embedding": parallel_embedding, "lm_head": lm_head,
+            "workers": workers,
+        },
+    )  # fmt: skip
+    with as_input_error():
+        return run_conversion(plan_conversion(convert_options(resolved, overwrite=overwrite)), progress)
+
+
+def build(
+    checkpoint: AnyPath,
+    output: AnyPath,
+    *,
+    backend: str | None = None,
+    tokenizer: AnyPath | None = None,
+    max_batch_size: int | None = None,
+    max_input_len: int | None = None,
+    max_seq_len: int | None = None,
+    tensorrt_llm: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> Path:
+    """Build an engine from a checkpoint; returns its directory.
+
+    `tensorrt_llm` takes the keys of that recipe section, as {"gpu": "h200"}; they mean nothing to the torch backend.
+    """
+    resolved = _resolved(
+        {"checkpoint": checkpoint, "engine": output, "backend": backend},
+        build={
+            "tokenizer": tokenizer, "max_batch_size": max_batch_size,
+            "max_input_len": max_input_len, "max_seq_len": max_seq_len,
+        },
+        tensorrt_llm=tensorrt_llm or {},
+    )  # fmt: skip
+    with as_input_error():
+        options = build_options(resolved, overwrite=overwrite)
+        chosen = load_backend(options.backend)
+        return chosen.build(chosen.plan(options), progress)
+
+
+def load_engine(
+    engine: AnyPath,
+    *,
+    device: str | None = None,
+    num_beams: int | None = None,
+    draft_len: int | None = None,
+    verify_hashes: bool = False,
+) -> Engine:
+    """Load an engine directory with the backend it was built for."""
+    run = {"device": device, "num_beams": num_beams, "draft_len": draft_len}
+    resolved = _resolved({"engine": engine}, run=run)
+    with as_input_error():
+        return Engine(open_runner(resolved, verify_hashes=verify_hashes), resolved)
+
+
+class Engine:
+    """A loaded engine for texts; `runner` is what steps, batches and servers work with."""
+
+    def __init__(self, runner: Runner, resolved: Resolved) -> None:
+        self.runner = runner
+        self._resolved = resolved
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.runner.info
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        draft: bool = True,
+        chat: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> list[Result]:
+        """Answer prompts (texts, or lists of messages) as one batch, in their order.
+
+        `sampling` takes the fields of `SamplingParams`: max_tokens, temperature, top_k, top_p, seed, stop,
+        stop_token_ids, skip_special_tokens, ignore_eos. `chat_template_kwargs` are further arguments of the chat
+        template, as {"enable_thinking": False}. A prompt that is refused keeps all from running, and nothing queued.
+        """
+        return self.runner.generate([self._request(p, draft, chat, chat_template_kwargs, sampling) for p in prompts])
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        draft: bool = True,
+        chat: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Iterator[Update]:
+        """Updates of one prompt as they come."""
+        return self.runner.stream(self._request(prompt, draft, chat, chat_template_kwargs, sampling))
+
+    def _request(
+        self,
+        prompt: Prompt,
+        draft: bool,
+        chat: bool | None,
+        template_kwargs: Mapping[str, Any] | None,
+        sampling: Mapping[str, Any],
+    ) -> Request:
+        if isinstance(sampling.get("stop"), str):
+            sampling = {**sampling, "stop": (sampling["stop"],)}
+        lists = ("stop", "stop_token_ids")
+        try:
+            changes = {k: tuple(v or ()) if k in lists else v for k, v in sampling.items()}
+            params = sampling_params(self._resolved, changes)
+        except TypeError as e:
+            remedy = (
+                "use max_tokens, temperature, top_k, top_p, seed, stop, stop_token_ids, skip_special_tokens "
+                "or ignore_eos"
+            )
+            raise RequestError("unknown sampling parameter", why=str(e), remedy=remedy) from e
+        messages = not isinstance(prompt, str)
+        defaults = defaults_for(self._resolved, self.runner)
+        through_template = (defaults.chat if chat is None else chat) or messages
+        kwargs = {**defaults.template_kwargs, **check_template_kwargs(dict(template_kwargs or {}))}
+        ids = self.runner.encode_prompt(prompt, chat=through_template, template_kwargs=kwargs)
+        return Request(ids, params, draft=draft)
+
+    def close(self) -> None:
+        self.runner.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _resolved(top: Mapping[str, Any], **sections: Mapping[str, Any]) -> Resolved:
+    """Arguments as a recipe layer, named as the caller named them."""
+    given = dict(top) | {f"{s}.{key}": value for s, values in sections.items() for key, value in values.items()}
+    return resolve(flag_layers({key: (key.rpartition(".")[2], value) for key, value in given.items()}))

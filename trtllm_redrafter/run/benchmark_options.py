@@ -1,0 +1,182 @@
+"""From a resolved recipe to the options of `bench` and `tune`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trtllm_redrafter.backends.engine_config import TorchEngineConfig, engine_backend, read_engine_config
+from trtllm_redrafter.base_models.hf_config import stated_dtype
+from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.fsio import read_json
+from trtllm_redrafter.planning.gpus import gpu
+from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.run.options import draft_shape, require, tensorrt_options, with_directories, with_limits
+from trtllm_redrafter.run.training_options import within
+from trtllm_redrafter.settings.benchmark import parse_batches
+from trtllm_redrafter.settings.layers import Layer, Origin, Resolved, nest
+from trtllm_redrafter.settings.sources import PRESET_KEY, file_layers
+from trtllm_redrafter.settings.training import parse_grid
+
+if TYPE_CHECKING:
+    from trtllm_redrafter.benchmark.bench import BenchOptions
+    from trtllm_redrafter.benchmark.statistics import Bootstrap
+    from trtllm_redrafter.benchmark.tuning import Roof, TuneOptions
+
+RECIPE_SUFFIXES = (".yaml", ".yml")
+
+
+def recipe_values(path: Path) -> dict[str, Any]:
+    """What a recipe file itself says, its preset by name: to be written out again with changes."""
+    layers = file_layers(path)
+    preset = {PRESET_KEY: layers[0].origin.detail} if len(layers) > 1 else {}
+    return {**preset, **layers[-1].values}
+
+
+def target_layers(target: Path) -> list[Layer]:
+    """What a command's ENGINE_OR_RECIPE says: a recipe's values, or the engine's directory."""
+    if target.suffix in RECIPE_SUFFIXES:
+        return file_layers(target)
+    return [Layer(Origin("argument"), nest({"engine": target}))]
+
+
+def spec_bench_layer(questions: Path) -> Layer:
+    """Spec-Bench's protocol: its questions, one at a time, greedily, three times, up to 1,024 tokens."""
+    values = {"bench.prompts": questions, "bench.batch": "1", "bench.repeats": 3, "bench.max_tokens": 1024}
+    return Layer(Origin("flag", "--spec-bench"), nest(values))
+
+
+def bench_options(
+    resolved: Resolved, *, name: str, baseline: Path | None, overwrite: bool, command: tuple[str, ...]
+) -> BenchOptions:
+    from trtllm_redrafter.benchmark.bench import BenchOptions
+    from trtllm_redrafter.benchmark.measure import MeasureOptions
+
+    engine = engine_of(resolved, name)
+    section = resolved.recipe.bench
+    return BenchOptions(
+        engine=engine,
+        baseline=baseline,
+        device=device_of(resolved),
+        draft_shape=_shape(resolved, engine),
+        prompts=section.prompts,
+        limit=section.limit,
+        measure=MeasureOptions(parse_batches(section.batch), section.max_tokens, section.repeats, section.warmup),
+        bootstrap=bootstrap(resolved),
+        report=section.report,
+        overwrite=overwrite,
+        command=command,
+        chat_template_kwargs=resolved.recipe.chat_template_kwargs,
+    )
+
+
+def engine_of(resolved: Resolved, name: str) -> Path:
+    """The engine's directory; `InputError` when it has not been built."""
+    engine = with_directories(resolved, name=name).recipe.engine
+    assert engine is not None
+    if not engine.is_dir():
+        raise InputError("there is no engine", where=engine, remedy="run `pipeline` or `build` first")
+    return engine
+
+
+def device_of(resolved: Resolved) -> str:
+    from trtllm_redrafter.backends import torch_device
+
+    asked = resolved.recipe.run.device
+    return torch_device(asked)
+
+
+def _shape(resolved: Resolved, engine: Path) -> DraftShape | None:
+    return draft_shape(resolved, read_engine_config(engine).draft_shape)
+
+
+def bootstrap(resolved: Resolved) -> Bootstrap:
+    from trtllm_redrafter.benchmark.statistics import Bootstrap
+
+    section = resolved.recipe.bench
+    return Bootstrap(section.resamples, section.confidence, section.seed)
+
+
+def tune_options(resolved: Resolved, *, name: str, command: tuple[str, ...]) -> TuneOptions:
+    """A target that is not `this` needs no engine; one of the torch backend is used where there is one."""
+    from trtllm_redrafter.benchmark.tuning import THIS, TuneOptions
+
+    require(resolved, {"base": "base", "drafter": "drafter"}, "tuning")
+    recipe, section = resolved.recipe, resolved.recipe.tune
+    assert recipe.base is not None and recipe.drafter is not None
+    engine = _torch_engine(resolved, name)
+    return TuneOptions(
+        base=recipe.base,
+        drafter=recipe.drafter,
+        engine=engine,
+        roof=None if section.target == THIS else _roof(resolved, name, section.target),
+        grid=_grid(resolved, recipe.drafter),
+        batches=parse_batches(section.batch),
+        prompts=section.prompts,
+        limit=section.limit,
+        max_tokens=section.max_tokens,
+        steps=section.steps,
+        budget=section.budget,
+        head_rows=0 if engine is None else _head_rows(engine),
+        dtype=stated_dtype(read_json(recipe.base / "config.json")) or "float32",
+        device=device_of(resolved),
+        bootstrap=bootstrap(resolved),
+        command=command,
+        chat_template_kwargs=recipe.chat_template_kwargs,
+    )
+
+
+def _torch_engine(resolved: Resolved, name: str) -> Path | None:
+    """The recipe's engine, if it is one that shows its hidden states and has a drafter."""
+    engine = with_directories(resolved, name=name).recipe.engine
+    if engine is None or not engine.is_dir() or engine_backend(engine) != "torch":
+        return None
+    return engine if read_engine_config(engine).draft_shape is not None else None
+
+
+def _head_rows(engine: Path) -> int:
+    """Frequent tokens that the engine's draft head is cut to."""
+    config = read_engine_config(engine)
+    return config.draft.head_rows if isinstance(config, TorchEngineConfig) and config.draft is not None else 0
+
+
+def _grid(resolved: Resolved, drafter: Path) -> tuple[DraftShape, ...]:
+    """A default grid keeps to what the drafter was trained for."""
+    grid = parse_grid(resolved.recipe.tune.grid)
+    horizon = read_json(drafter / "config.json").get("draft_len")
+    if resolved.is_default("tune.grid") and isinstance(horizon, int):
+        return within(grid, horizon)
+    return grid
+
+
+def _roof(resolved: Resolved, name: str, target: str) -> Roof:
+    """The latency plan's assumptions for the recipe's model on that GPU, and what engines it can hold."""
+    from trtllm_redrafter.backends.tensorrt_llm.flag_plan import plan_flags
+    from trtllm_redrafter.benchmark.tuning import EngineSize, Roof
+    from trtllm_redrafter.planning.latency import Assumptions
+    from trtllm_redrafter.planning.memory import memory_plan
+    from trtllm_redrafter.planning.model import planned_model
+    from trtllm_redrafter.run.hardware_plan import build_options, model_source
+
+    row = gpu(target)
+    resolved = with_directories(resolved, name=name)
+    config = planned_model(model_source(resolved)).config
+    resolved = with_limits(resolved, config.max_position_embeddings)
+    section, limits = resolved.recipe.plan, resolved.recipe.build
+    assert limits.max_seq_len is not None
+    context = section.context_len or max(1, limits.max_seq_len // 2)
+    assumed = Assumptions(context, section.bandwidth_efficiency, section.compute_efficiency, section.kernel_us)
+    options, settings = build_options(resolved), tensorrt_options(resolved)
+
+    def size_of(shape: DraftShape, batch: int) -> EngineSize:
+        model = replace(config, draft_shape=shape)
+        flags = plan_flags(model, replace(options, max_batch_size=batch), settings)
+        memory = memory_plan(model, flags.limits, row, kv_cache_fraction=settings.runtime.kv_cache_fraction)
+        needed = batch * (context + shape.max_tree_tokens)
+        refusal = "; ".join(problem.render() for problem in memory.problems()) or None
+        if refusal is None and memory.kv_tokens < needed:
+            refusal = f"its KV cache holds {memory.kv_tokens} tokens, {batch} requests of {context} need {needed}"
+        return EngineSize(flags.limits.max_num_tokens, refusal)
+
+    return Roof(row, config, assumed, size_of)

@@ -1,0 +1,175 @@
+"""`plan`: what a recipe will need and cost on its GPU, before anything is downloaded, converted or rented.
+
+report = plan_recipe(resolved, name="llama-3.1-8b")
+print(report.render())        # values and origins, flags, memory, step times and break-even
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.backends.base import BuildOptions
+from trtllm_redrafter.backends.tensorrt_llm.build_plan import BACKEND, TensorRTPlan, plan_for
+from trtllm_redrafter.checkpoint.manifest import DRAFTER_WEIGHTS, Manifest
+from trtllm_redrafter.doctor import Needs
+from trtllm_redrafter.errors import MismatchError, Problem, UsageError, raise_together
+from trtllm_redrafter.planning.acceptance import MeasuredAcceptance, read_acceptance
+from trtllm_redrafter.planning.latency import Assumptions, LatencyPlan, latency_plan
+from trtllm_redrafter.planning.model import ModelSource, PlannedModel, planned_model
+from trtllm_redrafter.planning.sizes import weight_bytes
+from trtllm_redrafter.redrafter.config import NVIDIA_DRAFT_LEN, NVIDIA_NUM_BEAMS, DraftShape
+from trtllm_redrafter.run.options import complete_build_options, tensorrt_options, with_directories, with_limits
+from trtllm_redrafter.settings.layers import Resolved
+
+
+@dataclass(frozen=True)
+class RecipePlan:
+    """A resolved recipe and what follows from it."""
+
+    resolved: Resolved
+    model: PlannedModel
+    build: TensorRTPlan
+    latency: LatencyPlan
+    acceptance: MeasuredAcceptance | None
+    """Where the latency plan's acceptance length was read from; None where a number or nothing was given."""
+
+    def render(self) -> str:
+        notes = [f"note: {note}" for note in self.model.notes]
+        if self.resolved.recipe.backend != "tensorrt-llm":
+            notes.append("note: the recipe's backend is torch; this plans the same checkpoint for tensorrt-llm")
+        values = self.resolved.render("", "convert", "build", "tensorrt_llm", "plan")
+        measured = [] if self.acceptance is None else ["  " + self.acceptance.render()]
+        return "\n".join([values, "", *notes, "", self.build.render(), "", self.latency.render(), *measured])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "values": self.resolved.as_dict(),
+            "notes": list(self.model.notes),
+            "build": self.build.as_dict(),
+            "latency": self.latency.as_dict(),
+            "acceptance": None if self.acceptance is None else self.acceptance.as_dict(),
+        }
+
+
+def plan_recipe(resolved: Resolved, *, name: str) -> RecipePlan:
+    """Plan the recipe for the GPU it names; raises every refusal a build would."""
+    resolved = with_directories(resolved, name=name)
+    model = planned_model(model_source(resolved))
+    resolved = with_limits(resolved, model.config.max_position_embeddings)
+    build = plan_for(model.config, build_options(resolved))
+    accepted, measured, notes = _acceptance(resolved, model)
+    recipe, limits = resolved.recipe, build.flags.limits
+    section = recipe.plan
+    assumptions = Assumptions(
+        context_len=section.context_len or max(1, limits.max_seq_len // 2),
+        bandwidth_efficiency=section.bandwidth_efficiency,
+        compute_efficiency=section.compute_efficiency,
+        kernel_us=section.kernel_us,
+    )
+    latency = latency_plan(
+        model.config,
+        build.target,
+        assumptions,
+        max_batch_size=limits.max_batch_size,
+        acceptance_length=accepted,
+    )
+    model = replace(model, notes=(*model.notes, *notes))
+    return RecipePlan(resolved, model, build, latency, measured)
+
+
+def _acceptance(
+    resolved: Resolved, model: PlannedModel
+) -> tuple[float | None, MeasuredAcceptance | None, tuple[str, ...]]:
+    """Tokens per step, the report they are from, and how its measurement differs from what is planned."""
+    given, shape = resolved.recipe.plan.acceptance_length, model.config.draft_shape
+    if given is None or shape is None:
+        return None, None, ()
+    if isinstance(given, Path):
+        found = read_acceptance(given, shape)
+        return found.tokens_per_step, found, _check_measured(found, resolved, model)
+    if given > shape.draft_len + 1:
+        why = f"a step emits at most {shape.draft_len} drafted tokens and the guaranteed one"
+        remedy = "use the tokens per step that `evaluate` reports for this draft length"
+        raise UsageError(f"plan.acceptance_length is {given}", why=why, remedy=remedy)
+    return given, None, ()
+
+
+def _check_measured(found: MeasuredAcceptance, resolved: Resolved, model: PlannedModel) -> tuple[str, ...]:
+    """The report is of this base model and this drafter, by content where both tell, else by name; and notes."""
+    problems, notes, config = [], [], model.config
+    same = _same_drafter(found.drafter_sha256, resolved.recipe.drafter)
+    if same is False:
+        problems.append(Problem("the drafter has changed since it was evaluated", str(resolved.recipe.drafter)))
+    for key, theirs, mine in (
+        ("base", found.base, resolved.recipe.base),
+        ("drafter", found.drafter, resolved.recipe.drafter),
+    ):
+        if theirs is None or mine is None or theirs.lower() == mine.name.lower():
+            continue
+        if key == "drafter" and same is not None:
+            continue
+        if key == "base" and config.quant_algo and mine.name.lower().startswith(theirs.lower()):
+            notes.append(f"the acceptance length was measured on {theirs}, before quantization")
+            continue
+        problems.append(Problem(f"the report's {key} is {theirs}, the recipe's is {mine.name}"))
+    raise_together(
+        MismatchError, problems, "the acceptance length was measured on another model", where=found.path,
+        remedy="run `evaluate` on this one; where a directory was only renamed, give the number itself",
+    )  # fmt: skip
+    if found.drafted_from is not None and found.drafted_from < config.vocab_size:
+        notes.append(
+            f"the acceptance length was measured drafting from {found.drafted_from} of {config.vocab_size} tokens; "
+            "TensorRT-LLM drafts from all"
+        )
+    return tuple(notes)
+
+
+def _same_drafter(measured: str | None, drafter: Path | None) -> bool | None:
+    """Are the weights those that were measured, by the drafter's manifest? None: not known. Nothing is hashed here."""
+    manifest = None if measured is None or drafter is None else Manifest.find(drafter)
+    record = None if manifest is None else manifest.files.get(DRAFTER_WEIGHTS)
+    return None if record is None else record.sha256 == measured
+
+
+def model_source(resolved: Resolved) -> ModelSource:
+    """Where a plan reads the recipe's model from."""
+    recipe = resolved.recipe
+    convert = recipe.convert
+    return ModelSource(
+        base=recipe.base,
+        drafter=recipe.drafter,
+        checkpoint=None if recipe.base is not None else recipe.checkpoint,
+        dtype=convert.dtype,
+        tp_size=convert.tp_size,
+        num_beams=convert.num_beams,
+        draft_len=convert.draft_len,
+        greedy=convert.greedy,
+        parallel_embedding=convert.parallel_embedding,
+        fallback_shape=DraftShape(NVIDIA_NUM_BEAMS, NVIDIA_DRAFT_LEN),
+    )
+
+
+def build_options(resolved: Resolved) -> BuildOptions:
+    """For TensorRT-LLM, whatever backend the recipe names."""
+    return complete_build_options(resolved, BACKEND, tensorrt_options(resolved), overwrite=False)
+
+
+def machine_needs(resolved: Resolved, *, name: str) -> Needs:
+    """What the recipe asks of the host that builds it, for `doctor`."""
+    resolved = with_directories(resolved, name=name)
+    model = planned_model(model_source(resolved))
+    weights = weight_bytes(model.config).total
+    recipe = resolved.recipe
+    assert recipe.engine is not None
+    workers = min(recipe.tensorrt_llm.workers, model.config.tp_size)
+    return Needs(
+        version=recipe.tensorrt_llm.version,
+        gpu=recipe.tensorrt_llm.gpu,
+        ranks=model.config.tp_size,
+        output=recipe.engine,
+        disk_bytes=2 * weights * model.config.tp_size,
+        workers=workers,
+        host_bytes=2 * weights * workers,
+    )

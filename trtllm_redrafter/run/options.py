@@ -1,0 +1,172 @@
+"""From a resolved recipe to the options each room takes, with what nobody gave derived and recorded.
+
+resolved = with_limits(with_directories(resolved, name="demo"))
+options = build_options(resolved, overwrite=False)       # a backend's BuildOptions, every field set
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trtllm_redrafter.errors import Problem, UsageError, raise_together
+from trtllm_redrafter.fsio import overlaps
+from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.settings.layers import Resolved
+from trtllm_redrafter.settings.schema import MAX_SEQ_LEN
+
+if TYPE_CHECKING:
+    from trtllm_redrafter.backends.base import BuildOptions, SamplingParams
+    from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
+    from trtllm_redrafter.conversion import ConvertOptions
+
+
+def require(resolved: Resolved, flags: Mapping[str, str], what_for: str) -> None:
+    """`UsageError` naming every key that `what_for` cannot do without, by the flag that gives it."""
+    problems = [
+        Problem(f"{flag} is not given", why=f"{what_for} needs it", remedy=f"pass {flag}, or set `{key}` in a recipe")
+        for key, flag in flags.items()
+        if resolved.value(key) is None
+    ]
+    raise_together(UsageError, problems, f"{what_for} cannot start")
+
+
+def _keep_apart(output: Path, sources: Mapping[str, Path | None]) -> None:
+    """`UsageError` when replacing `output` would delete what it is made from."""
+    why = "replacing the output would delete the input, or mix with it"
+    problems = [
+        Problem(f"the output overlaps the {role} directory", str(output), why, "choose another --output")
+        for role, source in sources.items()
+        if source is not None and overlaps(output, source)
+    ]
+    raise_together(UsageError, problems, "the build cannot start")
+
+
+def with_directories(resolved: Resolved, *, name: str) -> Resolved:
+    """Fill in where a pipeline's stages go: runs/NAME/checkpoint and runs/NAME/engine."""
+    if resolved.recipe.work_dir is None:
+        resolved = resolved.derive({"work_dir": Path("runs") / name}, "from the recipe's name")
+    work_dir = resolved.recipe.work_dir
+    assert work_dir is not None
+    places = {key: work_dir / key for key in ("checkpoint", "engine") if resolved.value(key) is None}
+    return resolved.derive(places, "from work_dir")
+
+
+def with_limits(resolved: Resolved, context: int) -> Resolved:
+    """Fill in an engine's lengths from the model's context length, in tokens."""
+    if resolved.recipe.build.max_seq_len is None:
+        resolved = resolved.derive(
+            {"build.max_seq_len": min(context, MAX_SEQ_LEN)}, f"from the model's {context} positions"
+        )
+    longest = resolved.recipe.build.max_seq_len
+    assert longest is not None
+    if resolved.recipe.build.max_input_len is None:
+        resolved = resolved.derive({"build.max_input_len": max(1, longest - 1)}, "from max_seq_len")
+    return resolved
+
+
+def convert_options(resolved: Resolved, *, overwrite: bool) -> ConvertOptions:
+    from trtllm_redrafter.conversion import ConvertOptions
+
+    require(resolved, {"base": "--base", "checkpoint": "--output"}, "a conversion")
+    recipe = resolved.recipe
+    assert recipe.base is not None and recipe.checkpoint is not None
+    return ConvertOptions(
+        base=recipe.base,
+        drafter=recipe.drafter,
+        output=recipe.checkpoint,
+        dtype=recipe.convert.dtype,
+        tp_size=recipe.convert.tp_size,
+        num_beams=recipe.convert.num_beams,
+        draft_len=recipe.convert.draft_len,
+        greedy=recipe.convert.greedy,
+        parallel_embedding=recipe.convert.parallel_embedding,
+        workers=recipe.convert.workers,
+        overwrite=overwrite,
+        lm_head=recipe.convert.lm_head,
+    )
+
+
+def build_options(resolved: Resolved, *, overwrite: bool) -> BuildOptions:
+    """Lengths that are not given come from the checkpoint's config."""
+    require(resolved, {"checkpoint": "--checkpoint", "engine": "--output"}, "a build")
+    limited = with_checkpoint_limits(resolved)
+    recipe = limited.recipe
+    assert recipe.checkpoint is not None and recipe.engine is not None
+    _keep_apart(recipe.engine, {"checkpoint": recipe.checkpoint, "tokenizer": recipe.build.tokenizer})
+    settings = tensorrt_options(resolved) if recipe.backend == "tensorrt-llm" else None
+    return complete_build_options(limited, recipe.backend, settings, overwrite=overwrite)
+
+
+def complete_build_options(
+    resolved: Resolved, backend: str, settings: TensorRTOptions | None, *, overwrite: bool
+) -> BuildOptions:
+    """Of a recipe whose directories and lengths are all known, given or derived."""
+    from trtllm_redrafter.backends.base import BuildOptions
+
+    recipe = resolved.recipe
+    build = recipe.build
+    assert recipe.checkpoint is not None and recipe.engine is not None
+    assert build.max_seq_len is not None and build.max_input_len is not None
+    return BuildOptions(
+        checkpoint=recipe.checkpoint,
+        output=recipe.engine,
+        backend=backend,
+        tokenizer=build.tokenizer,
+        max_batch_size=build.max_batch_size,
+        max_input_len=build.max_input_len,
+        max_seq_len=build.max_seq_len,
+        overwrite=overwrite,
+        tensorrt_llm=settings,
+    )
+
+
+def tensorrt_options(resolved: Resolved) -> TensorRTOptions:
+    """The `tensorrt_llm` section, with the origin of every value its plan shows."""
+    from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions, TensorRTOptions
+
+    section = resolved.recipe.tensorrt_llm
+    names = ("version", "gpu", "gemm_plugin", "max_num_tokens", "opt_batch_size", "allow_sampling", "flags", "workers",
+             "cache", "cache_dir")  # fmt: skip
+    origins = {key.rpartition(".")[2]: origin.render() for key, origin in resolved.origins.items()
+               if key.startswith(("build.", "tensorrt_llm."))}  # fmt: skip
+    runtime = RuntimeOptions(
+        section.kv_cache_fraction, section.block_reuse, section.multi_block_mode, section.api or "executor"
+    )
+    return TensorRTOptions(**{name: getattr(section, name) for name in names}, runtime=runtime, origins=origins)
+
+
+def with_checkpoint_limits(resolved: Resolved) -> Resolved:
+    """Fill in an engine's lengths from the checkpoint, which is opened only when they are needed."""
+    from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
+
+    recipe = resolved.recipe
+    if recipe.checkpoint is None or None not in (recipe.build.max_seq_len, recipe.build.max_input_len):
+        return resolved
+    return with_limits(resolved, read_checkpoint_config(recipe.checkpoint).max_position_embeddings)
+
+
+def sampling_params(resolved: Resolved, changes: Mapping[str, Any] | None = None) -> SamplingParams:
+    """The recipe's `run` section as sampling parameters; `changes` are those of one request."""
+    from trtllm_redrafter.backends.base import SamplingParams
+
+    run = resolved.recipe.run
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "stop_token_ids", "skip_special_tokens")
+    return SamplingParams(**{**{name: getattr(run, name) for name in names}, **(changes or {})})
+
+
+def draft_shape(resolved: Resolved, own: DraftShape | None) -> DraftShape | None:
+    """What `run.num_beams` and `run.draft_len` ask for, over the engine's own; None: leave it as it is."""
+    run = resolved.recipe.run
+    if run.num_beams is None and run.draft_len is None:
+        return None
+    if own is None:
+        raise UsageError(
+            "the engine has no drafter",
+            why="--num-beams and --draft-len say how much to draft",
+            remedy="leave them out, or convert with --drafter",
+        )
+    shape = DraftShape(run.num_beams or own.num_beams, run.draft_len or own.draft_len)
+    shape.check()
+    return shape

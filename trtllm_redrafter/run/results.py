@@ -1,0 +1,195 @@
+"""Results as a JSONL file that an interrupted run goes on with.
+
+Rows are appended as prompts finish, each in one write. A row says which prompt it answers:
+
+    {"id": "line-7", "source": "prompts.jsonl, line 7", "index": 6, "request_sha256": "…", "text": …}
+
+`index` counts prompts from 0; the hash is that of everything the result follows from (prompt, sampling, engine): a row
+is kept only for the request it answers. When all prompts have been run, the rows are put into their order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.backends.base import EngineInfo
+from trtllm_redrafter.checkpoint.manifest import MANIFEST, Manifest
+from trtllm_redrafter.errors import InputError, OutputError
+from trtllm_redrafter.fsio import as_output_error
+from trtllm_redrafter.locks import exclusive
+from trtllm_redrafter.prompts.jsonl import dump_line
+from trtllm_redrafter.run.jobs import Job, Outcome
+from trtllm_redrafter.scratch import partial_stem, replaced_file, sweep
+
+Place = tuple[int, int]
+"""First byte and length of a row in the file."""
+
+
+class ResultsFile:
+    """The file, for this process alone. `missing` leaves out what it has already, `write` adds a row, `finish` sorts.
+
+    What is there stays until `missing` is called: an engine that cannot be loaded costs no earlier results.
+    """
+
+    def __init__(self, path: Path, *, regular: bool, earlier: dict[int, tuple[str | None, Place]]) -> None:
+        self.kept = 0
+        self._path, self._regular, self._earlier = path, regular, earlier
+        self._fd: int | None = None
+        self._engine = ""
+        self._end = 0
+        self._places: dict[int, Place] = {}
+        self._running: dict[str, tuple[int, str | None]] = {}
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path, *, resume: bool, overwrite: bool) -> Iterator[ResultsFile]:
+        """Lock the file, and look at what it holds.
+
+        With `resume`, an existing file is gone on with; `OutputError` when it holds something else, unless `overwrite`
+        allows to begin anew. A file without a row goes when the block fails.
+        """
+        special = path.exists() and not path.is_file()  # a pipe or a terminal
+        target = path if special else Path(os.path.realpath(path))
+        with nullcontext() if special else _alone(target, path):
+            if target.is_file() and not resume and not overwrite:
+                remedy = "pass --overwrite, --resume or another --output"
+                raise OutputError("the output exists already", where=path, remedy=remedy)
+            with as_output_error(path):
+                earlier = {} if special or not resume else _earlier_rows(target, path, overwrite=overwrite)
+            file = cls(target, regular=not special, earlier=earlier)
+            try:
+                yield file
+            except BaseException:
+                if file._fd is not None and not special and target.stat().st_size == 0:
+                    target.unlink()
+                raise
+            finally:
+                if file._fd is not None:
+                    os.close(file._fd)
+
+    def missing(self, jobs: Iterable[Job | Outcome], info: EngineInfo) -> Iterator[Job | Outcome]:
+        """Begin to write: the jobs without a result of this engine in the file. Failed ones are tried again."""
+        self._engine = _engine_key(info)
+        mode = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if self._earlier else os.O_TRUNC)
+        with as_output_error(self._path):
+            self._fd = os.open(self._path, mode, 0o666)
+            self._end = os.lseek(self._fd, 0, os.SEEK_END) if self._regular else 0
+        return self._missing(jobs)
+
+    def _missing(self, jobs: Iterable[Job | Outcome]) -> Iterator[Job | Outcome]:
+        for index, job in enumerate(jobs):
+            key = self._request_key(job) if isinstance(job, Job) else None
+            known, place = self._earlier.get(index, (None, (0, 0)))
+            if key is not None and key == known:
+                self._places[index] = place
+                self.kept += 1
+            else:
+                self._running[job.where] = (index, key)
+                yield job
+
+    def write(self, outcome: Outcome) -> None:
+        """Append a row; nothing of it stays when it cannot be written whole."""
+        index, key = self._running.pop(outcome.where)
+        values = outcome.as_dict()
+        row = {"id": values.pop("id"), "source": values.pop("source"), "index": index, "request_sha256": key, **values}
+        data = (dump_line(row) + "\n").encode("utf-8")
+        with as_output_error(self._path):
+            self._append(data)
+        self._places[index] = (self._end, len(data))
+        self._end += len(data)
+
+    def finish(self) -> None:
+        """All prompts have been run: rows in their order, and none besides."""
+        places = [self._places[index] for index in sorted(self._places)]
+        ends = [0, *(first + length for first, length in places)]
+        in_order = all(first == end for (first, _), end in zip(places, ends, strict=False)) and ends[-1] == self._end
+        if in_order or not self._regular:
+            return
+        with as_output_error(self._path), self._path.open("rb") as source, replaced_file(self._path) as sorted_file:
+            shutil.copymode(self._path, sorted_file)
+            with sorted_file.open("wb") as target:
+                for first, length in places:
+                    source.seek(first)
+                    target.write(source.read(length))
+
+    def _append(self, data: bytes) -> None:
+        assert self._fd is not None
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        except BrokenPipeError as e:
+            raise OutputError("the reader of the output has closed it", where=self._path, why=str(e)) from e
+        except BaseException:
+            if self._regular:
+                with suppress(OSError):
+                    os.ftruncate(self._fd, self._end)
+            raise
+
+    def _request_key(self, job: Job) -> str:
+        request = {key: value for key, value in asdict(job).items() if key not in ("job_id", "where")}
+        text = json.dumps([self._engine, request], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def _alone(target: Path, path: Path) -> Iterator[None]:
+    """Keep other runs away from a file; where no lock can be put beside it, nobody else is expected."""
+    lock = target.with_name(f".{target.name}.lock")
+    if target.exists() and not os.access(target.parent, os.W_OK):
+        yield
+        return
+    with exclusive(lock, "the output", where=path):
+        sweep(target.parent, partial_stem(target))
+        yield
+
+
+def _engine_key(info: EngineInfo) -> str:
+    """What an engine's results follow from: the content of its files and how it drafts."""
+    try:
+        files = {name: r.sha256 for name, r in Manifest.read(info.path).files.items() if not name.endswith(MANIFEST)}
+    except InputError:
+        files = {"path": str(info.path.resolve())}
+    return json.dumps([files, repr(info.draft_shape)], sort_keys=True)
+
+
+def _earlier_rows(target: Path, path: Path, *, overwrite: bool) -> dict[int, tuple[str | None, Place]]:
+    """Hash and place of the last complete row of each prompt; half a row at the end, which a kill left, is cut off."""
+    rows: dict[int, tuple[str | None, Place]] = {}
+    end = 0
+    if not target.exists():
+        return rows
+    with target.open("r+b") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                index, key = _identity(json.loads(line))
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
+                if overwrite:
+                    return {}
+                raise OutputError(
+                    f"line {number} is not a result that can be gone on with", where=path,
+                    why=f"a row has an index and a request_sha256 ({type(e).__name__}: {e})",
+                    remedy="pass --overwrite to begin anew, or another --output",
+                ) from e  # fmt: skip
+            rows[index] = (key, (end, len(line)))
+            end += len(line)
+        if file.seek(0, os.SEEK_END) > end:
+            file.truncate(end)
+    return rows
+
+
+def _identity(row: Any) -> tuple[int, str | None]:
+    index, key = row["index"], row["request_sha256"]
+    if type(index) is not int or index < 0 or not (key is None or isinstance(key, str)):
+        raise ValueError(f"index {index!r}, request_sha256 {key!r}")
+    return index, None if "error" in row else key

@@ -1,0 +1,171 @@
+"""Are an engine's distributions those of the exact computation, as far as its dtype can tell?
+
+The largest logit hides most faults: a final norm that is 5 % too large changes no greedy token. So whole distributions
+are compared, position by position, in a unit that is measured at the same positions: the difference d between the
+engine's logits and the exact ones, over the difference r that rounding makes (`reference`). Logits count up to a
+constant, so both are centred. Five figures are judged, each 1 or so on an intact engine:
+
+    typical    median over positions of RMS(d), over that of RMS(r): a fault everywhere
+    often      90th percentile of the same: a fault at many positions
+    worst      largest over positions of RMS(d) / RMS(r): a fault at some tokens or positions
+    largest    largest single |d| in units of RMS(r): a fault of single tokens, such as a row of the head
+    scale      how much of d is the exact logits times a factor: too hot or too cold, whatever the noise
+
+    measured = measure(rows, "bfloat16")          # rows: (engine's, exact, rounded, shaken) logits per text, [n, V]
+    measured.render(), list(measured.problems(engine))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trtllm_redrafter.errors import Problem
+from trtllm_redrafter.verify.reference import UNIT_ROUNDOFF
+
+TYPICAL, OFTEN, WORST, LARGEST, SCALE = 1.5, 1.5, 3.5, 2.0, 2.0
+"""What is allowed; docs/verification.md has the intact engines behind these numbers, and what they let through."""
+
+USUAL_LARGEST = 6.0
+"""Where rounding itself reaches less than this many RMS, the limit on `largest` is taken from this."""
+
+REMEDY = "do not serve this engine; build it again, and compare its weights with `verify --against`"
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """The figures of the module's docstring; `largest` is over that of rounding. KL divergences in nats, means."""
+
+    dtype: str
+    positions: int
+    not_finite: int
+    """Positions at which some logit of the engine is NaN or infinite; they are left out of the others."""
+    typical: float
+    often: float
+    worst: float
+    largest: float
+    scale: float
+    kl: float
+    kl_rounding: float
+
+    def figures(self) -> dict[str, tuple[float, float]]:
+        """Name -> found, allowed."""
+        return {
+            "typical": (self.typical, TYPICAL),
+            "often": (self.often, OFTEN),
+            "worst": (self.worst, WORST),
+            "largest": (self.largest, LARGEST),
+            "scale": (abs(self.scale), SCALE),
+        }
+
+    def exceeded(self) -> list[str]:
+        return [name for name, (found, allowed) in self.figures().items() if not found <= allowed]
+
+    def render(self) -> str:
+        """Two lines for the report."""
+        figures = ", ".join(f"{name} {found:.2f} ({allowed:g})" for name, (found, allowed) in self.figures().items())
+        return (
+            f"  logits      {self.positions} positions, over what {self.dtype} rounds there (allowed): {figures}\n"
+            f"              KL divergence from exact {self.kl:.2g} nats, rounding alone {self.kl_rounding:.2g}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "exceeded": self.exceeded()}
+
+    def problems(self, where: Path) -> Iterator[Problem]:
+        if self.not_finite:
+            what = f"logits are not finite at {self.not_finite} of {self.positions} positions"
+            yield Problem(what, str(where), None, "look for weights that are not finite; convert with bfloat16")
+        exceeded = self.exceeded()
+        if exceeded:
+            figures = self.figures()
+            found = ", ".join(f"{name} {figures[name][0]:.2f}, {figures[name][1]:g} is allowed" for name in exceeded)
+            what = "the logits are further from exact than rounding explains"
+            yield Problem(what, str(where), f"in units of what {self.dtype} rounds: {found}", REMEDY)
+
+
+@torch.no_grad()
+def measure(rows: Iterable[tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]], dtype: str) -> Distributions:
+    """`rows` per text: the engine's logits, exact ones, those of the dtype's own rounding, and shaken ones.
+
+    All [n, V]; `reference.Pair.rows` has all but the first.
+    """
+    texts = [_Text.of(found.to(exact), exact, rounded, shaken) for found, exact, rounded, shaken in rows]
+    found = _Rows.joined([text.found for text in texts])
+    rounded = _Rows.joined([text.rounded for text in texts])
+    shaken = [_Rows.joined(list(each)) for each in zip(*(text.shaken for text in texts), strict=True)]
+    exact_rms = torch.cat([text.exact_rms for text in texts])
+    finite = found.rms.isfinite() & found.largest.isfinite()
+    count, lost = len(finite), int((~finite).sum())
+    if lost == count:
+        return Distributions(dtype, count, lost, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    unit = rounding_unit(rounded.rms, [each.rms for each in shaken], UNIT_ROUNDOFF[dtype] / 4 * exact_rms)
+    usual = float((rounded.largest / unit).max().clamp_min(USUAL_LARGEST))
+    slope = rounded.slope.abs().clamp_min(UNIT_ROUNDOFF[dtype] / 16).median()
+    kept = _Rows(*(part[finite] for part in found.parts()))
+    return Distributions(
+        dtype=dtype, positions=count, not_finite=lost,
+        typical=float(kept.rms.median() / rounded.rms.median().clamp_min(float(unit.min()))),
+        often=float((kept.rms / unit[finite]).quantile(0.9) / (rounded.rms / unit).quantile(0.9).clamp_min(0.5)),
+        worst=float((kept.rms / unit[finite]).max()),
+        largest=float((kept.largest / unit[finite]).max()) / usual,
+        scale=float(kept.slope.median() / slope),
+        kl=float(kept.kl.mean()), kl_rounding=float(rounded.kl.mean()),
+    )  # fmt: skip
+
+
+def rounding_unit(rounded: Tensor, shaken: Sequence[Tensor], floor: Tensor) -> Tensor:
+    """What rounding does at each of [n] positions: RMS over the ways of rounding, no less than at most positions.
+
+    Shaking is brought to the size of real rounding first: it tells where rounding counts, not how much.
+    """
+    typical = rounded.median()
+    scaled = [each * (typical / each.median().clamp_min(1e-30)) for each in shaken]
+    unit = torch.stack([rounded, *scaled]).pow(2).mean(dim=0).sqrt()
+    return torch.maximum(unit.clamp_min(float(unit.median())), floor)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One number per position, [n] each: how far some logits are from exact ones."""
+
+    rms: Tensor
+    largest: Tensor
+    slope: Tensor
+    kl: Tensor
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.rms, self.largest, self.slope, self.kl
+
+    @classmethod
+    def joined(cls, texts: Sequence[_Rows]) -> _Rows:
+        return cls(*(torch.cat(part) for part in zip(*(text.parts() for text in texts), strict=True)))
+
+
+@dataclass(frozen=True)
+class _Text:
+    exact_rms: Tensor
+    found: _Rows
+    rounded: _Rows
+    shaken: tuple[_Rows, ...]
+
+    @classmethod
+    def of(cls, found: Tensor, exact: Tensor, rounded: Tensor, shaken: Sequence[Tensor]) -> _Text:
+        centred = exact - exact.mean(dim=-1, keepdim=True)
+        power = centred.pow(2).sum(dim=-1)
+        logs = exact.log_softmax(dim=-1)
+
+        def compared(logits: Tensor) -> _Rows:
+            difference = logits - logits.mean(dim=-1, keepdim=True) - centred
+            rms = difference.pow(2).mean(dim=-1).sqrt()
+            slope = (difference * centred).sum(dim=-1) / power
+            kl = (logs.exp() * (logs - logits.log_softmax(dim=-1))).sum(dim=-1)
+            return _Rows(rms, difference.abs().amax(dim=-1), slope, kl)
+
+        rms = (power / exact.shape[-1]).sqrt()
+        return cls(rms, compared(found), compared(rounded.to(exact)), tuple(map(compared, shaken)))

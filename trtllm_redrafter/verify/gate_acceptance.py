@@ -1,0 +1,219 @@
+"""Did the engine take the steps that its text and the checkpoint's drafter give? The gate's half about speed.
+
+A wrong drafter changes no token of a greedy text, only the number of steps. `replay` says how many there had to be for
+this very text, so both are compared by prompt and by position, and both extremes alarm.
+
+    compared = AcceptanceCheck(found, expected, parted, tolerance("bfloat16", ...), sampled)
+    compared.render(), list(compared.alarms(engine, draft_len, floor))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trtllm_redrafter.backends.base import Result, acceptance_length
+from trtllm_redrafter.errors import Problem
+
+if TYPE_CHECKING:
+    from trtllm_redrafter.verify.replay import Steps
+
+TOLERANCE = {"float32": 0.02, "float16": 0.05, "bfloat16": 0.05}
+"""Of the steps of all prompts, for their number and for how many accept a draft at each position. In bfloat16, right
+engines were within 0.025 (docs/tensorrt-llm.md); a drafter fed the state of one position earlier was 0.23 away."""
+
+SINGLE_STEPS = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.1}
+"""Of the steps that begin at the same token, how many may accept another number of drafts than the replay does."""
+
+QUANTIZED_TOLERANCE = 0.15
+"""For quantized activations, which the reference does not imitate; not measured on such an engine."""
+
+SAMPLED_TOLERANCE = 0.25
+"""Of a sampled text, only a bound on what was accepted is known."""
+
+PROMPT_TOLERANCE = 0.15
+"""Of the steps of one prompt, where one lucky draft weighs more."""
+
+PARTED = 0.1
+"""Share of steps that ties may decide; 0.02 was seen in bfloat16."""
+
+FEW_STEPS = 3
+"""A difference of this many steps is never an alarm."""
+
+MIN_STEPS = 16
+"""Fewer steps than this say nothing about acceptance."""
+
+MIN_ACCEPTED = 8
+"""Where the replay accepts this many drafts at a position, the engine must accept one."""
+
+
+def tolerance(dtype: str, *, quantized: bool, sampled: bool) -> float:
+    """How far apart a right engine's steps may be, as a share of them."""
+    if sampled:
+        return SAMPLED_TOLERANCE
+    return QUANTIZED_TOLERANCE if quantized else TOLERANCE[dtype]
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Steps of each prompt, and drafts accepted in all of them. `accepted_at` is empty where it is not known."""
+
+    steps: tuple[int, ...]
+    accepted: int
+    accepted_at: tuple[int, ...]
+
+    @classmethod
+    def of_results(cls, results: Sequence[Result]) -> StepCounts:
+        """The engine's own counting."""
+        known = all(result.accepted_at for result in results if result.steps)
+        at = zip(*(result.accepted_at for result in results if result.accepted_at), strict=True) if known else ()
+        accepted = sum(result.accepted_tokens for result in results)
+        return cls(tuple(result.steps for result in results), accepted, tuple(sum(counts) for counts in at))
+
+    @classmethod
+    def of_replay(cls, texts: Sequence[Steps], draft_len: int) -> StepCounts:
+        at = [text.accepted_at(draft_len) for text in texts]
+        steps = tuple(len(text.accepted) for text in texts)
+        return cls(steps, sum(map(sum, at)), tuple(map(sum, zip(*at, strict=True))))
+
+    @property
+    def total(self) -> int:
+        return sum(self.steps)
+
+    @property
+    def acceptance_length(self) -> float | None:
+        return acceptance_length(self.total, self.accepted)
+
+    def is_full(self, draft_len: int) -> bool:
+        """Was every draft accepted? A text's last step may be cut short."""
+        return self.accepted >= draft_len * (self.total - len(self.steps))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"steps": list(self.steps), "accepted_at": list(self.accepted_at)}
+
+
+@dataclass(frozen=True)
+class SingleSteps:
+    """Steps of the engine and the replay that begin at the same token of a text, and how many accept differently.
+
+    Totals hide a fault that loses a draft here and wins one there; single steps do not.
+    """
+
+    compared: int
+    apart: int
+
+    @classmethod
+    def of(cls, found: Sequence[Sequence[int] | None], expected: Sequence[Sequence[int]]) -> SingleSteps:
+        """Drafts accepted step by step, per text; None where an engine does not tell its steps apart."""
+        compared = apart = 0
+        for ours, theirs in zip(found, expected, strict=True):
+            one, other = _by_start(ours or ()), _by_start(theirs)
+            shared = one.keys() & other.keys()
+            compared += len(shared)
+            apart += sum(one[place] != other[place] for place in shared)
+        return cls(compared, apart)
+
+
+def _by_start(accepted: Sequence[int]) -> dict[int, int]:
+    """Steps by the token they begin at; the last one is cut short by the text's end and left out."""
+    starts, place = {}, 0
+    for count in accepted[:-1]:
+        starts[place] = count
+        place += count + 1
+    return starts
+
+
+@dataclass(frozen=True)
+class AcceptanceCheck:
+    """`found` by the engine, `expected` by the replay; `parted` of the replay's steps do not follow the text."""
+
+    found: StepCounts
+    expected: StepCounts
+    parted: int
+    tolerance: float
+    sampled: bool
+    single: SingleSteps = SingleSteps(0, 0)
+    single_tolerance: float = 1.0
+
+    def render(self) -> str:
+        """Two lines for the report."""
+        found, expected = self.found.acceptance_length, self.expected.acceptance_length
+        if found is None or expected is None:
+            return "  acceptance  nothing was decoded in steps"
+        bound = "at most " if self.sampled else ""
+        text = (
+            f"  acceptance  {found:.2f} tokens per step, the drafter gives this text {bound}{expected:.2f}: "
+            f"{self.found.total} steps, {self.expected.total} expected"
+        )
+        if self.parted:
+            text += f" ({self.parted} that ties decide)"
+        if self.single.compared:
+            text += f"; {self.single.apart} of {self.single.compared} that begin alike accept differently"
+        if self.found.accepted_at:
+            pairs = zip(self.found.accepted_at, self.expected.accepted_at, strict=True)
+            text += "\n  at least 1, 2, ... drafts accepted in " + ", ".join(f"{a} ({e})" for a, e in pairs)
+        return text
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "found": self.found.as_dict(),
+            "expected": self.expected.as_dict(),
+            "parted": self.parted,
+            "tolerance": self.tolerance,
+            "single_steps": {"compared": self.single.compared, "apart": self.single.apart},
+        }
+
+    def alarms(self, engine: Path, draft_len: int, floor: float | None) -> Iterator[Problem]:
+        where = str(engine)
+        found, expected = self.found.acceptance_length, self.expected.acceptance_length
+        if found is None or expected is None or self.found.total < MIN_STEPS:
+            why = f"{self.found.total} steps; at least {MIN_STEPS} are needed"
+            yield Problem("too little was written to judge acceptance", where, why, "use more prompts or --max-tokens")
+            return
+        if found == 1.0 and expected > 1.0:
+            why = "the drafter is not connected, or its weights are wrong"
+            yield Problem("no draft was ever accepted", where, why, "verify the checkpoint; check release and dtype")
+        elif self.found.is_full(draft_len) and (self._parted_often or not self.expected.is_full(draft_len)):
+            why = "drafts are accepted without being verified"
+            yield Problem("every draft was accepted", where, why, "do not serve this engine")
+        else:
+            yield from self._differences(where)
+        if floor is not None and found < floor:
+            what = f"acceptance is {found:.2f}, the floor is {floor:.2f}"
+            yield Problem(what, where, None, "train the drafter further, or lower the floor")
+
+    @property
+    def _allowed(self) -> float:
+        return max(FEW_STEPS, self.tolerance * self.expected.total)
+
+    @property
+    def _parted_often(self) -> bool:
+        return self.parted > max(FEW_STEPS, max(PARTED, self.tolerance) * self.expected.total)
+
+    def _differences(self, where: str) -> Iterator[Problem]:
+        if self._parted_often:
+            why = f"TensorRT-LLM's rule leaves the text in {self.parted} of {self.expected.total} steps"
+            remedy = "do not serve this engine; build it again, and compare release and checkpoint"
+            yield Problem("drafts were accepted that the checkpoint refuses, or the reverse", where, why, remedy)
+        reasons = [*self._reasons()]
+        if reasons:
+            remedy = "check release and drafter; compare the drafter's tensors with `verify` on the checkpoint"
+            yield Problem("acceptance differs from the checkpoint's", where, "; ".join(reasons), remedy)
+
+    def _reasons(self) -> Iterator[str]:
+        """Where the counts are apart: in all, by prompt, by position."""
+        if abs(self.found.total - self.expected.total) > self._allowed:
+            yield f"{self.found.total} steps where these texts take {self.expected.total}"
+        single = self.single
+        if single.apart > max(FEW_STEPS, self.single_tolerance * single.compared):
+            yield f"{single.apart} of {single.compared} steps that begin alike accept another number of drafts"
+        share = max(PROMPT_TOLERANCE, self.tolerance)
+        for number, (found, expected) in enumerate(zip(self.found.steps, self.expected.steps, strict=True), start=1):
+            if abs(found - expected) > max(FEW_STEPS, share * expected):
+                yield f"prompt {number}: {found} steps where its text takes {expected}"
+        at = zip(self.found.accepted_at, self.expected.accepted_at, strict=False)
+        for place, (found, expected) in enumerate(at, start=1):
+            if abs(found - expected) > self._allowed or (found == 0 and expected >= MIN_ACCEPTED):
+                yield f"position {place}: {found} drafts accepted where {expected} stand in the texts"

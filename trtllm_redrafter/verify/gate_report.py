@@ -1,0 +1,120 @@
+"""What the parity gate is asked, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trtllm_redrafter.errors import Problem
+from trtllm_redrafter.verify.gate_acceptance import AcceptanceCheck
+from trtllm_redrafter.verify.gate_checks import TokenCheck
+
+if TYPE_CHECKING:
+    from trtllm_redrafter.verify.distributions import Distributions
+    from trtllm_redrafter.verify.gate_drafter import Drafts
+
+PROMPTS = (
+    "Why is the sky blue? Answer in three sentences.",
+    "Write a short story about a lighthouse keeper who finds a map.",
+    "List the first ten prime numbers and explain what makes them prime.",
+    "Translate into French: The train leaves at nine, but the station opens at seven.",
+)
+"""What is decoded when nobody names prompts: prose, story, list, translation."""
+
+
+@dataclass(frozen=True)
+class GateRequest:
+    """What to compare. `prompts` are texts; `min_acceptance` a floor in tokens per step, None for none."""
+
+    engine: Path
+    reference: Path
+    prompts: tuple[str, ...]
+    max_tokens: int
+    min_acceptance: float | None
+    device: str
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """`alarms` are findings that no single token shows. `sampled`: the tokens were drawn, and are not counted.
+
+    `distributions`, `drafts`, `weights`: None where the engine does not show them; `not_seen` then says so.
+    """
+
+    request: GateRequest
+    tokens: TokenCheck
+    alarms: tuple[Problem, ...]
+    steps: AcceptanceCheck | None
+    """None: the engine has no drafter."""
+    distributions: Distributions | None
+    drafts: Drafts | None
+    weights: int | None
+    """Tensors compared bit for bit."""
+    not_seen: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    sampled: bool
+
+    @property
+    def same(self) -> int:
+        return self.tokens.same
+
+    @property
+    def ties(self) -> int:
+        return self.tokens.ties
+
+    @property
+    def faults(self) -> tuple[Problem, ...]:
+        return self.tokens.faults
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults and not self.alarms
+
+    @property
+    def acceptance(self) -> float | None:
+        """Tokens per step, as the engine counted them."""
+        return None if self.steps is None else self.steps.found.acceptance_length
+
+    @property
+    def reference_acceptance(self) -> float | None:
+        """Tokens per step that the checkpoint's drafter gives the same texts."""
+        return None if self.steps is None else self.steps.expected.acceptance_length
+
+    def render(self) -> str:
+        lines = [f"{self.request.engine} {'passes' if self.ok else 'FAILS'} against {self.request.reference}"]
+        if self.weights is not None:
+            lines.append(f"  weights     {self.weights} tensors compared bit for bit")
+        lines.append(f"  tokens      {self._tokens()}")
+        lines += [part.render() for part in (self.distributions, self.drafts, self.steps) if part is not None]
+        lines += [f"  not seen    {text}" for text in self.not_seen]
+        problems = (*self.faults, *self.alarms)
+        return "\n".join(lines + ["- " + problem.render().replace("\n", "\n  ") for problem in problems])
+
+    def _tokens(self) -> str:
+        prompts = f"after {len(self.request.prompts)} prompts"
+        if self.sampled:
+            drawn = sum(map(len, self.token_ids))
+            return f"{drawn} drawn {prompts}: single ones cannot be checked, their likelihood was"
+        counts = f"{self.same} the checkpoint's own, {self.ties} numeric ties, {len(self.faults)} faults"
+        return f"{self.same + self.ties + len(self.faults)} checked {prompts}: {counts}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "engine": str(self.request.engine),
+            "reference": str(self.request.reference),
+            "ok": self.ok,
+            "sampled": self.sampled,
+            "weights": self.weights,
+            "same": self.same,
+            "ties": self.ties,
+            "faults": [p.as_dict() for p in self.faults],
+            "alarms": [p.as_dict() for p in self.alarms],
+            "logits": None if self.distributions is None else self.distributions.as_dict(),
+            "drafter": None if self.drafts is None else self.drafts.as_dict(),
+            "acceptance_length": self.acceptance,
+            "reference_acceptance_length": self.reference_acceptance,
+            "steps": None if self.steps is None else self.steps.as_dict(),
+            "not_seen": list(self.not_seen),
+            "token_ids": [list(ids) for ids in self.token_ids],
+        }

@@ -1,0 +1,193 @@
+"""Say what a directory or file is: base model, drafter, checkpoint, engine; its tensors; where it came from.
+
+Of weights only the headers are read, so the size does not matter; of a base model the tokenizer is loaded as well:
+
+    print(inspect(Path("checkpoint")).render())
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtllm_redrafter.backends.engine_config import ENGINE_CHECKPOINT
+from trtllm_redrafter.checkpoint.manifest import MANIFEST, Manifest
+from trtllm_redrafter.checkpoint.safetensors_io import read_header
+from trtllm_redrafter.errors import InputError, RedrafterError
+from trtllm_redrafter.fsio import read_json
+
+_TENSORRT_NOTES = "redrafter.json"
+"""Where a TensorRT engine built by this program keeps what TensorRT-LLM's config.json has no place for."""
+
+_BASE_FACTS = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling",
+    "rope_parameters", "sliding_window", "tie_word_embeddings", "torch_dtype", "dtype", "transformers_version",
+)  # fmt: skip
+_DRAFTER_FACTS = (
+    "hidden_size", "exit_dim", "num_draft_layers", "rnn", "vocab_size", "draft_len", "tie_lm_head", "base_model",
+)  # fmt: skip
+_CHECKPOINT_FACTS = (
+    "architecture", "base_model_architecture", "qwen_type", "dtype", "hidden_size", "intermediate_size",
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_size", "vocab_size",
+    "max_position_embeddings", "rotary_base", "rotary_scaling", "tie_word_embeddings", "use_parallel_embedding",
+    "mapping", "quantization", "redrafter_num_layers", "redrafter_exit_dim", "redrafter_is_rnn",
+    "redrafter_num_beams", "redrafter_draft_len_per_beam", "redrafter_greedy_search",
+)  # fmt: skip
+_ENGINE_FACTS = ("backend", "version", "build_config", "draft", "eos_token_ids", "built_on")
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor of one file."""
+
+    file: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "file": self.file, "name": self.name, "dtype": self.dtype,
+            "shape": list(self.shape), "bytes": self.nbytes,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found. `facts` are the settings that matter for its kind, in order."""
+
+    path: Path
+    kind: str
+    facts: Mapping[str, Any]
+    tensors: tuple[TensorRow, ...]
+    provenance: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(row.nbytes for row in self.tensors)
+
+    def render(self) -> str:
+        """Facts, then tensors with equal layers folded into one line, then provenance."""
+        lines = [f"{self.path}: {self.kind}"]
+        width = max((len(key) for key in self.facts), default=0)
+        lines += [f"  {key:<{width}}  {value}" for key, value in self.facts.items()]
+        if self.tensors:
+            lines.append(f"  {len(self.tensors)} tensors, {self.total_bytes:,} bytes")
+            lines += [f"    {line}" for line in _folded(self.tensors)]
+        if self.provenance:
+            lines.append("  made")
+            lines += [f"    {key}: {value}" for key, value in self.provenance.items()]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "facts": dict(self.facts),
+            "tensors": [row.as_dict() for row in self.tensors],
+            "total_bytes": self.total_bytes,
+            "provenance": dict(self.provenance),
+            "notes": list(self.notes),
+        }
+
+
+def inspect(path: Path) -> Inspection:
+    """Recognise `path`; `InputError` when it is none of the known things."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return Inspection(path, "safetensors file", read_header(path).metadata, tuple(_rows(path, path.name)), {}, ())
+    if not path.is_dir():
+        raise InputError("there is no such directory or safetensors file", where=path, remedy="check the path")
+    config = read_json(path / "config.json")
+    kind, names, weights = _recognise(path, config)
+    facts = {name: config[name] for name in names if config.get(name) is not None}
+    manifest = Manifest.find(path)
+    facts |= _end_tokens(path, config)
+    notes = [] if manifest is not None or "Hugging Face" in kind else [f"no {MANIFEST}: another program wrote this"]
+    files = sorted(weights.glob("*.safetensors"))
+    if kind == "drafter" and not files:
+        notes.append("its weights are a pickle, which is not read here; `convert` reads it with weights_only")
+    rows = tuple(row for file in files for row in _rows(file, file.relative_to(path).as_posix()))
+    return Inspection(path, kind, facts, rows, _provenance(manifest, config), tuple(notes))
+
+
+def _end_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The end tokens of a model or an engine, which keep them elsewhere than in config.json."""
+    from trtllm_redrafter.base_models.end_tokens import RECORDED
+
+    if "pretrained_config" in config and (path / _TENSORRT_NOTES).is_file():
+        return {RECORDED: read_json(path / _TENSORRT_NOTES).get(RECORDED, [])}
+    if not {"architectures", "model_type"} & set(config) or type(config.get("vocab_size")) is not int:
+        return {}
+    from trtllm_redrafter.base_models.text_side import text_side
+
+    try:
+        text = text_side(path, vocab_size=config["vocab_size"], remedy="download the tokenizer again")
+    except RedrafterError as error:
+        return {RECORDED: f"not known: {error.problem.what}"}
+    return {RECORDED: list(text.end_token_ids)}
+
+
+def _recognise(path: Path, config: Mapping[str, Any]) -> tuple[str, tuple[str, ...], Path]:
+    """Kind, interesting config keys, and the directory of the weights."""
+    if "pretrained_config" in config:
+        return "TensorRT-LLM engine", ("version", "build_config"), path
+    if "backend" in config and "build_config" in config:
+        return f"engine of the {config['backend']} backend", _ENGINE_FACTS, path / ENGINE_CHECKPOINT
+    if "architecture" in config:
+        has_drafter = "redrafter_num_beams" in config
+        kind = "TensorRT-LLM checkpoint with drafter" if has_drafter else "TensorRT-LLM checkpoint"
+        return kind, _CHECKPOINT_FACTS, path
+    if "exit_dim" in config:
+        return "drafter", _DRAFTER_FACTS, path
+    if "architectures" in config or "model_type" in config:
+        return "Hugging Face model", ("architectures", *_BASE_FACTS), path
+    raise InputError(
+        "this is neither a model, drafter, checkpoint nor engine",
+        where=path,
+        why="its config.json has none of the keys `architectures`, `architecture`, `exit_dim`, `build_config`",
+        remedy="check the path",
+    )
+
+
+def _rows(file: Path, name: str) -> Iterator[TensorRow]:
+    for info in read_header(file).values():
+        yield TensorRow(name, info.name, info.dtype, info.shape, info.nbytes)
+
+
+def _provenance(manifest: Manifest | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    if manifest is None:
+        made = config.get("producer") or config.get("provenance")
+        return {"by": made} if made else {}
+    return {
+        "by": " ".join(str(manifest.creator.get(key, "")) for key in ("name", "version")),
+        "at": manifest.created,
+        "from": {role: _origin(source) for role, source in manifest.inputs.items()},
+        "options": dict(manifest.options),
+        "derived": dict(manifest.derived),
+    }
+
+
+def _origin(source: Any) -> Any:
+    return source.get("path", source) if isinstance(source, dict) else source
+
+
+def _folded(rows: tuple[TensorRow, ...]) -> list[str]:
+    """One line for tensors that differ in their layer's number or their file only."""
+    groups: dict[tuple[str, str, tuple[int, ...]], list[TensorRow]] = {}
+    for row in rows:
+        pattern = re.sub(r"\.\d+\.", ".*.", row.name, count=1)
+        groups.setdefault((pattern, row.dtype, row.shape), []).append(row)
+    lines = []
+    for (pattern, dtype, shape), members in groups.items():
+        layers, files = len({m.name for m in members}), len({m.file for m in members})
+        name = pattern if layers > 1 else members[0].name
+        times = f" x {layers} layers" if layers > 1 else ""
+        times += f" in {files} files" if files > 1 else ""
+        lines.append(f"{name}  {dtype} {list(shape)}{times}  {sum(m.nbytes for m in members):,} bytes")
+    return lines
