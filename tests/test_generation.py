@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from trtllm_redrafter.backends.base import EngineInfo, Request, Result, Runner, SamplingParams, Update
 from trtllm_redrafter.errors import BackendError, InputError, RequestError
+from trtllm_redrafter.prompts.messages import Prompt
 from trtllm_redrafter.run.batch import run_jobs
-from trtllm_redrafter.run.jobs import Defaults, Job, Outcome, prompt_jobs, read_jobs
+from trtllm_redrafter.run.jobs import Job, prompt_jobs, read_jobs
+from trtllm_redrafter.run.results import _request_key
 from trtllm_redrafter.run.summary import Summary
 
-DEFAULTS = Defaults(SamplingParams(max_tokens=2), draft=True, chat=False)
+DEFAULTS = Job("", "", Prompt("", chat=False), SamplingParams(max_tokens=2))
 
 
 class CountingRunner(Runner):
@@ -59,14 +60,8 @@ class CountingRunner(Runner):
     def has_chat_template(self) -> bool:
         return False
 
-    def encode_prompt(
-        self,
-        prompt: str | Sequence[Mapping[str, Any]],
-        *,
-        chat: bool,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> tuple[int, ...]:
-        return (0,) if prompt == "bad" else (1, 2)
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        return (0,) if prompt.content == "bad" else (1, 2)
 
 
 def jobs(*prompts: str) -> Iterator[Job]:
@@ -82,24 +77,24 @@ def test_jobs_are_read_no_further_ahead_than_the_batch_can_use() -> None:
             read += 1
             yield job
 
-    outcomes = run_jobs(runner, counted(), one_by_one=False)
-    next(outcomes)
+    finished = run_jobs(runner, counted(), one_by_one=False)
+    next(finished)
     assert read <= 4
-    assert len(list(outcomes)) == 49 and runner.most == 4
+    assert len(list(finished)) == 49 and runner.most == 4
 
 
 def test_one_by_one_never_overlaps() -> None:
     runner, seen = CountingRunner(), []
-    for outcome in run_jobs(runner, jobs("a", "b"), one_by_one=True, on_update=lambda job, _: seen.append(job.job_id)):
-        seen.append("end of " + outcome.job_id)
+    for job in run_jobs(runner, jobs("a", "b"), one_by_one=True, on_update=lambda job, _: seen.append(job.job_id)):
+        seen.append("end of " + job.job_id)
     assert seen == ["prompt-1", "prompt-1", "end of prompt-1", "prompt-2", "prompt-2", "end of prompt-2"]
     assert runner.most == 1
 
 
-def test_refused_prompts_are_outcomes_with_their_own_place() -> None:
-    outcomes = list(run_jobs(CountingRunner(), jobs("a", "bad", "b"), one_by_one=False))
-    assert [o.job_id for o in outcomes] == ["prompt-2", "prompt-1", "prompt-3"]
-    error = outcomes[0].error
+def test_refused_prompts_fail_with_their_own_place() -> None:
+    finished = list(run_jobs(CountingRunner(), jobs("a", "bad", "b"), one_by_one=False))
+    assert [job.job_id for job in finished] == ["prompt-2", "prompt-1", "prompt-3"]
+    error = finished[0].error
     assert error is not None and error.exit_code == 7
     assert error.problem.as_dict() == {
         "what": "this one is bad",
@@ -109,7 +104,7 @@ def test_refused_prompts_are_outcomes_with_their_own_place() -> None:
     }
 
 
-def test_an_error_that_names_a_request_is_its_outcome_and_the_others_run() -> None:
+def test_an_error_that_names_a_request_fails_its_job_and_the_others_run() -> None:
     class Failing(CountingRunner):
         def step(self) -> list[Update]:
             name = next(iter(self.requests))
@@ -120,9 +115,9 @@ def test_an_error_that_names_a_request_is_its_outcome_and_the_others_run() -> No
 
     first, second, third = jobs("a", "b", "c")
     second = replace(second, sampling=replace(second.sampling, seed=7))
-    outcomes = {o.job_id: o for o in run_jobs(Failing(), [first, second, third], one_by_one=True)}
-    assert [o.error is None for o in outcomes.values()] == [True, False, True]
-    error = outcomes["prompt-2"].error
+    finished = {job.job_id: job for job in run_jobs(Failing(), [first, second, third], one_by_one=True)}
+    assert [job.error is None for job in finished.values()] == [True, False, True]
+    error = finished["prompt-2"].error
     assert error is not None and error.problem.where == "prompt 2" and error.exit_code == 6
 
     class Broken(CountingRunner):
@@ -150,9 +145,9 @@ def test_a_prompt_the_program_stumbles_over_costs_its_own_line() -> None:
 
 def test_leaving_early_leaves_nothing_queued() -> None:
     runner = CountingRunner()
-    outcomes = run_jobs(runner, jobs(*"abcdef"), one_by_one=False)
-    next(outcomes)
-    outcomes.close()  # type: ignore[attr-defined]
+    finished = run_jobs(runner, jobs(*"abcdef"), one_by_one=False)
+    next(finished)
+    finished.close()  # type: ignore[attr-defined]
     assert not runner.has_work
 
 
@@ -165,11 +160,26 @@ def test_lines_are_read_lazily_and_blank_ones_pass(tmp_path: Path) -> None:
     path.write_text('\n{"prompt": "a", "top_p": 0.5}\n   \n{"prompt": "b", "id": 7, "seed": null}\n{')
     found = read_jobs(path, DEFAULTS)
     first, second, third = found
-    assert isinstance(first, Job) and (first.job_id, first.sampling.top_p) == ("line-2", 0.5)
-    assert isinstance(second, Job) and (second.job_id, second.sampling) == ("7", DEFAULTS.sampling)
-    assert isinstance(third, Outcome) and "line 5" in third.where
+    assert (first.job_id, first.sampling.top_p, first.error) == ("line-2", 0.5, None)
+    assert (second.job_id, second.sampling, second.error) == ("7", DEFAULTS.sampling, None)
+    assert third.error is not None and "line 5" in third.where
     with pytest.raises(InputError, match="a directory, not a file"):
         list(read_jobs(tmp_path, DEFAULTS))
+
+
+def test_rows_of_earlier_versions_are_still_kept(tmp_path: Path) -> None:
+    """A row's hash follows from the request alone; it does not change with the types that hold one."""
+    path = tmp_path / "in.jsonl"
+    lines = (
+        '{"prompt": "a", "top_p": 0.5, "stop": "x"}',
+        '{"messages": [{"role": "user", "content": "b"}], "draft": false, "chat_template_kwargs": {"k": 1}}',
+    )
+    path.write_text("\n".join(lines))
+    assert [_request_key(job, "") for job in [*jobs("a"), *read_jobs(path, DEFAULTS)]] == [
+        "42123b016fece2c3d93eb7dac1cd6a71366dee7602bdcdf34797db5254afc343",
+        "74d6a08a3582d2996501bcdb97e8a8e15dfd8602b57ae5eb97762c5e29f9a693",
+        "5f2be92643b6c7362975c6a3ab99c30fcbe00d1892b8e56297bd75a4806f24bf",
+    ]
 
 
 def test_figures() -> None:
@@ -178,11 +188,11 @@ def test_figures() -> None:
     one.accepted_at, one.decode_seconds, one.prefill_seconds = [2, 1], 2.0, 0.5
     two = Result("2", prompt_tokens=2, token_ids=[1] * 2, steps=1, drafted_tokens=4, accepted_tokens=0)
     two.accepted_at, two.decode_seconds = [0, 0, 0], 1.0
-    summary.add(Outcome("1", "here", result=one))
-    summary.add(Outcome("2", "here", result=two))
+    summary.add(replace(DEFAULTS, job_id="1", result=one))
+    summary.add(replace(DEFAULTS, job_id="2", result=two))
     assert summary.exit_code == 0
-    summary.add(Outcome("3", "here", error=InputError("no")))
-    summary.add(Outcome("4", "here", error=RequestError("no")))
+    summary.add(replace(DEFAULTS, job_id="3", error=InputError("no")))
+    summary.add(replace(DEFAULTS, job_id="4", error=RequestError("no")))
     assert (summary.prompts, summary.failed, summary.exit_code) == (4, 2, 3)
     assert (summary.prompt_tokens, summary.completion_tokens, summary.steps) == (7, 9, 4)
     assert summary.acceptance_length == 1 + 3 / 4 and summary.acceptance_rate == 3 / 16

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from tests.engines import write_tokenizer
 from trtllm_redrafter.backends.tokenizer import EngineTokenizer
 from trtllm_redrafter.errors import InputError, RequestError
+from trtllm_redrafter.prompts.messages import Prompt
 
 VERSION_5 = {"backend": "tokenizers", "is_local": True, "extra_special_tokens": ["<s>", "</s>"]}
 """What transformers 5 writes beside the class."""
@@ -35,7 +36,7 @@ def test_names_of_both_transformers(tmp_path: Path, name: str | None, settings: 
     tokenizer = EngineTokenizer(with_settings(tmp_path / "tokenizer", tokenizer_class=name, **settings))
     assert tokenizer.decode(tokenizer.encode("Hé!")) == "Hé!"
     assert tokenizer.eos_token_id == 2 and tokenizer.has_chat_template
-    assert tokenizer.encode_prompt("x", chat=True) != tokenizer.encode_prompt("x", chat=False)
+    assert tokenizer.encode_prompt(Prompt("x", chat=True)) != tokenizer.encode_prompt(Prompt("x", chat=False))
 
 
 def test_special_tokens_of_version_5_are_special(tmp_path: Path) -> None:

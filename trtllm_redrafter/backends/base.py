@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trtllm_redrafter.errors import NumericalError, Problem, RedrafterError, RequestError, raise_together
 from trtllm_redrafter.progress import Progress
-from trtllm_redrafter.prompts.messages import brief
+from trtllm_redrafter.prompts.messages import Prompt, brief, normalise
 from trtllm_redrafter.redrafter.config import DraftShape
 
 if TYPE_CHECKING:
@@ -253,6 +253,16 @@ class Runner(ABC):
         """Can prompts be rendered as chat turns?"""
         return self._tokenizer is not None and self._tokenizer.has_chat_template
 
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt, through the chat template as `prompt.chat` says; None: if there is one."""
+        if self._tokenizer is None:
+            raise RequestError(
+                "the engine has no tokenizer",
+                where=self.info.path,
+                remedy="build it with --tokenizer DIR, or submit token ids",
+            )
+        return self._tokenizer.encode_prompt(prompt)
+
     def encode_prompt(
         self,
         prompt: str | Sequence[Mapping[str, Any]],
@@ -265,13 +275,8 @@ class Runner(ABC):
         Under `chat` a string is one user turn, a sequence is the conversation's messages (`role`, `content`).
         `template_kwargs` are further variables of the template, such as `enable_thinking`.
         """
-        if self._tokenizer is None:
-            raise RequestError(
-                "the engine has no tokenizer",
-                where=self.info.path,
-                remedy="build it with --tokenizer DIR, or submit token ids",
-            )
-        return self._tokenizer.encode_prompt(prompt, chat=chat, template_kwargs=template_kwargs)
+        content = prompt if isinstance(prompt, str) else normalise(prompt)
+        return self.encode(Prompt(content, chat=chat, template_kwargs=template_kwargs or {}))
 
     def autoregressive(self) -> Runner:
         """The runner to compare drafting with: this one, or one of the same weights that decodes faster undrafted.

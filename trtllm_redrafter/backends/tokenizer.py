@@ -11,7 +11,7 @@ from trtllm_redrafter.base_models.text_side import text_side
 from trtllm_redrafter.base_models.tokenizer_loading import load_tokenizer
 from trtllm_redrafter.errors import RequestError
 from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_prompt
-from trtllm_redrafter.prompts.messages import Prompt, normalise
+from trtllm_redrafter.prompts.messages import Prompt
 
 TOKENIZER_DIRECTORY = "tokenizer"
 REMEDY = "build the engine again with --tokenizer DIR"
@@ -59,16 +59,9 @@ class EngineTokenizer:
         )
         return text
 
-    def encode_prompt(
-        self,
-        prompt: str | Sequence[Mapping[str, Any]],
-        *,
-        chat: bool,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> tuple[int, ...]:
+    def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a text, or of a conversation rendered by the chat template up to the assistant's turn."""
-        content = prompt if isinstance(prompt, str) else normalise(prompt)
-        return encode_prompt(self, self._template, Prompt(content, template_kwargs=template_kwargs or {}), chat=chat)
+        return encode_prompt(self, self._template, prompt)
 
 
 def engine_text(engine: Path, *, vocab_size: int, recorded: object) -> tuple[EngineTokenizer | None, frozenset[int]]:

@@ -47,7 +47,7 @@ def pipeline(
 
 def _carry_out(plan: PipelinePlan, *, quiet: bool) -> tuple[list[StagePlan], RunReport | None]:
     """All stages; results of an interrupted run stage are gone on with."""
-    from trtllm_redrafter.cli.run_prompts import RunRequest, run_prompts
+    from trtllm_redrafter.cli.run_prompts import run_prompts
     from trtllm_redrafter.run.stages import begin_run, record_run, run_pipeline
 
     done = []
@@ -58,12 +58,9 @@ def _carry_out(plan: PipelinePlan, *, quiet: bool) -> tuple[list[StagePlan], Run
     last = done[-1]
     if last.name != "run" or last.status != "miss" or last.verdict is None:
         return done, None
-    wanted = RunRequest(
-        plan.resolved, verify_hashes=False, stream=False, stats=not quiet, overwrite=last.verdict.ours,
-        resume=last.verdict.interrupted, quiet=quiet,
-    )  # fmt: skip
+    overwrite, resume = last.verdict.ours, last.verdict.interrupted
     begin_run(plan, last)
-    report = run_prompts(wanted)
+    report = run_prompts(plan.resolved, stats=not quiet, overwrite=overwrite, resume=resume, quiet=quiet)
     if not report.summary.exit_code:
         record_run(plan, last)
     return done, report

@@ -52,7 +52,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run prompts on an engine."""
-    from trtllm_redrafter.cli.run_prompts import RunRequest, run_prompts
+    from trtllm_redrafter.cli.run_prompts import run_prompts
 
     resolved = from_flags(
         {
@@ -82,10 +82,9 @@ def run(
     if resume and (overwrite or output_file is None):
         what = "--resume goes on with a file, --overwrite replaces it" if overwrite else "--resume needs an --output"
         raise UsageError(what, remedy="leave one of them out" if overwrite else "name the file to go on with")
-    wanted = RunRequest(
+    report = run_prompts(
         resolved, verify_hashes=verify, stream=stream, stats=stats, overwrite=overwrite, resume=resume, quiet=as_json
     )
-    report = run_prompts(wanted)
     if as_json:
         emit("run", **report.as_dict())
     if report.summary.exit_code:

@@ -15,25 +15,12 @@ from trtllm_redrafter.errors import OutputError, RedrafterError, RequestError, U
 from trtllm_redrafter.paths import check_place
 from trtllm_redrafter.prompts.jsonl import check_source
 from trtllm_redrafter.run.batch import run_jobs
-from trtllm_redrafter.run.jobs import Job, Outcome, prompt_jobs, read_jobs
+from trtllm_redrafter.run.jobs import Job, prompt_jobs, read_jobs
 from trtllm_redrafter.run.results import ResultsFile
 from trtllm_redrafter.run.session import defaults_for, open_runner
 from trtllm_redrafter.run.summary import Summary
 from trtllm_redrafter.settings import Resolved
 from trtllm_redrafter.settings.schema import RunSection
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """What to run and what to show. `quiet` leaves texts to the JSON document."""
-
-    resolved: Resolved
-    verify_hashes: bool
-    stream: bool
-    stats: bool
-    overwrite: bool
-    resume: bool
-    quiet: bool
 
 
 @dataclass
@@ -45,13 +32,13 @@ class RunReport:
     output: Path | None
     kept: int = 0
     """Results of an earlier run that the output had already."""
-    outcomes: list[Outcome] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
     error: RedrafterError | None = None
     """The first prompt's that failed."""
 
     def as_dict(self) -> dict[str, Any]:
         engine = {k: getattr(self.info, k) for k in ("path", "backend", "device", "dtype")}
-        results = None if self.output is not None else [outcome.as_dict() for outcome in self.outcomes]
+        results = None if self.output is not None else [job.as_dict() for job in self.jobs]
         return {
             "ok": self.error is None,
             "error": None if self.error is None else self.error.as_dict(),
@@ -63,43 +50,56 @@ class RunReport:
         }
 
 
-def run_prompts(wanted: RunRequest) -> RunReport:
-    """Everything a user can get wrong is refused before the engine is loaded."""
-    run = wanted.resolved.recipe.run
-    check_files(run, overwrite=wanted.overwrite or wanted.resume)
+def run_prompts(
+    resolved: Resolved,
+    *,
+    verify_hashes: bool = False,
+    stream: bool = False,
+    stats: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    quiet: bool = False,
+) -> RunReport:
+    """Everything a user can get wrong is refused before the engine is loaded. `quiet` leaves texts to the document."""
+    run = resolved.recipe.run
+    check_files(run, overwrite=overwrite or resume)
     with ExitStack() as stack:
         file = None
         if run.output is not None:
-            how = {"resume": wanted.resume, "overwrite": wanted.overwrite}
-            file = stack.enter_context(ResultsFile.open(run.output, **how))
+            file = stack.enter_context(ResultsFile.open(run.output, resume=resume, overwrite=overwrite))
         with working("loading the engine"):
-            runner = open_runner(wanted.resolved, verify_hashes=wanted.verify_hashes)
+            runner = open_runner(resolved, verify_hashes=verify_hashes)
         stack.callback(runner.close)
         for text in runner.notes:
             note(f"note: {text}")
         report = RunReport(runner.info, Summary(), run.output)
-        _answer(wanted, runner, report, file)
+        _answer(resolved, runner, report, file, stream=stream, quiet=quiet)
         if runner.drafter_error is not None:
             note(f"note: steps went undrafted; texts are right\n  why: {runner.drafter_error.render()}")
-    _show(wanted, report)
+    if not quiet:
+        _show(report, texts=not stream)
+        if stats:
+            say(stats_table(report))
     return report
 
 
-def _answer(wanted: RunRequest, runner: Runner, report: RunReport, file: ResultsFile | None) -> None:
+def _answer(
+    resolved: Resolved, runner: Runner, report: RunReport, file: ResultsFile | None, *, stream: bool, quiet: bool
+) -> None:
     """All prompts through the engine, into the file or the report."""
-    run, defaults = wanted.resolved.recipe.run, defaults_for(wanted.resolved, runner)
-    jobs: Iterable[Job | Outcome] = prompt_jobs(run.prompts, defaults)
+    run, defaults = resolved.recipe.run, defaults_for(resolved, runner)
+    jobs: Iterable[Job] = prompt_jobs(run.prompts, defaults)
     if run.input is not None:
         jobs = chain(jobs, read_jobs(run.input, defaults))
     if file is not None:
         jobs = file.missing(jobs, runner.info)
-    on_update = _stream_text if wanted.stream and not wanted.quiet else None
-    with nullcontext() if wanted.stream or wanted.quiet else progress_bar() as progress:
-        for outcome in run_jobs(runner, jobs, one_by_one=wanted.stream, on_update=on_update):
-            report.summary.add(outcome)
+    on_update = _stream_text if stream and not quiet else None
+    with nullcontext() if stream or quiet else progress_bar() as progress:
+        for job in run_jobs(runner, jobs, one_by_one=stream, on_update=on_update):
+            report.summary.add(job)
             if progress is not None:
                 progress("run", report.summary.prompts, None, "prompts")
-            _keep(outcome, report, file)
+            _keep(job, report, file)
     if file is not None:
         file.finish()
         report.kept = file.kept
@@ -126,36 +126,34 @@ def check_files(run: RunSection, *, overwrite: bool) -> None:
         raise UsageError("--output is the file of --input", where=run.output, why=why, remedy="name another --output")
 
 
-def _keep(outcome: Outcome, report: RunReport, file: ResultsFile | None) -> None:
+def _keep(job: Job, report: RunReport, file: ResultsFile | None) -> None:
     """Write a result as it comes; hold it in memory only when no file takes it."""
     if file is None:
-        report.outcomes.append(outcome)
+        report.jobs.append(job)
     else:
-        file.write(outcome)
-    if outcome.error is not None:
-        report.error = report.error or outcome.error
-        note(outcome.error.render())
+        file.write(job)
+    if job.error is not None:
+        report.error = report.error or job.error
+        note(job.error.render())
 
 
-def _show(wanted: RunRequest, report: RunReport) -> None:
-    if not wanted.quiet and not wanted.stream and report.output is None:
-        for outcome in sorted(report.outcomes, key=_in_order):
-            if outcome.result is not None:
+def _show(report: RunReport, *, texts: bool) -> None:
+    if texts and report.output is None:
+        for job in sorted(report.jobs, key=_in_order):
+            if job.error is None and job.result is not None:
                 if report.summary.prompts > 1:
-                    say(f"--- {outcome.job_id}")
-                say_generated(outcome.result.text)
-    if not wanted.quiet and report.output is not None:
+                    say(f"--- {job.job_id}")
+                say_generated(job.result.text)
+    if report.output is not None:
         done = report.summary.prompts - report.summary.failed
         kept = f", {report.kept} were there already" if report.kept else ""
         say(f"{done} results written to {report.output}{kept}" + _failures(report.summary))
-    if wanted.stats and not wanted.quiet:
-        say(stats_table(report))
 
 
-def _in_order(outcome: Outcome) -> tuple[str, int]:
+def _in_order(job: Job) -> tuple[str, int]:
     """prompt-2 before prompt-10; ids of the user's own in their alphabet."""
-    stem, _, number = outcome.job_id.rpartition("-")
-    return (stem, int(number)) if number.isdigit() else (outcome.job_id, 0)
+    stem, _, number = job.job_id.rpartition("-")
+    return (stem, int(number)) if number.isdigit() else (job.job_id, 0)
 
 
 def _failures(summary: Summary) -> str:

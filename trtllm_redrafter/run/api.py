@@ -168,11 +168,10 @@ class Engine:
                 "or ignore_eos"
             )
             raise RequestError("unknown sampling parameter", why=str(e), remedy=remedy) from e
-        messages = not isinstance(prompt, str)
-        defaults = defaults_for(self._resolved, self.runner)
-        through_template = (defaults.chat if chat is None else chat) or messages
-        kwargs = {**defaults.template_kwargs, **check_template_kwargs(dict(template_kwargs or {}))}
-        ids = self.runner.encode_prompt(prompt, chat=through_template, template_kwargs=kwargs)
+        messages, defaults = not isinstance(prompt, str), defaults_for(self._resolved, self.runner)
+        through_template = (defaults.prompt.chat if chat is None else chat) or messages
+        kwargs = {**defaults.prompt.template_kwargs, **check_template_kwargs(dict(template_kwargs or {}))}
+        ids = self.runner.encode_prompt(prompt, chat=bool(through_template), template_kwargs=kwargs)
         return Request(ids, params, draft=draft)
 
     def close(self) -> None:

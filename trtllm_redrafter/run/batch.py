@@ -1,4 +1,4 @@
-"""Run jobs on an engine; outcomes come in the order in which they finish."""
+"""Run jobs on an engine; they come back in the order in which they finish."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterable, Iterator
 
 from trtllm_redrafter.backends.base import Request, Runner, Update
 from trtllm_redrafter.errors import InputError, RedrafterError, RequestError
-from trtllm_redrafter.run.jobs import Job, Outcome
+from trtllm_redrafter.run.jobs import Job
 
 
 def run_jobs(
     runner: Runner,
-    jobs: Iterable[Job | Outcome],
+    jobs: Iterable[Job],
     *,
     one_by_one: bool,
     on_update: Callable[[Job, Update], None] | None = None,
-) -> Iterator[Outcome]:
-    """Run jobs and yield outcomes as they finish; `on_update` sees every step's text.
+) -> Iterator[Job]:
+    """Run jobs and yield each with its result or error as it finishes; `on_update` sees every step's text.
 
     `one_by_one` finishes each job before the next starts, so that streamed texts do not interleave. Otherwise the
     runner's own queue decides, and jobs are read no further ahead than it can use.
@@ -32,23 +32,19 @@ def run_jobs(
 
 def _run(
     runner: Runner,
-    waiting: Iterator[Job | Outcome],
+    waiting: Iterator[Job],
     running: dict[str, Job],
     ahead: int,
     on_update: Callable[[Job, Update], None] | None,
-) -> Iterator[Outcome]:
+) -> Iterator[Job]:
     exhausted = False
     while running or not exhausted:
         while not exhausted and len(running) < ahead:
             job = next(waiting, None)
             if job is None:
                 exhausted = True
-            elif isinstance(job, Outcome):
+            elif job.error is not None or not _submit(runner, job, running):
                 yield job
-            else:
-                refused = _submit(runner, job, running)
-                if refused is not None:
-                    yield refused
         updates, failed = _step(runner, running) if running else ([], None)
         for update in updates:
             job = running[update.request_id]
@@ -56,37 +52,36 @@ def _run(
                 on_update(job, update)
             if update.result is not None:
                 del running[update.request_id]
-                error = update.result.error
-                yield Outcome(job.job_id, job.where, result=update.result) if error is None else _failed(job, error)
+                job.result = update.result
+                yield job if update.result.error is None else job.failed(update.result.error)
         if failed is not None:
             yield failed
 
 
-def _step(runner: Runner, running: dict[str, Job]) -> tuple[list[Update], Outcome | None]:
-    """A step; an error that names one request is that request's outcome, and the others go on."""
+def _step(runner: Runner, running: dict[str, Job]) -> tuple[list[Update], Job | None]:
+    """A step; an error that names one request fails its job alone, and the others go on."""
     try:
         return runner.step(), None
     except RedrafterError as error:
         job = running.pop(error.problem.where or "", None)
         if job is None:
             raise
-        return [], _failed(job, error)
+        return [], job.failed(error)
 
 
-def _submit(runner: Runner, job: Job, running: dict[str, Job]) -> Outcome | None:
+def _submit(runner: Runner, job: Job, running: dict[str, Job]) -> bool:
+    """False when the job was refused; its error says why."""
     try:
-        token_ids = runner.encode_prompt(job.prompt, chat=job.chat, template_kwargs=job.template_kwargs)
-        request_id = runner.submit(Request(token_ids, job.sampling, draft=job.draft))
+        request_id = runner.submit(Request(runner.encode(job.prompt), job.sampling, draft=job.draft))
     except (RequestError, InputError) as error:
-        return _failed(job, error)
+        job.failed(error)
+        return False
     except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
         # A prompt that a tokenizer or this program stumbles over costs its own line, not the batch.
         why = f"{type(error).__name__}: {error}"[:500]
-        refused = RequestError("the prompt cannot be run", where=job.where, why=why, remedy="report it with the prompt")
-        return Outcome(job.job_id, job.where, error=refused)
+        job.error = RequestError(
+            "the prompt cannot be run", where=job.where, why=why, remedy="report it with the prompt"
+        )
+        return False
     running[request_id] = job
-    return None
-
-
-def _failed(job: Job, error: RedrafterError) -> Outcome:
-    return Outcome(job.job_id, job.where, error=error.at(job.where))
+    return True

@@ -1,7 +1,7 @@
 """Prompts as jobs: from a list, or from a JSONL file line by line.
 
-One bad line must not cost the night's other ten thousand: it becomes an outcome of its own, with its line number
-and what is wrong with it, and the rest run.
+One bad line must not cost the night's other ten thousand: it becomes a job with an error, which names its line and
+what is wrong with it, and the rest run.
 
     {"prompt": "Why is the sky blue?", "max_tokens": 64}
     {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.7, "seed": 1}
@@ -10,14 +10,14 @@ and what is wrong with it, and the rest run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import Result, SamplingParams
 from trtllm_redrafter.errors import InputError, RedrafterError
 from trtllm_redrafter.prompts.jsonl import read_lines
-from trtllm_redrafter.prompts.messages import Message, UnknownKeys, brief, own_id, parse_prompt
+from trtllm_redrafter.prompts.messages import Prompt, UnknownKeys, brief, own_id, parse_prompt
 
 _NUMBERS: dict[str, tuple[type, ...]] = {
     "max_tokens": (int,),
@@ -28,27 +28,25 @@ _NUMBERS: dict[str, tuple[type, ...]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
-    """One prompt to run. `where` names its source for messages: `line 3 of prompts.jsonl`."""
+    """One prompt of a run: what is asked, and once it has run, its result or the error that kept it from running.
+
+    `where` names its source for messages: `line 3 of prompts.jsonl`.
+    """
 
     job_id: str
     where: str
-    prompt: str | Sequence[Message]
+    prompt: Prompt
     sampling: SamplingParams
-    draft: bool
-    chat: bool
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a job: a result, or the error that kept it from running."""
-
-    job_id: str
-    where: str
+    draft: bool = True
     result: Result | None = None
     error: RedrafterError | None = None
+
+    def failed(self, error: RedrafterError) -> Job:
+        """This job, with the error at its place."""
+        self.error = error.at(self.where)
+        return self
 
     def as_dict(self) -> dict[str, Any]:
         if self.error is not None:
@@ -59,48 +57,42 @@ class Outcome:
         return {"id": self.job_id, "source": self.where, **values}
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What a prompt gets unless its line says otherwise."""
-
-    sampling: SamplingParams
-    draft: bool
-    chat: bool
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+def prompt_jobs(prompts: Sequence[str], defaults: Job) -> list[Job]:
+    """Jobs of texts; `defaults` is what each gets beside its text."""
+    return [
+        replace(defaults, job_id=f"prompt-{i}", where=f"prompt {i}", prompt=replace(defaults.prompt, content=text))
+        for i, text in enumerate(prompts, start=1)
+    ]
 
 
-def prompt_jobs(prompts: Sequence[str], defaults: Defaults) -> list[Job]:
-    given = (defaults.sampling, defaults.draft, defaults.chat, defaults.template_kwargs)
-    return [Job(f"prompt-{i}", f"prompt {i}", prompt, *given) for i, prompt in enumerate(prompts, start=1)]
-
-
-def read_jobs(path: Path, defaults: Defaults) -> Iterator[Job | Outcome]:
-    """Jobs of a JSON Lines file or stream, line by line; a line that is none becomes an outcome with its error."""
+def read_jobs(path: Path, defaults: Job) -> Iterator[Job]:
+    """Jobs of a JSON Lines file or stream, line by line; a line that is none becomes a job with its error."""
     unknown = UnknownKeys(path)
     for line in read_lines(path):
-        where, job_id = f"{path}, line {line.number}", f"line-{line.number}"
+        job = replace(defaults, job_id=f"line-{line.number}", where=f"{path}, line {line.number}")
         try:
             if line.error is not None:
                 raise line.error
             unknown.note(line.values, line.number)
-            yield _job_of(line.values, where, job_id, defaults)
+            yield _with_values(job, line.values)
         except InputError as error:
-            yield Outcome(job_id, where, error=error.at(where))
+            yield job.failed(error)
 
 
-def _job_of(values: Mapping[str, Any], where: str, job_id: str, defaults: Defaults) -> Job:
+def _with_values(job: Job, values: Mapping[str, Any]) -> Job:
+    """What a line says goes before the defaults."""
     prompt = parse_prompt(values)
     if prompt.later:
         remedy = "give each turn a line of its own, or use `bench`, which asks one after the other"
         raise InputError("`turns` has several turns", remedy=remedy)
-    return Job(
-        job_id=own_id(values) or job_id,
-        where=where,
-        prompt=prompt.content,
-        sampling=replace(defaults.sampling, **_sampling_changes(values)),
-        draft=_flag(values, "draft", defaults.draft),
-        chat=defaults.chat if prompt.chat is None else prompt.chat,
-        template_kwargs={**defaults.template_kwargs, **prompt.template_kwargs},
+    chat = job.prompt.chat if prompt.chat is None else prompt.chat
+    template_kwargs = {**job.prompt.template_kwargs, **prompt.template_kwargs}
+    return replace(
+        job,
+        job_id=own_id(values) or job.job_id,
+        prompt=replace(prompt, chat=chat, template_kwargs=template_kwargs),
+        sampling=replace(job.sampling, **_sampling_changes(values)),
+        draft=_flag(values, "draft", job.draft),
     )
 
 

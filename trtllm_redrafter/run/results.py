@@ -26,7 +26,7 @@ from trtllm_redrafter.errors import InputError, OutputError
 from trtllm_redrafter.fsio import as_output_error
 from trtllm_redrafter.locks import exclusive
 from trtllm_redrafter.prompts.jsonl import dump_line
-from trtllm_redrafter.run.jobs import Job, Outcome
+from trtllm_redrafter.run.jobs import Job
 from trtllm_redrafter.scratch import partial_stem, replaced_file, sweep
 
 Place = tuple[int, int]
@@ -75,7 +75,7 @@ class ResultsFile:
                 if file._fd is not None:
                     os.close(file._fd)
 
-    def missing(self, jobs: Iterable[Job | Outcome], info: EngineInfo) -> Iterator[Job | Outcome]:
+    def missing(self, jobs: Iterable[Job], info: EngineInfo) -> Iterator[Job]:
         """Begin to write: the jobs without a result of this engine in the file. Failed ones are tried again."""
         self._engine = _engine_key(info)
         mode = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if self._earlier else os.O_TRUNC)
@@ -84,9 +84,9 @@ class ResultsFile:
             self._end = os.lseek(self._fd, 0, os.SEEK_END) if self._regular else 0
         return self._missing(jobs)
 
-    def _missing(self, jobs: Iterable[Job | Outcome]) -> Iterator[Job | Outcome]:
+    def _missing(self, jobs: Iterable[Job]) -> Iterator[Job]:
         for index, job in enumerate(jobs):
-            key = self._request_key(job) if isinstance(job, Job) else None
+            key = _request_key(job, self._engine) if job.error is None else None
             known, place = self._earlier.get(index, (None, (0, 0)))
             if key is not None and key == known:
                 self._places[index] = place
@@ -95,10 +95,10 @@ class ResultsFile:
                 self._running[job.where] = (index, key)
                 yield job
 
-    def write(self, outcome: Outcome) -> None:
+    def write(self, job: Job) -> None:
         """Append a row; nothing of it stays when it cannot be written whole."""
-        index, key = self._running.pop(outcome.where)
-        values = outcome.as_dict()
+        index, key = self._running.pop(job.where)
+        values = job.as_dict()
         row = {"id": values.pop("id"), "source": values.pop("source"), "index": index, "request_sha256": key, **values}
         data = (dump_line(row) + "\n").encode("utf-8")
         with as_output_error(self._path):
@@ -134,11 +134,6 @@ class ResultsFile:
                     os.ftruncate(self._fd, self._end)
             raise
 
-    def _request_key(self, job: Job) -> str:
-        request = {key: value for key, value in asdict(job).items() if key not in ("job_id", "where")}
-        text = json.dumps([self._engine, request], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
-
 
 @contextmanager
 def _alone(target: Path, path: Path) -> Iterator[None]:
@@ -150,6 +145,20 @@ def _alone(target: Path, path: Path) -> Iterator[None]:
     with exclusive(lock, "the output", where=path):
         sweep(target.parent, partial_stem(target))
         yield
+
+
+def _request_key(job: Job, engine: str) -> str:
+    """The hash of everything a job's result follows from."""
+    prompt = asdict(job.prompt)
+    request = {
+        "prompt": prompt["content"],
+        "chat": prompt["chat"],
+        "template_kwargs": prompt["template_kwargs"],
+        "sampling": asdict(job.sampling),
+        "draft": job.draft,
+    }
+    text = json.dumps([engine, request], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _engine_key(info: EngineInfo) -> str:

@@ -9,8 +9,9 @@ from trtllm_redrafter.backends.base import Runner
 from trtllm_redrafter.backends.engine_config import ENGINE_CHECKPOINT, engine_backend, read_engine_config
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.errors import UsageError
+from trtllm_redrafter.prompts.messages import Prompt
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.run.jobs import Defaults
+from trtllm_redrafter.run.jobs import Job
 from trtllm_redrafter.run.options import draft_shape, require, sampling_params
 from trtllm_redrafter.settings.layers import Resolved
 
@@ -44,15 +45,12 @@ def _chosen_api(resolved: Resolved, backend: str) -> str | None:
     return resolved.recipe.tensorrt_llm.api if is_flag or backend != "torch" else None
 
 
-def defaults_for(resolved: Resolved, runner: Runner) -> Defaults:
-    """What the recipe says for every prompt; chat follows the engine's template when nobody chose."""
+def defaults_for(resolved: Resolved, runner: Runner) -> Job:
+    """A job without a text: what the recipe says for all. Chat follows the engine's template when nobody chose."""
     run = resolved.recipe.run
-    return Defaults(
-        sampling=sampling_params(resolved),
-        draft=run.draft,
-        chat=runner.has_chat_template if run.chat is None else run.chat,
-        template_kwargs=resolved.recipe.chat_template_kwargs,
-    )
+    chat = runner.has_chat_template if run.chat is None else run.chat
+    prompt = Prompt("", chat=chat, template_kwargs=resolved.recipe.chat_template_kwargs)
+    return Job("", "", prompt, sampling_params(resolved), run.draft)
 
 
 def _check_horizon(engine: Path, shape: DraftShape) -> None:

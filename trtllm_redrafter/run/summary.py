@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trtllm_redrafter.backends.base import acceptance_length
-from trtllm_redrafter.run.jobs import Outcome
+from trtllm_redrafter.run.jobs import Job
 
 
 @dataclass
@@ -26,17 +26,19 @@ class Summary:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decoded_tokens: int = 0
-    exit_codes: list[int] = field(default_factory=list)
+    exit_code: int = 0
+    """0 while every prompt has a result, else that of the first failure."""
     _start: float = field(default_factory=time.perf_counter, repr=False)
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, job: Job) -> None:
         self.prompts += 1
         self.wall_seconds = time.perf_counter() - self._start
-        if outcome.result is None:
+        if job.error is not None:
             self.failed += 1
-            self.exit_codes.append(outcome.error.exit_code if outcome.error else 1)
+            self.exit_code = self.exit_code or job.error.exit_code
             return
-        result = outcome.result
+        assert job.result is not None
+        result = job.result
         self.prompt_tokens += result.prompt_tokens
         self.completion_tokens += len(result.token_ids)
         self.decoded_tokens += max(0, len(result.token_ids) - 1)
@@ -49,11 +51,6 @@ class Summary:
         self.accepted_at += [0] * max(0, longer)
         for j, count in enumerate(result.accepted_at):
             self.accepted_at[j] += count
-
-    @property
-    def exit_code(self) -> int:
-        """0 when every prompt has a result, else that of the first failure."""
-        return self.exit_codes[0] if self.exit_codes else 0
 
     @property
     def acceptance_length(self) -> float | None:
