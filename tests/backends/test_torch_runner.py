@@ -9,7 +9,7 @@ import pytest
 from tests.engines import build_engine, load, make_runner, with_oracle, write_checkpoint, write_tokenizer
 from trtllm_redrafter.backends.base import FinishReason, Request, Result, SamplingParams, Update
 from trtllm_redrafter.backends.torch.runner import TorchRunner
-from trtllm_redrafter.errors import RequestError
+from trtllm_redrafter.errors import BackendError, RequestError
 from trtllm_redrafter.redrafter.config import DraftShape
 
 PROMPTS = ((5, 9, 23, 7), (3,), (11, 60, 4, 44, 31, 17, 8, 9, 10), (30, 31), (40, 8, 9), (12, 13, 14))
@@ -127,6 +127,16 @@ def test_cancel_waiting_running_and_unknown(runner: TorchRunner) -> None:
     for i in ids[1:5]:
         runner.cancel(i)
     assert not runner.has_work
+
+
+def test_a_prompt_that_fails_takes_no_place_with_it(runner: TorchRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(slot: int, token_ids: object) -> object:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(BackendError, match="not enough memory for a step"):
+        patch.setattr(runner.executor, "prefill", fails)
+        run(runner, PROMPTS[0])
+    assert not runner.has_work and len(runner._free) == runner.info.max_batch_size
 
 
 def test_seeds(runner: TorchRunner) -> None:

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -32,24 +32,21 @@ from trtllm_redrafter.redrafter.token_tree import Tree
 
 
 @dataclass
-class _Waiting:
-    request: Request
-    request_id: str
-    since: float
+class _Sequence:
+    """A request from its submission on, and its place in the batch once it is admitted.
 
-
-@dataclass
-class _Active:
-    """A request in the batch. `base` positions are committed; `root` is emitted but not computed yet."""
+    `base` positions are committed; `root` is emitted but not computed yet.
+    """
 
     request: Request
-    seed: int
-    slot: int
-    base: int
-    root: int
-    context: Tensor  # [H], state of the last committed position
     result: Result
     text: TextStream
+    since: float
+    seed: int
+    slot: int = -1
+    base: int = 0
+    root: int = -1
+    context: Tensor = field(default_factory=lambda: torch.empty(0))  # [H], state of the last committed position
     undrafted: bool = False
     """Do the next step with the root alone: with drafts, the last one's numbers were not finite."""
 
@@ -76,8 +73,8 @@ class TorchRunner(Runner):
         self._drafting = drafting
         self._tokenizer = tokenizer
         self._eos = eos_token_ids
-        self._waiting: deque[_Waiting] = deque()
-        self._active: list[_Active] = []
+        self._waiting: deque[_Sequence] = deque()
+        self._active: list[_Sequence] = []
         self._free = list(range(info.max_batch_size))
         self._numbers = itertools.count()
         self._settings: SamplingSettings | None = None  # of the present batch
@@ -89,18 +86,17 @@ class TorchRunner(Runner):
     def submit(self, request: Request) -> str:
         request_id = request.request_id or f"request-{next(self._numbers)}"
         raise_together(RequestError, self._problems(request, request_id), "the request cannot run", where=request_id)
-        self._waiting.append(_Waiting(request, request_id, time.perf_counter()))
+        seed = fresh_seed() if request.sampling.seed is None else request.sampling.seed
+        text = TextStream.of(self._tokenizer, request.sampling)
+        result = Result(request_id, len(request.token_ids))
+        self._waiting.append(_Sequence(request, result, text, time.perf_counter(), seed))
         return request_id
 
     def cancel(self, request_id: str) -> Result | None:
-        for waiting in self._waiting:
-            if waiting.request_id == request_id:
-                self._waiting.remove(waiting)
-                return Result(request_id, len(waiting.request.token_ids), finish_reason=FinishReason.CANCELLED)
-        for active in self._active:
-            if active.result.request_id == request_id:
-                self._finish(active, FinishReason.CANCELLED)
-                return active.result
+        for sequence in (*self._waiting, *self._active):
+            if sequence.result.request_id == request_id:
+                self._finish(sequence, FinishReason.CANCELLED)
+                return sequence.result
         return None
 
     @torch.no_grad()
@@ -159,31 +155,26 @@ class TorchRunner(Runner):
     def _problems(self, request: Request, request_id: str) -> list[Problem]:
         """Everything that keeps a request from running, found before any work."""
         found = limit_problems(request, self.info, has_tokenizer=self._tokenizer is not None)
-        if self._is_known(request_id):
+        if any(s.result.request_id == request_id for s in (*self._waiting, *self._active)):
             found.append(Problem(f"the id {request_id!r} is in use", remedy="give each request its own id"))
         return found
 
-    def _is_known(self, request_id: str) -> bool:
-        ids = (w.request_id for w in self._waiting)
-        return request_id in ids or any(a.result.request_id == request_id for a in self._active)
-
-    def _admit(self, waiting: _Waiting) -> Update:
+    def _admit(self, sequence: _Sequence) -> Update:
         """Compute the prompt and emit the first token."""
         start = time.perf_counter()
-        request, slot = waiting.request, self._free.pop(0)
-        output = self.executor.prefill(slot, request.token_ids)
-        seed = fresh_seed() if request.sampling.seed is None else request.sampling.seed
+        request, result = sequence.request, sequence.result
+        output = self.executor.prefill(self._free[0], request.token_ids)
+        sequence.slot = self._free.pop(0)  # a prompt that fails takes none with it
         settings = SamplingSettings.of([request.sampling], output.logits.device)
-        first = int(draw(output.logits.unsqueeze(0), settings, uniform(seed, 0)))
-        result = Result(waiting.request_id, len(request.token_ids), queue_seconds=start - waiting.since)
+        sequence.root = int(draw(output.logits.unsqueeze(0), settings, uniform(sequence.seed, 0)))
+        sequence.base, sequence.context = len(request.token_ids), output.hidden
+        result.queue_seconds = start - sequence.since
         if self._drafting is not None:
             result.accepted_at = [0] * self._drafting.shape.draft_len
-        text = TextStream.of(self._tokenizer, request.sampling)
-        active = _Active(request, seed, slot, len(request.token_ids), first, output.hidden, result, text)
-        self._active.append(active)
+        self._active.append(sequence)
         self._settings = None
         result.prefill_seconds = time.perf_counter() - start
-        return self._fail(active) if first == NOT_FINITE else self._emit(active, [first])
+        return self._fail(sequence) if sequence.root == NOT_FINITE else self._emit(sequence, [sequence.root])
 
     def _decode(self) -> list[Update]:
         """One step of the whole batch."""
@@ -195,14 +186,14 @@ class TorchRunner(Runner):
         output = self.executor.forward(slots, bases, trees, logits=settings.any_sampled)
         emitted = self._accept(batch, trees, output, _draw(batch, trees, output, settings))
         elapsed = time.perf_counter() - start
-        for active in batch:
-            active.result.decode_seconds += elapsed
+        for sequence in batch:
+            sequence.result.decode_seconds += elapsed
         return [
-            self._emit(active, tokens) if tokens else self._retry_or_fail(active, drafted=len(tree) > 1)
-            for active, tokens, tree in zip(batch, emitted, trees, strict=True)
+            self._emit(sequence, tokens) if tokens else self._retry_or_fail(sequence, drafted=len(tree) > 1)
+            for sequence, tokens, tree in zip(batch, emitted, trees, strict=True)
         ]
 
-    def _propose(self, batch: list[_Active]) -> list[Tree]:
+    def _propose(self, batch: list[_Sequence]) -> list[Tree]:
         """A tree for every request; one that does not draft, or has one token left to write, gets its root alone."""
         trees = [Tree.root(a.root) for a in batch]
         if self._drafting is not None:
@@ -215,42 +206,44 @@ class TorchRunner(Runner):
                     trees[row] = tree
         return trees
 
-    def _batch_settings(self, batch: list[_Active]) -> SamplingSettings:
+    def _batch_settings(self, batch: list[_Sequence]) -> SamplingSettings:
         """Sampling parameters as tensors, made again only when the batch has changed."""
         if self._settings is None:
             self._settings = SamplingSettings.of([a.request.sampling for a in batch], batch[0].context.device)
         return self._settings
 
-    def _accept(self, batch: list[_Active], trees: list[Tree], output: TreeOutput, draws: list[int]) -> list[list[int]]:
+    def _accept(
+        self, batch: list[_Sequence], trees: list[Tree], output: TreeOutput, draws: list[int]
+    ) -> list[list[int]]:
         """Walk each tree with its nodes' draws and commit the path; the tokens each request gained.
 
         Where a row of the path has no finite logits, that is none, and nothing is committed.
         """
         gained, first = [], 0
-        for active, tree in zip(batch, trees, strict=True):
+        for sequence, tree in zip(batch, trees, strict=True):
             own = draws[first : first + len(tree)]
             path = tree.walk(own)
-            active.undrafted = own[path[-1]] == NOT_FINITE
-            kept = 0 if active.undrafted else len(path)
+            sequence.undrafted = own[path[-1]] == NOT_FINITE
+            kept = 0 if sequence.undrafted else len(path)
             if kept:
-                self.executor.commit(active.slot, active.base, path)
-                active.root = own[path[-1]]
-                active.context = output.hidden[first + path[-1]]
-                active.result.steps += 1
-                active.result.drafted_tokens += max(tree.depths)
+                self.executor.commit(sequence.slot, sequence.base, path)
+                sequence.root = own[path[-1]]
+                sequence.context = output.hidden[first + path[-1]]
+                sequence.result.steps += 1
+                sequence.result.drafted_tokens += max(tree.depths)
             if NOT_FINITE in own:
-                self.executor.clear(active.slot, active.base + kept, active.base + len(tree))
-            active.base += kept
+                self.executor.clear(sequence.slot, sequence.base + kept, sequence.base + len(tree))
+            sequence.base += kept
             gained.append([own[node] for node in path[:kept]])
             first += len(tree)
         return gained
 
-    def _emit(self, active: _Active, tokens: list[int]) -> Update:
+    def _emit(self, sequence: _Sequence, tokens: list[int]) -> Update:
         """Hand out tokens until one ends the request; what a step accepted beyond that is dropped."""
-        result, reason, before = active.result, None, len(active.result.token_ids)
+        result, reason, before = sequence.result, None, len(sequence.result.token_ids)
         for token in tokens:
             result.token_ids.append(token)
-            reason = self._reason_to_stop(active, token)
+            reason = self._reason_to_stop(sequence, token)
             if reason is not None:
                 break
         count = len(result.token_ids) - before
@@ -259,39 +252,42 @@ class TorchRunner(Runner):
             for depth in range(count - 1):
                 result.accepted_at[depth] += 1
         if reason is not None:
-            self._finish(active, reason)
-        piece = active.text.take(final=reason is not None)
+            self._finish(sequence, reason)
+        piece = sequence.text.take(final=reason is not None)
         return Update(result.request_id, tuple(tokens[:count]), piece, result if reason is not None else None)
 
-    def _retry_or_fail(self, active: _Active, *, drafted: bool) -> Update:
+    def _retry_or_fail(self, sequence: _Sequence, *, drafted: bool) -> Update:
         """A draft's NaN can reach its root, through attention weights of zero: what drafting broke is done without."""
-        return Update(active.result.request_id, (), "") if drafted else self._fail(active)
+        return Update(sequence.result.request_id, (), "") if drafted else self._fail(sequence)
 
-    def _fail(self, active: _Active) -> Update:
+    def _fail(self, sequence: _Sequence) -> Update:
         """End a request whose logits are not finite. Its keys and values must not reach the slot's next one."""
-        self.executor.clear(active.slot, 0, active.base)
-        written = len(active.result.token_ids)
+        self.executor.clear(sequence.slot, 0, sequence.base)
+        written = len(sequence.result.token_ids)
         what = f"the logits after {written} tokens" if written else "the logits after the prompt"
-        active.result.error = not_finite(what, self.info.dtype, where=active.result.request_id)
-        self._finish(active, FinishReason.ERROR)
-        return Update(active.result.request_id, (), active.text.take(final=True), active.result)
+        sequence.result.error = not_finite(what, self.info.dtype, where=sequence.result.request_id)
+        self._finish(sequence, FinishReason.ERROR)
+        return Update(sequence.result.request_id, (), sequence.text.take(final=True), sequence.result)
 
-    def _reason_to_stop(self, active: _Active, token: int) -> FinishReason | None:
-        sampling = active.request.sampling
-        if ends_text(token, active.text, active.result, sampling, self._eos):
+    def _reason_to_stop(self, sequence: _Sequence, token: int) -> FinishReason | None:
+        sampling = sequence.request.sampling
+        if ends_text(token, sequence.text, sequence.result, sampling, self._eos):
             return FinishReason.STOP
-        return FinishReason.LENGTH if active.remaining <= 0 else None
+        return FinishReason.LENGTH if sequence.remaining <= 0 else None
 
-    def _finish(self, active: _Active, reason: FinishReason) -> None:
-        active.text.finish()
-        active.result.text = active.text.text
-        active.result.finish_reason = reason
-        self._active.remove(active)
-        self._free.append(active.slot)
+    def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
+        sequence.text.finish()
+        sequence.result.text = sequence.text.text
+        sequence.result.finish_reason = reason
+        if sequence.slot < 0:
+            self._waiting.remove(sequence)
+            return
+        self._active.remove(sequence)
+        self._free.append(sequence.slot)
         self._settings = None
 
 
-def _draw(batch: list[_Active], trees: list[Tree], output: TreeOutput, settings: SamplingSettings) -> list[int]:
+def _draw(batch: list[_Sequence], trees: list[Tree], output: TreeOutput, settings: SamplingSettings) -> list[int]:
     """The base model's own next token at every node, drawn with the uniform of its output position.
 
     This and the walk are the `exact` rule of `redrafter.verification`, without padding.
