@@ -1,13 +1,18 @@
 """Too little memory, recognised in one way, whichever allocator, loader or library it was that said it.
 
-Nothing is imported here: this must work where there is no memory left to import PyTorch.
+Nothing large is imported here: this must work where there is no memory left to import PyTorch.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import re
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from trtllm_redrafter.errors import BackendError
 
 _SIGNS = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED"
@@ -36,3 +41,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, _KINDS) and _SIGNS.search(str(error)) is not None
+
+
+@contextmanager
+def memory_for(what: str, *, why: str | None = None, remedy: str) -> Iterator[None]:
+    """Turn an allocation that fails into "there is not enough memory for `what`"; other errors pass."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise BackendError(f"there is not enough memory for {what}", why=why, remedy=remedy) from error
+
+
+def physical_memory() -> int:
+    """Bytes of main memory in this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -20,10 +20,10 @@ from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.torch import cuda_graphs
 from trtllm_redrafter.backends.torch.backend import TorchBackend, _device
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimits, GraphSearch, _packed_tree
-from trtllm_redrafter.backends.torch.memory_errors import explained
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.errors import BackendError, UsageError
+from trtllm_redrafter.memory import memory_for
 from trtllm_redrafter.redrafter.beam_search import beam_search, draft_head
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
@@ -229,9 +229,9 @@ def test_a_failed_capture_leaves_no_graph_and_says_why(tmp_path: Path, monkeypat
 
 
 def test_other_errors_are_not_called_memory() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), explained("x", remedy="y"):
+    with pytest.raises(RuntimeError, match="shapes"), memory_for("x", remedy="y"):
         raise RuntimeError("shapes do not match")
-    with pytest.raises(BackendError, match="not enough memory for x"), explained("x", remedy="y"):
+    with pytest.raises(BackendError, match="not enough memory for x"), memory_for("x", remedy="y"):
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
 

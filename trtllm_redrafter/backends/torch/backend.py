@@ -33,7 +33,6 @@ from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimi
 from trtllm_redrafter.backends.torch.drafting import Drafting, frequent_rows, load_drafter
 from trtllm_redrafter.backends.torch.executor import Executor
 from trtllm_redrafter.backends.torch.low_rank import find_factor, load_factor, save_factor
-from trtllm_redrafter.backends.torch.memory_errors import explained, physical_memory
 from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.runner import TorchRunner
@@ -54,6 +53,7 @@ from trtllm_redrafter.fsio import (
     link_or_copy,
     write_json,
 )
+from trtllm_redrafter.memory import memory_for, physical_memory
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.redrafter.config import DraftShape
 
@@ -119,13 +119,13 @@ class TorchBackend:
             vocab_size=checkpoint.config.vocab_size,
             recorded=_recorded(checkpoint) if config.eos_token_ids is None else config.eos_token_ids,
         )
-        with explained("the weights", why=str(target), remedy="use a device with more, or end what else runs on it"):
+        with memory_for("the weights", why=str(target), remedy="use a device with more, or end what else runs on it"):
             weights = load_weights(checkpoint, target)
         limits = config.build_config
         executor, note = _make_executor(checkpoint.config, weights, limits, shape)
         drafting, built = None, config.draft
         if shape is not None and built is not None and checkpoint.config.drafter is not None:
-            with explained("the drafter", why=str(target), remedy="build with a smaller --max-batch-size"):
+            with memory_for("the drafter", why=str(target), remedy="build with a smaller --max-batch-size"):
                 drafting = Drafting(
                     load_drafter(checkpoint, checkpoint.config.drafter, target),
                     executor,
@@ -269,7 +269,7 @@ def _make_executor(
             remedy="build with a smaller --max-batch-size or --max-seq-len",
         )
     why = f"{batch} requests of {capacity} positions"
-    with explained("the KV cache", why=why, remedy="build with a smaller --max-batch-size or --max-seq-len"):
+    with memory_for("the KV cache", why=why, remedy="build with a smaller --max-batch-size or --max-seq-len"):
         if weights.embedding.is_cuda:
             return _cuda_executor(config, weights, batch, capacity, shape), None
         try:

@@ -143,8 +143,8 @@ class GraphExecutor(TorchExecutor):
         scores = outputs.logits[:count].clone() if logits else None
         return TreeOutput(outputs.hidden[:count].clone(), outputs.best[:count], scores)
 
-    def without_trees(self) -> GraphExecutor:
-        """The same weights with a cache of its own, for passes of one row per request."""
+    def undrafted(self) -> GraphExecutor:
+        """For passes of one row per request: here undrafted ones are padded to a tree, so that their bits agree."""
         limits = replace(self._limits, max_nodes=1, max_depth=0)
         return GraphExecutor(self._config, self._weights, limits, fused=self._fused, detail=self.detail)
 

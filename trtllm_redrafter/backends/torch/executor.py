@@ -1,13 +1,15 @@
 """What the runner needs of something that executes a base model: trees in, hidden states and logits out.
 
-Two implementations exist: `transformer.TorchExecutor` (any dtype, CPU and CUDA, plain PyTorch) and
-`native.executor.NativeExecutor` (bfloat16 on a CPU with a C++ compiler: one call per step, bit-equal rows). Both own
-a preallocated KV cache of `max_batch_size` request slots.
+Four implementations exist: `transformer.TorchExecutor` (any dtype, CPU and CUDA, plain PyTorch), on a CPU
+`native.executor.NativeExecutor` (bfloat16, with a C++ compiler: one call per step, bit-equal rows), on a GPU
+`cuda_graphs.GraphExecutor` and `cuda.executor.CudaExecutor`. Each owns a preallocated KV cache of `max_batch_size`
+request slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,6 +73,14 @@ class Executor(Protocol):
 
     def hidden_states(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         """Like `prefill`, but with the state of every token: [S, H]."""
+        ...
+
+    def undrafted(self) -> Executor:
+        """This executor, or one of the same weights with a cache of its own that is faster where nothing is drafted."""
+        ...
+
+    def threads(self) -> AbstractContextManager[None]:
+        """As many threads for PyTorch's own operations as serve a step beside this executor's; kept by the block."""
         ...
 
     def close(self) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,11 +20,10 @@ from trtllm_redrafter.backends.base import Along, EngineInfo, FinishReason, Requ
 from trtllm_redrafter.backends.requests import limit_problems
 from trtllm_redrafter.backends.text import TextStream, ends_text
 from trtllm_redrafter.backends.tokenizer import EngineTokenizer
-from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor
 from trtllm_redrafter.backends.torch.drafting import Drafting
 from trtllm_redrafter.backends.torch.executor import Executor, TreeOutput
-from trtllm_redrafter.backends.torch.memory_errors import explained
 from trtllm_redrafter.errors import Problem, RequestError, not_finite, raise_together
+from trtllm_redrafter.memory import memory_for
 from trtllm_redrafter.redrafter.beam_search import Beams
 from trtllm_redrafter.redrafter.sampling import NOT_FINITE, SamplingSettings, draw, fresh_seed, uniform
 from trtllm_redrafter.redrafter.token_tree import Tree
@@ -103,7 +101,7 @@ class TorchRunner(Runner):
     def step(self) -> list[Update]:
         what = f"a step of {len(self._active) + len(self._waiting)} requests"
         remedy = "send fewer or shorter ones together, or build with a smaller --max-batch-size or --max-seq-len"
-        with _quiet_threads(self.executor), explained(what, why=self.executor.device, remedy=remedy):
+        with self.executor.threads(), memory_for(what, why=self.executor.device, remedy=remedy):
             updates = []
             while self._waiting and self._free:
                 updates.append(self._admit(self._waiting.popleft()))
@@ -112,19 +110,21 @@ class TorchRunner(Runner):
             return updates
 
     def autoregressive(self) -> TorchRunner:
-        """With CUDA graphs, undrafted steps are padded to a tree as well, so that their bits agree; this spares it."""
-        if not isinstance(self.executor, GraphExecutor) or self._drafting is None:
+        """On the executor that is faster so, if there is one."""
+        if self._drafting is None:
             return self
         remedy = "build with a smaller --max-batch-size or --max-seq-len"
-        with explained("a second KV cache, which decoding without drafting has", remedy=remedy):
-            executor = self.executor.without_trees()
+        with memory_for("a second KV cache, which decoding without drafting has", remedy=remedy):
+            executor = self.executor.undrafted()
+        if executor is self.executor:
+            return self
         return TorchRunner(self.info, executor, None, self._tokenizer, self._eos)
 
     @torch.no_grad()
     def along(self, prompt: Sequence[int], tokens: Sequence[int]) -> Along:
         """The first row comes from the prompt's pass, the others from chains no longer than a tree."""
         width = 1 if self.info.draft_shape is None else self.info.draft_shape.max_tree_tokens
-        with _quiet_threads(self.executor):
+        with self.executor.threads():
             first = self.executor.prefill(0, prompt)
             logits, states = [first.logits.float().clone().unsqueeze(0)], [first.hidden.clone().unsqueeze(0)]
             for start in range(0, len(tokens) - 1, width):
@@ -299,17 +299,3 @@ def _draw(batch: list[_Sequence], trees: list[Tree], output: TreeOutput, setting
     positions = [len(a.result.token_ids) + d for a, tree in zip(batch, trees, strict=True) for d in tree.depths]
     uniforms = uniform(seeds, positions).to(output.logits.device)
     return draw(output.logits, settings.repeat_each(sizes), uniforms).tolist()
-
-
-@contextmanager
-def _quiet_threads(executor: Executor) -> Iterator[None]:
-    """With the native kernels, PyTorch's own operations are small: a second OpenMP thread costs more than it brings."""
-    if executor.name != "native" or torch.get_num_threads() == 1:
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -10,6 +10,7 @@ Rounding follows transformers: norms in float32, everything else in the model's 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +114,12 @@ class TorchExecutor:
     def clear(self, slot: int, first: int, last: int) -> None:
         for cache in (self._keys, self._values):
             cache[:, slot, :, first:] = 0  # behind `last` padding has been written
+
+    def undrafted(self) -> TorchExecutor:
+        return self
+
+    def threads(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def close(self) -> None:
         nothing = torch.empty(0)

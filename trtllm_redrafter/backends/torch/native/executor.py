@@ -7,7 +7,8 @@ row's bits do not depend on the rows beside it, so drafting and autoregression a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,21 @@ class NativeExecutor:
 
     def clear(self, slot: int, first: int, last: int) -> None:
         call(self.library.redrafter_clear, self.handle, slot, first, last)
+
+    def undrafted(self) -> NativeExecutor:
+        return self
+
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """PyTorch's operations are small beside the kernels: a second OpenMP thread costs more than it brings."""
+        before = torch.get_num_threads()
+        if before > 1:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            if before > 1:
+                torch.set_num_threads(before)
 
     def close(self) -> None:
         if self.handle:
