@@ -25,7 +25,7 @@ from torch import Tensor
 
 from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.torch.backend import TorchBackend, _make_executor
-from trtllm_redrafter.backends.torch.drafting import Drafting, frequent_rows, load_drafter
+from trtllm_redrafter.backends.torch.drafting import frequent_rows, load_drafter, make_search
 from trtllm_redrafter.backends.torch.low_rank import load_factor
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.weights import ModelWeights, load_weights
@@ -179,7 +179,7 @@ class Bench:
             factor = None if "head" in name else factor  # the engine that was built from such a head has no factor
         info = self.runner.info
         rows = frequent_rows(self.checkpoint.path, self.head_rows, self.checkpoint.config.vocab_size)
-        self.runner._drafting = Drafting(
+        self.runner._drafting = make_search(
             drafter, self.runner.executor, self.weights.embedding, info.draft_shape,
             rows=rows, max_batch_size=info.max_batch_size, low_rank=factor,
         )  # fmt: skip

@@ -13,12 +13,12 @@ from torch import Tensor
 from tests.tiny_models import write_base, write_drafter
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.torch.backend import TorchBackend
-from trtllm_redrafter.backends.torch.drafting import Drafting
 from trtllm_redrafter.backends.torch.runner import TorchRunner
+from trtllm_redrafter.backends.torch.search import Search
 from trtllm_redrafter.conversion import ConvertOptions, convert, plan_conversion
 from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.redrafter.beam_search import Beams
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.redrafter.token_tree import Tree
 
 VOCAB = 64
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
@@ -123,14 +123,14 @@ def make_runner(folder: Path, family: str = "llama", *, tokenizer: bool = False,
     return load(build_engine(checkpoint, folder / "engine", text))
 
 
-class Oracle(Drafting):
+class Oracle(Search):
     """A drafter that knows each request's continuation and spoils it at a random depth, in a random beam.
 
     Random weights are hardly ever right; with this one, steps accept anything from nothing to a whole beam.
     """
 
     def __init__(self, runner: TorchRunner, shape: DraftShape, truth: dict[tuple[int, ...], list[int]]) -> None:
-        self.shape = shape
+        super().__init__(shape, torch.float32)
         self._runner = runner
         self._truth = truth
         self._random = torch.Generator().manual_seed(5)
@@ -138,12 +138,16 @@ class Oracle(Drafting):
     def _below(self, limit: int) -> int:
         return int(torch.randint(limit, (1,), generator=self._random))
 
-    def propose(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[Tree]:
+    def beams(self, contexts: Tensor, roots: Sequence[int]) -> Beams:
+        raise NotImplementedError("an oracle has no scores")
+
+    def search(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> tuple[list[list[list[int]]], list[bool]]:
         drafting = [a for a in self._runner._active if a.request.draft and a.remaining > 1]
         assert [a.root for a in drafting] == list(roots)
-        return [self._tree(self._truth[a.request.token_ids][len(a.result.token_ids) :], a.root) for a in drafting]
+        truths = [self._truth[a.request.token_ids][len(a.result.token_ids) :] for a in drafting]
+        return [self._spoiled(truth, root) for truth, root in zip(truths, roots, strict=True)], [True] * len(roots)
 
-    def _tree(self, truth: list[int], root: int) -> Tree:
+    def _spoiled(self, truth: list[int], root: int) -> list[list[int]]:
         count, length = self.shape.num_beams, self.shape.draft_len
         beams = torch.randint(3, VOCAB, (count, length + 1), generator=self._random)
         right = truth[: self._below(length + 1)]
@@ -151,7 +155,8 @@ class Oracle(Drafting):
         beams[beam, 1 : len(right) + 1] = torch.tensor(right, dtype=torch.int64)
         beams[shared, 1 : len(right)] = torch.tensor(right[:-1], dtype=torch.int64)
         beams[:, 0] = root
-        return Tree.merge(beams.tolist())
+        found: list[list[int]] = beams.tolist()
+        return found
 
 
 def with_oracle(runner: TorchRunner, truth: dict[tuple[int, ...], list[int]], shape: DraftShape) -> TorchRunner:

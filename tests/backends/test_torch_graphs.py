@@ -73,7 +73,7 @@ def graph_runner(folder: Path, family: str = "llama", *, drafter: bool = True, *
 
 def on_graphs(engine: Path) -> TorchRunner:
     """An engine on the graph executor, as `TorchBackend.load` makes it for a GPU."""
-    from trtllm_redrafter.backends.torch.drafting import Drafting, load_drafter
+    from trtllm_redrafter.backends.torch.drafting import load_drafter, make_search
     from trtllm_redrafter.checkpoint.reader import Checkpoint
 
     plain = load(engine)
@@ -87,7 +87,7 @@ def on_graphs(engine: Path) -> TorchRunner:
         checkpoint = Checkpoint.open(engine / "checkpoint")
         assert checkpoint.config.drafter is not None
         model = load_drafter(checkpoint, checkpoint.config.drafter, torch.device("cpu"))
-        drafting = Drafting(model, executor, plain.executor._weights.embedding, shape,
+        drafting = make_search(model, executor, plain.executor._weights.embedding, shape,
                             rows=None, max_batch_size=info.max_batch_size, low_rank=None)  # fmt: skip
     return TorchRunner(info, executor, drafting, None, frozenset())
 

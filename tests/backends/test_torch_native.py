@@ -17,7 +17,7 @@ from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.engine_config import ENGINE_CHECKPOINT
 from trtllm_redrafter.backends.torch.drafting import load_drafter
 from trtllm_redrafter.backends.torch.native import compiled, library
-from trtllm_redrafter.backends.torch.native.drafter import NativeDrafter
+from trtllm_redrafter.backends.torch.native.drafter import NativeSearch
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
@@ -126,7 +126,7 @@ def test_beams_are_the_plain_searchs(runner: TorchRunner) -> None:
     context = torch.randn(3, 64, generator=generator).to(torch.bfloat16)
     first = torch.tensor([4, 9, 33])
     for rows in (None, torch.arange(0, 64, 1)[:60]):
-        native = NativeDrafter(executor, drafter, rows, max_batch_size=3, num_beams=5).search(context, first, shape)
+        native = NativeSearch(executor, drafter, rows, shape, max_batch_size=3).beams(context, first.tolist())
         embedding = checkpoint.load("transformer.vocab_embedding.weight")
         wide = copy.deepcopy(drafter).float()
         expected = beam_search(
@@ -190,11 +190,9 @@ def test_a_low_rank_head_is_found_and_drafts_the_same(tmp_path: Path) -> None:
     drafter = load_drafter(opened, config, torch.device("cpu"))
     context = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     low_rank = load_factor(engine, opened.load("lm_head.weight"))
-    shape, first = DraftShape(3, 3), torch.tensor([5, 7])
+    shape, first = DraftShape(3, 3), [5, 7]
     beams = [
-        NativeDrafter(executor, drafter, None, max_batch_size=2, num_beams=3, low_rank=head).search(
-            context, first, shape
-        )
+        NativeSearch(executor, drafter, None, shape, max_batch_size=2, low_rank=head).beams(context, first)
         for head in (None, low_rank)
     ]
     assert (beams[0].tokens == beams[1].tokens).float().mean() > 0.8

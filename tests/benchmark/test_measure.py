@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.engines import make_runner
 from trtllm_redrafter.backends.torch.runner import TorchRunner
+from trtllm_redrafter.backends.torch.search import PlainSearch
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.benchmark.differences import examine
 from trtllm_redrafter.benchmark.figures import batch_figures
@@ -172,7 +173,7 @@ def test_numbers_that_are_not_finite_end_a_benchmark(tmp_path: Path) -> None:
     with pytest.raises(NumericalError, match="the logits after the prompt"):
         Session(base, base, ITEMS, OPTIONS).run(no_progress)
     drafter = make_runner(tmp_path / "drafter")
-    assert drafter._drafting is not None and drafter._drafting._drafter.rnn_u is not None
+    assert isinstance(drafter._drafting, PlainSearch) and drafter._drafting._drafter.rnn_u is not None
     drafter._drafting._drafter.rnn_u.bias[0] = float("nan")
     with pytest.raises(NumericalError, match="the drafter's scores"):
         Session(drafter, drafter, ITEMS, OPTIONS).run(no_progress)

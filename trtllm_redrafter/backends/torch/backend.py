@@ -30,7 +30,7 @@ from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY, engine_text
 from trtllm_redrafter.backends.torch.build_plan import BACKEND, TorchBuildPlan, kv_cache_bytes, plan_build
 from trtllm_redrafter.backends.torch.cuda.executor import CudaExecutor, cuda_unavailable
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimits
-from trtllm_redrafter.backends.torch.drafting import Drafting, frequent_rows, load_drafter
+from trtllm_redrafter.backends.torch.drafting import frequent_rows, load_drafter, make_search
 from trtllm_redrafter.backends.torch.executor import Executor
 from trtllm_redrafter.backends.torch.low_rank import find_factor, load_factor, save_factor
 from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
@@ -126,7 +126,7 @@ class TorchBackend:
         drafting, built = None, config.draft
         if shape is not None and built is not None and checkpoint.config.drafter is not None:
             with memory_for("the drafter", why=str(target), remedy="build with a smaller --max-batch-size"):
-                drafting = Drafting(
+                drafting = make_search(
                     load_drafter(checkpoint, checkpoint.config.drafter, target),
                     executor,
                     weights.embedding,

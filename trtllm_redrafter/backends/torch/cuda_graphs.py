@@ -21,10 +21,11 @@ from torch import Tensor
 from trtllm_redrafter.backends.torch.captured import CapturedGraph, on_device
 from trtllm_redrafter.backends.torch.executor import TreeOutput
 from trtllm_redrafter.backends.torch.pointwise import EAGER, Pointwise
+from trtllm_redrafter.backends.torch.search import PlainSearch
 from trtllm_redrafter.backends.torch.transformer import Attend, Rows, TorchExecutor
 from trtllm_redrafter.backends.torch.weights import LayerWeights, ModelWeights
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.redrafter.beam_search import Beams, DraftHead, beam_search
+from trtllm_redrafter.redrafter.beam_search import Beams, DraftHead
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
 from trtllm_redrafter.redrafter.sampling import finite_greedy
@@ -222,16 +223,16 @@ def _packed_tree(slot: int, base: int, tree: Tree, width: int, deepest: int) -> 
     return [slot, base, *tree.tokens, *[0] * missing, *tree.depths, *[0] * missing, *paths]
 
 
-class GraphSearch:
+class GraphSearch(PlainSearch):
     """`beam_search` as a graph per batch size. Lists out, since trees are merged on the host."""
 
     def __init__(self, drafter: Drafter, embedding: Tensor, head: DraftHead, shape: DraftShape, pool: Any) -> None:
-        self._drafter, self._embedding, self._head, self._shape, self._pool = drafter, embedding, head, shape, pool
+        super().__init__(drafter, embedding, head, shape)
+        self._pool = pool
         self._captured: dict[int, tuple[CapturedGraph, Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def search(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> tuple[list[list[list[int]]], list[bool]]:
-        """Contexts [H] and last tokens of B sequences -> beams [B][K][L + 1], and whether their scores are finite."""
         with on_device(self._embedding.device):
             return self._search(contexts, roots)
 
@@ -251,10 +252,10 @@ class GraphSearch:
         graph.replay()
         *tokens, missed = outputs.tolist()
         if missed:
-            beams = self._run(torch.tensor(list(roots), device=context.device), context, None)
+            beams = self.beams(context, roots)
             tokens = self._flat(beams).tolist()
         finite, tokens = [bool(flag) for flag in tokens[-batch:]], tokens[:-batch]
-        rows, length = self._shape.num_beams, self._shape.draft_len + 1
+        rows, length = self.shape.num_beams, self.shape.draft_len + 1
         cut = [tokens[start : start + length] for start in range(0, len(tokens), length)]
         return [cut[start : start + rows] for start in range(0, len(cut), rows)], finite
 
@@ -264,11 +265,6 @@ class GraphSearch:
         beams = self._run(roots, context, missed)
         flag = torch.stack(missed).any() if missed else torch.zeros((), dtype=torch.bool, device=context.device)
         return torch.cat([self._flat(beams), flag.to(torch.int64).view(1)])
-
-    def _run(self, roots: Tensor, context: Tensor, missed: list[Tensor] | None) -> Beams:
-        return beam_search(
-            self._drafter, self._embedding, context, roots, self._shape, head=self._head, missed_ties=missed
-        )
 
     @staticmethod
     def _flat(beams: Beams) -> Tensor:

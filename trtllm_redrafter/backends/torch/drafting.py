@@ -1,4 +1,4 @@
-"""From an engine's drafter to token trees.
+"""An engine's drafter, and the search that its executor runs fastest.
 
 The LM head may be cut to the vocabulary's most frequent rows (`draft_vocab.safetensors`, written by the trainer):
 at batch 1 a 49,152-row head costs more than the rest of the drafter. This changes what is drafted, so it can
@@ -7,7 +7,6 @@ change the acceptance length, and never the output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +18,14 @@ from trtllm_redrafter.backends.torch.cuda.search import SearchKernel
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphSearch
 from trtllm_redrafter.backends.torch.executor import Executor
 from trtllm_redrafter.backends.torch.low_rank import LowRankHead
-from trtllm_redrafter.backends.torch.native.drafter import NativeDrafter
+from trtllm_redrafter.backends.torch.native.drafter import NativeSearch
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
+from trtllm_redrafter.backends.torch.search import PlainSearch, Search
 from trtllm_redrafter.checkpoint.draft_vocab import DRAFT_VOCAB_FILE, read_draft_vocab
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.errors import NumericalError, not_finite
-from trtllm_redrafter.redrafter.beam_search import Beams, DraftHead, beam_search, draft_head
+from trtllm_redrafter.redrafter.beam_search import DraftHead, draft_head
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
-from trtllm_redrafter.redrafter.token_tree import Tree
 
 _PREFIX = "drafter."
 
@@ -55,63 +53,25 @@ def _factored(head: DraftHead, low_rank: LowRankHead) -> DraftHead:
     return replace(head, weight=base, factor=low_rank.factor.to(base.device))
 
 
-class Drafting:
-    """Proposes one tree per sequence: its root alone where the drafter's numbers are not finite."""
-
-    error: NumericalError | None = None
-    """Set once that has happened."""
-
-    def __init__(
-        self,
-        drafter: Drafter,
-        executor: Executor,
-        embedding: Tensor,
-        shape: DraftShape,
-        *,
-        rows: Tensor | None,
-        max_batch_size: int,
-        low_rank: LowRankHead | None,
-    ) -> None:
-        self.shape = shape
-        self._dtype = embedding.dtype
-        self._native: NativeDrafter | None = None
-        self._graphs: GraphSearch | SearchKernel | None = None
-        if isinstance(executor, NativeExecutor) and NativeDrafter.supports(drafter, rows):
-            rows = None if rows is None else rows.sort().values
-            self._native = NativeDrafter(
-                executor,
-                drafter,
-                rows,
-                max_batch_size=max_batch_size,
-                num_beams=shape.num_beams,
-                low_rank=low_rank,
-            )
-            return
-        self._drafter = drafter
-        self._embedding = embedding
-        self._head = draft_head(drafter, rows)
-        if isinstance(executor, GraphExecutor | CudaExecutor):
-            self._graphs = GraphSearch(drafter, embedding, self._head, shape, executor.pool)
-        if isinstance(executor, CudaExecutor):
-            head = self._head if low_rank is None else _factored(self._head, low_rank)
-            if SearchKernel.unsupported(drafter, embedding, head, shape) is None:
-                self._graphs = SearchKernel(drafter, embedding, head, shape, max_batch_size=max_batch_size)
-
-    def propose(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[Tree]:
-        """Contexts [H] and last tokens of B sequences -> their trees."""
-        if self._graphs is not None:
-            return self._trees(roots, *self._graphs.search(contexts, roots))
-        beams = self.beams(torch.stack(list(contexts)), roots)
-        return self._trees(roots, beams.tokens.tolist(), beams.finite.tolist())
-
-    def beams(self, contexts: Tensor, roots: Sequence[int]) -> Beams:
-        """Contexts [B, H] and last tokens of B sequences -> beams and their scores; on a GPU without the graph."""
-        tokens = torch.tensor(list(roots), device=contexts.device)
-        if self._native is not None:
-            return self._native.search(contexts, tokens, self.shape)
-        return beam_search(self._drafter, self._embedding, contexts, tokens, self.shape, head=self._head)
-
-    def _trees(self, roots: Sequence[int], beams: list[list[list[int]]], finite: list[bool]) -> list[Tree]:
-        if not all(finite) and self.error is None:
-            self.error = not_finite("the drafter's scores", str(self._dtype).removeprefix("torch."), where="drafter")
-        return [Tree.merge(rows) if ok else Tree.root(r) for r, rows, ok in zip(roots, beams, finite, strict=True)]
+def make_search(
+    drafter: Drafter,
+    executor: Executor,
+    embedding: Tensor,
+    shape: DraftShape,
+    *,
+    rows: Tensor | None,
+    max_batch_size: int,
+    low_rank: LowRankHead | None,
+) -> Search:
+    """The fastest search that runs beside an executor. `rows`: the token ids that the LM head is cut to."""
+    if isinstance(executor, NativeExecutor) and NativeSearch.supports(drafter, rows):
+        rows = None if rows is None else rows.sort().values
+        return NativeSearch(executor, drafter, rows, shape, max_batch_size=max_batch_size, low_rank=low_rank)
+    head = draft_head(drafter, rows)
+    if isinstance(executor, CudaExecutor):
+        factored = head if low_rank is None else _factored(head, low_rank)
+        if SearchKernel.unsupported(drafter, embedding, factored, shape) is None:
+            return SearchKernel(drafter, embedding, factored, shape, max_batch_size=max_batch_size)
+    if isinstance(executor, GraphExecutor | CudaExecutor):
+        return GraphSearch(drafter, embedding, head, shape, executor.pool)
+    return PlainSearch(drafter, embedding, head, shape)

@@ -20,8 +20,8 @@ from trtllm_redrafter.backends.base import Along, EngineInfo, FinishReason, Requ
 from trtllm_redrafter.backends.requests import limit_problems
 from trtllm_redrafter.backends.text import TextStream, ends_text
 from trtllm_redrafter.backends.tokenizer import EngineTokenizer
-from trtllm_redrafter.backends.torch.drafting import Drafting
 from trtllm_redrafter.backends.torch.executor import Executor, TreeOutput
+from trtllm_redrafter.backends.torch.search import Search
 from trtllm_redrafter.errors import Problem, RequestError, not_finite, raise_together
 from trtllm_redrafter.memory import memory_for
 from trtllm_redrafter.redrafter.beam_search import Beams
@@ -60,7 +60,7 @@ class TorchRunner(Runner):
         self,
         info: EngineInfo,
         executor: Executor,
-        drafting: Drafting | None,
+        drafting: Search | None,
         tokenizer: EngineTokenizer | None,
         eos_token_ids: frozenset[int],
         notes: tuple[str, ...] = (),

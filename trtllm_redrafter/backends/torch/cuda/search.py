@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from trtllm_redrafter.backends.torch.cuda.compiler import Kernel, _address, _checked, pointer, tensor_map
 from trtllm_redrafter.backends.torch.cuda.search_plan import BOX, Cut, Plan
+from trtllm_redrafter.backends.torch.search import PlainSearch
 from trtllm_redrafter.redrafter.beam_search import DraftHead
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
@@ -80,8 +81,11 @@ class _Tail(ctypes.Structure):
     ]
 
 
-class SearchKernel:
-    """A drafter's searches of up to `max_batch_size` sequences; larger batches go in several launches."""
+class SearchKernel(PlainSearch):
+    """A drafter's searches of up to `max_batch_size` sequences; larger batches go in several launches.
+
+    `beams`, whose scores checks ask for, is PyTorch's.
+    """
 
     def __init__(
         self,
@@ -92,9 +96,9 @@ class SearchKernel:
         *,
         max_batch_size: int,
     ) -> None:
+        super().__init__(drafter, embedding, head, shape)
         shape.check()
         assert head.weight is not None
-        self._drafter, self._embedding, self._head, self._shape = drafter, embedding, head, shape
         self._blocks = torch.cuda.get_device_properties(embedding.device).multi_processor_count
         self._largest = max(n for n in range(1, max_batch_size + 1) if n == 1 or self._plan(n).unsupported() is None)
         self._weights = self._gather_weights()
@@ -118,7 +122,7 @@ class SearchKernel:
         return _plan(drafter.config, head, shape, 1, blocks, dtype).unsupported()
 
     def _plan(self, batch: int) -> Plan:
-        return _plan(self._drafter.config, self._head, self._shape, batch, self._blocks, self._embedding.dtype)
+        return _plan(self._drafter.config, self._head, self.shape, batch, self._blocks, self._embedding.dtype)
 
     def _gather_weights(self) -> dict[str, Tensor | None]:
         parameters, count = dict(self._drafter.named_parameters()), self._drafter.config.num_layers
@@ -134,7 +138,7 @@ class SearchKernel:
         return {name: None if t is None else t.detach().contiguous() for name, t in found.items()}
 
     def _make_buffers(self) -> dict[str, Tensor]:
-        plan, shape = self._plan(self._largest), self._shape
+        plan, shape = self._plan(self._largest), self.shape
         config, rows, like = plan.config, plan.rows, self._embedding
         beams = (self._largest, shape.num_beams, shape.draft_len + 1)
         return {
@@ -201,7 +205,6 @@ class SearchKernel:
 
     @torch.no_grad()
     def search(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> tuple[list[list[list[int]]], list[bool]]:
-        """Contexts [H] and last tokens of B sequences -> beams [B][K][L + 1], and whether their scores are finite."""
         found: list[list[list[int]]] = []
         finite: list[bool] = []
         with torch.cuda.device(self._embedding.device):

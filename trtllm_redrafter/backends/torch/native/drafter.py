@@ -7,6 +7,7 @@ most of its time at batch 1 in the dispatch of some two hundred small operations
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from trtllm_redrafter.backends.torch.low_rank import LowRankHead
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.native.interface import BlockArguments, DrafterArguments, SearchArguments, call
 from trtllm_redrafter.backends.torch.native.packing import Packer
+from trtllm_redrafter.backends.torch.search import Search
 from trtllm_redrafter.errors import MismatchError
 from trtllm_redrafter.redrafter.beam_search import Beams
 from trtllm_redrafter.redrafter.config import TOP_CANDIDATES, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter, ResBlock
 
 
-class NativeDrafter:
+class NativeSearch(Search):
     """The drafter's weights packed, with its LM head cut to `rows` of the vocabulary. bfloat16.
 
     With `low_rank`, the head is computed as base-model head times factor.
@@ -33,11 +35,12 @@ class NativeDrafter:
         executor: NativeExecutor,
         drafter: Drafter,
         rows: Tensor | None,
+        shape: DraftShape,
         *,
         max_batch_size: int,
-        num_beams: int,
         low_rank: LowRankHead | None = None,
     ) -> None:
+        super().__init__(shape, torch.bfloat16)
         head = drafter.lm_head.weight.detach() if low_rank is None else low_rank.base_head
         head = head if rows is None else head[rows]
         self._executor = executor  # also keeps the threads and the embedding alive
@@ -47,7 +50,7 @@ class NativeDrafter:
             hidden=config.hidden_size,
             width=config.exit_dim,
             layers=config.num_layers,
-            max_rows=max_batch_size * num_beams,
+            max_rows=max_batch_size * shape.num_beams,
             head_rows=head.shape[0],
             rnn_u=packer.matrix(None if recurrent is None else recurrent.weight),
             rnn_bias=packer.floats(None if recurrent is None else recurrent.bias),
@@ -82,13 +85,13 @@ class NativeDrafter:
         sizes = (config.hidden_size, config.exit_dim)
         return count > TOP_CANDIDATES and all(size % 2 == 0 for size in sizes)
 
-    def search(self, context: Tensor, first_token: Tensor, shape: DraftShape) -> Beams:
-        """[B, H] bfloat16 and [B] -> beams of falling score.
+    def beams(self, contexts: Tensor, roots: Sequence[int]) -> Beams:
+        """[B, H] bfloat16 and B tokens -> beams of falling score.
 
         Where a sequence's numbers are not finite, its scores are NaN and its tokens repeat the first.
         """
-        context, first = context.to(torch.bfloat16).contiguous(), first_token.to(torch.int64).contiguous()
-        batch = first.shape[0]
+        context, first = contexts.to(torch.bfloat16).contiguous(), torch.tensor(list(roots))
+        batch, shape = len(first), self.shape
         if tuple(context.shape) != (batch, self._executor.hidden_size):
             raise ValueError(f"contexts are {list(context.shape)}, not {[batch, self._executor.hidden_size]}")
         tokens = torch.empty(batch, shape.num_beams, shape.draft_len + 1, dtype=torch.int64)
