@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter import __version__
+from trtllm_redrafter.checkpoint.config_writer import config_dict
 from trtllm_redrafter.errors import InputError, RedrafterError, UsageError, VerificationError
 from trtllm_redrafter.fsio import read_json, write_json
 from trtllm_redrafter.run.hardware_plan import RecipePlan, plan_recipe
@@ -74,7 +75,7 @@ def content_key(plan: RecipePlan) -> str:
     """Changes with the model's sizes, every flag, how it runs, the release and this package; not with directories."""
     described = {
         "version": __version__,
-        "model": plan.model.config.to_dict(),
+        "model": config_dict(plan.model.config),
         "flags": [(flag.name, flag.value) for flag in plan.build.flags.flags],
         "release": plan.build.settings.version,
         "gpu": plan.build.target.name,

@@ -9,6 +9,7 @@ Every mutation is drawn from `SEED/INDEX` alone, so that a finding is run again 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -25,11 +26,13 @@ from pathlib import Path
 from tests.fuzz.inputs import make_inputs
 from tests.fuzz.mutations import mutate
 from tests.fuzz.targets import ARGUMENTS, TARGETS, VALUES, Target, files_of, repair_manifest
+from trtllm_redrafter.errors import RedrafterError
 
 LIMIT_SECONDS = 60.0
 MAX_RESIDENT = 3 * 2**30
-KNOWN_CODES = {0, 1, 2, 3, 4, 5, 6, 7, 8}
+KNOWN_CODES = {0, 1, *(kind.exit_code for kind in RedrafterError.__subclasses__())}
 SHARE_OF_ARGUMENTS = 0.15
+SHARE_OF_JSON = 0.2
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ def run_case(inputs: Path, seed: int, index: int) -> Case:
             target = rng.choice([t for t in TARGETS for _ in range(t.weight)])
             what, lines = _break(target, folder, rng), rng.choice(target.chains)
             chain = tuple(tuple(line.format(out="out").split()) for line in lines)
+        if rng.random() < SHARE_OF_JSON:
+            chain = tuple(arguments if "--json" in arguments else (*arguments, "--json") for arguments in chain)
         return _run_chain(chain, folder, index, what)
 
 
@@ -145,9 +150,22 @@ def _run(arguments: tuple[str, ...], folder: Path) -> tuple[int, str | None, str
         return code, "exit code 1 without a message", output
     if "\x1b[31mred" in output:
         return code, "an escape sequence of a file was printed raw", output
+    if "--json" in arguments and not _ends_with_json(output):
+        return code, "--json, and the last line is no JSON document", output
     if resident > MAX_RESIDENT:
         return code, f"{resident / 2**30:.1f} GiB of memory", output
     return code, None, output
+
+
+def _ends_with_json(output: str) -> bool:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        document = json.loads(output.rstrip("\n").rpartition("\n")[2], parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and isinstance(document.get("ok"), bool)
 
 
 def _child(arguments: tuple[str, ...], folder: Path, log: int) -> None:

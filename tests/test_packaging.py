@@ -1,0 +1,48 @@
+"""pyproject.toml held against what is in the repository: the license, the extras, the Python versions."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+tomllib = pytest.importorskip("tomllib", reason="it comes with Python 3.11")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def imported() -> set[str]:
+    """Top-level names of every module that the package imports, anywhere in it."""
+    found: set[str] = set()
+    for path in (ROOT / "trtllm_redrafter").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_the_license_is_the_one_that_is_named() -> None:
+    assert PROJECT["license"] == "Apache-2.0" and PROJECT["license-files"] == ["LICENSE"]
+    text = (ROOT / "LICENSE").read_text()
+    for heading in ("Apache License", "Version 2.0, January 2004", "9. Accepting Warranty or Additional Liability"):
+        assert heading in text
+
+
+def test_every_extra_is_of_use() -> None:
+    for name, requirements in PROJECT["optional-dependencies"].items():
+        if name == "dev":
+            continue
+        packages = {re.split(r"[^A-Za-z0-9_]", requirement)[0] for requirement in requirements}
+        assert packages <= imported(), f"nothing imports what the extra {name!r} installs"
+
+
+def test_python_versions_agree() -> None:
+    named = {c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d+$", c)}
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert set(jobs["test"]["strategy"]["matrix"]["python"]) <= named
+    assert f">={min(named, key=lambda v: int(v.partition('.')[2]))}" == PROJECT["requires-python"]
