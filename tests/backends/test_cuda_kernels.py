@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from trtllm_redrafter.backends.torch.cuda import compiler
-from trtllm_redrafter.backends.torch.cuda.base_pass import Layout, tail_blocks
+from trtllm_redrafter.backends.torch.cuda.base_pass import tail_blocks
 from trtllm_redrafter.backends.torch.cuda.executor import _portions, _round_up
 from trtllm_redrafter.backends.torch.cuda.linear import Kind, Linear, _cut, padded
+from trtllm_redrafter.backends.torch.layout import Layout
 from trtllm_redrafter.redrafter.token_tree import Tree
 
 
@@ -71,7 +72,8 @@ def test_a_pass_is_packed_row_by_row() -> None:
     layout = Layout(rows=8, batch=4, nodes=8, path=4)
     packed = torch.tensor(layout.pack([3, 1], [10, 20], trees))
     assert len(packed) == layout.size
-    sequence, depths, paths, slots, bases, first, tokens = torch.split(packed, [8, 8, 32, 4, 4, 5, 8])
+    sequence, depths, paths, slots, bases, first, tokens = layout.split(packed).values()
+    assert [len(p) for p in (sequence, depths, paths, slots, bases, first, tokens)] == [8, 8, 32, 4, 4, 5, 8]
     assert sequence.tolist() == [0, 1, 1, 1, 1, 1, 1, -1]
     assert depths.tolist() == [0, 0, 1, 2, 2, 1, 2, 0]
     assert tokens.tolist() == [7, 1, 2, 3, 4, 5, 6, 0]

@@ -19,7 +19,8 @@ from tests.tiny_models import FAMILIES
 from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.torch import cuda_graphs
 from trtllm_redrafter.backends.torch.backend import TorchBackend, _device
-from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimits, GraphSearch, _packed_tree
+from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimits, GraphSearch
+from trtllm_redrafter.backends.torch.layout import Layout
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.errors import BackendError, UsageError
@@ -50,12 +51,7 @@ class Replayed:
         return self._outputs
 
     def replay(self) -> None:
-        for kept, value in zip(_tensors(self._outputs), _tensors(self._function()), strict=True):
-            kept.copy_(value)
-
-
-def _tensors(outputs: Any) -> list[torch.Tensor]:
-    return [outputs] if isinstance(outputs, torch.Tensor) else list(vars(outputs).values())
+        self._outputs.copy_(self._function())
 
 
 @pytest.fixture(autouse=True)
@@ -182,17 +178,25 @@ def test_spans_hold_the_whole_tree(tmp_path: Path, base: int, span: int) -> None
     assert GraphExecutor(weights._config, weights._weights, limits, fused=False)._power_of_two(base) == span
 
 
-def test_a_tree_is_packed_by_paths() -> None:
+def test_trees_are_packed_by_paths_and_padded_to_one_width() -> None:
     #                    g ── 5 ── 9
     #                    └─── 6
     tree = Tree([8, 5, 9, 6], [-1, 0, 1, 0], [0, 1, 2, 1])
-    assert _packed_tree(2, 70, tree, width=5, deepest=2) == [
-        2, 70,
-        8, 5, 9, 6, 0,
-        0, 1, 2, 1, 0,
-        0, 0, 0,  0, 1, 1,  0, 1, 2,  0, 3, 3,  -1, -1, -1,
-    ]  # fmt: skip
-    assert _packed_tree(4, 0, Tree([], [], []), width=1, deepest=0) == [4, 0, 0, 0, -1]
+    layout = Layout(rows=15, batch=3, nodes=5, path=3, padded=True)
+    packed = torch.tensor(layout.pack([2, 0], [70, 9], [Tree.root(7), tree], spare=4))
+    assert len(packed) == layout.size
+    parts = {name: part.tolist() for name, part in layout.split(packed).items()}
+    padding = [-1, -1, -1]
+    assert parts == {
+        "sequence": [0, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1],
+        "depths": [0, 0, 0, 0, 0, 0, 1, 2, 1, 0, 0, 0, 0, 0, 0],
+        "paths": [0, 0, 0, *padding * 4, 0, 0, 0, 0, 1, 1, 0, 1, 2, 0, 3, 3, *padding * 6],
+        "slots": [2, 0, 4],
+        "bases": [70, 9, 0],
+        "first": [0, 5, 10, 10],
+        "tokens": [7, 0, 0, 0, 0, 8, 5, 9, 6, 0, 0, 0, 0, 0, 0],
+        "real": [0, 5, 6, 7, 8, *[0] * 10],
+    }
 
 
 @pytest.mark.parametrize("tie", [False, True])

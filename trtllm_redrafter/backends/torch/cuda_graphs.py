@@ -11,7 +11,7 @@ when a shape first occurs and share one pool of memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trtllm_redrafter.backends.torch.captured import CapturedGraph, on_device
 from trtllm_redrafter.backends.torch.executor import TreeOutput
+from trtllm_redrafter.backends.torch.layout import Layout
 from trtllm_redrafter.backends.torch.pointwise import EAGER, Pointwise
 from trtllm_redrafter.backends.torch.search import PlainSearch
 from trtllm_redrafter.backends.torch.transformer import Attend, Rows, TorchExecutor
@@ -38,23 +39,6 @@ _FREE_ROWS = 128
 """As many rows take no longer than one: the tensor cores wait for the weights (on an H200 until about 200 rows)."""
 
 _SMALLEST_SPAN = 256
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What a graph of the base model is captured for: trees in a pass, and cache positions to look at."""
-
-    batch: int
-    span: int
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    """Of one pass, rows of real nodes first. `hidden` and `logits` lie in buffers that all graphs write to."""
-
-    hidden: Tensor  # [batch * width, H]
-    best: Tensor  # [batch * width]
-    logits: Tensor  # [batch * width, V]
 
 
 @dataclass(frozen=True)
@@ -106,7 +90,7 @@ class GraphExecutor(TorchExecutor):
         self._limits = limits
         self._fused = fused
         self.row_invariant = fused and limits.fixed_batch
-        self._captured: dict[_Shape, tuple[CapturedGraph, _Outputs]] = {}
+        self._captured: dict[tuple[Layout, int], tuple[CapturedGraph, Tensor]] = {}
         rows = limits.max_batch_size * limits.width
         self._hidden = weights.embedding.new_empty(rows, config.hidden_size)
         self._logits = weights.head.new_empty(rows, weights.head.shape[0])
@@ -127,22 +111,21 @@ class GraphExecutor(TorchExecutor):
     def _replayed(
         self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], *, logits: bool
     ) -> TreeOutput:
-        limits = self._limits
-        shape = _Shape(limits.max_batch_size if limits.fixed_batch else len(trees), self._power_of_two(max(bases)))
-        values = self._pack(slots, bases, trees, shape.batch)
-        known = self._captured.get(shape)
+        layout, span = self._layout(len(trees)), self._power_of_two(max(bases))
+        values = layout.pack(slots, bases, trees, spare=self._limits.max_batch_size)
+        known = self._captured.get((layout, span))
         graph = CapturedGraph(len(values), self._device) if known is None else known[0]
         graph.fill(values)
         if known is None:
-            outputs: _Outputs = graph.capture(lambda: self._compute(graph.input, shape), self.pool)
-            self._captured[shape] = graph, outputs
+            best: Tensor = graph.capture(lambda: self._compute(layout.split(graph.input), layout, span), self.pool)
+            self._captured[layout, span] = graph, best
         else:
-            outputs = known[1]
+            best = known[1]
         graph.replay()
         count = sum(len(tree) for tree in trees)
         # What callers may keep is copied out of the buffers: contexts outlive the step, laws are collected by checks.
-        scores = outputs.logits[:count].clone() if logits else None
-        return TreeOutput(outputs.hidden[:count].clone(), outputs.best[:count], scores)
+        scores = self._logits[:count].clone() if logits else None
+        return TreeOutput(self._hidden[:count].clone(), best[:count], scores)
 
     def undrafted(self) -> GraphExecutor:
         """For passes of one row per request: here undrafted ones are padded to a tree, so that their bits agree."""
@@ -162,28 +145,21 @@ class GraphExecutor(TorchExecutor):
         needed = base + self._limits.width
         return min(self._capacity, max(_SMALLEST_SPAN, 1 << (needed - 1).bit_length()))
 
-    def _pack(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], batch: int) -> list[int]:
-        """Numbers of the real nodes among all; then per tree slot, base, tokens, depths, and each node's path."""
-        width, deepest = self._limits.width, self._limits.max_depth
-        chosen = [number * width + node for number, tree in enumerate(trees) for node in range(len(tree))]
-        packed = chosen + [0] * (batch * width - len(chosen))
-        for slot, base, tree in zip(slots, bases, trees, strict=True):
-            packed += _packed_tree(slot, base, tree, width, deepest)
-        filler = _packed_tree(self._limits.max_batch_size, 0, Tree([], [], []), width, deepest)
-        return packed + filler * (batch - len(trees))
+    def _layout(self, trees: int) -> Layout:
+        limits = self._limits
+        batch = limits.max_batch_size if limits.fixed_batch else trees
+        return Layout(batch * limits.width, batch, limits.width, limits.max_depth + 1, padded=True)
 
-    def _compute(self, packed: Tensor, shape: _Shape) -> _Outputs:
-        """What is captured; the inverse of `_pack` comes first."""
-        batch, width, deepest = shape.batch, self._limits.width, self._limits.max_depth
-        chosen, trees = packed[: batch * width], packed[batch * width :].view(batch, 2 + width * (3 + deepest))
-        sizes = [1, 1, width, width, width * (deepest + 1)]
-        slots, bases, tokens, depths, flat = torch.split(trees, sizes, dim=1)
-        slots, bases, paths = slots.flatten(), bases.flatten(), flat.view(batch, width, deepest + 1)
-        attend = (self._walking if self._fused else self._through_mask)(slots, bases, depths, paths, shape.span)
-        rows = len(chosen)
-        hidden = torch.index_select(self._layers(tokens, attend).flatten(0, 1), 0, chosen, out=self._hidden[:rows])
-        scores = torch.mm(hidden, self._weights.head.t(), out=self._logits[:rows])
-        return _Outputs(hidden, finite_greedy(scores), scores)
+    def _compute(self, parts: Mapping[str, Tensor], layout: Layout, span: int) -> Tensor:
+        """What is captured: rows of real nodes come first in `_hidden`, `_logits` and the tokens that are returned."""
+        tokens, depths = (parts[name].view(layout.batch, layout.nodes) for name in ("tokens", "depths"))
+        paths = parts["paths"].view(layout.batch, layout.nodes, layout.path)
+        attend = (self._walking if self._fused else self._through_mask)(
+            parts["slots"], parts["bases"], depths, paths, span
+        )
+        hidden, rows = self._layers(tokens, attend).flatten(0, 1), layout.rows
+        hidden = torch.index_select(hidden, 0, parts["real"], out=self._hidden[:rows])
+        return finite_greedy(torch.mm(hidden, self._weights.head.t(), out=self._logits[:rows]))
 
     def _through_mask(self, slots: Tensor, bases: Tensor, depths: Tensor, paths: Tensor, span: int) -> Attend:
         """PyTorch's attention. A node sees its path and itself; a filler itself."""
@@ -199,7 +175,7 @@ class GraphExecutor(TorchExecutor):
 
         config = self._config
         sizes = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_size, config.norm_epsilon)
-        rows = TreeRows(slots.contiguous(), bases.contiguous(), depths.contiguous(), paths.contiguous())
+        rows = TreeRows(slots, bases, depths, paths)
 
         def walk(index: int, layer: LayerWeights, qkv: Tensor) -> Tensor:
             norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
@@ -213,14 +189,6 @@ def _fused() -> Pointwise:
     from trtllm_redrafter.backends.torch.fused import FUSED  # needs Triton, which comes with PyTorch for CUDA only
 
     return FUSED
-
-
-def _packed_tree(slot: int, base: int, tree: Tree, width: int, deepest: int) -> list[int]:
-    """A path ends in its own node, repeated; a filler's is -1."""
-    missing = width - len(tree)
-    paths = [node for path in tree.paths()[: len(tree)] for node in path + path[-1:] * (deepest + 1 - len(path))]
-    paths += [-1] * (missing * (deepest + 1))
-    return [slot, base, *tree.tokens, *[0] * missing, *tree.depths, *[0] * missing, *paths]
 
 
 class GraphSearch(PlainSearch):

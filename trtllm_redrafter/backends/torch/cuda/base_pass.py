@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,9 +20,9 @@ from torch import Tensor
 
 from trtllm_redrafter.backends.torch.cuda.compiler import compiled, pointer
 from trtllm_redrafter.backends.torch.cuda.linear import Linear
+from trtllm_redrafter.backends.torch.layout import Layout
 from trtllm_redrafter.backends.torch.weights import LayerWeights, ModelWeights
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.redrafter.token_tree import Tree
 
 MAX_ROWS = 256
 """Of one product."""
@@ -33,52 +32,13 @@ _BLOCK = 32
 _ATTEND_THREADS = 128
 
 
+_PARTS = ("sequence", "depths", "paths", "slots", "bases", "first")
+
+
 class _Pass(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("sequence", "depths", "paths", "slots", "bases", "first")] + [
-        ("capacity", ctypes.c_longlong)
-    ]
+    """Where the parts of a `Layout` lie, and the cache positions of a slot."""
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a pass's integers lie: per row sequence, depth, path and token, per sequence slot and base."""
-
-    rows: int
-    batch: int
-    nodes: int  # of a tree, at most
-    path: int  # longest path of a node, root included
-    chain: bool = False
-    """Prompt tokens of one sequence: every node's path is all nodes before it, and not written down."""
-
-    @property
-    def size(self) -> int:
-        return self.rows * (3 + self._written) + 3 * self.batch + 1
-
-    @property
-    def _written(self) -> int:
-        return 0 if self.chain else self.path
-
-    def pack(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree]) -> list[int]:
-        """Rows of all trees end to end; padding rows belong to no sequence."""
-        sequence, depths, paths, tokens, first = [], [], [], [], [0]
-        for number, tree in enumerate(trees):
-            sequence += [number] * len(tree)
-            depths += tree.depths
-            tokens += tree.tokens
-            for path in [] if self.chain else tree.paths()[: len(tree)]:
-                paths += path + path[-1:] * (self.path - len(path))
-            first.append(len(tokens))
-        missing, empty = self.rows - len(tokens), self.batch - len(trees)
-        return [
-            *sequence, *[-1] * missing, *depths, *[0] * missing, *paths, *[0] * (missing * self._written),
-            *slots, *[0] * empty, *bases, *[0] * empty, *first, *first[-1:] * empty, *tokens, *[0] * missing,
-        ]  # fmt: skip
-
-    def views(self, packed: Tensor, capacity: int) -> tuple[_Pass, Tensor]:
-        """The kernels' argument, and the tokens [rows]."""
-        rows, batch = self.rows, self.batch
-        *parts, tokens = torch.split(packed, [rows, rows, rows * self._written, batch, batch, batch + 1, rows])
-        return _Pass(*(part.data_ptr() for part in parts), capacity), tokens
+    _fields_ = [*((name, ctypes.c_void_p) for name in _PARTS), ("capacity", ctypes.c_longlong)]
 
 
 def tail_blocks(path: int) -> int:
@@ -170,8 +130,9 @@ class BasePass:
     def launch(self, packed: Tensor, layout: Layout, span: int) -> None:
         """Queue the kernels up to `hidden` for `layout.rows` rows; `span` bounds the committed positions."""
         rows = layout.rows
-        arguments, tokens = layout.views(packed, self._cache[0].shape[3])
-        self._norm(rows, self.weights.layers[0].input_norm, tokens=tokens)
+        parts = layout.split(packed)
+        arguments = _Pass(*(parts[name].data_ptr() for name in _PARTS), self._cache[0].shape[3])
+        self._norm(rows, self.weights.layers[0].input_norm, tokens=parts["tokens"])
         following = [*(layer.input_norm for layer in self.weights.layers[1:]), self.weights.final_norm]
         for index, (layer, its) in enumerate(zip(self.weights.layers, self._products, strict=True)):
             its.qkv(self.hidden, rows, self._partial)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.backends.torch.captured import CapturedGraph, on_device
-from trtllm_redrafter.backends.torch.cuda.base_pass import MAX_ROWS, SEGMENT, BasePass, Layout, tail_blocks, unsupported
+from trtllm_redrafter.backends.torch.cuda.base_pass import MAX_ROWS, SEGMENT, BasePass, tail_blocks, unsupported
 from trtllm_redrafter.backends.torch.cuda.compiler import unavailable
 from trtllm_redrafter.backends.torch.cuda.linear import padded
 from trtllm_redrafter.backends.torch.executor import PromptOutput, TreeOutput
+from trtllm_redrafter.backends.torch.layout import Layout
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import ModelWeights
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
