@@ -1,11 +1,191 @@
-"""What keeps a request from running on an engine, whichever backend executes it: the engine's limits."""
+"""Requests and results, the same for every backend, and what keeps a request from running on an engine.
+
+Request(token_ids, SamplingParams(max_tokens=64))  ->  Update, Update, ... , the last one with its Result
+"""
 
 from __future__ import annotations
 
-from trtllm_redrafter.backends.base import EngineInfo, Request
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
 from trtllm_redrafter.base_models.vocabulary import beyond_message, first_beyond
-from trtllm_redrafter.errors import Problem
+from trtllm_redrafter.errors import Problem, RedrafterError
 from trtllm_redrafter.prompts.messages import brief
+from trtllm_redrafter.redrafter.config import DraftShape
+
+MAX_TEMPERATURE = 1e38
+"""Far beyond what flattens any distribution; float32 ends soon after."""
+
+
+class FinishReason(str, enum.Enum):
+    """Why a request ended; the values are the OpenAI API's, plus `cancelled` and `error`."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch the filters off.
+
+    The order is temperature, then top-k, then top-p on what is left, as in transformers and vLLM. `seed`
+    fixes one uniform number per output position, so that the same seed gives the same text with and without
+    drafting. `stop` strings end the text before their first occurrence, wherever token borders fall, and may have
+    special tokens in them; `stop_token_ids` end it like end tokens, `ignore_eos` or not. `skip_special_tokens` False
+    leaves special tokens in the text.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    skip_special_tokens: bool = True
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def problems(self) -> list[Problem]:
+        """Everything that is of a wrong type or out of range, for one message."""
+        found = []
+
+        def check(name: str, types: tuple[type, ...], remedy: str, allowed: Callable[[Any], bool]) -> None:
+            value = getattr(self, name)
+            good = isinstance(value, types) and not isinstance(value, bool)
+            if not good or not allowed(value):
+                found.append(Problem(f"{name} is {brief(value)}", remedy=remedy))
+
+        whole, real = (int,), (int, float)
+        check("max_tokens", whole, "ask for at least one token", lambda v: v >= 1)
+        check("temperature", real, "use 0 for greedy, or a positive number", lambda v: 0.0 <= v <= MAX_TEMPERATURE)
+        check("top_k", whole, "use 0 to switch it off, or a number below 2**31", lambda v: 0 <= v < 2**31)
+        check("top_p", real, "use a number above 0 and up to 1", lambda v: 0.0 < v <= 1.0)
+        if self.seed is not None:
+            check("seed", whole, "use 0 <= seed < 2**63", lambda v: 0 <= v < 2**63)
+        if any(not isinstance(s, str) or not s for s in self.stop):
+            found.append(Problem("a stop string is empty", remedy="leave it out"))
+        if any(type(token) is not int or token < 0 for token in self.stop_token_ids):
+            ids = brief(self.stop_token_ids)
+            found.append(Problem(f"stop_token_ids are {ids}", remedy="give token ids, whole numbers from 0"))
+        return found
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, already tokenized, and how to continue it."""
+
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    request_id: str | None = None
+    draft: bool = True
+    """False decodes this request autoregressively, through the same code with an empty tree."""
+
+
+def acceptance_length(steps: int, accepted_tokens: int) -> float | None:
+    """Mean of tokens emitted per decoding step, the guaranteed one included; None without a step."""
+    return None if steps == 0 else 1.0 + accepted_tokens / steps
+
+
+@dataclass
+class Result:
+    """A finished request: what was written, and how.
+
+    `acceptance_length` is the mean of tokens emitted per base-model decoding step, the guaranteed one included;
+    the first token comes from the prefill and is not counted. `accepted_at[j]` counts steps in which at
+    least j + 1 drafts were accepted. `drafted_tokens` counts the positions that a step could accept (the draft
+    length, however many beams propose them), on every backend, so `acceptance_rate` is a share of them. Times are
+    seconds; the time of a step that served several requests is
+    given to each of them.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended the text; None: an end token of the model, or no stop at all."""
+    steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_at: list[int] = field(default_factory=list)
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    error: RedrafterError | None = None
+    """Why the request ended early (`FinishReason.ERROR`); tokens and text are those from before."""
+
+    @property
+    def acceptance_length(self) -> float | None:
+        return acceptance_length(self.steps, self.accepted_tokens)
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        return None if self.drafted_tokens == 0 else self.accepted_tokens / self.drafted_tokens
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decoding speed: tokens after the first, over the decode time."""
+        if self.decode_seconds <= 0.0 or len(self.token_ids) < 2:
+            return None
+        return (len(self.token_ids) - 1) / self.decode_seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "request_id": self.request_id,
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": None if self.finish_reason is None else self.finish_reason.value,
+            "stop_reason": self.stop_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": len(self.token_ids),
+            "steps": self.steps,
+            "acceptance_length": self.acceptance_length,
+            "acceptance_rate": self.acceptance_rate,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
+            "accepted_at": self.accepted_at,
+            "queue_seconds": self.queue_seconds,
+            "prefill_seconds": self.prefill_seconds,
+            "decode_seconds": self.decode_seconds,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one step added to one request. `text` can lag behind `token_ids` (half a character, half a stop string)."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    result: Result | None = None
+    """Set once, with the last update of the request."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What callers need to know of a loaded engine."""
+
+    path: Path
+    backend: str
+    device: str
+    dtype: str
+    vocab_size: int
+    max_batch_size: int
+    max_input_len: int
+    max_seq_len: int
+    draft_shape: DraftShape | None
+    """None: no drafter; the engine decodes autoregressively."""
 
 
 def limit_problems(request: Request, info: EngineInfo, *, has_tokenizer: bool) -> list[Problem]:

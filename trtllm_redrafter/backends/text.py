@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from trtllm_redrafter.backends.base import Result, SamplingParams, Tokenizer
+from trtllm_redrafter.backends.requests import Result, SamplingParams
 
 if TYPE_CHECKING:
     from trtllm_redrafter.backends.tokenizer import EngineTokenizer
@@ -22,6 +22,12 @@ _CONTEXT = 6
 
 MAX_HELD = 32
 """Tokens whose bytes may stay without a whole character; a character has at most four bytes."""
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that texts are made with."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str: ...
 
 
 class TextStream:
