@@ -16,9 +16,10 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,17 @@ def read_json(path: Path) -> dict[str, Any]:
             "the file does not hold a JSON object", where=path, why=f"it holds a {type(value).__name__}",
             remedy="check that it is the right file",
         )  # fmt: skip
+    return value
+
+
+def without_nan(value: Any) -> Any:
+    """The value for JSON, which has no NaN and no infinity: what could not be computed is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nan(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
     return value
 
 

@@ -196,6 +196,7 @@ def repair_manifest(folder: Path, rng: random.Random) -> str:
     try:
         if how == "in line":
             old = Manifest.read(folder)
+            (folder / "manifest.json").unlink()  # a hard link to that of the inputs, which stay as they are
             Manifest(old.kind, old.inputs, old.options, old.derived, record_tree(folder)).write(folder)
         elif how == "gone":
             (folder / "manifest.json").unlink()

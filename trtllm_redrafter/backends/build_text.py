@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtllm_redrafter.backends.base import BuildOptions
-from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY
 from trtllm_redrafter.base_models.end_tokens import RECORDED
 from trtllm_redrafter.base_models.text_side import text_side
 from trtllm_redrafter.base_models.tokenizer import has_tokenizer, tokenizer_files, tokenizer_sha256
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.manifest import TOKENIZER_DIRECTORY, Manifest
 from trtllm_redrafter.errors import InputError, raise_together
 
 _ENDS_SHOWN = 8
@@ -52,7 +51,7 @@ def build_text(options: BuildOptions, config: CheckpointConfig, manifest: Manife
     source = tokenizer_source(options)
     given = options.tokenizer is not None
     if manifest is not None and not given:
-        problems = manifest.check_files(options.checkpoint, hashes=True, below=f"{TOKENIZER_DIRECTORY}/")
+        problems = manifest.check_tokenizer(options.checkpoint)
         raise_together(InputError, problems, "the checkpoint's tokenizer is damaged", where=options.checkpoint)
     remedy = "pass the tokenizer of this model with --tokenizer" if given else "pass another one with --tokenizer"
     recorded = () if manifest is None else manifest.derived.get(RECORDED, ())

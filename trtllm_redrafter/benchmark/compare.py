@@ -19,8 +19,8 @@ import numpy as np
 from trtllm_redrafter.benchmark.page import markdown_table
 from trtllm_redrafter.benchmark.records import AUTOREGRESSION, DRAFTING, BenchResult
 from trtllm_redrafter.benchmark.statistics import FEWEST, Array, Bootstrap, Estimate, Table, divide, speed_ratio
-from trtllm_redrafter.benchmark.summary import without_nan
 from trtllm_redrafter.errors import MismatchError, Problem, UsageError, VerificationError, raise_together
+from trtllm_redrafter.fsio import without_nan
 
 SPEEDUP = "speed-up"
 CLOCK = "seconds"

@@ -6,7 +6,6 @@ print(summary.verdicts[0].render())
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from trtllm_redrafter.benchmark.prompts import question_of
 from trtllm_redrafter.benchmark.records import BatchRecords, BenchResult, Record
 from trtllm_redrafter.benchmark.statistics import Bootstrap, divide
 from trtllm_redrafter.benchmark.verdict import Verdict, judge
+from trtllm_redrafter.fsio import without_nan
 
 MULTI_TURN = "multi-turn conversation"
 _CONVERSATION = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
@@ -182,14 +182,3 @@ def _means_by_task(speeds: Sequence[tuple[str, float]], task_of: Mapping[str, st
     for category, speed in speeds:
         found.setdefault(task_of.get(category, category), []).append(speed)
     return {task: sum(values) / len(values) for task, values in found.items()}
-
-
-def without_nan(value: Any) -> Any:
-    """JSON has no NaN: what could not be computed is null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: without_nan(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(v) for v in value]
-    return value

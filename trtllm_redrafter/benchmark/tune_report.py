@@ -14,9 +14,8 @@ import yaml
 from trtllm_redrafter.benchmark import page
 from trtllm_redrafter.benchmark.plots import grid_heat_map, user_against_total
 from trtllm_redrafter.benchmark.prediction import Prediction, frontier, ranked
-from trtllm_redrafter.benchmark.summary import without_nan
 from trtllm_redrafter.benchmark.tuning import THIS, TuneResult
-from trtllm_redrafter.fsio import CREATOR, atomic_directory, write_json
+from trtllm_redrafter.fsio import CREATOR, atomic_directory, without_nan, write_json
 
 TITLE = "Draft shapes"
 HEADER = ["batch", "setting", "tokens/step", "interval", "step-time ratio", "speed-up", "interval", "per user", "total"]

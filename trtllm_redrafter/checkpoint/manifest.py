@@ -31,6 +31,10 @@ from trtllm_redrafter.version import __version__
 MANIFEST = "manifest.json"
 OWN_HASH = "manifest_sha256"
 _RANK_FILE = re.compile(r"rank\d+\.(safetensors|engine)")
+TOKENIZER_DIRECTORY = "tokenizer"
+"""Of a checkpoint or an engine: what reads its texts."""
+
+_TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 DRAFTER_WEIGHTS = "model.safetensors"
 """The file of a drafter directory whose content is its identity."""
 
@@ -165,6 +169,22 @@ class Manifest:
             found.append(Problem("the manifest has been changed since it was written", str(directory / MANIFEST),
                                  f"its content is not that of its own {OWN_HASH}", remedy))  # fmt: skip
         return [problem for problem in found if problem is not None]
+
+    def check_tokenizer(self, directory: Path) -> list[Problem]:
+        """Files of the tokenizer that are not what was written, those included that were not written at all.
+
+        They are small, and transformers reads whatever is there under one of its names; so every load asks this.
+        """
+        why = f"manifest.json does not list it, so it was not there when the {self.kind} was written"
+        remedy = f"remove it, or write the {self.kind} again with the tokenizer that is meant"
+        return [
+            *self.check_files(directory, hashes=True, below=f"{TOKENIZER_DIRECTORY}/"),
+            *(
+                Problem("an unknown file of the tokenizer", str(directory / name), why, remedy)
+                for name in self.unlisted(directory)
+                if Path(name).parts[0] == TOKENIZER_DIRECTORY and Path(name).suffix in _TOKENIZER_SUFFIXES
+            ),
+        ]
 
     def unlisted(self, directory: Path) -> list[str]:
         """Names of files below `directory` that the manifest does not list, sorted; links are named, not followed."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.config_reader import read_raw_config
-from trtllm_redrafter.checkpoint.layout import DRAFTER, EMBEDDING, LM_HEAD, TensorSpec, rank_slice, tensor_specs
+from trtllm_redrafter.checkpoint.layout import EMBEDDING, LM_HEAD, TensorSpec, rank_slice, tensor_specs
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, TensorInfo
 from trtllm_redrafter.errors import BackendError, InputError
@@ -108,10 +108,6 @@ class Checkpoint:
         for rank, file in enumerate(self.ranks):
             self._copy_part(joined, spec, rank, file)
         return joined
-
-    def has_drafter_head(self) -> bool:
-        """Is the drafter's LM head there? TensorRT-LLM's loader does not notice when it is missing."""
-        return DRAFTER + LM_HEAD in self.ranks[0].header
 
     def _copy_part(self, joined: Tensor, spec: TensorSpec, rank: int, file: SafetensorsFile) -> None:
         part = rank_slice(spec, self.config, rank)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.paths import open_regular
+from trtllm_redrafter.scratch import replaced_file
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "U64": torch.uint64,
@@ -274,14 +275,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     replaced by a rename: tensors may still be mapped from it.
     """
     layout = Layout.of(((name, STORED_DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()), metadata)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(layout.header_bytes)
-            file.writelines(tensor_bytes(tensors[entry.name]) for entry in layout.entries)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replaced_file(path) as scratch, scratch.open("wb") as file:
+        file.write(layout.header_bytes)
+        file.writelines(tensor_bytes(tensors[entry.name]) for entry in layout.entries)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

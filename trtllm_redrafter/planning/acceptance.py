@@ -10,6 +10,7 @@ and the shape of each row, so the row of the shape that is planned can be taken,
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def _not_a_report(file: Path, why: str) -> InputError:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _optional(report: dict[str, Any], key: str, kind: type) -> Any:

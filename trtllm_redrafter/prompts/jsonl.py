@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trtllm_redrafter.errors import InputError, Problem, raise_together
+from trtllm_redrafter.fsio import without_nan
 
 MAX_LINE_BYTES = 64 * 2**20
 """Far beyond any prompt; what has no line feed for so long is no file of lines."""
@@ -142,7 +143,7 @@ def dump_line(value: Any) -> str:
     """One line of JSON, readable, that no reader breaks and no terminal obeys.
 
     Escaped are what `json` leaves: line separators beyond ASCII, controls (C1, direction marks), and halves of
-    surrogate pairs, which stand for bytes of file names that are not UTF-8.
+    surrogate pairs, which stand for bytes of file names that are not UTF-8. Numbers that are not finite are null.
     """
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = json.dumps(without_nan(value), ensure_ascii=False, default=str)
     return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

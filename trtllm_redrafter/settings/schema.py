@@ -7,7 +7,7 @@ themselves. None means "derived": from the drafter, the checkpoint or the recipe
 
 from __future__ import annotations
 
-import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -148,7 +148,7 @@ def _acceptance_length(value: Any) -> float | Path | None:
         return value
     if isinstance(value, str) and value.strip():
         return Path(value).expanduser()
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 1.0 <= value < math.inf:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 1.0 <= value <= sys.float_info.max:
         return float(value)
     raise ValueError("it should be tokens per step, at least 1, or the path of a report of `evaluate`")
 

@@ -10,7 +10,6 @@ Each prompt is decoded once, greedily, by the base model; the drafter then propo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,8 +190,3 @@ def check_fits(drafter: TrainableDrafter, options: EvaluateOptions) -> None:
                 )
             )
     raise_together(UsageError, found, "the drafter cannot be evaluated like this")
-
-
-def report_json(report: EvaluationReport) -> str:
-    """The one-line document of `--json`."""
-    return json.dumps(report.as_dict())

@@ -23,7 +23,6 @@ from torch import distributed as dist
 from trtllm_redrafter.checkpoint.safetensors_io import save_tensors
 from trtllm_redrafter.errors import InputError, NumericalError
 from trtllm_redrafter.progress import Progress
-from trtllm_redrafter.scratch import replaced_file
 from trtllm_redrafter.training.fit import BaseTensors, FitOptions, StepLog
 from trtllm_redrafter.training.loss import LossResult, count_targets, distillation_loss
 from trtllm_redrafter.training.model import TrainableDrafter
@@ -156,8 +155,7 @@ class Trainer:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{name}.{key}"] = value
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        with replaced_file(path) as scratch:
-            save_tensors(scratch, tensors, {"step": str(self.step), "run": json.dumps(self._run)})
+        save_tensors(path, tensors, {"step": str(self.step), "run": json.dumps(self._run)})
 
     @property
     def _run(self) -> list[str]:

@@ -121,9 +121,7 @@ def read_engine(path: Path, *, verify_hashes: bool) -> EngineDirectory:
     compiler = versions.get("tensorrt") if isinstance(versions, dict) else None
     engine = EngineDirectory(path, str(config.get("version", "")), pretrained, build, notes, compiler)
     problems = [*rank_problems(path, engine.world_size)]
-    problems = problems or manifest.check_files(path, hashes=verify_hashes)
-    if not problems and not verify_hashes:  # small, and transformers reads it: a changed one is not passed on
-        problems = manifest.check_files(path, hashes=True, below="tokenizer/")
+    problems = problems or manifest.check_files(path, hashes=verify_hashes) or manifest.check_tokenizer(path)
     raise_together(InputError, problems, "the engine is not whole", where=path, remedy="build it again")
     return engine
 

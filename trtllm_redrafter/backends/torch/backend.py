@@ -26,7 +26,7 @@ from trtllm_redrafter.backends.engine_config import (
     engine_backend,
     read_engine_config,
 )
-from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY, engine_text
+from trtllm_redrafter.backends.tokenizer import engine_text
 from trtllm_redrafter.backends.torch.build_plan import BACKEND, TorchBuildPlan, kv_cache_bytes, plan_build
 from trtllm_redrafter.backends.torch.cuda.executor import CudaExecutor, cuda_unavailable
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimits
@@ -43,7 +43,7 @@ from trtllm_redrafter.base_models.tokenizer import tokenizer_files
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.draft_vocab import DRAFT_VOCAB_FILE
 from trtllm_redrafter.checkpoint.finite import finite_problems
-from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
+from trtllm_redrafter.checkpoint.manifest import TOKENIZER_DIRECTORY, Manifest, record_tree
 from trtllm_redrafter.checkpoint.reader import Checkpoint, rank_file
 from trtllm_redrafter.checkpoint.structure import require_sound
 from trtllm_redrafter.errors import BackendError, InputError, Problem, UsageError, limited, raise_together
@@ -208,9 +208,7 @@ def _read_engine(engine: Path, verify_hashes: bool) -> TorchEngineConfig:
     config = read_engine_config(engine)
     assert isinstance(config, TorchEngineConfig)
     manifest = Manifest.read(engine)
-    problems = manifest.check_files(engine, hashes=verify_hashes)
-    if not problems and not verify_hashes:  # small, and transformers reads it: a changed one is not passed on
-        problems = manifest.check_files(engine, hashes=True, below=f"{TOKENIZER_DIRECTORY}/")
+    problems = manifest.check_files(engine, hashes=verify_hashes) or manifest.check_tokenizer(engine)
     raise_together(InputError, problems, "the engine's files have changed since it was built", where=engine)
     return config
 

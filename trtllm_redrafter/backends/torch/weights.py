@@ -13,7 +13,6 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 
 _Get = Callable[[str], Tensor]
@@ -127,8 +126,3 @@ def _head(get_optional: _GetOptional, embedding: Tensor) -> Tensor:
     if head is None or torch.equal(head, embedding):
         return embedding
     return head
-
-
-def model_dtype(config: CheckpointConfig) -> torch.dtype:
-    """The dtype everything is computed in: the checkpoint's."""
-    return DTYPES[config.dtype]
