@@ -31,7 +31,7 @@ from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
 from trtllm_redrafter.redrafter.sampling import SamplingSettings
 from trtllm_redrafter.redrafter.token_tree import Tree, build_tree
-from trtllm_redrafter.redrafter.verification import RULES, DraftRecord, Step, Verdict
+from trtllm_redrafter.redrafter.verification import RULES, DraftRecord, Step, VerifyOutput
 
 if TYPE_CHECKING:
     from trtllm_redrafter.backends.torch.runner import TorchRunner
@@ -98,7 +98,7 @@ class Replay:
             assert output.logits is not None
             path = _along(tree, following)
             if self._greedy:
-                parted += not _follows(_verdict(beams, output.logits), path, len(following))
+                parted += not _follows(_rule_output(beams, output.logits), path, len(following))
             self._executor.commit(0, base, path)
             context = output.hidden[path[-1]]
             accepted.append(min(len(path), len(following)) - 1)
@@ -132,7 +132,7 @@ def head_rows(engine: Path) -> int:
     return 0 if built.draft is None else built.draft.head_rows
 
 
-def _verdict(beams: Beams, logits: Tensor) -> Verdict:
+def _rule_output(beams: Beams, logits: Tensor) -> VerifyOutput:
     """TensorRT-LLM casts logits to the model's dtype before it looks for maxima, which makes ties common.
 
     In greedy mode its random numbers only choose between tied tokens: any will do.
@@ -155,7 +155,7 @@ def _along(tree: Tree, following: Sequence[int]) -> list[int]:
     return path
 
 
-def _follows(verdict: Verdict, path: Sequence[int], remaining: int) -> bool:
+def _follows(verdict: VerifyOutput, path: Sequence[int], remaining: int) -> bool:
     """Did the rule take the text's path? Past the text's end it may accept what it likes."""
     taken = [node for node in verdict.path[0].tolist() if node >= 0]
     return taken == list(path) or (len(path) > remaining and taken[: len(path)] == list(path))
