@@ -59,8 +59,8 @@ def random_weights(config: CheckpointConfig) -> ModelWeights:
             input_norm=make(h), qkv=make(heads * d, h), qkv_bias=make(heads * d) if has_bias else None,
             q_norm=make(d) if has_norm else None, k_norm=make(d) if has_norm else None,
             dense=make(h, wide), dense_bias=None, post_norm=make(h),
-            activated=make(inter, h), activated_bias=None, linear=make(inter, h), linear_bias=None,
-            down=make(h, inter), down_bias=None,
+            gate_proj=make(inter, h), gate_proj_bias=None, up_proj=make(inter, h), up_proj_bias=None,
+            down_proj=make(h, inter), down_proj_bias=None,
         )
         for _ in range(config.num_hidden_layers)
     )  # fmt: skip
@@ -153,8 +153,8 @@ def measure_products(config: CheckpointConfig) -> list[dict[str, float]]:
     found = []
     for rows in ROWS:
         inputs = {n: torch.randn(rows, n, device="cuda", dtype=weights.head.dtype) for n in _widths(config)}
-        matrices = [m for layer in weights.layers for m in (layer.qkv, layer.dense, layer.activated, layer.linear)]
-        matrices += [layer.down for layer in weights.layers] + [weights.head]
+        matrices = [m for layer in weights.layers for m in (layer.qkv, layer.dense, layer.gate_proj, layer.up_proj)]
+        matrices += [layer.down_proj for layer in weights.layers] + [weights.head]
 
         def run(inputs: dict[int, torch.Tensor] = inputs, matrices: list[torch.Tensor] = matrices) -> None:
             for matrix in matrices:

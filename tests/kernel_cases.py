@@ -83,7 +83,7 @@ def pointwise_case(device: str) -> float:
             FUSED.add_norm(x, other, weight, 1e-5), EAGER.add_norm(x, other, weight, 1e-5), strict=True
         ):
             worst = max(worst, float((ours - theirs).abs().max()))
-    return max(worst, float((FUSED.gate(x, delta) - EAGER.gate(x, delta)).abs().max()))
+    return max(worst, float((FUSED.silu_and_mul(x, delta) - EAGER.silu_and_mul(x, delta)).abs().max()))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Steps walked along a text: a table by hand, right engines, and engines whose drafter or verification is wrong."""
+"""Replayed steps: a table by hand, correct engines, and engines whose drafter or verification is wrong."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from trtllm_redrafter.verify.replay import Replay, Steps, load_replay
 PROMPTS = ("Number A0", "Number C2", "Number E4")
 
 
-# A text by hand: the base model says what follows a token, the drafter what it believes of it.
+# A text by hand: a table says what the base model continues a token with, another what the drafter proposes.
 
 VOCAB = 10
 
@@ -54,26 +54,26 @@ class Table:
 
     def prefill(self, slot: int, token_ids: Sequence[int]) -> PromptOutput:
         self.cached = list(token_ids)
-        return PromptOutput(torch.tensor([float(token_ids[-1])]), self._laws(token_ids[-1:])[0])
+        return PromptOutput(torch.tensor([float(token_ids[-1])]), self._logits(token_ids[-1:])[0])
 
     def forward(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], *, logits: bool) -> TreeOutput:
         [tree], [base] = trees, bases
         assert base == len(self.cached)
-        self._nodes, laws = tree.tokens, self._laws(tree.tokens)
-        return TreeOutput(torch.tensor(tree.tokens).float().view(-1, 1), laws.argmax(dim=-1), laws)
+        self._nodes, rows = tree.tokens, self._logits(tree.tokens)
+        return TreeOutput(torch.tensor(tree.tokens).float().view(-1, 1), rows.argmax(dim=-1), rows)
 
     def commit(self, slot: int, base: int, path: Sequence[int]) -> None:
         self.cached += [self._nodes[node] for node in path]
 
-    def _laws(self, tokens: Sequence[int]) -> Tensor:
-        laws = torch.zeros(len(tokens), VOCAB)
+    def _logits(self, tokens: Sequence[int]) -> Tensor:
+        logits = torch.zeros(len(tokens), VOCAB)
         for row, token in enumerate(tokens):
-            laws[row, list(self._best[token])] = 9.0
-        return laws
+            logits[row, list(self._best[token])] = 9.0
+        return logits
 
 
 class Drafts:
-    """Beams by root; each draft has probability 1/2. Notes the contexts it was asked with."""
+    """Beams by root; each draft has probability 1/2. Records the contexts it was given."""
 
     def __init__(self, beams: dict[int, list[list[int]]]) -> None:
         self._beams = beams
@@ -82,8 +82,8 @@ class Drafts:
     def beams(self, context: Tensor, root: int) -> Beams:
         self.contexts.append((int(context), root))
         tokens = torch.tensor([[[root, *beam] for beam in self._beams[root]]])
-        laws = torch.full((1, *tokens.shape[1:2], tokens.shape[2] - 1, VOCAB), 0.5).log()
-        return Beams(tokens, torch.zeros(tokens.shape), laws)
+        log_probs = torch.full((1, *tokens.shape[1:2], tokens.shape[2] - 1, VOCAB), 0.5).log()
+        return Beams(tokens, torch.zeros(tokens.shape), log_probs)
 
 
 def replay(best: Mapping[int, tuple[int, ...]], beams: dict[int, list[list[int]]]) -> tuple[Replay, Table, Drafts]:
@@ -98,16 +98,16 @@ def test_steps_by_hand() -> None:
         5: [[9, 9], [8, 8]],  # nothing
         6: [[7, 9], [9, 9]],  # one: 7, then 8
     }  # after 8 one token is left: nothing is drafted for it
-    walked, table, drafts = replay(following, drafted)
-    assert walked.steps([9, 1], [2, 3, 4, 5, 6, 7, 8, 9]) == Steps(accepted=(2, 0, 1, 0), parted=0)
+    replayed, table, drafts = replay(following, drafted)
+    assert replayed.steps([9, 1], [2, 3, 4, 5, 6, 7, 8, 9]) == Steps(accepted=(2, 0, 1, 0), diverged=0)
     assert drafts.contexts == [(1, 2), (4, 5), (5, 6)]  # the state before each root
     assert table.cached == [9, 1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_step_ends_where_the_text_does() -> None:
-    walked, _, _ = replay({1: (2,), 2: (3,), 3: (4,), 4: (5,), 5: (6,), 9: (9,)}, {2: [[3, 4, 5], [9, 9, 9]]})
-    assert walked.steps([1], [2, 3, 4]) == Steps((1,), parted=0)  # the second draft is the text's last token
-    assert walked.steps([1], [2, 3, 4, 5]) == Steps((2,), parted=0)
+    replayed, _, _ = replay({1: (2,), 2: (3,), 3: (4,), 4: (5,), 5: (6,), 9: (9,)}, {2: [[3, 4, 5], [9, 9, 9]]})
+    assert replayed.steps([1], [2, 3, 4]) == Steps((1,), diverged=0)  # the second draft is the text's last token
+    assert replayed.steps([1], [2, 3, 4, 5]) == Steps((2,), diverged=0)
 
 
 def test_counts_by_position() -> None:
@@ -115,19 +115,19 @@ def test_counts_by_position() -> None:
 
 
 def test_short_texts_have_no_steps() -> None:
-    walked, _, drafts = replay({}, {})
-    assert walked.steps([1], []) == Steps((), 0) and not drafts.contexts
-    walked, _, _ = replay({1: (2,)}, {})
-    assert walked.steps([1], [2]) == Steps((), 0)
+    replayed, _, drafts = replay({}, {})
+    assert replayed.steps([1], []) == Steps((), 0) and not drafts.contexts
+    replayed, _, _ = replay({1: (2,)}, {})
+    assert replayed.steps([1], [2]) == Steps((), 0)
 
 
 def test_a_tie_accepts_both_drafts_and_the_text_decides() -> None:
     # 5 and 6 are equally likely after 2. TensorRT-LLM's rule takes the lower beam; the engine wrote the other.
     following = {1: (2,), 2: (5, 6), 5: (7,), 6: (8,), 8: (9,), 9: (9,)}
-    walked, _, _ = replay(following, {2: [[5, 9], [6, 9]]})
-    assert walked.steps([1], [2, 6, 8, 9]) == Steps((1, 0), parted=1)
-    walked, _, _ = replay(following, {2: [[6, 9], [5, 9]]})
-    assert walked.steps([1], [2, 6, 8, 9]) == Steps((1, 0), parted=0)
+    replayed, _, _ = replay(following, {2: [[5, 9], [6, 9]]})
+    assert replayed.steps([1], [2, 6, 8, 9]) == Steps((1, 0), diverged=1)
+    replayed, _, _ = replay(following, {2: [[6, 9], [5, 9]]})
+    assert replayed.steps([1], [2, 6, 8, 9]) == Steps((1, 0), diverged=0)
 
 
 # Whole engines, whose drafter is right now and then.
@@ -172,7 +172,7 @@ def test_a_right_engine_takes_the_expected_steps(models: Path, dtype: str) -> No
     found, expected = report.steps.found, report.steps.expected
     assert found.acceptance_length is not None and found.acceptance_length > 1.5 and found.accepted_at[2] > 5
     if dtype == "float32":
-        assert found == expected and report.steps.parted == 0
+        assert found == expected and report.steps.diverged == 0
     assert f"{found.total} steps, {expected.total} expected" in report.render()
     assert report.as_dict()["steps"]["expected"]["steps"] == list(expected.steps)
 
@@ -214,8 +214,8 @@ def test_a_context_of_the_wrong_position_is_found(models: Path, monkeypatch: pyt
     shift_contexts(monkeypatch)
     report = parity_gate(request(models, dtype))
     says(report, "acceptance differs from the checkpoint's", "expected")
-    assert not report.faults and report.acceptance and report.reference_acceptance
-    assert report.acceptance < report.reference_acceptance
+    assert not report.faults and report.acceptance_length and report.reference_acceptance_length
+    assert report.acceptance_length < report.reference_acceptance_length
 
 
 def test_a_verification_that_accepts_everything_is_found(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_a_verification_that_accepts_everything_is_found(models: Path, monkeypat
     monkeypatch.setattr(torch_runner, "_draw", draw)
     report = parity_gate(request(models))
     says(report, "every draft was accepted", "rounding in float32 explains")
-    assert report.faults and report.steps is not None and report.steps.parted > 0.5 * report.steps.expected.total
+    assert report.faults and report.steps is not None and report.steps.diverged > 0.5 * report.steps.expected.total
 
 
 def test_a_sampled_text_is_compared_by_likelihood(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +240,9 @@ def test_a_sampled_text_is_compared_by_likelihood(models: Path, monkeypatch: pyt
     report = parity_gate(request(models))
     assert report.ok and report.sampled and not report.same, report.render()
     assert "drawn after 3 prompts" in report.render() and "at most" in report.render()
-    assert report.acceptance == report.reference_acceptance  # the exact rule: the text tells what was accepted
+    assert (
+        report.acceptance_length == report.reference_acceptance_length
+    )  # the exact rule: the text tells what was accepted
     original = gate_decode._generate
 
     def others(*arguments: Any) -> Any:
@@ -253,7 +255,7 @@ def test_a_sampled_text_is_compared_by_likelihood(models: Path, monkeypatch: pyt
     says(parity_gate(request(models)), "not drawn from the checkpoint's distributions", "nats per token")
 
 
-def test_an_engine_and_a_checkpoint_of_which_one_drafts_are_no_pair(models: Path, tmp_path: Path) -> None:
+def test_an_engine_and_a_checkpoint_of_which_one_has_no_drafter_are_refused(models: Path, tmp_path: Path) -> None:
     plain = write_checkpoint(tmp_path / "plain", drafter=False, vocab_size=259)
     engine = build_engine(plain, tmp_path / "engine", models / "float32" / "base")
     with pytest.raises(MismatchError, match="only the checkpoint has a drafter"):
@@ -263,25 +265,25 @@ def test_an_engine_and_a_checkpoint_of_which_one_drafts_are_no_pair(models: Path
         parity_gate(wrong)
 
 
-def test_an_engine_of_tensorrt_llm_is_searched_as_it_searches(models: Path, tmp_path: Path) -> None:
-    """Scores in the model's dtype over the whole head; few steps of right texts are decided by ties."""
+def test_a_tensorrt_llm_engine_is_replayed_with_its_own_search(models: Path, tmp_path: Path) -> None:
+    """Scores in the model's dtype over the whole head; few steps of correct texts are decided by ties."""
     write_json(tmp_path / "config.json", {"pretrained_config": {}, "build_config": {}})
     runner = load(models / "bfloat16" / "engine")
-    walked = load_replay(tmp_path, models / "bfloat16" / "checkpoint", runner, DraftShape(2, 3), "cpu", greedy=True)
-    assert walked._search.score_dtype is None and walked._search.head.rows is None
+    replayed = load_replay(tmp_path, models / "bfloat16" / "checkpoint", runner, DraftShape(2, 3), "cpu", greedy=True)
+    assert replayed._search.score_dtype is None and replayed._search.head.rows is None
     report = parity_gate(request(models, "bfloat16"))
     prompts = [runner.encode_prompt(text, chat=True) for text in PROMPTS]
-    texts = [walked.steps(p, ids) for p, ids in zip(prompts, report.token_ids, strict=True)]
+    texts = [replayed.steps(p, ids) for p, ids in zip(prompts, report.token_ids, strict=True)]
     assert report.steps is not None
     assert sum(len(t.accepted) for t in texts) == pytest.approx(report.steps.found.total, rel=0.05)
-    assert sum(t.parted for t in texts) <= 0.1 * report.steps.found.total
+    assert sum(t.diverged for t in texts) <= 0.1 * report.steps.found.total
 
 
-# The verdict on the counts.
+# How the counts are judged.
 
 
 def check(found: Sequence[int], expected: Sequence[int], **changes: Any) -> list[str]:
-    made = AcceptanceCheck(counts(found), counts(expected), parted=0, tolerance=0.05, sampled=False)
+    made = AcceptanceCheck(counts(found), counts(expected), diverged=0, tolerance=0.05, sampled=False)
     return alarms(replace(made, **changes))
 
 
@@ -314,16 +316,16 @@ def test_a_position_that_is_accepted_less() -> None:
 
 def test_a_position_that_is_never_accepted() -> None:
     expected = counts([50, 50])
-    made = AcceptanceCheck(counts([50, 50], (40, 20, 0)), expected, parted=0, tolerance=0.05, sampled=False)
+    made = AcceptanceCheck(counts([50, 50], (40, 20, 0)), expected, diverged=0, tolerance=0.05, sampled=False)
     [found] = alarms(made)
     assert "why: position 3: 0 drafts accepted where 10 stand in the texts\n" in found
     assert alarms(replace(made, found=StepCounts((50, 50), 60, ()))) == []  # merged responses
 
 
-def test_many_parted_steps() -> None:
-    [found] = check([50, 50], [50, 50], parted=11)
+def test_many_diverged_steps() -> None:
+    [found] = check([50, 50], [50, 50], diverged=11)
     assert "leaves the text in 11 of 100 steps" in found
-    assert check([50, 50], [50, 50], parted=10) == []
+    assert check([50, 50], [50, 50], diverged=10) == []
 
 
 def test_results_whose_responses_were_merged_have_no_positions() -> None:

@@ -121,13 +121,13 @@ def test_the_builder_did_what_the_plan_said(models: Path) -> None:
 def test_tokens_are_the_checkpoints(models: Path, api: Api) -> None:
     report = parity_gate(gate(models, "one", api))
     assert report.ok and report.same > 200, report.render()
-    assert report.acceptance is not None and report.acceptance > 2.0
+    assert report.acceptance_length is not None and report.acceptance_length > 2.0
 
 
 @pytest.mark.parametrize("api", APIS)
 def test_without_a_drafter(models: Path, api: Api) -> None:
     report = parity_gate(gate(models, "plain", api))
-    assert report.ok and report.same > 200 and report.acceptance is None, report.render()
+    assert report.ok and report.same > 200 and report.acceptance_length is None, report.render()
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(max_tokens=40), SamplingParams(max_tokens=40, stop=("e",))])

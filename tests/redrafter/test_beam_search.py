@@ -1,4 +1,4 @@
-"""Beam search: against a slow reading of the rule on full vocabularies, and on laws a reader checks by eye."""
+"""Beam search: by hand on small tables, and against a slow, obvious implementation over the full vocabulary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trtllm_redrafter.redrafter.drafter import Drafter
 
 
 class Markov:
-    """A drafter whose law depends on the last token only: the state carries it, the features hand it on."""
+    """A drafter that depends on the last token only: the state is that token, and the features are the state."""
 
     def __init__(self, table: list[list[float]]) -> None:
         self.table = torch.tensor(table).log()
@@ -58,7 +58,7 @@ def test_equal_scores_go_to_the_lowest_beam_then_the_lowest_token() -> None:
 
 
 def test_more_beams_than_tokens_repeat_a_dead_beam() -> None:
-    """Round one has two live tokens for four beams; what fills the rest is far below everything else."""
+    """Round one has two tokens for four beams; the other beams score far below everything else."""
     model = Markov([[0.6, 0.4], [0.5, 0.5]])
     found = beam_search(model, embed, torch.zeros(1, 1), torch.tensor([0]), DraftShape(4, 1), head=model.head())
     assert found.tokens[0].tolist() == [[0, 0], [0, 1], [0, 0], [0, 0]]
@@ -113,15 +113,15 @@ def test_all_tokens_that_tie_with_the_fiftieth_stay(tied: int) -> None:
         Markov([[1.0]]), embed, torch.zeros(1, 1), torch.tensor([0]), DraftShape(50, 1), head=head, keep_log_probs=True
     )
     assert found.log_probs is not None
-    law = found.log_probs[0, 0, 0]
-    survivors = row >= 0.0
-    torch.testing.assert_close(law[survivors], row[survivors].log_softmax(0))
-    assert (law[~survivors] < CUT / 2).all() and int(survivors.sum()) == 50 + tied
+    log_probs = found.log_probs[0, 0, 0]
+    kept = row >= 0.0
+    torch.testing.assert_close(log_probs[kept], row[kept].log_softmax(0))
+    assert (log_probs[~kept] < CUT / 2).all() and int(kept.sum()) == 50 + tied
     last = found.tokens[0, 49, 1]  # of the tied, the lowest id is drafted
     assert int(last) == int((row == 0.0).nonzero()[0])
 
 
-def test_paths_carry_the_law_they_were_taken_from() -> None:
+def test_path_scores_sum_the_log_probs_they_were_taken_from() -> None:
     drafter = random_drafter(70, seed=3)
     found = beam_search(
         drafter, torch.randn(70, 8), torch.randn(2, 8), torch.tensor([1, 2]), DraftShape(4, 3), keep_log_probs=True
@@ -179,12 +179,12 @@ def test_the_largest_are_found_in_chunks_too(width: int, count: int) -> None:
 
 
 @pytest.mark.parametrize(("tied", "missed"), [(0, False), (13, False), (14, True), (200, True)])
-def test_missed_ties_are_noted(tied: int, missed: bool) -> None:
-    """64 candidates are looked at; the 50th may tie with 14 more, and one of them could be the 65th."""
+def test_missed_ties_are_recorded(tied: int, missed: bool) -> None:
+    """64 candidates are read; the 50th may tie with 14 more, and one of those could be the 65th."""
     row = torch.tensor((torch.arange(49, 0, -1.0) / 64).tolist() + [0.0] * (1 + tied) + [-1.0] * 300)
     head = DraftHead(lambda state: row.expand(*state.shape[:-1], -1), len(row))
-    noted: list[torch.Tensor] = []
+    recorded: list[torch.Tensor] = []
     found = beam_search(
-        Markov([[1.0]]), embed, torch.zeros(1, 1), torch.tensor([0]), DraftShape(4, 2), head=head, missed_ties=noted
+        Markov([[1.0]]), embed, torch.zeros(1, 1), torch.tensor([0]), DraftShape(4, 2), head=head, missed_ties=recorded
     )
-    assert [bool(flag) for flag in noted] == [missed, missed] and found.tokens.shape == (1, 4, 3)
+    assert [bool(flag) for flag in recorded] == [missed, missed] and found.tokens.shape == (1, 4, 3)

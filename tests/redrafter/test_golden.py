@@ -17,7 +17,7 @@ from trtllm_redrafter.redrafter.token_tree import TokenTree, build_tree, pack
 from trtllm_redrafter.redrafter.verification import (
     DraftRecord,
     Step,
-    context_law,
+    context_probs,
     trtllm_decide,
     trtllm_draw,
 )
@@ -83,7 +83,7 @@ def test_tree(name: str, load: Load) -> None:
 
 
 def unpack(rows: Tensor, lengths: Tensor, first: int) -> Tensor:
-    """[rows, X] packed end to end from `first` on -> [B, T, X], zeros for filler."""
+    """[rows, X] packed end to end from `first` on -> [B, T, X], padded with zeros."""
     if not len(lengths):
         return rows.new_zeros(0, 1, rows.shape[1])
     parts = torch.split(rows[first:], lengths.tolist())
@@ -99,7 +99,7 @@ def decide(
     contexts = len(tensors["in.request_types"]) - generations
     inverse = tensors["in.inverse_temperature"]
     scale = 1.0 if greedy else inverse[:contexts].unsqueeze(1)
-    laws = [context_law(logits[:contexts] * scale, greedy=greedy)]
+    next_probs = [context_probs(logits[:contexts] * scale, greedy=greedy)]
     inputs = [hidden[:contexts]]
     accepted = [torch.zeros(contexts, dtype=torch.int64)]
     beams = [torch.zeros(contexts, dtype=torch.int64)]
@@ -109,17 +109,17 @@ def decide(
         )
         decision = trtllm_decide(Step(tree, unpack(logits, tree.lengths, contexts), NO_SETTINGS, None, draft))
         states = unpack(hidden, tree.lengths, contexts)
-        laws.append(decision.law)
+        next_probs.append(decision.next_probs)
         inputs.append(states[torch.arange(generations), decision.node])
         accepted.append(decision.accepted)
         beams.append(decision.beam)
-    law = torch.cat(laws)
+    probs = torch.cat(next_probs)
     return {
-        "probs": law,
+        "probs": probs,
         "draft_input": torch.cat(inputs),
         "accepted": torch.cat(accepted),
         "beam": torch.cat(beams),
-        "next_token": trtllm_draw(law, tensors["in.rand_sample"]),
+        "next_token": trtllm_draw(probs, tensors["in.rand_sample"]),
     }
 
 
@@ -157,12 +157,12 @@ def test_steps(name: str, load: Load) -> None:
     for step in steps:
         now = {k.removeprefix(step + "."): v for k, v in tensors.items() if k.startswith(step + ".")}
         kept = now["in.kept_requests"].long()
-        drafts, laws, tree = torch.empty(0), torch.empty(0), None
+        drafts, log_probs, tree = torch.empty(0), torch.empty(0), None
         if len(kept):
             assert beams is not None and beams.log_probs is not None
-            drafts, laws = beams.tokens[kept], beams.log_probs[kept]
+            drafts, log_probs = beams.tokens[kept], beams.log_probs[kept]
             tree = build_tree(Beams(drafts, beams.path_scores[kept], None))
-        found = decide(now, tree, drafts, laws, greedy=case["greedy"])
+        found = decide(now, tree, drafts, log_probs, greedy=case["greedy"])
         check_decision(found, now, now["out.num_accepted_tokens"] - 1)
         beams = beam_search(drafter, embedding, found["draft_input"], found["next_token"], shape, keep_log_probs=True)
         assert beams.log_probs is not None

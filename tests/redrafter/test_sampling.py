@@ -1,4 +1,4 @@
-"""Filtered laws against transformers' warpers, draws against the CDF they invert, uniforms against chance."""
+"""Filters against transformers' warpers, draws against the CDF they invert, uniforms against chance."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ rows = st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(rows, min_size=1, max_size=5), st.sampled_from([5, 30, 1500, 9000]), st.integers(0, 10**6))
-def test_laws_are_transformers(table: list[Row], vocab: int, seed: int) -> None:
-    """The same tokens survive and their probabilities agree, whatever other rows are in the batch."""
+def test_filters_are_transformers(table: list[Row], vocab: int, seed: int) -> None:
+    """The same tokens are kept with the same probabilities, whatever other rows are in the batch."""
     logits = torch.randn(len(table), vocab, generator=torch.Generator().manual_seed(seed)) * 2
     found = filtered_logits(logits, SamplingSettings.of(table)).softmax(1)
     for i, row in enumerate(table):
         expected = warped_by_transformers(logits[i], row).softmax(0)
-        # a token whose cumulated mass equals top_p within rounding may fall either side of the border
+        # a token whose cumulative mass equals top_p within rounding may fall on either side of the threshold
         assert int(((found[i] > 0) != (expected > 0)).sum()) <= 1
         torch.testing.assert_close(found[i], expected, atol=3e-3, rtol=1e-3)
         alone = filtered_logits(logits[i : i + 1], SamplingSettings.of([row])).softmax(1)
@@ -75,7 +75,7 @@ def test_one_rows_top_k_does_not_narrow_anothers_top_p() -> None:
     assert kept.tolist() == [3, 2000]
 
 
-def test_ties_at_a_border_all_stay() -> None:
+def test_ties_at_the_threshold_are_all_kept() -> None:
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
     kept = filtered_logits(logits, SamplingSettings.of([Row(top_k=2)])) > -torch.inf
     assert kept.tolist() == [[True, True, True, True, False]]
@@ -98,8 +98,8 @@ def test_greedy_and_sampled_rows_mix() -> None:
 @pytest.mark.parametrize(("u", "token"), [(0.0, 1), (0.29, 1), (0.31, 2), (0.79, 2), (0.81, 4), (1 - 2**-24, 4)])
 def test_draw_inverts_the_cdf(u: float, token: int) -> None:
     """Tokens without mass come out for no u, the ends included."""
-    law = torch.tensor([[0.0, 0.3, 0.5, 0.0, 0.2, 0.0]])
-    assert draw(law.log(), SamplingSettings.of([Row()]), torch.tensor([u])).tolist() == [token]
+    probs = torch.tensor([[0.0, 0.3, 0.5, 0.0, 0.2, 0.0]])
+    assert draw(probs.log(), SamplingSettings.of([Row()]), torch.tensor([u])).tolist() == [token]
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6])
@@ -113,11 +113,11 @@ def test_a_sampled_row_without_a_number_is_our_mistake() -> None:
         draw(torch.zeros(1, 4), SamplingSettings.of([Row()]), None)
 
 
-def test_draws_follow_the_law() -> None:
+def test_draws_follow_the_distribution() -> None:
     """Total variation over 40,000 draws stays below its expectation (sqrt(V / 2 pi n)) by a wide bound."""
-    n, law = 40_000, torch.tensor([0.02, 0.08, 0.4, 0.2, 0.3])
-    tokens = draw(law.log().expand(n, -1), SamplingSettings.of([Row()] * n), uniform(7, range(n)))
-    distance = 0.5 * (tokens.bincount(minlength=5) / n - law).abs().sum()
+    n, probs = 40_000, torch.tensor([0.02, 0.08, 0.4, 0.2, 0.3])
+    tokens = draw(probs.log().expand(n, -1), SamplingSettings.of([Row()] * n), uniform(7, range(n)))
+    distance = 0.5 * (tokens.bincount(minlength=5) / n - probs).abs().sum()
     assert distance < 3 * (5 / (2 * torch.pi * n)) ** 0.5
 
 

@@ -30,7 +30,7 @@ def test_shared_prefixes_become_one_path() -> None:
     ]
 
 
-def test_unequal_trees_are_filled_up() -> None:
+def test_unequal_trees_are_padded() -> None:
     tree = build_tree(make_beams([[[1, 2, 3], [1, 2, 3]], [[1, 2, 3], [1, 4, 3]]]))
     assert tree.lengths.tolist() == [3, 5]
     assert tree.tokens.tolist() == [[1, 2, 3, 0, 0], [1, 2, 3, 4, 3]]
@@ -39,7 +39,7 @@ def test_unequal_trees_are_filled_up() -> None:
     assert tree.mask[0, 3:].int().tolist() == [[0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
 
 
-def test_a_wider_bucket_changes_filler_only() -> None:
+def test_a_wider_bucket_adds_padding_only() -> None:
     beams = make_beams([[[1, 2, 3], [1, 4, 3]]])
     narrow, wide = build_tree(beams), build_tree(beams, width=8)
     assert wide.width == 8
@@ -69,7 +69,7 @@ def test_root_tree_is_the_tree_of_one_node() -> None:
         assert getattr(root, name).tolist() == getattr(same, name).tolist(), name
 
 
-def test_packing_leaves_no_filler() -> None:
+def test_packing_removes_padding() -> None:
     tree = build_tree(make_beams([[[1, 2, 3], [1, 2, 3]], [[1, 2, 3], [1, 4, 3]]]))
     packed = pack(tree, torch.tensor([10, 20]))
     assert packed.flat_tokens.tolist() == [1, 2, 3, 1, 2, 3, 4, 3]
@@ -130,8 +130,8 @@ def test_every_tree(table: list[list[list[int]]], limit: int | None, seed: int) 
 
 
 @given(st.data())
-def test_plain_trees_are_the_tensors_trees(data: st.DataObject) -> None:
-    """`Tree` merges, lists paths and walks exactly as `build_tree`, its mask, and `walk` do."""
+def test_list_trees_equal_tensor_trees(data: st.DataObject) -> None:
+    """`Tree.merge`, `paths` and `walk` agree with `build_tree`, its mask and `verification.walk`."""
     count, length = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
     beams = [[1] + [data.draw(st.integers(0, 2)) for _ in range(length)] for _ in range(count)]
     tensors = build_tree(Beams(torch.tensor([beams]), torch.zeros(1, count, length + 1), None))
@@ -141,10 +141,10 @@ def test_plain_trees_are_the_tensors_trees(data: st.DataObject) -> None:
     assert tree.depths == tensors.depths[0].tolist()
     assert tree.paths() == [row.nonzero().flatten().tolist() for row in tensors.mask[0]]
     draws = [data.draw(st.integers(0, 2)) for _ in range(len(tree))]
-    verdict = walk(tensors, torch.tensor([draws]))
+    output = walk(tensors, torch.tensor([draws]))
     path = tree.walk(draws)
-    assert path == [node for node in verdict.path[0].tolist() if node >= 0]
-    assert [draws[node] for node in path] == [t for t in verdict.emitted[0].tolist() if t >= 0]
+    assert path == [node for node in output.path[0].tolist() if node >= 0]
+    assert [draws[node] for node in path] == [t for t in output.emitted[0].tolist() if t >= 0]
     tokens, depths, mask = pad([tree, Tree.root(7)], torch.device("cpu"))
     assert torch.equal(tokens[0], tensors.tokens[0]) and torch.equal(depths[0], tensors.depths[0])
     assert torch.equal(mask[0], tensors.mask[0])

@@ -1,4 +1,4 @@
-"""Both rules: the walk by eye, its exactness against a plain sampler, its law, and the corners of TensorRT-LLM's."""
+"""Both rules: `exact` by hand, against a plain sampler and by its frequencies; `trtllm` in its corner cases."""
 
 from __future__ import annotations
 
@@ -40,31 +40,31 @@ TREE = [[G, 5, 9], [G, 5, 7], [G, 6, 9]]
         ([5, 7, 1, 2, 9, 1], [0, 1, 3], [5, 7, 2]),
         ([6, 7, 1, 2, 9, 3], [0, 4, 5], [6, 9, 3]),
         ([6, 9, 1, 2, 7, 3], [0, 4, -1], [6, 7, -1]),  # 5→9 exists, but 6 was drawn: its 9 counts, not 5's
-        ([5, 0, 1, 2, 9, 3], [0, 1, -1], [5, 0, -1]),  # token 0, the filler's
+        ([5, 0, 1, 2, 9, 3], [0, 1, -1], [5, 0, -1]),  # token 0, as in padding
     ],
 )
 def test_walk_by_eye(draws: list[int], path: list[int], emitted: list[int]) -> None:
     tree = build_tree(make_beams([TREE]), width=8)
-    verdict = walk(tree, torch.tensor([[*draws, 0, 0]]))
+    output = walk(tree, torch.tensor([[*draws, 0, 0]]))
     accepted = sum(node >= 0 for node in path) - 1
-    assert verdict.path.tolist() == [path]
-    assert verdict.emitted.tolist() == [emitted]
-    assert verdict.accepted.tolist() == [accepted]
-    assert verdict.next_token.tolist() == [emitted[accepted]]
-    assert verdict.last_node.tolist() == [path[accepted]]
+    assert output.path.tolist() == [path]
+    assert output.emitted.tolist() == [emitted]
+    assert output.accepted.tolist() == [accepted]
+    assert output.next_token.tolist() == [emitted[accepted]]
+    assert output.last_node.tolist() == [path[accepted]]
 
 
 def test_walk_over_unequal_trees() -> None:
     tree = build_tree(make_beams([TREE, TREE, TREE]), max_nodes=torch.tensor([1, 6, 6]))
     draws = torch.tensor([[5, 0, 0, 0, 0, 0], [5, 9, 4, 0, 0, 0], [3, 0, 0, 0, 0, 0]])
-    verdict = walk(tree, draws)
-    assert verdict.accepted.tolist() == [0, 2, 0]
-    assert verdict.emitted.tolist() == [[5, -1, -1], [5, 9, 4], [3, -1, -1]]
+    output = walk(tree, draws)
+    assert output.accepted.tolist() == [0, 2, 0]
+    assert output.emitted.tolist() == [[5, -1, -1], [5, 9, 4], [3, -1, -1]]
 
 
 def test_a_root_alone_emits_one_token() -> None:
-    verdict = walk(root_tree(torch.tensor([4, 5])), torch.tensor([[7], [8]]))
-    assert verdict.emitted.tolist() == [[7], [8]] and verdict.accepted.tolist() == [0, 0]
+    output = walk(root_tree(torch.tensor([4, 5])), torch.tensor([[7], [8]]))
+    assert output.emitted.tolist() == [[7], [8]] and output.accepted.tolist() == [0, 0]
 
 
 VOCAB = 6
@@ -99,8 +99,8 @@ def speculative(base: ToyBase, row: Row, seed: int, count: int, drafts: Drafts, 
     while len(text) - 2 < count:
         tree = drafts.tree(text[-1], max_nodes)
         numbers = node_uniforms(tree, [seed], torch.tensor([len(text) - 2]))
-        verdict = RULES["exact"](Step(tree, base.tree_logits(text[-2], tree), settings_, numbers))
-        text += verdict.emitted[0, : int(verdict.accepted) + 1].tolist()
+        output = RULES["exact"](Step(tree, base.tree_logits(text[-2], tree), settings_, numbers))
+        text += output.emitted[0, : int(output.accepted) + 1].tolist()
     return text[2 : 2 + count]
 
 
@@ -113,26 +113,26 @@ def speculative(base: ToyBase, row: Row, seed: int, count: int, drafts: Drafts, 
         top_p=st.sampled_from([0.3, 0.8, 1.0]),
     ),
     seed=st.integers(0, 2**63 - 1),
-    laws=st.integers(0, 10**6),
+    model_seed=st.integers(0, 10**6),
     beams=st.integers(1, 5),
     length=st.integers(1, 4),
     max_nodes=st.none() | st.integers(1, 12),
 )
 def test_speculative_equals_plain_token_for_token(
-    row: Row, seed: int, laws: int, beams: int, length: int, max_nodes: int | None
+    row: Row, seed: int, model_seed: int, beams: int, length: int, max_nodes: int | None
 ) -> None:
-    base = ToyBase(VOCAB, seed=laws)
-    drafts = Drafts(laws, DraftShape(beams, length))
+    base = ToyBase(VOCAB, seed=model_seed)
+    drafts = Drafts(model_seed, DraftShape(beams, length))
     assert speculative(base, row, seed, 12, drafts, max_nodes) == plain(base, row, seed, 12)
 
 
-def test_the_emitted_law_is_the_base_models() -> None:
+def test_emitted_tokens_follow_the_base_models_distribution() -> None:
     """Pairs of tokens over 6,000 seeds against their exact probabilities, by chi-square at five sigma."""
     n, row = 6000, Row(0.8, 5, 0.9)
     base, drafts = ToyBase(VOCAB, seed=4, sharpness=1.0), Drafts(4, DraftShape(3, 2))
     settings_ = SamplingSettings.of([row])
 
-    def law(before: int, last: int) -> list[float]:
+    def probs(before: int, last: int) -> list[float]:
         values: list[float] = filtered_logits(base.logits(before, last).unsqueeze(0), settings_)[0].softmax(0).tolist()
         return values
 
@@ -141,20 +141,20 @@ def test_the_emitted_law_is_the_base_models() -> None:
     seeds = list(range(n))
     many = TokenTree(**{k: v.expand(n, *v.shape[1:]) for k, v in vars(tree).items()})
     numbers = node_uniforms(many, seeds, torch.zeros(n, dtype=torch.int64))
-    verdict = RULES["exact"](Step(many, logits.expand(n, -1, -1), SamplingSettings.of([row] * n), numbers))
+    output = RULES["exact"](Step(many, logits.expand(n, -1, -1), SamplingSettings.of([row] * n), numbers))
     pairs: Counter[tuple[int, int]] = Counter()
-    for i, emitted in enumerate(verdict.emitted[:, :2].tolist()):
+    for i, emitted in enumerate(output.emitted[:, :2].tolist()):
         first, second = emitted
         if second < 0:  # the step stopped: the next step draws with the next number
             second = int(draw(base.logits(1, first).unsqueeze(0), settings_, uniform(seeds[i], 1)))
         pairs[first, second] += 1
-    expected = {(a, b): law(0, 1)[a] * law(1, a)[b] * n for a, b in product(range(VOCAB), repeat=2)}
+    expected = {(a, b): probs(0, 1)[a] * probs(1, a)[b] * n for a, b in product(range(VOCAB), repeat=2)}
     assert all(pairs[pair] == 0 for pair, count in expected.items() if count == 0.0)
     cells = [pair for pair, count in expected.items() if count > 5]
     chi_square = sum((pairs[c] - expected[c]) ** 2 / expected[c] for c in cells)
     freedom = len(cells) - 1
     assert freedom > 8 and chi_square < freedom + 5 * (2 * freedom) ** 0.5
-    assert 0 < float(verdict.accepted.float().mean()) < 2  # both outcomes took part in the test
+    assert 0 < float(output.accepted.float().mean()) < 2  # both outcomes took part in the test
 
 
 def one_draft(p: list[float], q: list[float], token: int, numbers: list[float]) -> Step:
@@ -189,8 +189,8 @@ def test_trtllm_rule_accepts_strictly_below_the_ratio() -> None:
 def test_trtllm_rule_draws_token_zero_when_no_mass_is_left() -> None:
     """A certain drafter and a random number of 1: the right token is refused and the residual is empty."""
     step = one_draft([0.0, 1.0], [0.0, 1.0], 1, [1.0])
-    verdict = RULES["trtllm"](step)
-    assert verdict.accepted.tolist() == [0] and verdict.next_token.tolist() == [0]
+    output = RULES["trtllm"](step)
+    assert output.accepted.tolist() == [0] and output.next_token.tolist() == [0]
 
 
 def test_trtllm_greedy_equals_the_walk_without_ties() -> None:

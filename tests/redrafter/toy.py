@@ -1,4 +1,4 @@
-"""Base models and drafters small enough to be right by inspection."""
+"""Base models and drafters small enough to check by reading."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def random_drafter(vocab: int, hidden: int = 8, exit_dim: int = 12, *, seed: int
 
 
 class ToyBase:
-    """A base model whose law depends on the last two tokens: logits = table[x_{i-1}, x_i], all rows random."""
+    """A base model that depends on the last two tokens only: logits = table[x_{i-1}, x_i], all rows random."""
 
     def __init__(self, vocab: int, *, seed: int, sharpness: float = 2.0) -> None:
         generator = torch.Generator().manual_seed(seed)

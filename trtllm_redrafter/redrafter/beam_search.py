@@ -1,12 +1,13 @@
-"""Draft K continuations of L tokens with a beam search over the drafter's laws.
+"""Draft K continuations of L tokens with a beam search over the drafter's distributions.
 
-It is the search TensorRT-LLM's graph runs: logits are shifted by their maximum, all below the 50th largest are
-cut (ties with it stay), the rest is a log-softmax; running scores start at [0, CUT, CUT, ...], so that the first
-round branches from beam 0 only; equal scores are won by the lowest beam, then the lowest token id. It is
-deterministic, which is what makes exact verification possible: the drafts must not know the random numbers.
+This is the search that TensorRT-LLM's graph runs. In each round the logits are shifted by their maximum, those below
+the 50th largest are cut (ties with it are kept), and the rest go through a log-softmax. Running scores start at
+[0, CUT, CUT, ...], so the first round branches from beam 0 only. Equal scores go to the lowest beam, then to the
+lowest token id. The search is deterministic, which is what makes exact verification possible: drafts must not depend
+on the random numbers that verify them.
 
-Only the survivors of the cut can ever be drafted, so a round looks at the full vocabulary once, to find them, and
-works on a few dozen candidates from there. All beams are equal in the first round: it is computed for one row.
+Only tokens that remain after the cut can be drafted, so a round reads the full vocabulary once to find them and works
+on a few dozen candidates from there. All beams are equal before the first round, which is computed for one row.
 
     beams = beam_search(drafter, base_embedding, context, first_token, DraftShape(num_beams=2, draft_len=3))
     beams.tokens[0]         # [[g, 5, 9, 2], [g, 5, 7, 7]], falling score; g is the first token
@@ -26,15 +27,15 @@ from torch.nn import functional as F
 from trtllm_redrafter.redrafter.config import CUT, TOP_CANDIDATES, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
 
-_TIE_ROOM = 14
-"""Candidates looked at beyond the 50 before asking whether more tie with the 50th; bf16 logits tie often."""
+_TIE_MARGIN = 14
+"""Candidates read beyond the 50 before checking whether more tie with the 50th; bf16 logits tie often."""
 
 _CHUNK = 1024
-"""Columns looked at together on a GPU."""
+"""Columns per chunk of the two-round top-k on a GPU."""
 
 
 class DraftModel(Protocol):
-    """What the search needs of a drafter; `Drafter` is one, a backend may bring a faster equal."""
+    """What the search needs of a drafter: `Drafter`, or a backend's faster equivalent."""
 
     def next_state(self, state: Tensor, embedding: Tensor) -> Tensor: ...
 
@@ -43,26 +44,26 @@ class DraftModel(Protocol):
 
 @dataclass(frozen=True)
 class DraftHead:
-    """The drafter's LM head, whole or on some rows of the vocabulary.
+    """The drafter's LM head over the whole vocabulary, or over some of its rows.
 
-    `project` maps features [..., E] to logits [..., R]. Fewer rows make a round cheaper and change what is
-    drafted, never what exact verification lets out.
+    `project` maps features [..., E] to logits [..., R]. Fewer rows make a round cheaper and change what is drafted,
+    but never what exact verification emits.
     """
 
     project: Callable[[Tensor], Tensor]
     vocab_size: int
     rows: Tensor | None = None
-    """[R] rising token ids of the logits' columns; None: column i is token i."""
+    """[R] token ids of the logits' columns, ascending; None: column i is token i."""
 
     weight: Tensor | None = None
-    """[R, E] of `project`, for kernels that multiply themselves; with `factor` [R, F]."""
+    """[R, E] weight of `project`, for kernels that do the product themselves; [R, F] where there is a `factor`."""
 
     factor: Tensor | None = None
-    """[F, E]: features are multiplied by it first (a head that is the base model's times a small matrix)."""
+    """[F, E], applied to the features first: a low-rank head is the base model's head times a small matrix."""
 
 
 def draft_head(drafter: Drafter, rows: Tensor | None = None) -> DraftHead:
-    """The head of `drafter`, restricted to the token ids in `rows`. Slices the weight once, here."""
+    """The head of `drafter`, restricted to the token ids in `rows`; the weight is sliced once, here."""
     weight = drafter.lm_head.weight
     vocab_size = weight.shape[0]
     if rows is not None:
@@ -73,11 +74,11 @@ def draft_head(drafter: Drafter, rows: Tensor | None = None) -> DraftHead:
 
 @dataclass(frozen=True)
 class Beams:
-    """What was drafted, in order of falling score.
+    """Drafted beams, best score first.
 
-    `path_scores[b, k, j]` is the log-probability the drafter gives to tokens 1..j of beam k together (0 at j = 0,
-    the first token, which is certain); it never rises along a beam. `log_probs[b, k, j]` is the whole law that
-    token j + 1 was taken from; only TensorRT-LLM's verification rule needs it.
+    `path_scores[b, k, j]` is the log-probability the drafter gives tokens 1..j of beam k together (0 at j = 0, the
+    first token, which is certain); it never increases along a beam. `log_probs[b, k, j]` is the whole distribution
+    that token j + 1 was taken from; only TensorRT-LLM's verification rule needs it.
     """
 
     tokens: Tensor  # [B, K, L+1] int64
@@ -90,29 +91,30 @@ class Beams:
 
     @property
     def finite(self) -> Tensor:
-        """[B] bool; False: a sequence's scores are NaN or infinite, so its tokens mean nothing."""
+        """[B] bool; False where a sequence's scores are NaN or infinite, so that its tokens mean nothing."""
         return self.path_scores.isfinite().flatten(1).all(dim=1)
 
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Per row the columns that survive the cut, rising, and their log-probabilities; others may follow as CUT."""
+    """Per row, the columns that remain after the cut, ascending, with log-probabilities; others may be there as CUT."""
 
     columns: Tensor  # [B, R, C]
     log_probs: Tensor  # [B, R, C]
-    norm: Tensor  # [B, R, 1] log-sum-exp of the shifted survivors
+    norm: Tensor  # [B, R, 1] log-sum-exp of the shifted logits that remain
     threshold: Tensor | None  # [B, R, 1] the 50th largest shifted logit; None: nothing is cut
 
 
 def _candidates(logits: Tensor, vocab_size: int, missed_ties: list[Tensor] | None) -> _Candidates:
-    """Max-normalise, cut, log-softmax, on the survivors alone. [..., R] -> [..., C] with C <= R.
+    """Max-normalise, cut and log-softmax, on the candidates alone. [..., R] -> [..., C] with C <= R.
 
-    C grows until no survivor can have been missed: the smallest candidate is below the 50th, or all are in. With
-    `missed_ties`, whether it should have grown is noted there instead, since a captured graph cannot decide.
+    C grows until no tie with the 50th can have been missed: the smallest candidate is below it, or all columns are
+    candidates. With `missed_ties`, whether C should have grown is recorded there instead, since a captured CUDA graph
+    cannot branch.
     """
     width = logits.shape[-1]
     cuts = vocab_size > TOP_CANDIDATES and width >= TOP_CANDIDATES
-    count = min(width, TOP_CANDIDATES + _TIE_ROOM) if cuts else width
+    count = min(width, TOP_CANDIDATES + _TIE_MARGIN) if cuts else width
     while True:
         values, columns = _largest(logits, count)
         values = values - values[..., :1]
@@ -135,10 +137,10 @@ def _candidates(logits: Tensor, vocab_size: int, missed_ties: list[Tensor] | Non
 
 
 def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of [..., R], falling, and their columns.
+    """The `count` largest of [..., R], descending, and their columns.
 
-    A GPU gives each row to one block of threads, which is slow for a few long rows: there the best of each chunk are
-    found first, side by side.
+    A GPU's top-k gives each row to one thread block, which is slow for a few long rows: there the best of each chunk
+    are found first, in parallel.
     """
     width = logits.shape[-1]
     if logits.is_cuda and width >= 8 * _CHUNK and count <= _CHUNK // 2:
@@ -148,7 +150,7 @@ def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest_of_chunks(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same in two rounds; `count` is at most a chunk and at most the row."""
+    """The same in two rounds; `count` is at most a chunk's width and at most the row's."""
     padded = F.pad(logits, (0, -logits.shape[-1] % _CHUNK), value=-torch.inf)
     values, within = padded.view(*logits.shape[:-1], -1, _CHUNK).topk(count, dim=-1)
     first = torch.arange(0, padded.shape[-1], _CHUNK, device=logits.device).unsqueeze(-1)
@@ -156,8 +158,8 @@ def _largest_of_chunks(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, (within + first).flatten(-2).gather(-1, order)
 
 
-def _whole_law(logits: Tensor, found: _Candidates, head: DraftHead) -> Tensor:
-    """The same law over the full vocabulary, cut tokens included. [..., R] -> [..., V]."""
+def _full_log_probs(logits: Tensor, found: _Candidates, head: DraftHead) -> Tensor:
+    """The same distribution over the full vocabulary, cut tokens included. [..., R] -> [..., V]."""
     shifted = logits - logits.amax(dim=-1, keepdim=True)
     if found.threshold is not None:
         shifted = shifted.masked_fill(shifted < found.threshold, CUT)
@@ -201,13 +203,13 @@ def beam_search(
     score_dtype: torch.dtype | None = torch.float32,
     missed_ties: list[Tensor] | None = None,
 ) -> Beams:
-    """Draft from context [B, H] (post-final-norm state of the last accepted token) and first_token [B].
+    """Draft from `context` [B, H] (hidden state of the last accepted token, after the final norm) and first_token [B].
 
-    `embedding` is the base model's input embedding, [V, H] or a function of token ids. `head` defaults to the
-    drafter's own. `score_dtype` None keeps laws and running scores in the model's dtype, as TensorRT-LLM does: in
-    bf16 exact ties are then common. `missed_ties` collects, per round, whether more tokens tie with the 50th largest
-    logit than were looked at; without it the search looks again. Raises `UsageError` for a shape that cannot be
-    drafted.
+    `embedding` is the base model's input embedding: [V, H], or a function of token ids. `head` defaults to the
+    drafter's own. With `score_dtype` None, log-probabilities and running scores stay in the model's dtype as in
+    TensorRT-LLM; in bf16, exact ties are then common. `missed_ties` collects, per round, whether more tokens tie with
+    the 50th largest logit than were read; without it the search reads more. Raises `UsageError` for a shape that
+    cannot be drafted.
     """
     rounds = search_rounds(
         drafter, embedding, context, first_token, shape,
@@ -229,7 +231,7 @@ def search_rounds(
     score_dtype: torch.dtype | None = torch.float32,
     missed_ties: list[Tensor] | None = None,
 ) -> Iterator[Beams]:
-    """The same search, round by round: after round l come the beams that a search of draft_len l returns."""
+    """The same search, round by round: round l yields the beams that a search with draft_len l returns."""
     shape.check()
     embed = embedding if callable(embedding) else _lookup(embedding)
     head = head or draft_head(_require_drafter(drafter))
@@ -251,8 +253,8 @@ def search_rounds(
         chosen = _pick(found.columns, rows).gather(-1, (flat - parents * width).unsqueeze(-1))
         chosen = chosen if head.rows is None else head.rows[chosen]
         if keep_log_probs:
-            law = _pick(_whole_law(logits, found, head), rows).unsqueeze(2)
-            history = law if history is None else torch.cat([_pick(history, parents), law], dim=2)
+            log_probs = _pick(_full_log_probs(logits, found, head), rows).unsqueeze(2)
+            history = log_probs if history is None else torch.cat([_pick(history, parents), log_probs], dim=2)
         tokens = torch.cat([_pick(tokens, rows), chosen], dim=-1)
         paths = torch.cat([_pick(paths, parents), scores.unsqueeze(-1)], dim=-1)
         state = _pick(state, rows)

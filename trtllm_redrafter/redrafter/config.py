@@ -1,4 +1,4 @@
-"""Sizes of a drafter and of what it drafts, with every derived value in one place."""
+"""Sizes of a drafter and of its drafts, with every derived value in one place."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from trtllm_redrafter.errors import Problem, UsageError, raise_together
 
 MAX_NUM_BEAMS = 50
-"""Above this, tokens cut by the drafter's top-50 would be drafted and, in TensorRT-LLM, always accepted."""
+"""With more beams, tokens cut by the drafter's top-50 would be drafted and, in TensorRT-LLM, always accepted."""
 
 MAX_DRAFT_LEN = 256
-"""Drafters are trained for 3 to 10 tokens. Trees, masks and caches grow with this number and are allocated up front."""
+"""Drafters are trained for 3 to 10 tokens; trees, masks and caches grow with this number and are allocated up front."""
 
 NVIDIA_NUM_BEAMS = 5
 NVIDIA_DRAFT_LEN = 5
 """The defaults of NVIDIA's ReDrafter converter, for drafters that say nothing about themselves."""
 
 TOP_CANDIDATES = 50
-"""The drafter's logits below the 50th largest are cut before every round (Apple v1.1, TensorRT-LLM >= 0.14)."""
+"""In every round, logits below the 50th largest are cut (Apple v1.1, TensorRT-LLM >= 0.14)."""
 
 CUT = -50000.0
-"""Value of a cut logit and of a beam that does not exist yet; finite, so that fp16 arithmetic survives it."""
+"""Value of a cut logit, and score of a beam that does not exist yet; finite, so that fp16 arithmetic yields no NaN."""
 
 
 @dataclass(frozen=True)

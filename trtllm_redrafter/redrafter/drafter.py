@@ -1,4 +1,4 @@
-"""The ReDrafter head: a recurrence over drafted tokens beside the base model's last hidden state.
+"""The ReDrafter head: an RNN over drafted tokens, conditioned on the base model's last hidden state.
 
 For a context vector c (base model's hidden state of the last accepted token, after the final norm) and the
 tokens t_1, t_2, ... that follow it, with e(t) the base model's own input embedding:
@@ -8,8 +8,8 @@ tokens t_1, t_2, ... that follow it, with e(t) the base model's own input embedd
     x   = [c ; s_j]  -> input_proj (only when E != 2H) -> x + SiLU(A x + a), once per layer
     logits of t_{j+1} = lm_head x
 
-Source: Apple ml-recurrent-drafter v1.1 and TensorRT-LLM >= 0.14 compute this same function. Parameter names are
-TensorRT-LLM's (`drafter.` prefix left out); `convert` maps Apple's onto them.
+Apple's ml-recurrent-drafter v1.1 and TensorRT-LLM >= 0.14 compute this same function. Parameter names are
+TensorRT-LLM's, without the `drafter.` prefix; `convert` maps Apple's onto them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ResBlock(nn.Module):
 
 
 class Drafter(nn.Module):
-    """All learnt parts of the drafter; embeddings come from the base model and are passed in."""
+    """All trained parts of the drafter; embeddings come from the base model and are passed in."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -46,13 +46,13 @@ class Drafter(nn.Module):
         self.rnn_w = nn.Linear(h, h, bias=False) if config.rnn else None
 
     def next_state(self, state: Tensor, embedding: Tensor) -> Tensor:
-        """State after one more token. [..., H], [..., H] -> [..., H]."""
+        """State after one more token. Two [..., H] -> [..., H]."""
         if self.rnn_u is None or self.rnn_w is None:
             return embedding + state
         return F.silu(self.rnn_w(embedding) + self.rnn_u(state))
 
     def features(self, context: Tensor, state: Tensor) -> Tensor:
-        """What the LM head reads. [..., H], [..., H] -> [..., E]."""
+        """Input of the LM head. Two [..., H] -> [..., E]."""
         x = torch.cat([context, state], dim=-1)
         if self.input_proj is not None:
             x = self.input_proj(x)

@@ -1,13 +1,14 @@
-"""From base-model logits to a token: filtered law, inverse-CDF draw, and one uniform number per output position.
+"""From base-model logits to a token: filters, an inverse-CDF draw, and one uniform number per output position.
 
-The law of a row is logits / temperature, then top-k, then top-p on what is left, as in transformers (ties at the
-border of either filter are all kept, so that a law depends on values alone and not on a sort's habits).
-Temperature 0 is greedy: the largest logit, the lowest token id on ties. All arithmetic is float32, whatever
-the model's dtype: an inverse CDF with bf16's eight bits cannot reach most of a vocabulary.
+A row's distribution is logits / temperature, then top-k, then top-p on what is left, as in transformers, except that
+all ties at the threshold of either filter are kept, so that the distribution depends on values alone and not on the
+order in which a sort leaves ties. Temperature 0 is greedy: the largest logit, the lowest token id on ties. All
+arithmetic is float32, whatever the model's dtype: an inverse CDF in bf16, with its eight bits, cannot reach most of a
+vocabulary.
 
-`uniform(seed, position)` is a counter-based generator: output position i of a request always meets the same
-number, with and without drafting, at any batch size. That is what makes speculative and plain sampling emit the
-same tokens, and what lets every node of a tree be drawn at once.
+`uniform(seed, position)` is a counter-based generator: output position i of a request always gets the same number,
+with and without drafting, at any batch size. Speculative and plain sampling therefore emit the same tokens, and all
+nodes of a tree can be drawn at once.
 
     settings = SamplingSettings.of([SamplingParams(max_tokens=8, temperature=0.7, top_p=0.9)])
     token = draw(logits, settings, uniform([seed], [position]))
@@ -26,11 +27,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 _FIRST_LOOK = 1024
-"""Tokens sorted at first for top-p; a nucleus is rarely larger, and sorting a whole vocabulary costs milliseconds."""
+"""Tokens sorted first for top-p; a nucleus is rarely larger, and sorting a whole vocabulary takes milliseconds."""
 
 
 class Sampling(Protocol):
-    """The part of a request's sampling parameters that shapes a law."""
+    """The part of a request's sampling parameters that shapes the distribution."""
 
     @property
     def temperature(self) -> float: ...
@@ -42,7 +43,7 @@ class Sampling(Protocol):
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Sampling parameters of N rows, as tensors, with what can be skipped known beforehand."""
+    """Sampling parameters of N rows as tensors; the plain fields say which filters can be skipped."""
 
     temperature: Tensor  # [N] float32; 0 is greedy
     top_k: Tensor  # [N] int64; 0 is off
@@ -66,11 +67,11 @@ class SamplingSettings:
         )
 
     def repeat(self, times: int) -> SamplingSettings:
-        """Each row `times` times in a row: the settings of every node of a batch of trees of one size."""
+        """Each row repeated `times` times: the settings of every node in a batch of trees of one size."""
         return self.repeat_each([times] * len(self.top_k))
 
     def repeat_each(self, times: Sequence[int]) -> SamplingSettings:
-        """Row i `times[i]` times in a row."""
+        """Row i repeated `times[i]` times."""
         counts = torch.tensor(times, device=self.top_k.device)
         return SamplingSettings(
             self.temperature.repeat_interleave(counts),
@@ -84,10 +85,10 @@ class SamplingSettings:
 
 
 def filtered_logits(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """[N, V] -> float32 [N, V] with -inf where the filters forbid a token. Greedy rows are left unscaled."""
+    """[N, V] -> float32 [N, V], with -inf where a filter removes a token. Greedy rows are left unscaled."""
     scale = torch.where(settings.temperature > 0.0, settings.temperature, 1.0)
     shifted = logits.float()
-    shifted = shifted - shifted.amax(dim=1, keepdim=True)  # a tiny temperature overflows everything but the maximum
+    shifted = shifted - shifted.amax(dim=1, keepdim=True)  # keeps a tiny temperature from overflowing
     scaled = shifted / scale.unsqueeze(1)
     if settings.max_top_k > 0:
         scaled = _keep_top_k(scaled, settings)
@@ -99,15 +100,15 @@ def filtered_logits(logits: Tensor, settings: SamplingSettings) -> Tensor:
 def _keep_top_k(scaled: Tensor, settings: SamplingSettings) -> Tensor:
     width = scaled.shape[1]
     values = scaled.topk(min(settings.max_top_k, width), dim=1).values
-    border = values.gather(1, (settings.top_k.clamp(1, values.shape[1]) - 1).unsqueeze(1))
-    return scaled.masked_fill((scaled < border) & (settings.top_k > 0).unsqueeze(1), -torch.inf)
+    threshold = values.gather(1, (settings.top_k.clamp(1, values.shape[1]) - 1).unsqueeze(1))
+    return scaled.masked_fill((scaled < threshold) & (settings.top_k > 0).unsqueeze(1), -torch.inf)
 
 
 def _keep_top_p(scaled: Tensor, settings: SamplingSettings) -> Tensor:
-    """Keep a token when those likelier than it hold less than top_p together; the first one always stays.
+    """Keep a token if all likelier ones together have less than top_p; the likeliest always stays.
 
-    Softmax and cumsum treat a row alike whatever stands beside it and however many tokens are looked at; a plain
-    sum reduction does not, and would let neighbours decide a border case.
+    Softmax and cumsum give a row the same bits whatever the rest of the batch and however many tokens are sorted. A
+    plain sum reduction does not, and other rows would decide cases on the threshold.
     """
     width = scaled.shape[1]
     probs = scaled.softmax(dim=1)
@@ -120,43 +121,43 @@ def _keep_top_p(scaled: Tensor, settings: SamplingSettings) -> Tensor:
             break
         count = min(width, 8 * count)
     kept = 1 + (mass[:, :-1] < top_p).sum(dim=1, keepdim=True)
-    border = values.gather(1, kept - 1)
-    return scaled.masked_fill((scaled < border) & (top_p < 1.0), -torch.inf)
+    threshold = values.gather(1, kept - 1)
+    return scaled.masked_fill((scaled < threshold) & (top_p < 1.0), -torch.inf)
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """Largest logit, lowest token id on ties. [..., V] -> [...]. (torch's bf16 argmax is slower than a cast.)"""
+    """Largest logit, lowest token id on ties. [..., V] -> [...]. The cast is cheaper than a bf16 argmax."""
     return logits.float().argmax(dim=-1)
 
 
 NOT_FINITE = -1
-"""Stands for a token where a row's largest logit is NaN or infinite: there is nothing to choose from."""
+"""In place of a token id where a row's largest logit is NaN or infinite, so that there is nothing to choose from."""
 
 
 def finite_greedy(logits: Tensor) -> Tensor:
-    """`greedy`, with `NOT_FINITE` for rows whose largest logit is no number. [..., V] -> [...]; no synchronisation."""
-    largest, best = logits.float().max(dim=-1)  # as fast as argmax; the first of equals, and NaN before all
+    """`greedy`, with `NOT_FINITE` for rows whose largest logit is not finite. [..., V] -> [...]; no device sync."""
+    largest, best = logits.float().max(dim=-1)  # as fast as argmax; first of equals, NaN first
     return torch.where(largest.abs() < torch.inf, best, NOT_FINITE)
 
 
 def draw(logits: Tensor, settings: SamplingSettings, uniforms: Tensor | None) -> Tensor:
-    """One token per row, [N, V] with uniforms [N] in [0, 1): the first whose cumulated probability exceeds u.
+    """One token per row of [N, V], with uniforms [N] in [0, 1): the first whose cumulative probability exceeds u.
 
-    `NOT_FINITE` where a row's largest logit is no number. Uniforms may be None when every row is greedy.
+    `NOT_FINITE` where a row's largest logit is not finite. `uniforms` may be None if every row is greedy.
     """
     best = finite_greedy(logits)
     if not settings.any_sampled:
         return best
     if uniforms is None:
         raise TypeError("a sampled row needs a uniform number")
-    cumulated = filtered_logits(logits, settings).softmax(dim=1).cumsum(dim=1)
-    target = uniforms.to(cumulated).unsqueeze(1) * cumulated[:, -1:]
-    drawn = torch.searchsorted(cumulated, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    cumulative = filtered_logits(logits, settings).softmax(dim=1).cumsum(dim=1)
+    target = uniforms.to(cumulative).unsqueeze(1) * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
     return torch.where((settings.temperature > 0.0) & (best != NOT_FINITE), drawn, best)
 
 
 def fresh_seed() -> int:
-    """A seed for a request that brings none."""
+    """A random seed, for requests without one."""
     return secrets.randbits(63)
 
 
@@ -166,7 +167,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser: a bijection of 64-bit words in which every input bit reaches every output bit."""
+    """SplitMix64's finaliser: a bijection of 64-bit words in which every input bit affects every output bit."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
     x = x ^ (x >> np.uint64(31))
@@ -174,10 +175,10 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def uniform(seed: ArrayLike, position: ArrayLike) -> Tensor:
-    """The number in [0, 1) that output `position` (0: first generated token) of a request with `seed` meets.
+    """The number in [0, 1) for output `position` (0: first generated token) of a request with `seed`.
 
-    Arguments broadcast; returns float32 on the CPU. It is element `position` of the SplitMix64 sequence that
-    starts at the mixed seed; 24 bits, all of them exact in float32.
+    Arguments broadcast; the result is float32 on the CPU. It is element `position` of the SplitMix64 sequence that
+    starts at the mixed seed, cut to 24 bits, which float32 holds exactly.
     """
     start = _mix(np.atleast_1d(np.asarray(seed)).astype(np.uint64) + _GAMMA)
     index = np.atleast_1d(np.asarray(position)).astype(np.uint64) + np.uint64(1)

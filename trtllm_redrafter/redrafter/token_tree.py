@@ -1,15 +1,15 @@
 """Merge a sequence's beams into one tree, so that a shared prefix is verified once.
 
-Node 0 is the root, the token the base model has already guaranteed. Nodes are numbered beam by beam, within a
-beam by position, and a token is a new node unless a lower beam holds the same prefix; so a parent always has a
-lower number than its children. Beams [g,5,9], [g,5,7], [g,6,9] become
+Node 0 is the root, the token the base model has already guaranteed. Nodes are numbered beam by beam, and within a
+beam by position; a token is a new node unless a lower beam has the same prefix. A parent therefore always has a lower
+number than its children. Beams [g,5,9], [g,5,7], [g,6,9] become
 
     number   0  1  2  3  4  5          g ── 5 ── 9
     token    g  5  9  7  6  9          │    └─── 7
     parent  -1  0  1  1  0  4          └─── 6 ── 9
 
-The base model runs over all nodes of a tree at once; `mask` lets each see its ancestors and itself.
-Slots past a sequence's last node are filler: token 0, parent -1, depth 0, seeing only themselves.
+The base model runs over all nodes of a tree at once; with `mask`, each attends to its ancestors and itself.
+Slots past a sequence's last node are padding: token 0, parent -1, depth 0, attending only to themselves.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class TokenTree:
     """Trees of a batch, padded to the same T nodes."""
 
     tokens: Tensor  # [B, T] int64
-    parents: Tensor  # [B, T] int64; -1 for the root and filler
+    parents: Tensor  # [B, T] int64; -1 for the root and padding
     depths: Tensor  # [B, T] int64; the root is at 0
     mask: Tensor  # [B, T, T] bool; [b, i, j]: node i attends to node j
-    draft_indices: Tensor  # [B, K, L+1] int64; node of each beam token, -1 where `max_nodes` dropped it
+    draft_indices: Tensor  # [B, K, L+1] int64; node of each beam token, -1 if dropped by `max_nodes`
     lengths: Tensor  # [B] int64; number of nodes, root included
 
     @property
@@ -41,16 +41,16 @@ class TokenTree:
 
     @property
     def is_node(self) -> Tensor:
-        """[B, T] bool; False for filler."""
+        """[B, T] bool; False for padding."""
         return torch.arange(self.width, device=self.lengths.device) < self.lengths.unsqueeze(1)
 
 
 def build_tree(beams: Beams, *, max_nodes: int | Tensor | None = None, width: int | None = None) -> TokenTree:
     """Merge common prefixes of `beams`.
 
-    `max_nodes` (one number, or [B]) keeps the root and the likeliest nodes by path score. A path never gains
-    score by growing, so parents stay when their children do; 1 leaves the root alone. `width` is T; by default
-    that of the largest tree, 1 for an empty batch.
+    `max_nodes` (one number, or [B]) keeps the root and the likeliest nodes by path score; 1 keeps the root alone. A
+    path never gets likelier by growing, so a kept node's parent is kept too. `width` is T; by default that of the
+    largest tree, 1 for an empty batch.
     """
     tokens = beams.tokens
     num_beams, length = tokens.shape[1:]
@@ -78,7 +78,7 @@ def build_tree(beams: Beams, *, max_nodes: int | Tensor | None = None, width: in
 
 
 def root_tree(tokens: Tensor, *, width: int = 1) -> TokenTree:
-    """Trees of nothing but a root, [B]: autoregression through the same code."""
+    """Trees with a root only, tokens [B]: autoregressive decoding through the same code."""
     tokens = tokens.to(torch.int64)
     zeros = torch.zeros(tokens.shape[0], width, dtype=torch.int64, device=tokens.device)
     return TokenTree(
@@ -93,7 +93,7 @@ def root_tree(tokens: Tensor, *, width: int = 1) -> TokenTree:
 
 @dataclass(frozen=True)
 class Tree:
-    """One sequence's tree in plain lists: at a handful of nodes, a tensor operation costs more than all the work."""
+    """One sequence's tree as plain lists: with a handful of nodes, a tensor operation costs more than all the work."""
 
     tokens: list[int]
     parents: list[int]  # -1 for the root
@@ -108,7 +108,7 @@ class Tree:
 
     @classmethod
     def merge(cls, beams: Sequence[Sequence[int]]) -> Tree:
-        """What `build_tree` makes of one sequence's beams [K][L+1]: same nodes, same numbers."""
+        """`build_tree` for one sequence's beams [K][L+1]: same nodes, same numbers."""
         tokens, parents, depths = [beams[0][0]], [-1], [0]
         child: dict[tuple[int, int], int] = {}
         for beam in beams:
@@ -124,14 +124,14 @@ class Tree:
         return cls(tokens, parents, depths)
 
     def paths(self) -> list[list[int]]:
-        """For each node its ancestors from the root on, itself last."""
+        """For each node, the path from the root to it, both included."""
         found = [[0]]
         for node in range(1, len(self.tokens)):
             found.append([*found[self.parents[node]], node])
         return found
 
     def walk(self, draws: Sequence[int]) -> list[int]:
-        """`verification.walk` for one sequence: the nodes from the root on that the draws go through."""
+        """`verification.walk` for one sequence: the accepted nodes, root first."""
         path = [0]
         for node in range(1, len(self.tokens)):  # a node comes after its parent
             last = path[-1]
@@ -154,10 +154,10 @@ def pad(trees: Sequence[Tree], device: torch.device) -> tuple[Tensor, Tensor, Te
 
 
 def ancestor_mask(parents: Tensor, max_depth: int) -> Tensor:
-    """[B, T] parents (-1: none) -> [B, T, T]: each node with its ancestors, found by walking up."""
+    """[B, T] parents (-1: none) -> [B, T, T]: True for a node's ancestors and the node itself."""
     batch, width = parents.shape
     mask = torch.eye(width, dtype=torch.bool, device=parents.device).repeat(batch, 1, 1)
-    up = torch.where(parents < 0, torch.arange(width, device=parents.device), parents)  # the root stays where it is
+    up = torch.where(parents < 0, torch.arange(width, device=parents.device), parents)  # a root is its own parent
     ancestor = up
     for _ in range(max_depth):
         mask.scatter_(2, ancestor.unsqueeze(-1), True)
@@ -166,13 +166,13 @@ def ancestor_mask(parents: Tensor, max_depth: int) -> Tensor:
 
 
 def _first_holder(tokens: Tensor) -> Tensor:
-    """[B, K, L+1]: the lowest beam that shares this beam's tokens up to each position."""
+    """[B, K, L+1]: the lowest beam with the same tokens up to each position."""
     same = (tokens.unsqueeze(1) == tokens.unsqueeze(2)).cumprod(dim=-1)  # [B, k, other, L+1]
     return same.argmax(dim=2)
 
 
 def _likeliest(is_node: Tensor, path_scores: Tensor, max_nodes: int | Tensor) -> Tensor:
-    """Keep the `max_nodes` best nodes of each sequence; at equal scores the one with the lower number."""
+    """Keep the `max_nodes` best nodes of each sequence; of equal scores, the lower number."""
     scores = path_scores.masked_fill(~is_node, -torch.inf).flatten(1)
     order = scores.sort(dim=1, descending=True, stable=True).indices
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
@@ -182,7 +182,7 @@ def _likeliest(is_node: Tensor, path_scores: Tensor, max_nodes: int | Tensor) ->
 
 
 def _scatter(values: Tensor, numbers: Tensor, width: int, *, fill: int) -> Tensor:
-    """Put the value of each node at its number: [B, K, L+1] -> [B, width]; what is not a node goes nowhere."""
+    """Put each node's value at its number: [B, K, L+1] -> [B, width]. Tokens that are not nodes are dropped."""
     out = torch.full((values.shape[0], width + 1), fill, dtype=torch.int64, device=values.device)
     place = numbers.flatten(1)
     out.scatter_(1, torch.where(place < 0, width, place), values.flatten(1))
@@ -191,7 +191,7 @@ def _scatter(values: Tensor, numbers: Tensor, width: int, *, fill: int) -> Tenso
 
 @dataclass(frozen=True)
 class PackedTrees:
-    """A batch of trees as TensorRT-LLM's graph gives them out: sequences end to end, no filler."""
+    """A batch of trees in the form TensorRT-LLM's graph returns: sequences concatenated, no padding."""
 
     flat_tokens: Tensor  # [sum N] int32
     generation_lengths: Tensor  # [B] int32

@@ -1,13 +1,13 @@
-"""Decide which drafted tokens the base model lets through. Two rules, by name.
+"""Decide which drafted tokens the base model accepts. Two rules, by name.
 
-`exact` (the default) walks the tree with draws from the base model's own law: draw a token at the root; if it is one
-of the root's children, accept that child and draw there; else stop. The drawn tokens are what a plain sampler
+`exact` (the default) walks the tree with draws from the base model's own distribution: draw a token at the root; if it
+is one of the root's children, accept that child and draw there; else stop. The drawn tokens are those a plain sampler
 with the same uniform numbers emits, one after the other, for every temperature, top-k and top-p; drafts only decide
-how many of them one step yields. No lossless rule accepts more. Greedy is the same walk with argmax for a draw.
+how many of them a step yields. No lossless rule accepts more. Greedy is the same walk with argmax as the draw.
 
 `trtllm` is what TensorRT-LLM's graph does, for parity: accept draft t with probability p(t)/q(t), keep the longest
-run over beams, draw the next token from relu(p - q). With beam-search drafts its output is not distributed as
-the base model's (it leans towards the drafter), except in greedy mode.
+accepted run over beams, draw the next token from relu(p - q). With beam-search drafts its output is not distributed
+as the base model's (it leans towards the drafter), except in greedy mode.
 
     tree  g ── 5 ── 9        draws 5 at g, 7 at "5", 1 at "7":  path g,5,7   emitted 5 7 1
                └─── 7        draws 8 at g:                      path g       emitted 8
@@ -30,8 +30,8 @@ from trtllm_redrafter.redrafter.token_tree import TokenTree
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What one step brings, per sequence. D is the deepest node of any tree in the batch."""
+class VerifyOutput:
+    """What one step yields, per sequence. D is the depth of the deepest node in the batch."""
 
     accepted: Tensor  # [B] int64; drafts accepted
     path: Tensor  # [B, D+1] int64; accepted nodes, root first; -1 past them
@@ -42,38 +42,38 @@ class Verdict:
 
 @dataclass(frozen=True)
 class DraftRecord:
-    """What only the `trtllm` rule needs: the drafts, the laws they were taken from, and its random numbers."""
+    """What only the `trtllm` rule needs: the drafts, the distributions they were taken from, and its random numbers."""
 
     tokens: Tensor  # [B, K, L+1]
     log_probs: Tensor  # [B, K, L, V]
     rand_validation: Tensor  # [B, K, L]
     rand_sample: Tensor  # [B]
-    inverse_temperature: Tensor  # [B]; not used when greedy
+    inverse_temperature: Tensor  # [B]; unused if greedy
     greedy: bool
 
 
 @dataclass(frozen=True)
 class Step:
-    """Everything a rule may look at."""
+    """Input of a rule."""
 
     tree: TokenTree
-    logits: Tensor  # [B, T, V]; of the token after each node
+    logits: Tensor  # [B, T, V]; for the token after each node
     settings: SamplingSettings  # of B rows
-    uniforms: Tensor | None  # [B, T], see `node_uniforms`; None when every request is greedy
+    uniforms: Tensor | None  # [B, T], see `node_uniforms`; None if every request is greedy
     draft: DraftRecord | None = None
 
 
 def node_uniforms(tree: TokenTree, seeds: ArrayLike, emitted: Tensor) -> Tensor:
-    """[B, T]: what each node's successor is drawn with. `emitted` [B] tokens are out already, the root included.
+    """[B, T]: the number each node's successor is drawn with. `emitted` [B] counts earlier output tokens and the root.
 
-    The successor of a node at depth d is output position emitted + d, whichever branch it is on.
+    The successor of a node at depth d is output position emitted + d, whichever branch the node is on.
     """
     positions = emitted.cpu().view(-1, 1) + tree.depths.cpu()
     return uniform(np.asarray(seeds).reshape(-1, 1), positions.numpy())
 
 
-def exact(step: Step) -> Verdict:
-    """Walk the tree with the base model's own draws. Lossless; see the module's text."""
+def exact(step: Step) -> VerifyOutput:
+    """Walk the tree with the base model's own draws. Lossless; see the module's docstring."""
     batch, width, vocab = step.logits.shape
     settings = step.settings.repeat(width) if width > 1 else step.settings
     uniforms = None if step.uniforms is None else step.uniforms.reshape(-1)
@@ -81,11 +81,11 @@ def exact(step: Step) -> Verdict:
     return walk(step.tree, draws.view(batch, width))
 
 
-def walk(tree: TokenTree, draws: Tensor) -> Verdict:
-    """Follow `draws` [B, T], the token drawn at each node, from the root as long as they are in the tree.
+def walk(tree: TokenTree, draws: Tensor) -> VerifyOutput:
+    """Follow `draws` [B, T], the token drawn at each node, from the root for as long as they are in the tree.
 
-    A node is reached when it and all its ancestors equal the draw at their parent. Siblings differ, so at most
-    one node per depth is reached.
+    A node is accepted if it and all its ancestors equal the draw at their parent. Siblings differ, so at most one
+    node per depth is accepted.
     """
     drawn_at_parent = draws.gather(1, tree.parents.clamp(min=0))
     refused = tree.tokens != drawn_at_parent
@@ -95,11 +95,11 @@ def walk(tree: TokenTree, draws: Tensor) -> Verdict:
     accepted = reached.sum(dim=1) - 1
     last_node = (reached * (tree.depths + 1)).argmax(dim=1)
     next_token = draws.gather(1, last_node.unsqueeze(1)).squeeze(1)
-    return _verdict(tree, last_node, accepted, next_token)
+    return _output(tree, last_node, accepted, next_token)
 
 
-def _verdict(tree: TokenTree, last_node: Tensor, accepted: Tensor, next_token: Tensor) -> Verdict:
-    """Read the path to `last_node` off the tree's mask."""
+def _output(tree: TokenTree, last_node: Tensor, accepted: Tensor, next_token: Tensor) -> VerifyOutput:
+    """Read the path to `last_node` from the tree's mask."""
     width = tree.width
     deepest = int(tree.depths.max()) if tree.depths.numel() else 0
     on_path = tree.mask.gather(1, last_node.view(-1, 1, 1).expand(-1, 1, width)).squeeze(1)  # [B, T]
@@ -110,17 +110,17 @@ def _verdict(tree: TokenTree, last_node: Tensor, accepted: Tensor, next_token: T
     drafts = tree.tokens.gather(1, path.clamp(min=0)).masked_fill(path < 0, -1)
     emitted = F.pad(drafts[:, 1:], (0, 1), value=-1)
     emitted = emitted.scatter(1, accepted.unsqueeze(1), next_token.unsqueeze(1))
-    return Verdict(accepted, path, emitted, next_token, last_node)
+    return VerifyOutput(accepted, path, emitted, next_token, last_node)
 
 
 @dataclass(frozen=True)
 class TrtllmDecision:
-    """Outcome of TensorRT-LLM's rule before a token is drawn."""
+    """Outcome of TensorRT-LLM's rule, before the next token is drawn."""
 
     accepted: Tensor  # [B] int64
-    beam: Tensor  # [B] int64; lowest of the beams with the longest run
-    law: Tensor  # [B, V]; of the next token, not normalised
-    node: Tensor  # [B] int64; the last accepted one
+    beam: Tensor  # [B] int64; lowest beam with the longest accepted run
+    next_probs: Tensor  # [B, V]; for the next token, not normalised
+    node: Tensor  # [B] int64; the last accepted node
 
 
 def trtllm_decide(step: Step) -> TrtllmDecision:
@@ -130,10 +130,10 @@ def trtllm_decide(step: Step) -> TrtllmDecision:
     """
     draft, indices = _require_draft(step), step.tree.draft_indices
     logits = step.logits if draft.greedy else step.logits * draft.inverse_temperature.view(-1, 1, 1)
-    law = base_log_probs(logits, greedy=draft.greedy)
+    log_probs = base_log_probs(logits, greedy=draft.greedy)
     batch, num_beams, length = draft.tokens.shape
-    at_beams = law.gather(1, indices.flatten(1).unsqueeze(-1).expand(-1, -1, law.shape[-1]))
-    at_beams = at_beams.view(batch, num_beams, length, law.shape[-1])  # [B, K, L+1, V]
+    at_beams = log_probs.gather(1, indices.flatten(1).unsqueeze(-1).expand(-1, -1, log_probs.shape[-1]))
+    at_beams = at_beams.view(batch, num_beams, length, log_probs.shape[-1])  # [B, K, L+1, V]
     drafted = draft.tokens[..., 1:, None]
     log_ratio = at_beams[:, :, :-1].gather(-1, drafted) - draft.log_probs.gather(-1, drafted)
     accept = draft.rand_validation < log_ratio.squeeze(-1).exp()
@@ -147,16 +147,16 @@ def trtllm_decide(step: Step) -> TrtllmDecision:
     return TrtllmDecision(accepted, beam, residual, indices[row, beam, accepted])
 
 
-def trtllm(step: Step) -> Verdict:
-    """TensorRT-LLM's rule to its end: decide, draw, and say what was emitted."""
+def trtllm(step: Step) -> VerifyOutput:
+    """TensorRT-LLM's rule in full: decide, draw, and return what was emitted."""
     draft = _require_draft(step)
     decision = trtllm_decide(step)
-    next_token = trtllm_draw(decision.law, draft.rand_sample)
-    return _verdict(step.tree, decision.node, decision.accepted, next_token)
+    next_token = trtllm_draw(decision.next_probs, draft.rand_sample)
+    return _output(step.tree, decision.node, decision.accepted, next_token)
 
 
 def base_log_probs(logits: Tensor, *, greedy: bool) -> Tensor:
-    """log p, or in greedy mode 0 at every maximum and CUT elsewhere (two tied maxima have "probability" 1 each)."""
+    """log p; in greedy mode 0 at every maximum and CUT elsewhere, so two tied maxima each have "probability" 1."""
     log_probs = logits.log_softmax(dim=-1)
     if not greedy:
         return log_probs
@@ -164,15 +164,15 @@ def base_log_probs(logits: Tensor, *, greedy: bool) -> Tensor:
     return torch.where(is_best, 0.0, CUT).to(log_probs)
 
 
-def context_law(logits: Tensor, *, greedy: bool) -> Tensor:
-    """Law of the token after a prompt: softmax, in greedy mode spread evenly over the maxima."""
+def context_probs(logits: Tensor, *, greedy: bool) -> Tensor:
+    """Probabilities of the token after a prompt: softmax; in greedy mode spread evenly over the maxima."""
     return base_log_probs(logits, greedy=greedy).softmax(dim=-1)
 
 
-def trtllm_draw(law: Tensor, rand_sample: Tensor) -> Tensor:
-    """First token whose cumulated probability reaches the random number; token 0 when none does."""
-    cumulated = (law / law.sum(dim=-1, keepdim=True)).cumsum(dim=-1)
-    return (cumulated >= rand_sample.unsqueeze(-1)).long().argmax(dim=-1)
+def trtllm_draw(probs: Tensor, rand_sample: Tensor) -> Tensor:
+    """First token whose cumulative probability reaches the random number; token 0 if none does."""
+    cumulative = (probs / probs.sum(dim=-1, keepdim=True)).cumsum(dim=-1)
+    return (cumulative >= rand_sample.unsqueeze(-1)).long().argmax(dim=-1)
 
 
 def _require_draft(step: Step) -> DraftRecord:
@@ -183,4 +183,4 @@ def _require_draft(step: Step) -> DraftRecord:
     return step.draft
 
 
-RULES: dict[str, Callable[[Step], Verdict]] = {"exact": exact, "trtllm": trtllm}
+RULES: dict[str, Callable[[Step], VerifyOutput]] = {"exact": exact, "trtllm": trtllm}

@@ -1,4 +1,4 @@
-"""Is it right? Files, weights, tokens and steps of checkpoints and engines, each against what it should be.
+"""Check checkpoints and engines: files, weights, tokens and steps, each against what it should be.
 
 | module | question |
 |---|---|

@@ -1,17 +1,17 @@
-"""Are an engine's distributions those of the exact computation, as far as its dtype can tell?
+"""Are an engine's distributions those of an exact computation, within its dtype's rounding?
 
-The largest logit hides most faults: a final norm that is 5 % too large changes no greedy token. So whole distributions
-are compared, position by position, in a unit that is measured at the same positions: the difference d between the
-engine's logits and the exact ones, over the difference r that rounding makes (`reference`). Logits count up to a
-constant, so both are centred. Five figures are judged, each 1 or so on an intact engine:
+Greedy tokens hide most faults: a final norm that is 5 % too large changes none of them. So whole distributions are
+compared, position by position, in a unit measured at the same positions: the difference d between the engine's logits
+and exact ones, over the difference r that rounding makes (`reference`). Adding a constant to logits changes no
+distribution, so both are centred. Five figures are checked, each about 1 on an intact engine:
 
     typical    median over positions of RMS(d), over that of RMS(r): a fault everywhere
     often      90th percentile of the same: a fault at many positions
     worst      largest over positions of RMS(d) / RMS(r): a fault at some tokens or positions
     largest    largest single |d| in units of RMS(r): a fault of single tokens, such as a row of the head
-    scale      how much of d is the exact logits times a factor: too hot or too cold, whatever the noise
+    scale      how much of d is the exact logits times a factor: a wrong temperature, whatever the noise
 
-    measured = measure(rows, "bfloat16")          # rows: (engine's, exact, rounded, shaken) logits per text, [n, V]
+    measured = measure(rows, "bfloat16")          # rows: (engine's, exact, rounded, perturbed) logits per text, [n, V]
     measured.render(), list(measured.problems(engine))
 """
 
@@ -29,22 +29,22 @@ from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.verify.reference import UNIT_ROUNDOFF
 
 TYPICAL, OFTEN, WORST, LARGEST, SCALE = 1.5, 1.5, 3.5, 2.0, 2.0
-"""What is allowed; docs/verification.md has the intact engines behind these numbers, and what they let through."""
+"""Limits; docs/verification.md shows the intact engines they are based on, and which faults pass."""
 
 USUAL_LARGEST = 6.0
-"""Where rounding itself reaches less than this many RMS, the limit on `largest` is taken from this."""
+"""Lower bound, in RMS, of the largest rounding error that `largest` is relative to."""
 
 REMEDY = "do not serve this engine; build it again, and compare its weights with `verify --against`"
 
 
 @dataclass(frozen=True)
 class Distributions:
-    """The figures of the module's docstring; `largest` is over that of rounding. KL divergences in nats, means."""
+    """The figures of the module's docstring; `largest` is relative to rounding's. KL divergences: means, in nats."""
 
     dtype: str
     positions: int
     not_finite: int
-    """Positions at which some logit of the engine is NaN or infinite; they are left out of the others."""
+    """Positions at which some logit of the engine is NaN or infinite; the other figures leave them out."""
     typical: float
     often: float
     worst: float
@@ -54,7 +54,7 @@ class Distributions:
     kl_rounding: float
 
     def figures(self) -> dict[str, tuple[float, float]]:
-        """Name -> found, allowed."""
+        """Name -> (found, allowed)."""
         return {
             "typical": (self.typical, TYPICAL),
             "often": (self.often, OFTEN),
@@ -91,20 +91,20 @@ class Distributions:
 
 @torch.no_grad()
 def measure(rows: Iterable[tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]], dtype: str) -> Distributions:
-    """`rows` per text: the engine's logits, exact ones, those of the dtype's own rounding, and shaken ones.
+    """`rows` per text: the engine's logits, exact ones, those computed in the dtype itself, and perturbed ones.
 
     All [n, V]; `reference.Pair.rows` has all but the first.
     """
-    texts = [_Text.of(found.to(exact), exact, rounded, shaken) for found, exact, rounded, shaken in rows]
+    texts = [_Text.of(found.to(exact), exact, rounded, perturbed) for found, exact, rounded, perturbed in rows]
     found = _Rows.joined([text.found for text in texts])
     rounded = _Rows.joined([text.rounded for text in texts])
-    shaken = [_Rows.joined(list(each)) for each in zip(*(text.shaken for text in texts), strict=True)]
+    perturbed = [_Rows.joined(list(each)) for each in zip(*(text.perturbed for text in texts), strict=True)]
     exact_rms = torch.cat([text.exact_rms for text in texts])
     finite = found.rms.isfinite() & found.largest.isfinite()
     count, lost = len(finite), int((~finite).sum())
     if lost == count:
         return Distributions(dtype, count, lost, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    unit = rounding_unit(rounded.rms, [each.rms for each in shaken], UNIT_ROUNDOFF[dtype] / 4 * exact_rms)
+    unit = rounding_unit(rounded.rms, [each.rms for each in perturbed], UNIT_ROUNDOFF[dtype] / 4 * exact_rms)
     usual = float((rounded.largest / unit).max().clamp_min(USUAL_LARGEST))
     slope = rounded.slope.abs().clamp_min(UNIT_ROUNDOFF[dtype] / 16).median()
     kept = _Rows(*(part[finite] for part in found.parts()))
@@ -119,20 +119,20 @@ def measure(rows: Iterable[tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]], dty
     )  # fmt: skip
 
 
-def rounding_unit(rounded: Tensor, shaken: Sequence[Tensor], floor: Tensor) -> Tensor:
-    """What rounding does at each of [n] positions: RMS over the ways of rounding, no less than at most positions.
+def rounding_unit(rounded: Tensor, perturbed: Sequence[Tensor], floor: Tensor) -> Tensor:
+    """Rounding error at each of [n] positions: RMS over the ways of rounding, at least the median over positions.
 
-    Shaking is brought to the size of real rounding first: it tells where rounding counts, not how much.
+    Perturbations are scaled to the size of real rounding first: they tell where rounding matters, not how much.
     """
     typical = rounded.median()
-    scaled = [each * (typical / each.median().clamp_min(1e-30)) for each in shaken]
+    scaled = [each * (typical / each.median().clamp_min(1e-30)) for each in perturbed]
     unit = torch.stack([rounded, *scaled]).pow(2).mean(dim=0).sqrt()
     return torch.maximum(unit.clamp_min(float(unit.median())), floor)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """One number per position, [n] each: how far some logits are from exact ones."""
+    """How far some logits are from exact ones: one number per position, [n] each."""
 
     rms: Tensor
     largest: Tensor
@@ -152,10 +152,10 @@ class _Text:
     exact_rms: Tensor
     found: _Rows
     rounded: _Rows
-    shaken: tuple[_Rows, ...]
+    perturbed: tuple[_Rows, ...]
 
     @classmethod
-    def of(cls, found: Tensor, exact: Tensor, rounded: Tensor, shaken: Sequence[Tensor]) -> _Text:
+    def of(cls, found: Tensor, exact: Tensor, rounded: Tensor, perturbed: Sequence[Tensor]) -> _Text:
         centred = exact - exact.mean(dim=-1, keepdim=True)
         power = centred.pow(2).sum(dim=-1)
         logs = exact.log_softmax(dim=-1)
@@ -168,4 +168,4 @@ class _Text:
             return _Rows(rms, difference.abs().amax(dim=-1), slope, kl)
 
         rms = (power / exact.shape[-1]).sqrt()
-        return cls(rms, compared(found), compared(rounded.to(exact)), tuple(map(compared, shaken)))
+        return cls(rms, compared(found), compared(rounded.to(exact)), tuple(map(compared, perturbed)))

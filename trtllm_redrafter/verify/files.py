@@ -1,6 +1,6 @@
-"""Is a checkpoint or engine what its config and manifest say: hashes, names, shapes, dtypes?
+"""Is a checkpoint or engine what its config and manifest say? Hashes, names, shapes and dtypes.
 
-All that is wrong is found at once:
+All problems are reported together:
 
     report = verify_files(Path("checkpoint"), hashes=True)
     report.ok, report.render()
@@ -23,7 +23,7 @@ from trtllm_redrafter.fsio import read_json
 _SHOWN = 8
 
 _READ_SUFFIXES = (".json", ".safetensors", ".engine", ".py", ".jinja", ".model", ".bin", ".pt", ".so")
-"""Of files that a loader may pick up because they are there."""
+"""Suffixes of files that a loader may read just because they are there."""
 
 _WITHOUT_MANIFEST = (
     "no manifest.json, so it cannot be told: whether files have changed since they were written or are all there, "
@@ -34,7 +34,7 @@ _WITHOUT_MANIFEST = (
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was checked and what was found wrong."""
+    """What was checked, and the problems found."""
 
     path: Path
     checks: tuple[str, ...]
@@ -46,8 +46,8 @@ class VerifyReport:
         return not self.problems
 
     def render(self) -> str:
-        verdict = "all checks passed" if self.ok else f"{len(self.problems)} problem(s)"
-        lines = [f"{self.path}: {verdict}", *(f"  checked: {check}" for check in self.checks)]
+        outcome = "all checks passed" if self.ok else f"{len(self.problems)} problem(s)"
+        lines = [f"{self.path}: {outcome}", *(f"  checked: {check}" for check in self.checks)]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines + ["- " + p.render().replace("\n", "\n  ") for p in self.problems])
 
@@ -113,7 +113,7 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
 
 
 def _unlisted(manifest: Manifest, path: Path) -> tuple[list[Problem], list[str]]:
-    """Files that no manifest lists: a problem where something would read them, else a note."""
+    """Files that the manifest does not list: a problem if something would read them, else a note."""
     names = manifest.unlisted(path)
     read = [n for n in names if "/" in n or Path(n).suffix in _READ_SUFFIXES or (path / n).is_symlink()]
     why = f"manifest.json does not list it, so it was not there when the {manifest.kind} was written"
@@ -127,7 +127,7 @@ def _unlisted(manifest: Manifest, path: Path) -> tuple[list[Problem], list[str]]
 
 
 def _refuse_others(path: Path) -> None:
-    """Pass what is meant to be a checkpoint or engine, damaged or not."""
+    """Raise unless `path` is meant to be a checkpoint or an engine, damaged or not."""
     if not path.is_dir():
         what = "this is a file, not a directory" if path.exists() else "the directory does not exist"
         raise InputError(what, where=path, remedy="name a checkpoint or an engine")

@@ -1,19 +1,19 @@
-"""The parity gate: does an engine compute what its checkpoint says, and does its drafter draft?
+"""The parity gate: does an engine compute what its checkpoint says, and does its drafter work?
 
 The engine decodes a few prompts. Then the checkpoint's distributions are computed along the engine's own tokens, twice:
-exactly, and in the checkpoint's dtype, which shows how far rounding moves them (`reference`). Compared are
+exactly, and in the checkpoint's dtype, which shows how far rounding moves them (`reference`). What is compared:
 
-    config      fields of the engine's config.json that decide what is computed
+    config      fields of the engine's config.json that determine what is computed
     weights     bit for bit, where the engine holds them as tensors (torch)
-    tokens      each must be the largest of its exact distribution, or tie with it (`gate_checks`)
-    logits      where the engine shows them (`distributions`), also along arbitrary tokens
-    drafter     what it believes of its drafts, where the engine shows that (`gate_drafter`)
-    steps       walked again along the same tokens with TensorRT-LLM's search and rule (`replay`, `gate_acceptance`)
+    tokens      each must be the exact distribution's most likely token, or tie with it (`gate_checks`)
+    logits      where the engine returns them (`distributions`), also along random tokens
+    drafter     the scores of its drafts, where the engine returns them (`gate_drafter`)
+    steps       replayed along the same tokens with TensorRT-LLM's search and rule (`replay`, `gate_acceptance`)
 
     report = parity_gate(GateRequest(engine, reference, prompts, ...))
     report.ok, report.render()
 
-A sampling engine is decoded at temperature 1, and less can be said of it: see `gate_checks` and `replay`.
+A sampling engine decodes at temperature 1, and less can be checked: see `gate_checks` and `replay`.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ if TYPE_CHECKING:
 __all__ = ["PROMPTS", "GateReport", "GateRequest", "parity_gate", "reference_device"]
 
 REFERENCE_SHARE = 1.3
-"""Of the model's bytes, what its reference takes: the replay's second copy of drafter and embedding, logits, cache."""
+"""Memory of the reference over the model's bytes: logits, cache, and the replay's own drafter and embedding."""
 
 
 def parity_gate(request: GateRequest) -> GateReport:
-    """Decode with the engine, let go of it, then compute the reference: the two never share the memory."""
-    engine_backend(request.engine)  # says what the directory is, if it is no engine
+    """Decode with the engine, close it, then compute the reference, so that never both are in memory."""
+    engine_backend(request.engine)  # raises if this is no engine, and says what it is
     differing = check_pair(request.engine, request.reference)
     weights = check_weights(request.engine, request.reference)
     sampled = _samples(request)
     decoded = decode(request, sampled=sampled)
-    device = reference_device(request.reference)  # asked once: the replay's tensors meet the reference's
+    device = reference_device(request.reference)  # once, so that replay and reference are on the same device
     alarms, tokens = [*differing, *weights.problems], None
     distributions, drafts = None, None
     if decoded.texts:
@@ -85,13 +85,13 @@ def parity_gate(request: GateRequest) -> GateReport:
 
 
 def _samples(request: GateRequest) -> bool:
-    """TensorRT-LLM compiles the choice into an engine with a drafter; without one the request decides."""
+    """Does the engine sample? TensorRT-LLM compiles this into engines with a drafter; elsewhere requests decide."""
     config = read_checkpoint_config(request.reference)
     return engine_backend(request.engine) == "tensorrt-llm" and config.drafter is not None and not config.greedy
 
 
 def _rounds_otherwise(request: GateRequest) -> bool:
-    """Quantized activations, which the reference does not imitate. The torch backend reads FP8 weights as numbers."""
+    """Does the engine quantize activations, as the reference does not? The torch backend dequantizes FP8 weights."""
     quantized = read_checkpoint_config(request.reference).quant_algo is not None
     return quantized and engine_backend(request.engine) != "torch"
 
@@ -106,7 +106,7 @@ def _pair(request: GateRequest, decoded: Decoded, device: str) -> Pair:
 
 
 def _distributions(decoded: Decoded, pair: Pair) -> Distributions | None:
-    """The engine's logits beside the pair's, as far as the engine was asked for them."""
+    """The engine's logits against the pair's, for the tokens the engine was asked about."""
     from trtllm_redrafter.verify.distributions import measure
 
     if not decoded.logits:
@@ -129,7 +129,7 @@ def _drafts(request: GateRequest, decoded: Decoded) -> Drafts | None:
 def _steps(
     request: GateRequest, decoded: Decoded, device: str, shape: DraftShape, *, sampled: bool
 ) -> AcceptanceCheck:  # fmt: skip
-    """The engine's steps beside those its texts take."""
+    """The engine's steps against those its texts should take."""
     from trtllm_redrafter.verify.replay import load_replay
 
     quantized = read_checkpoint_config(request.reference).quant_algo is not None
@@ -137,21 +137,21 @@ def _steps(
         dtype = reference.info.dtype
         allowed = tolerance(dtype, quantized=quantized, sampled=sampled)
         replay = load_replay(request.engine, request.reference, reference, shape, device, greedy=not sampled)
-        walked = zip(decoded.prompts, decoded.results, strict=True)
-        texts = [replay.steps(prompt, result.token_ids) for prompt, result in walked]
+        pairs = zip(decoded.prompts, decoded.results, strict=True)
+        texts = [replay.steps(prompt, result.token_ids) for prompt, result in pairs]
     found, expected = StepCounts.of_results(decoded.results), StepCounts.of_replay(texts, shape.draft_len)
     single = SingleSteps.of(decoded.accepted, [text.accepted for text in texts])
     single_allowed = max(SINGLE_STEPS[dtype], allowed)
     return AcceptanceCheck(
-        found, expected, sum(text.parted for text in texts), allowed, sampled, single, single_allowed
+        found, expected, sum(text.diverged for text in texts), allowed, sampled, single, single_allowed
     )  # fmt: skip
 
 
 def reference_device(checkpoint: Path) -> str:
-    """The GPU where the whole model in 16 bits fits into what is free on one; else the CPU.
+    """The GPU if the whole model in 16 bits fits into the free memory of one, else the CPU.
 
-    An engine over several GPUs has a reference that none of them holds: slower is better than out of memory after hours
-    of building.
+    The reference of an engine over several GPUs may fit none of them, and a slow check is better than running out of
+    memory after hours of building.
     """
     device = torch_device()
     if device == "cpu":
@@ -165,7 +165,7 @@ def reference_device(checkpoint: Path) -> str:
 
 @contextmanager
 def _reference_runner(request: GateRequest, prompts: Sequence[tuple[int, ...]], device: str) -> Iterator[TorchRunner]:
-    """The checkpoint on the torch backend, for as long as it is needed."""
+    """The checkpoint on the torch backend, closed and removed afterwards."""
     from trtllm_redrafter.backends.torch.temporary import temporary_directory, temporary_runner
 
     longest = max(len(prompt) for prompt in prompts)

@@ -1,9 +1,9 @@
-"""Did the engine take the steps that its text and the checkpoint's drafter give? The gate's half about speed.
+"""Did the engine take the steps that the checkpoint's drafter takes for the same text? The gate's check of speed.
 
-A wrong drafter changes no token of a greedy text, only the number of steps. `replay` says how many there had to be for
-this very text, so both are compared by prompt and by position, and both extremes alarm.
+A wrong drafter changes no token of a greedy text, only the number of steps. `replay` counts the steps that this very
+text takes, so both counts are compared by prompt and by position; too few and too many are both alarms.
 
-    compared = AcceptanceCheck(found, expected, parted, tolerance("bfloat16", ...), sampled)
+    compared = AcceptanceCheck(found, expected, diverged, tolerance("bfloat16", ...), sampled)
     compared.render(), list(compared.alarms(engine, draft_len, floor))
 """
 
@@ -21,36 +21,36 @@ if TYPE_CHECKING:
     from trtllm_redrafter.verify.replay import Steps
 
 TOLERANCE = {"float32": 0.02, "float16": 0.05, "bfloat16": 0.05}
-"""Of the steps of all prompts, for their number and for how many accept a draft at each position. In bfloat16, right
-engines were within 0.025 (docs/tensorrt-llm.md); a drafter fed the state of one position earlier was 0.23 away."""
+"""Share of all prompts' steps, for their number and for those that accept a draft at each position. In bfloat16,
+correct engines were within 0.025 (docs/tensorrt-llm.md); one that drafts from the previous position was 0.23 off."""
 
 SINGLE_STEPS = {"float32": 0.02, "float16": 0.1, "bfloat16": 0.1}
-"""Of the steps that begin at the same token, how many may accept another number of drafts than the replay does."""
+"""Share of the steps beginning at the same token that may accept another number of drafts than the replay's do."""
 
 QUANTIZED_TOLERANCE = 0.15
-"""For quantized activations, which the reference does not imitate; not measured on such an engine."""
+"""With quantized activations, which the reference does not have; not measured on such an engine."""
 
 SAMPLED_TOLERANCE = 0.25
-"""Of a sampled text, only a bound on what was accepted is known."""
+"""For sampled texts, of which only an upper bound of the accepted drafts is known."""
 
 PROMPT_TOLERANCE = 0.15
-"""Of the steps of one prompt, where one lucky draft weighs more."""
+"""Share of one prompt's steps, where a single lucky draft counts for more."""
 
-PARTED = 0.1
-"""Share of steps that ties may decide; 0.02 was seen in bfloat16."""
+MAX_DIVERGED = 0.1
+"""Share of steps that may diverge through ties; 0.02 was seen in bfloat16."""
 
 FEW_STEPS = 3
 """A difference of this many steps is never an alarm."""
 
 MIN_STEPS = 16
-"""Fewer steps than this say nothing about acceptance."""
+"""With fewer steps than this, acceptance is not judged."""
 
 MIN_ACCEPTED = 8
-"""Where the replay accepts this many drafts at a position, the engine must accept one."""
+"""If the replay accepts this many drafts at a position, the engine must accept at least one."""
 
 
 def tolerance(dtype: str, *, quantized: bool, sampled: bool) -> float:
-    """How far apart a right engine's steps may be, as a share of them."""
+    """By how much a correct engine's steps may differ, as a share of them."""
     if sampled:
         return SAMPLED_TOLERANCE
     return QUANTIZED_TOLERANCE if quantized else TOLERANCE[dtype]
@@ -58,7 +58,7 @@ def tolerance(dtype: str, *, quantized: bool, sampled: bool) -> float:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Steps of each prompt, and drafts accepted in all of them. `accepted_at` is empty where it is not known."""
+    """Steps of each prompt, and drafts accepted in all of them. `accepted_at` is empty if not known."""
 
     steps: tuple[int, ...]
     accepted: int
@@ -66,7 +66,7 @@ class StepCounts:
 
     @classmethod
     def of_results(cls, results: Sequence[Result]) -> StepCounts:
-        """The engine's own counting."""
+        """The engine's own counts."""
         known = all(result.accepted_at for result in results if result.steps)
         at = zip(*(result.accepted_at for result in results if result.accepted_at), strict=True) if known else ()
         accepted = sum(result.accepted_tokens for result in results)
@@ -87,7 +87,7 @@ class StepCounts:
         return acceptance_length(self.total, self.accepted)
 
     def is_full(self, draft_len: int) -> bool:
-        """Was every draft accepted? A text's last step may be cut short."""
+        """Was every draft accepted? A text's end may cut its last step short."""
         return self.accepted >= draft_len * (self.total - len(self.steps))
 
     def as_dict(self) -> dict[str, Any]:
@@ -96,9 +96,9 @@ class StepCounts:
 
 @dataclass(frozen=True)
 class SingleSteps:
-    """Steps of the engine and the replay that begin at the same token of a text, and how many accept differently.
+    """Steps of engine and replay that begin at the same token of a text, and how many of them accept differently.
 
-    Totals hide a fault that loses a draft here and wins one there; single steps do not.
+    Totals hide a fault that loses a draft in one step and gains one in another; single steps do not.
     """
 
     compared: int
@@ -106,7 +106,7 @@ class SingleSteps:
 
     @classmethod
     def of(cls, found: Sequence[Sequence[int] | None], expected: Sequence[Sequence[int]]) -> SingleSteps:
-        """Drafts accepted step by step, per text; None where an engine does not tell its steps apart."""
+        """Drafts accepted in each step, per text; None where an engine does not report single steps."""
         compared = apart = 0
         for ours, theirs in zip(found, expected, strict=True):
             one, other = _by_start(ours or ()), _by_start(theirs)
@@ -117,7 +117,7 @@ class SingleSteps:
 
 
 def _by_start(accepted: Sequence[int]) -> dict[int, int]:
-    """Steps by the token they begin at; the last one is cut short by the text's end and left out."""
+    """Steps by the token they begin at; the last one, cut short by the text's end, is left out."""
     starts, place = {}, 0
     for count in accepted[:-1]:
         starts[place] = count
@@ -127,11 +127,11 @@ def _by_start(accepted: Sequence[int]) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class AcceptanceCheck:
-    """`found` by the engine, `expected` by the replay; `parted` of the replay's steps do not follow the text."""
+    """`found`: the engine's steps; `expected`: the replay's, of which `diverged` do not follow the text."""
 
     found: StepCounts
     expected: StepCounts
-    parted: int
+    diverged: int
     tolerance: float
     sampled: bool
     single: SingleSteps = SingleSteps(0, 0)
@@ -147,8 +147,8 @@ class AcceptanceCheck:
             f"  acceptance  {found:.2f} tokens per step, the drafter gives this text {bound}{expected:.2f}: "
             f"{self.found.total} steps, {self.expected.total} expected"
         )
-        if self.parted:
-            text += f" ({self.parted} that ties decide)"
+        if self.diverged:
+            text += f" ({self.diverged} diverged by ties)"
         if self.single.compared:
             text += f"; {self.single.apart} of {self.single.compared} that begin alike accept differently"
         if self.found.accepted_at:
@@ -160,7 +160,7 @@ class AcceptanceCheck:
         return {
             "found": self.found.as_dict(),
             "expected": self.expected.as_dict(),
-            "parted": self.parted,
+            "diverged": self.diverged,
             "tolerance": self.tolerance,
             "single_steps": {"compared": self.single.compared, "apart": self.single.apart},
         }
@@ -175,7 +175,7 @@ class AcceptanceCheck:
         if found == 1.0 and expected > 1.0:
             why = "the drafter is not connected, or its weights are wrong"
             yield Problem("no draft was ever accepted", where, why, "verify the checkpoint; check release and dtype")
-        elif self.found.is_full(draft_len) and (self._parted_often or not self.expected.is_full(draft_len)):
+        elif self.found.is_full(draft_len) and (self._diverges_often or not self.expected.is_full(draft_len)):
             why = "drafts are accepted without being verified"
             yield Problem("every draft was accepted", where, why, "do not serve this engine")
         else:
@@ -189,12 +189,12 @@ class AcceptanceCheck:
         return max(FEW_STEPS, self.tolerance * self.expected.total)
 
     @property
-    def _parted_often(self) -> bool:
-        return self.parted > max(FEW_STEPS, max(PARTED, self.tolerance) * self.expected.total)
+    def _diverges_often(self) -> bool:
+        return self.diverged > max(FEW_STEPS, max(MAX_DIVERGED, self.tolerance) * self.expected.total)
 
     def _differences(self, where: str) -> Iterator[Problem]:
-        if self._parted_often:
-            why = f"TensorRT-LLM's rule leaves the text in {self.parted} of {self.expected.total} steps"
+        if self._diverges_often:
+            why = f"TensorRT-LLM's rule leaves the text in {self.diverged} of {self.expected.total} steps"
             remedy = "do not serve this engine; build it again, and compare release and checkpoint"
             yield Problem("drafts were accepted that the checkpoint refuses, or the reverse", where, why, remedy)
         reasons = [*self._reasons()]
@@ -203,7 +203,7 @@ class AcceptanceCheck:
             yield Problem("acceptance differs from the checkpoint's", where, "; ".join(reasons), remedy)
 
     def _reasons(self) -> Iterator[str]:
-        """Where the counts are apart: in all, by prompt, by position."""
+        """Where the counts differ: in total, by prompt, by position."""
         if abs(self.found.total - self.expected.total) > self._allowed:
             yield f"{self.found.total} steps where these texts take {self.expected.total}"
         single = self.single

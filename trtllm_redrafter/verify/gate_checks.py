@@ -1,10 +1,10 @@
-"""What the parity gate looks at in a text: each token against the exact distribution, and what no single token shows.
+"""The parity gate's checks of a text: each token against its exact distribution, and signs that no single token shows.
 
     found = compare(engine, rows, results)
     alarms = [*token_alarms(engine, results, found)]
 
-Of a sampled text no token is wrong by itself. Its tokens are as likely, on average, as the distributions' own entropy
-says; text of another model is less likely. That is all that can be compared.
+In a sampled text no token is wrong by itself. On average its tokens' negative log-likelihood is the distributions'
+entropy, and higher in another model's text; nothing else can be compared.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from trtllm_redrafter.verify.reference import Pair
 from trtllm_redrafter.verify.ties import gap
 
 FP8_ROUNDING = 2.0**-3
-"""Of the largest logit: quantized activations, which the reference does not imitate, come apart further."""
+"""Widest tie relative to the largest logit, with quantized activations, which the reference does not have."""
 
 TIE_ALARM = 0.05
 TIE_FACTOR = 3
-"""Ties may be this share of a text, or this many times as many as rounding makes in it (and as many more)."""
+"""Alarm if ties exceed this share of a text and this factor times the ties that rounding makes in it (plus one)."""
 
 NOISE = 16.0
-"""A tie is no wider than this many RMS of what rounding does to the logits of its position."""
+"""A tie is at most this many RMS wide, in units of the rounding error at its position."""
 
 REPEATS_ALARM = 16
 UNLIKELY = 6.0
-"""Standard errors by which a sampled text may be less likely than a text of these distributions is on average."""
+"""Standard errors by which a sampled text may be less likely than text drawn from these distributions."""
 
 REMEDY = "do not serve this engine; build it again, and compare release and checkpoint"
 
 
 @dataclass(frozen=True)
 class TokenCheck:
-    """Tokens that are the exact distribution's own choice, ties, how many ties rounding makes, and faults (one per
-    prompt at most: what follows a wrong token tells nothing more)."""
+    """Counts of tokens that are the exact distribution's choice, and of ties; faults, at most one per prompt, since
+    what follows a wrong token tells nothing more. `usual_ties`: ties that rounding makes in these texts."""
 
     same: int
     ties: int
@@ -54,13 +54,13 @@ class TokenCheck:
 def compare(
     engine: Path, pair: Pair, results: Sequence[Result], *, quantized: bool = False, whose: str = "checkpoint"
 ) -> TokenCheck:
-    """`pair` holds the prompts' texts first, in the order of the results that have tokens."""
+    """`pair` begins with the prompts' texts, in the order of the results that have tokens."""
     same = ties = usual = 0
     faults = []
     for place, (number, result) in enumerate(_with_tokens(results)):
-        exact, rounded, shaken = pair.rows(place)
+        exact, rounded, perturbed = pair.rows(place)
         usual += int((exact.argmax(dim=-1) != rounded.argmax(dim=-1)).sum())
-        bounds = _noise(exact, rounded, shaken)
+        bounds = _noise(exact, rounded, perturbed)
         if quantized:
             bounds = [
                 max(bound, FP8_ROUNDING * float(row.abs().max())) for bound, row in zip(bounds, exact, strict=True)
@@ -80,25 +80,25 @@ def compare(
 
 
 def _with_tokens(results: Sequence[Result]) -> list[tuple[int, Result]]:
-    """Results that are not empty, with their prompt's number."""
+    """Results with tokens, each with its prompt's number."""
     return [(number, result) for number, result in enumerate(results, start=1) if result.token_ids]
 
 
-def _noise(exact: Tensor, rounded: Tensor, shaken: Sequence[Tensor]) -> list[float]:
-    """The widest tie at each position of [n, V], by what rounding does there."""
+def _noise(exact: Tensor, rounded: Tensor, perturbed: Sequence[Tensor]) -> list[float]:
+    """The widest tie at each position of [n, V], from the rounding error there."""
 
     def rms(logits: Tensor) -> Tensor:
         difference = logits.to(exact) - exact
         return (difference - difference.mean(dim=-1, keepdim=True)).pow(2).mean(dim=-1).sqrt()
 
     floor = torch.finfo(torch.float32).eps * exact.abs().amax(dim=-1)
-    unit = rounding_unit(rms(rounded), [rms(each) for each in shaken], floor)
+    unit = rounding_unit(rms(rounded), [rms(each) for each in perturbed], floor)
     found: list[float] = (NOISE * unit).tolist()
     return found
 
 
 def sampled_alarms(engine: Path, rows: Iterable[Tensor], results: Sequence[Result]) -> Iterator[Problem]:
-    """TensorRT-LLM's sampling leans towards the drafter's favourites, likely tokens: only the unlikely side alarms.
+    """Alarm if a sampled text is too unlikely; TensorRT-LLM's rule favours likely tokens, so the other side is normal.
 
     `rows` are the exact logits [n, V] of each result that has tokens.
     """
@@ -114,7 +114,7 @@ def sampled_alarms(engine: Path, rows: Iterable[Tensor], results: Sequence[Resul
 
 
 def _surprise(logits: Tensor, token: int) -> tuple[float, float]:
-    """-log p(token) beyond the distribution's entropy, and the variance that a token drawn from it gives that."""
+    """-log p(token) minus the distribution's entropy, and the variance of that for a token drawn from it."""
     logs = logits.double().log_softmax(dim=-1)
     p = logs.exp()
     entropy = -(p * logs).sum()
@@ -122,7 +122,7 @@ def _surprise(logits: Tensor, token: int) -> tuple[float, float]:
 
 
 def token_alarms(engine: Path, results: Sequence[Result], found: TokenCheck | None) -> Iterator[Problem]:
-    """`found` is None for a sampled text. Tokens that were all confirmed may repeat: small models do that."""
+    """`found` is None for sampled texts. Repetition is no alarm where all tokens are confirmed: small models do it."""
     where = str(engine)
     confirmed = found is not None and not found.faults
     if found is not None:

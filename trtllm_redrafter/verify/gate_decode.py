@@ -1,4 +1,4 @@
-"""What the parity gate asks of an engine while it is loaded: texts, and whatever else it shows of itself.
+"""What the parity gate asks of a loaded engine: texts, and where available logits and drafts.
 
 decoded = decode(GateRequest(...), sampled=False)
 decoded.results, decoded.logits, decoded.drafted
@@ -30,36 +30,36 @@ LOGITS = 64
 """Tokens of each text whose distributions are compared; a row takes four bytes per vocabulary entry."""
 
 PROMPT_LOGITS = 16
-"""Tokens of each text that an engine of TensorRT-LLM is asked for, each as a prompt of its own."""
+"""Tokens of each text for which a TensorRT-LLM engine is asked for logits, each as a prompt of its own."""
 
 PROBES = 4
 PROBE_PROMPT, PROBE_TOKENS = 8, 48
-"""Texts of random tokens: they touch rows of the embedding and states that no greedy text does."""
+"""Texts of random tokens, which reach embedding rows and states that no greedy text does."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """`texts`: first those of the results that have tokens (`own` many), then the probes.
+    """`texts`: the `own` results that have tokens, then the probes.
 
-    `logits` [n, V] belong to the first n tokens of each text; empty where the engine does not show them. `drafted` are
+    `logits` [n, V] belong to the first n tokens of each text; empty if the engine does not return them. `drafted` are
     beams and the states [B, H] they were drafted from.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     results: tuple[Result, ...]
     accepted: tuple[tuple[int, ...] | None, ...]
-    """Drafts accepted step by step, per prompt; None where the engine does not tell its steps apart."""
+    """Drafts accepted in each step, per prompt; None where the engine does not report single steps."""
     shape: DraftShape | None
     texts: tuple[Text, ...]
     own: int
     logits: tuple[Tensor, ...]
     drafted: tuple[Beams, Tensor] | None
     refusal: str | None
-    """Why there are no logits, where the engine said so."""
+    """Why there are no logits, if the engine said so."""
 
 
 def decode(request: GateRequest, *, sampled: bool) -> Decoded:
-    """Load the engine, decode the prompts, ask for logits and drafts along texts, close it."""
+    """Load the engine, decode the prompts, ask for logits and drafts along the texts, close it."""
     from trtllm_redrafter.verify.reference import Text
 
     name = engine_backend(request.engine)
@@ -88,7 +88,7 @@ def decode(request: GateRequest, *, sampled: bool) -> Decoded:
 
 
 def _compiled_logits(request: GateRequest, texts: Sequence[Text], longest: int) -> tuple[list[Tensor], str | None]:
-    """Logits of the first tokens of each text, or why there are none."""
+    """Logits for the first tokens of each text, or why there are none."""
     from trtllm_redrafter.backends.tensorrt_llm.prompt_logits import prompt_logits
 
     asked = [
@@ -108,7 +108,7 @@ def _compiled_logits(request: GateRequest, texts: Sequence[Text], longest: int) 
 def _generate(
     runner: Runner, requests: Sequence[Request]
 ) -> tuple[list[Result], list[tuple[int, ...] | None]]:  # fmt: skip
-    """Run requests to the end; an update is a decoding step, the first one the prompt's."""
+    """Run requests to the end. Each update is a decoding step, except the first, which is the prompt's pass."""
     ids = [runner.submit(request) for request in requests]
     written: dict[str, list[int]] = {i: [] for i in ids}
     results: dict[str, Result] = {}
@@ -124,7 +124,7 @@ def _generate(
 
 
 def probe_texts(vocab_size: int, max_input_len: int, max_seq_len: int) -> tuple[Text, ...]:
-    """Random tokens, the same each time, as long as the engine takes them; none where it takes hardly any."""
+    """Random tokens, the same each time, shortened to what the engine takes; none if that leaves no token."""
     from trtllm_redrafter.verify.reference import Text
 
     prompt = min(PROBE_PROMPT, max_input_len)
@@ -137,7 +137,7 @@ def probe_texts(vocab_size: int, max_input_len: int, max_seq_len: int) -> tuple[
 
 
 def _draft(runner: Runner, along: Sequence[Along], texts: Sequence[Text]) -> tuple[Beams, Tensor] | None:
-    """What the engine drafts from its own states, spread evenly over the texts."""
+    """Drafts of the engine from its own states, spread evenly over the texts."""
     from trtllm_redrafter.verify.gate_drafter import pick_contexts
 
     states = [found.states for found in along if found.states is not None]

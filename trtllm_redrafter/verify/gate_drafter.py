@@ -1,9 +1,9 @@
 """Does the engine's drafter compute what the checkpoint's drafter does?
 
-A wrong drafter changes no text, only the speed, and a slightly wrong one hardly that. Where an engine shows what it
-drafts, its scores are compared with exact ones: it drafts from given states, then the checkpoint's drafter computes
-the log-probability of those same beams' tokens, once exactly and once in the engine's dtype, as `distributions` does
-for the base model. The base model has no part in it, since the states are given.
+A wrong drafter changes no text, only the speed, and a slightly wrong one hardly even that. Where an engine returns its
+drafts, their scores are compared with exact ones: the engine drafts from given states, then the checkpoint's drafter
+computes the log-probabilities of the same tokens, once exactly and once in the engine's dtype, as `distributions` does
+for the base model. The states are given, so the base model takes no part.
 
     check = judge_drafts(beams, contexts, checkpoint, head_rows=8192)
     check.render(), list(check.problems(engine))
@@ -31,18 +31,18 @@ from trtllm_redrafter.redrafter.drafter import Drafter
 from trtllm_redrafter.verify.reference import EXACT, UNIT_ROUNDOFF, Text
 
 CONTEXTS = 128
-"""States that are drafted from; texts beyond that are thinned out evenly."""
+"""States to draft from; of more, an evenly spaced selection is taken."""
 
 TYPICAL, WORST = 2.0, 8.0
-"""What is allowed, in units of what rounding does; docs/verification.md has the intact engines behind them."""
+"""Limits, in units of the rounding error; docs/verification.md shows the intact engines they are based on."""
 
 _CHUNK = 16
-"""Contexts computed at once: each has a row of logits per beam."""
+"""Contexts computed at once; each has a row of logits per beam."""
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """`typical` and `worst` over contexts: RMS difference of a context's log-probabilities, over that of rounding."""
+    """`typical` (median) and `worst` over contexts: RMS error of a context's log-probabilities, over rounding's."""
 
     dtype: str
     contexts: int
@@ -77,7 +77,7 @@ class Drafts:
 def pick_contexts(
     states: Sequence[Tensor], texts: Sequence[Text], count: int = CONTEXTS
 ) -> tuple[Tensor, list[int]]:  # fmt: skip
-    """States [B, H] and the token that follows each, spread evenly over texts; `states` [n, H] are of their first n."""
+    """States [B, H] and the token after each, evenly spaced; `states` [n, H] belong to a text's first n tokens."""
     contexts = torch.cat(list(states))
     roots = [token for text, rows in zip(texts, states, strict=True) for token in text.tokens[: len(rows)]]
     chosen = torch.linspace(0, len(roots) - 1, min(count, len(roots))).long()
@@ -85,7 +85,7 @@ def pick_contexts(
 
 
 def judge_drafts(beams: Beams, contexts: Tensor, checkpoint: Checkpoint, *, head_rows: int) -> Drafts:
-    """`contexts` [B, H] are those the engine drafted `beams` from; `head_rows` as in `frequent_rows`."""
+    """Scores of `beams`, which the engine drafted from `contexts` [B, H]; `head_rows` as in `frequent_rows`."""
     dtype = checkpoint.config.dtype
     tokens = beams.tokens.masked_fill(~beams.finite.view(-1, 1, 1), 0).to(contexts.device)  # else they mean nothing
     exact = _beam_log_probs(checkpoint, EXACT[dtype], contexts, tokens, head_rows)
@@ -109,18 +109,18 @@ def _rms(difference: Tensor) -> Tensor:
 def _beam_log_probs(
     checkpoint: Checkpoint, dtype: torch.dtype, contexts: Tensor, tokens: Tensor, head_rows: int
 ) -> Tensor:
-    """log-probability of each drafted token of [B, K, L+1] beams after its predecessors, computed in `dtype`."""
+    """[B, K, L]: log-probability of each drafted token of [B, K, L+1] beams given those before, computed in `dtype`."""
     config = checkpoint.config.drafter
     assert config is not None
     drafter = load_drafter(checkpoint, config, contexts.device).to(dtype)
     embedding = checkpoint.load(EMBEDDING).to(contexts.device)
     head = draft_head(drafter, frequent_rows(checkpoint.path, head_rows, checkpoint.config.vocab_size))
     chunks = [slice(start, start + _CHUNK) for start in range(0, len(tokens), _CHUNK)]
-    return torch.cat([_walk(drafter, embedding, head, contexts[part].to(dtype), tokens[part]) for part in chunks])
+    return torch.cat([_score(drafter, embedding, head, contexts[part].to(dtype), tokens[part]) for part in chunks])
 
 
-def _walk(drafter: Drafter, embedding: Tensor, head: DraftHead, contexts: Tensor, tokens: Tensor) -> Tensor:
-    """[B, H] and [B, K, L+1] -> [B, K, L]. A token that rounding has put below the cut keeps its own score."""
+def _score(drafter: Drafter, embedding: Tensor, head: DraftHead, contexts: Tensor, tokens: Tensor) -> Tensor:
+    """[B, H] and [B, K, L+1] -> [B, K, L]. A token that rounding puts below the cut keeps its own score."""
     state = contexts.new_zeros(*tokens.shape[:2], contexts.shape[-1])
     context = contexts.unsqueeze(1).expand_as(state)
     found = []
@@ -130,6 +130,6 @@ def _walk(drafter: Drafter, embedding: Tensor, head: DraftHead, contexts: Tensor
         logits = logits if logits.dtype is torch.float64 else logits.float()
         chosen = tokens[..., place + 1]
         columns = chosen if head.rows is None else torch.searchsorted(head.rows, chosen.contiguous())
-        survivors = logits.topk(min(TOP_CANDIDATES, logits.shape[-1]), dim=-1).values
-        found.append(logits.gather(-1, columns.unsqueeze(-1)).squeeze(-1) - survivors.logsumexp(dim=-1))
+        candidates = logits.topk(min(TOP_CANDIDATES, logits.shape[-1]), dim=-1).values
+        found.append(logits.gather(-1, columns.unsqueeze(-1)).squeeze(-1) - candidates.logsumexp(dim=-1))
     return torch.stack(found, dim=-1)

@@ -1,4 +1,4 @@
-"""What the parity gate can say without running anything: config, weights, and what of the engine stays unseen."""
+"""The parity gate's checks that run nothing: config and weights; and what the gate could not check."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trtllm_redrafter.verify.gate_drafter import Drafts
 
 SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
-"""Where these differ, engine and checkpoint are of different models, and nothing is worth comparing."""
+"""If these differ, engine and checkpoint are of different models, and nothing else is compared."""
 
 MEANINGS = (
     "dtype", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_size", "norm_epsilon",
@@ -28,19 +28,19 @@ MEANINGS = (
     "redrafter_num_layers", "redrafter_hidden_size", "redrafter_exit_dim", "redrafter_is_rnn",
     "redrafter_greedy_search",
 )  # fmt: skip
-"""Where these differ, the engine computes something else. Only fields that both files have are compared."""
+"""If these differ, the engine computes something else. Only fields in both files are compared."""
 
 
 @dataclass(frozen=True)
 class WeightsCheck:
-    """`checked` tensors; None where the engine does not hold them as tensors."""
+    """`checked`: number of tensors; None if the engine does not store its weights as tensors."""
 
     checked: int | None
     problems: tuple[Problem, ...]
 
 
 def check_pair(engine: Path, reference: Path) -> list[Problem]:
-    """Fields of the two config files that differ. `MismatchError` where the two are of different models."""
+    """Differing fields of the two config files. `MismatchError` if they are of different models."""
     config, found = read_checkpoint_config(reference), _engine_config(engine)
     remedy = "pass the checkpoint that the engine's manifest names"
     why = None
@@ -67,7 +67,7 @@ def _engine_config(engine: Path) -> dict[str, Any]:
 
 
 def check_weights(engine: Path, reference: Path) -> WeightsCheck:
-    """Every tensor of a torch engine beside the checkpoint's, bit for bit."""
+    """Every tensor of a torch engine against the checkpoint's, bit for bit."""
     if engine_backend(engine) != "torch":
         return WeightsCheck(None, ())
     count, problems = compare_checkpoints(engine / ENGINE_CHECKPOINT, reference, no_progress)
@@ -78,7 +78,7 @@ def not_seen(
     request: GateRequest, distributions: Distributions | None, drafts: Drafts | None, refusal: str | None, *,
     has_drafter: bool,
 ) -> tuple[str, ...]:  # fmt: skip
-    """What this run of the gate could not compare, and what that leaves open. `refusal`: why there are no logits."""
+    """What this run of the gate could not compare, and which faults may pass. `refusal`: why there are no logits."""
     from trtllm_redrafter.verify.reference import tensorrt_qk_epsilon
 
     found = []
@@ -97,7 +97,7 @@ def not_seen(
     if epsilon is not None:
         found.append(
             f"epsilon of q and k norms: TensorRT-LLM 1.2 computes with {epsilon:g}, the model says "
-            f"{config.norm_epsilon:g}; the reference follows TensorRT-LLM, the walk of the steps does not"
+            f"{config.norm_epsilon:g}; the reference follows TensorRT-LLM, the replay of the steps does not"
         )
     if compiled and config.quant_algo is not None:
         found.append(f"rounding of {config.quant_algo} activations: the reference computes in {config.dtype}")

@@ -1,4 +1,4 @@
-"""What the parity gate is asked, and what it answers."""
+"""Request and report of the parity gate."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PROMPTS = (
     "List the first ten prime numbers and explain what makes them prime.",
     "Translate into French: The train leaves at nine, but the station opens at seven.",
 )
-"""What is decoded when nobody names prompts: prose, story, list, translation."""
+"""Default prompts: prose, a story, a list, a translation."""
 
 
 @dataclass(frozen=True)
 class GateRequest:
-    """What to compare. `prompts` are texts; `min_acceptance` a floor in tokens per step, None for none."""
+    """What to compare. `prompts` are texts; `min_acceptance` is a floor in tokens per step, or None."""
 
     engine: Path
     reference: Path
@@ -37,9 +37,9 @@ class GateRequest:
 
 @dataclass(frozen=True)
 class GateReport:
-    """`alarms` are findings that no single token shows. `sampled`: the tokens were drawn, and are not counted.
+    """`alarms` are problems that no single token shows. `sampled`: tokens were drawn, so single ones are not checked.
 
-    `distributions`, `drafts`, `weights`: None where the engine does not show them; `not_seen` then says so.
+    `distributions`, `drafts`, `weights`: None where the engine does not return them; `not_seen` then says so.
     """
 
     request: GateRequest
@@ -72,13 +72,13 @@ class GateReport:
         return not self.faults and not self.alarms
 
     @property
-    def acceptance(self) -> float | None:
-        """Tokens per step, as the engine counted them."""
+    def acceptance_length(self) -> float | None:
+        """Tokens per step, by the engine's own count."""
         return None if self.steps is None else self.steps.found.acceptance_length
 
     @property
-    def reference_acceptance(self) -> float | None:
-        """Tokens per step that the checkpoint's drafter gives the same texts."""
+    def reference_acceptance_length(self) -> float | None:
+        """Tokens per step of the checkpoint's drafter on the same texts."""
         return None if self.steps is None else self.steps.expected.acceptance_length
 
     def render(self) -> str:
@@ -112,8 +112,8 @@ class GateReport:
             "alarms": [p.as_dict() for p in self.alarms],
             "logits": None if self.distributions is None else self.distributions.as_dict(),
             "drafter": None if self.drafts is None else self.drafts.as_dict(),
-            "acceptance_length": self.acceptance,
-            "reference_acceptance_length": self.reference_acceptance,
+            "acceptance_length": self.acceptance_length,
+            "reference_acceptance_length": self.reference_acceptance_length,
             "steps": None if self.steps is None else self.steps.as_dict(),
             "not_seen": list(self.not_seen),
             "token_ids": [list(ids) for ids in self.token_ids],

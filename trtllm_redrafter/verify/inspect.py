@@ -1,6 +1,6 @@
-"""Say what a directory or file is: base model, drafter, checkpoint, engine; its tensors; where it came from.
+"""Describe a directory or file: base model, drafter, checkpoint or engine; its tensors; where it came from.
 
-Of weights only the headers are read, so the size does not matter; of a base model the tokenizer is loaded as well:
+Only the headers of weight files are read, so this is fast at any size. A base model's tokenizer is loaded as well:
 
     print(inspect(Path("checkpoint")).render())
 """
@@ -20,7 +20,7 @@ from trtllm_redrafter.errors import InputError, RedrafterError
 from trtllm_redrafter.fsio import read_json
 
 _TENSORRT_NOTES = "redrafter.json"
-"""Where a TensorRT engine built by this program keeps what TensorRT-LLM's config.json has no place for."""
+"""File of a TensorRT engine built by this program, for what TensorRT-LLM's config.json has no field for."""
 
 _BASE_FACTS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -59,7 +59,7 @@ class TensorRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found. `facts` are the settings that matter for its kind, in order."""
+    """What was found. `facts` are the settings that matter for its kind, in display order."""
 
     path: Path
     kind: str
@@ -98,7 +98,7 @@ class Inspection:
 
 
 def inspect(path: Path) -> Inspection:
-    """Recognise `path`; `InputError` when it is none of the known things."""
+    """Recognise and describe `path`; `InputError` if it is of no known kind."""
     if path.is_file() and path.suffix == ".safetensors":
         return Inspection(path, "safetensors file", read_header(path).metadata, tuple(_rows(path, path.name)), {}, ())
     if not path.is_dir():
@@ -134,7 +134,7 @@ def _end_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recognise(path: Path, config: Mapping[str, Any]) -> tuple[str, tuple[str, ...], Path]:
-    """Kind, interesting config keys, and the directory of the weights."""
+    """Kind, config keys to show, and the directory of the weights."""
     if "pretrained_config" in config:
         return "TensorRT-LLM engine", ("version", "build_config"), path
     if "backend" in config and "build_config" in config:
@@ -178,7 +178,7 @@ def _origin(source: Any) -> Any:
 
 
 def _folded(rows: tuple[TensorRow, ...]) -> list[str]:
-    """One line for tensors that differ in their layer's number or their file only."""
+    """One line for all tensors that differ only in their layer's number or their file."""
     groups: dict[tuple[str, str, tuple[int, ...]], list[TensorRow]] = {}
     for row in rows:
         pattern = re.sub(r"\.\d+\.", ".*.", row.name, count=1)

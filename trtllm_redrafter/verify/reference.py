@@ -1,13 +1,13 @@
-"""What a checkpoint's base model computes, exactly and in its own dtype, along given texts.
+"""What a checkpoint's base model computes along given texts, exactly and in its own dtype.
 
-An engine may differ from exact arithmetic by what its dtype rounds, and by no more. How much that is depends on the
-model, on the text and on the position, so it is not assumed but computed: the same weights run through plain PyTorch in
-a wider dtype (float32 for 16 bits, float64 for float32) and in their own. That is one way of rounding among many, and
-an engine has another one; so the wider dtype is run a few times more with every intermediate result shaken at random
-by as much as the narrower one would round it.
+An engine may differ from exact arithmetic by its dtype's rounding errors, and by no more. Their size depends on the
+model, the text and the position, so it is computed and not assumed: the same weights run through plain PyTorch in a
+wider dtype (float32 for 16 bits, float64 for float32) and in their own. That is one way of rounding among many, and an
+engine rounds in another; so the wider dtype runs a few more times with every intermediate result randomly perturbed by
+as much as the narrower dtype would round it.
 
     pair = compute_pair(Checkpoint.open(path), texts, device)
-    pair.exact.logits(0), pair.rounded.logits(0), pair.shaken[0].logits(0)        # [n, V] each, of the first text
+    pair.exact.logits(0), pair.rounded.logits(0), pair.perturbed[0].logits(0)        # [n, V] each, of the first text
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.planning.sizes import weight_bytes
 
 EXACT = {"float16": torch.float32, "bfloat16": torch.float32, "float32": torch.float64}
-"""What counts as exact beside a dtype: 2^13 times finer or more."""
+"""The dtype that counts as exact for each: at least 2^13 times finer."""
 
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
-SHAKES = 3
-"""More of them make the unit steadier: with rounding alone, an intact engine was up to 3.2 units away somewhere."""
+PERTURBATIONS = 3
+"""More make the unit steadier: with rounding alone, an intact engine was up to 3.2 units off at some position."""
 
 STREAM_ABOVE = 4 * 10**9
 """Bytes of a 16-bit model above which layers are read and cast one at a time, once per text."""
 
 TENSORRT_QK_EPSILON = 1e-5
-"""TensorRT-LLM 1.2 builds Qwen3's q and k norms without the model's epsilon (1e-6): the layer's default counts."""
+"""TensorRT-LLM 1.2 builds Qwen3's q and k norms with the layer's default epsilon, not the model's (1e-6)."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt and the tokens after it, whose distributions are compared: the first comes from the prompt's pass."""
+    """A prompt, and the tokens after it whose distributions are compared; the first comes from the prompt's pass."""
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -51,20 +51,20 @@ class Text:
 
 @dataclass(frozen=True)
 class Computed:
-    """Final states of every text, and the LM head that makes logits of them."""
+    """Final hidden states of every text, and the LM head that turns them into logits."""
 
     states: tuple[Tensor, ...]  # [n, H] per text; row j predicts the text's token j
     head: Tensor  # [V, H]
 
     def logits(self, text: int) -> Tensor:
-        """[n, V] in float32, or in float64 where that was computed."""
+        """[n, V] in float32, or in float64 if that was computed."""
         logits = F.linear(self.states[text], self.head)
         return logits if logits.dtype is torch.float64 else logits.float()
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Logits of every text as they are."""
+    """Logits of every text, stored."""
 
     rows: tuple[Tensor, ...]
 
@@ -74,49 +74,49 @@ class Stored:
 
 @dataclass(frozen=True)
 class Pair:
-    """The same texts through the same weights: in the wider dtype, in the model's own, and in the wider one shaken."""
+    """The same texts and weights in the wider dtype, in the model's own, and in the wider one with perturbations."""
 
     dtype: str
     exact: Computed | Stored
     rounded: Computed | Stored
-    shaken: tuple[Computed | Stored, ...]
+    perturbed: tuple[Computed | Stored, ...]
 
     def rows(self, text: int, count: int | None = None) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Exact, rounded and shaken logits [count, V] of a text's first tokens."""
+        """Exact, rounded and perturbed logits [count, V] of a text's first tokens."""
         exact, rounded = self.exact.logits(text)[:count], self.rounded.logits(text)[:count]
-        return exact, rounded, [computed.logits(text)[:count] for computed in self.shaken]
+        return exact, rounded, [computed.logits(text)[:count] for computed in self.perturbed]
 
 
 def compute_pair(
     checkpoint: Checkpoint, texts: Sequence[Text], device: str, *, qk_epsilon: float | None = None
 ) -> Pair:
-    """All computations, one after the other. Raises what loading the weights raises (quantization other than FP8)."""
+    """Run all computations, one after the other. Raises like `load_weights` (quantization other than FP8)."""
     dtype = checkpoint.config.dtype
 
     def computed(wanted: torch.dtype, pointwise: Pointwise = EAGER) -> Computed:
         return _compute(checkpoint, texts, device, wanted, qk_epsilon, pointwise)
 
-    shaken = tuple(computed(EXACT[dtype], _shaking(seed, dtype)) for seed in range(SHAKES))
-    return Pair(dtype, computed(EXACT[dtype]), computed(DTYPES[dtype]), shaken)
+    perturbed = tuple(computed(EXACT[dtype], _perturbing(seed, dtype)) for seed in range(PERTURBATIONS))
+    return Pair(dtype, computed(EXACT[dtype]), computed(DTYPES[dtype]), perturbed)
 
 
-def shake(values: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
-    """Each value moved at random by up to what rounding to `dtype` moves it."""
+def perturb(values: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
+    """Move each value randomly, by at most what rounding to `dtype` would."""
     noise = torch.rand(values.shape, generator=generator, dtype=torch.float32).to(values) * 2 - 1
     return values * (1 + UNIT_ROUNDOFF[dtype] * noise)
 
 
-def _shaking(seed: int, dtype: str) -> Pointwise:
+def _perturbing(seed: int, dtype: str) -> Pointwise:
     generator = torch.Generator().manual_seed(seed)
 
     def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        x, normed = EAGER.add_norm(shake(x, dtype, generator), delta, weight, epsilon)
-        return x, shake(normed, dtype, generator)
+        x, normed = EAGER.add_norm(perturb(x, dtype, generator), delta, weight, epsilon)
+        return x, perturb(normed, dtype, generator)
 
-    def gate(activated: Tensor, linear: Tensor) -> Tensor:
-        return shake(EAGER.gate(activated, linear), dtype, generator)
+    def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
+        return perturb(EAGER.silu_and_mul(gate, up), dtype, generator)
 
-    return replace(EAGER, add_norm=add_norm, gate=gate)
+    return replace(EAGER, add_norm=add_norm, silu_and_mul=silu_and_mul)
 
 
 @torch.no_grad()
@@ -139,6 +139,6 @@ def _compute(
 
 
 def tensorrt_qk_epsilon(config: CheckpointConfig) -> float | None:
-    """The epsilon TensorRT-LLM gives the q/k norms of this model, where that is not the model's own."""
+    """The epsilon TensorRT-LLM gives this model's q/k norms, if that is not the model's own."""
     differs = config.has_qk_norm and config.norm_epsilon != TENSORRT_QK_EPSILON
     return TENSORRT_QK_EPSILON if differs else None

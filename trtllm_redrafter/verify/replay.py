@@ -1,16 +1,16 @@
-"""The steps an engine had to take to write its text: the search and the rule, walked along that very text.
+"""Replay the decoding steps of a given text, to count the steps an engine should have taken to write it.
 
-A free-running decode parts from the engine's text at the first tie, and from then on its steps say nothing about the
-engine's. So the text is given, and each step is done again from where the engine stood: draft from the hidden state
-of the last committed token, run the tree, decide with TensorRT-LLM's rule, go on by what was accepted.
+A free-running decode diverges from the engine's text at the first tie, and from there its steps say nothing about the
+engine's. So the text is given, and each step is repeated from where the engine was: draft from the hidden state of the
+last committed token, run the tree, decide with TensorRT-LLM's rule, advance by what was accepted.
 
     replay = load_replay(engine, reference, runner, DraftShape(5, 5), "cpu", greedy=True)
-    replay.steps(prompt, tokens)        # Steps(accepted=(2, 0, 3), parted=0)
+    replay.steps(prompt, tokens)        # Steps(accepted=(2, 0, 3), diverged=0)
 
-In greedy mode the text alone shows what was accepted: a drafted token that comes next in the text was, because what is
-drawn after a refusal is never one of the drafts. The rule on the reference's own numbers says the same but for ties;
-where it does not, the step is counted (`parted`). Of a sampled text only the upper bound is known: a draft tried once
-per beam, with other random numbers, can be refused and drawn all the same.
+In greedy mode the text alone shows what was accepted: a drafted token that comes next in the text was accepted, because
+the token drawn after a rejection is never one of the drafts. The rule on the reference's logits agrees except for ties;
+steps where it does not are counted as `diverged`. For a sampled text only an upper bound is known: a draft that is
+tried once per beam, with different random numbers, can be rejected and still be drawn.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
 from trtllm_redrafter.redrafter.sampling import SamplingSettings
 from trtllm_redrafter.redrafter.token_tree import Tree, build_tree
-from trtllm_redrafter.redrafter.verification import RULES, DraftRecord, Step, Verdict
+from trtllm_redrafter.redrafter.verification import RULES, DraftRecord, Step, VerifyOutput
 
 if TYPE_CHECKING:
     from trtllm_redrafter.backends.torch.runner import TorchRunner
@@ -41,21 +41,21 @@ _EMBEDDING = "transformer.vocab_embedding.weight"
 
 @dataclass(frozen=True)
 class Steps:
-    """Drafts accepted in each step of one text; the last step ends where the text does."""
+    """Drafts accepted in each step of one text; the last step ends with the text."""
 
     accepted: tuple[int, ...]
-    parted: int
-    """Steps whose rule, with the reference's numbers, does not follow the text: numeric ties, or faults."""
+    diverged: int
+    """Steps in which the rule, on the reference's logits, does not follow the text: numeric ties, or faults."""
 
     def accepted_at(self, draft_len: int) -> list[int]:
-        """[j]: steps in which at least j + 1 drafts were accepted, as in `Result`."""
+        """[j]: number of steps in which at least j + 1 drafts were accepted, as in `Result`."""
         return [sum(count > j for count in self.accepted) for j in range(draft_len)]
 
 
 @dataclass(frozen=True)
-class Search:
-    """How the engine drafts. TensorRT-LLM: whole head, scores in the model's dtype. The torch backend: its fast head,
-    scores in float32."""
+class ReplaySearch:
+    """How the engine drafts: TensorRT-LLM with the whole head and scores in the model's dtype, the torch backend with
+    its fast head and scores in float32."""
 
     drafter: Drafter
     embedding: Tensor  # [V, H]
@@ -64,7 +64,7 @@ class Search:
     score_dtype: torch.dtype | None
 
     def beams(self, context: Tensor, root: int) -> Beams:
-        """From one context [H] and the token after it."""
+        """Draft from one context [H] and the token after it."""
         first = torch.tensor([root], device=context.device)
         return beam_search(
             self.drafter, self.embedding, context.unsqueeze(0), first, self.shape,
@@ -73,44 +73,44 @@ class Search:
 
 
 class Replay:
-    """The reference's base model and the checkpoint's drafter, drafting as the engine does."""
+    """The reference's base model with the checkpoint's drafter, drafting as the engine does."""
 
-    def __init__(self, reference: TorchRunner, search: Search, *, greedy: bool) -> None:
+    def __init__(self, reference: TorchRunner, search: ReplaySearch, *, greedy: bool) -> None:
         self._executor = reference.executor
         self._search = search
         self._greedy = greedy
 
     @torch.no_grad()
     def steps(self, prompt: Sequence[int], tokens: Sequence[int]) -> Steps:
-        """Walk one text. Its first token comes with the prompt and is no step."""
+        """Replay one text. Its first token comes with the prompt's pass and is no step."""
         if not tokens:
             return Steps((), 0)
         context = self._executor.prefill(0, prompt).hidden
         accepted: list[int] = []
-        place, base, parted = 0, len(prompt), 0
+        place, base, diverged = 0, len(prompt), 0
         while place < len(tokens) - 1:
             following = tokens[place + 1 :]
             if len(following) == 1:  # whatever is drafted, this step emits one token
-                return Steps((*accepted, 0), parted)
+                return Steps((*accepted, 0), diverged)
             beams = self._search.beams(context, tokens[place])
             tree = Tree.merge(beams.tokens[0].tolist())
             output = self._executor.forward([0], [base], [tree], logits=True)
             assert output.logits is not None
             path = _along(tree, following)
             if self._greedy:
-                parted += not _follows(_verdict(beams, output.logits), path, len(following))
+                diverged += not _follows(_rule_output(beams, output.logits), path, len(following))
             self._executor.commit(0, base, path)
             context = output.hidden[path[-1]]
             accepted.append(min(len(path), len(following)) - 1)
             place += len(path)
             base += len(path)
-        return Steps(tuple(accepted), parted)
+        return Steps(tuple(accepted), diverged)
 
 
 def load_replay(
     engine: Path, reference: Path, runner: TorchRunner, shape: DraftShape, device: str, *, greedy: bool
 ) -> Replay:
-    """`runner` runs the checkpoint `reference`, whose drafter is read here once more, as it was written."""
+    """`runner` runs the checkpoint `reference`; its drafter is read again here, in the dtype it is stored in."""
     checkpoint = Checkpoint.open(reference)
     config = checkpoint.config.drafter
     assert config is not None
@@ -119,12 +119,12 @@ def load_replay(
     rows = frequent_rows(reference, head_rows(engine), checkpoint.config.vocab_size)
     score_dtype = torch.float32 if engine_backend(engine) == "torch" else None
     embedding = checkpoint.load(_EMBEDDING).to(place)
-    search = Search(drafter, embedding, draft_head(drafter, rows), shape, score_dtype)
+    search = ReplaySearch(drafter, embedding, draft_head(drafter, rows), shape, score_dtype)
     return Replay(runner, search, greedy=greedy)
 
 
 def head_rows(engine: Path) -> int:
-    """How many of the most frequent tokens the engine drafts from; 0: from all (`frequent_rows`)."""
+    """From how many of the most frequent tokens the engine drafts; 0: from all (`frequent_rows`)."""
     if engine_backend(engine) != "torch":
         return 0
     built = read_engine_config(engine)
@@ -132,20 +132,20 @@ def head_rows(engine: Path) -> int:
     return 0 if built.draft is None else built.draft.head_rows
 
 
-def _verdict(beams: Beams, logits: Tensor) -> Verdict:
-    """TensorRT-LLM casts logits to the model's dtype before it looks for maxima, which makes ties common.
+def _rule_output(beams: Beams, logits: Tensor) -> VerifyOutput:
+    """What TensorRT-LLM's rule decides. It casts logits to the model's dtype first, which makes ties common.
 
-    In greedy mode its random numbers only choose between tied tokens: any will do.
+    In greedy mode its random numbers only choose between tied tokens, so any will do.
     """
     assert beams.log_probs is not None
-    laws = logits.to(beams.log_probs.dtype).unsqueeze(0)
-    half = torch.full(beams.log_probs.shape[:3], 0.5, dtype=laws.dtype, device=laws.device)
+    cast = logits.to(beams.log_probs.dtype).unsqueeze(0)
+    half = torch.full(beams.log_probs.shape[:3], 0.5, dtype=cast.dtype, device=cast.device)
     record = DraftRecord(beams.tokens, beams.log_probs, half, half[:, 0, 0], half[:, 0, 0], greedy=True)
-    return RULES["trtllm"](Step(build_tree(beams), laws, SamplingSettings.of([], laws.device), None, record))
+    return RULES["trtllm"](Step(build_tree(beams), cast, SamplingSettings.of([], cast.device), None, record))
 
 
 def _along(tree: Tree, following: Sequence[int]) -> list[int]:
-    """Nodes from the root on that the text goes through."""
+    """The path through the tree that the text takes, root first."""
     path = [0]
     for token in following:
         child = [node for node, parent in enumerate(tree.parents) if parent == path[-1] and tree.tokens[node] == token]
@@ -155,7 +155,7 @@ def _along(tree: Tree, following: Sequence[int]) -> list[int]:
     return path
 
 
-def _follows(verdict: Verdict, path: Sequence[int], remaining: int) -> bool:
-    """Did the rule take the text's path? Past the text's end it may accept what it likes."""
-    taken = [node for node in verdict.path[0].tolist() if node >= 0]
+def _follows(output: VerifyOutput, path: Sequence[int], remaining: int) -> bool:
+    """Did the rule take the text's path? Past the text's end it may accept anything."""
+    taken = [node for node in output.path[0].tolist() if node >= 0]
     return taken == list(path) or (len(path) > remaining and taken[: len(path)] == list(path))

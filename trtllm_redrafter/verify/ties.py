@@ -1,7 +1,7 @@
-"""How far apart are two tokens, and is that more than rounding? Where nothing better is known than the dtype.
+"""Is the difference of two tokens' logits within rounding? An estimate from the dtype alone.
 
-Two nearly equal logits may change places when they are rounded. The parity gate measures what rounding does at each
-position (`gate_checks`); `bench`, which has one engine and no reference, takes a rule of thumb:
+Rounding can swap two nearly equal logits. The parity gate measures the rounding error at each position
+(`gate_checks`); `bench`, which has one engine and no reference, uses a rule of thumb:
 
     gap(logits, token, other) <= tie_bound(logits, "bfloat16")
 """
@@ -11,11 +11,11 @@ from __future__ import annotations
 from torch import Tensor
 
 ROUNDING = {"float32": 2.0**-14, "float16": 2.0**-8, "bfloat16": 2.0**-5}
-"""How far equal computations may come apart, relative to the largest logit: a few units in the last place."""
+"""How far equal computations may differ, relative to the largest logit: a few units in the last place."""
 
 
 def gap(logits: Tensor, token: int, other: int | None = None) -> float:
-    """How far a token's logit is below the largest of [V], or below (above: negative) that of another token."""
+    """How far a token's logit is below the largest of [V], or below another token's (negative if above)."""
     best = logits.max() if other is None else logits[other]
     return float(best - logits[token])
 

@@ -1,9 +1,9 @@
 """Does a checkpoint or engine compute what its base model computes? Greedy tokens and logits against transformers.
 
-Equal weights are not yet an equal model: a wrong rotary base or a forgotten bias shows only in what is computed. A few
-prompts are decoded with drafting; then transformers computes the distributions along those very tokens, and along
-random ones, once exactly and once in the engine's dtype. Every token must be the largest of its exact distribution, or
-tie with it, and the logits may be no further from exact than rounding explains (`distributions`).
+Equal weights do not make an equal model: a wrong rotary base or a missing bias shows only in the output. A few prompts
+are decoded with drafting; then transformers computes the distributions along the same tokens, and along random ones,
+once exactly and once in the engine's dtype. Every token must be the most likely of its exact distribution, or tie with
+it, and logits may be no further from exact than rounding explains (`distributions`).
 
     report = greedy_parity(Path("engine"), Path("Llama-3.1-8B"))
     report.tokens.same, report.distributions, report.problems
@@ -40,7 +40,7 @@ TOKENS = 32
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Tokens that are the base model's own choice and those that nearly are; how far logits are from exact."""
+    """Tokens that are the base model's own choice or tie with it; how far logits are from exact."""
 
     prompts: int
     tokens: TokenCheck
@@ -110,7 +110,7 @@ def _prompt(length: int, vocab_size: int) -> tuple[int, ...]:
 
 @contextmanager
 def _runner(path: Path) -> Iterator[Runner]:
-    """The engine at `path`, or one built from the checkpoint there for as long as it is needed."""
+    """The engine at `path`, or a temporary one built from the checkpoint there."""
     if "backend" in read_json(path / "config.json"):
         engine_backend(path)
         runner = load_backend("torch").load(path, device="cpu", verify_hashes=False)
@@ -140,20 +140,20 @@ def _reference(path: Path, against: Path, dtype: str) -> Any:
 
 
 def _transformers_pair(path: Path, against: Path, dtype: str, texts: Sequence[Text]) -> Pair:
-    """The model is loaded in the engine's dtype and widened where it stands, so that both have the same weights."""
+    """The model is loaded in the engine's dtype and widened in place, so that both passes have the same weights."""
     import torch
 
-    from trtllm_redrafter.verify.reference import EXACT, SHAKES, Pair, shake
+    from trtllm_redrafter.verify.reference import EXACT, PERTURBATIONS, Pair, perturb
 
     model = _reference(path, against, dtype)
     rounded = _logits(model, texts)
     model = model.to(EXACT[dtype])
     exact = _logits(model, texts)
     generator = torch.Generator().manual_seed(0)
-    for part in model.modules():  # norms and activations, where `reference` shakes too
+    for part in model.modules():  # norms and activations, which `reference` perturbs too
         if type(part).__name__.endswith(("RMSNorm", "MLP")):
-            part.register_forward_hook(lambda part, given, made: shake(made, dtype, generator))
-    return Pair(dtype, exact, rounded, tuple(_logits(model, texts) for _ in range(SHAKES)))
+            part.register_forward_hook(lambda part, given, made: perturb(made, dtype, generator))
+    return Pair(dtype, exact, rounded, tuple(_logits(model, texts) for _ in range(PERTURBATIONS)))
 
 
 def _logits(model: Any, texts: Sequence[Text]) -> Stored:

@@ -1,9 +1,9 @@
 """Compare a checkpoint or engine with what it was made from, bit for bit.
 
-Against a Hugging Face model, the conversion is planned again with the checkpoint's own settings and walked block by
+Against a Hugging Face model, the conversion is planned again with the checkpoint's own settings and produced block by
 block, but compared with the files instead of written. This covers splits, padding, repeated KV heads and casts on every
-rank; a drafter's directory likewise. Against another checkpoint, tensors are compared as they are. An engine of
-TensorRT-LLM holds no tensors: only its config's fields can be compared.
+rank. A drafter's directory is compared in the same way. Against another checkpoint, tensors are compared as stored. A
+TensorRT-LLM engine has no tensor files: only its config's fields can be compared.
 
     report = verify(Path("checkpoint"), against=Path("Llama-3.1-8B"), hashes=True, progress=no_progress)
 """
@@ -37,13 +37,13 @@ COMPARED_FIELDS = (
     "num_key_value_heads", "head_size", "vocab_size", "norm_epsilon", "hidden_act", "max_position_embeddings",
     "rotary_base", "rotary_scaling", "attn_bias", "mlp_bias",
 )  # fmt: skip
-"""Config fields in which checkpoint and model must agree."""
+"""Config fields that must be equal in checkpoint and model."""
 
 
 def verify(
     path: Path, *, against: Path | None, hashes: bool, progress: Progress, drafter: Path | None = None
 ) -> VerifyReport:
-    """Files against manifest and layout; values against a base model or checkpoint, and a drafter's directory."""
+    """Check files against manifest and layout, and values against a base model or checkpoint and a drafter."""
     other = None if against is None else _open_other(against)
     report = verify_files(path, hashes=hashes)
     if not report.ok:
@@ -80,7 +80,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def is_compiled(path: Path) -> bool:
-    """Is this an engine of TensorRT-LLM, which has its weights inside its plans?"""
+    """Is this a TensorRT-LLM engine, whose weights are inside its compiled plans?"""
     return "pretrained_config" in read_json(path / "config.json")
 
 
@@ -122,7 +122,7 @@ def _compare_drafter(
     report: VerifyReport, checkpoint: Checkpoint, folder: Path | None, other: HFModel | Checkpoint | None,
     files: OpenFiles,
 ) -> VerifyReport:  # fmt: skip
-    """The drafter's tensors as a conversion writes them; a tied head borrows the checkpoint's own LM head."""
+    """The drafter's tensors as `convert` writes them; a tied head is the checkpoint's own LM head."""
     if folder is None:
         if isinstance(other, Checkpoint):
             return report  # compared with the rest
@@ -157,7 +157,7 @@ def _config_problems(config: CheckpointConfig, expected: CheckpointConfig, path:
 
 
 def _compare(checkpoint: Checkpoint, model: HFModel, files: OpenFiles, progress: Progress) -> tuple[int, list[Problem]]:
-    """Number of compared tensors and those that differ."""
+    """Number of tensors compared, and a problem for each that differs."""
     config = checkpoint.config
     ties = model.config.tie_word_embeddings and not takes_file_head(checkpoint.manifest)
     tied = replace(config, tie_word_embeddings=ties)
@@ -182,7 +182,7 @@ def _compare(checkpoint: Checkpoint, model: HFModel, files: OpenFiles, progress:
 
 
 def compare_checkpoints(found: Path, expected: Path, progress: Progress) -> tuple[int, list[Problem]]:
-    """Every tensor of every rank of two checkpoints, the drafter's included, bit for bit: how many, and differences."""
+    """Compare all tensors of two checkpoints, the drafter's included, bit for bit: how many, and the differences."""
     files = OpenFiles()
     try:
         ours, theirs = Checkpoint.open(found), Checkpoint.open(expected)
@@ -200,7 +200,7 @@ def compare_checkpoints(found: Path, expected: Path, progress: Progress) -> tupl
 
 
 def _rank_differences(rank: SafetensorsFile, other: SafetensorsFile, files: OpenFiles) -> Iterator[Problem]:
-    if rank.path.samefile(other.path):  # linked, as an engine's are where the file system allows
+    if rank.path.samefile(other.path):  # a link, as in engines where the file system allows it
         return
     for name in sorted({*rank.header, *other.header}):
         info, expected = rank.header.get(name), other.header.get(name)
@@ -215,7 +215,7 @@ def _rank_differences(rank: SafetensorsFile, other: SafetensorsFile, files: Open
 
 
 def _same(plan: TensorPlan, file: SafetensorsFile, info: TensorInfo, files: OpenFiles) -> Iterator[bool]:
-    """Is each chunk of the planned tensor what lies in the file?"""
+    """For each chunk of the planned tensor: are the file's bytes the same?"""
     at = info.begin
     for block in blocks(plan):
         if isinstance(block, Extent):

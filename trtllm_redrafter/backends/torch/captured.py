@@ -1,13 +1,13 @@
-"""One function as a CUDA graph: captured once, then replayed with other integers in the same buffer.
+"""A function as a CUDA graph: captured once, then replayed with other integers in the same input buffer.
 
     graph = CapturedGraph(len(values), device)
     graph.fill(values)
     outputs = graph.capture(lambda: compute(graph.input), pool)
     graph.fill(others)
-    graph.replay()              # `outputs` are written anew
+    graph.replay()              # overwrites `outputs`
 
-Everything runs on the device's current stream; `on_device` makes the device of the tensors the current one, which
-streams, events, captures and Triton's launches go by.
+Everything runs on the device's current stream. Streams, events, captures and Triton's launches use the current device,
+which `on_device` sets to that of the tensors.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def on_device(device: torch.device) -> Any:
-    """`with on_device(device):` makes a GPU the current one; for a CPU it does nothing."""
+    """`with on_device(device):` makes a GPU the current device; does nothing for a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache
 def _side_stream(index: int) -> Any:
-    """Warm-ups and captures of a GPU share a stream: libraries keep a workspace of megabytes for each."""
+    """One stream for all warm-ups and captures on a GPU, since libraries keep megabytes of workspace per stream."""
     return torch.cuda.Stream(device=index)  # type: ignore[no-untyped-call]
 
 
 class CapturedGraph:
-    """A captured function of one buffer of integers (and whatever else it reads in place)."""
+    """A captured function of one buffer of integers, and of whatever other memory it reads."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._host = torch.zeros(size, dtype=torch.int64, pin_memory=True)
@@ -53,22 +53,22 @@ class CapturedGraph:
         self._copied.record()
 
     def capture(self, function: Callable[[], Any], pool: Any) -> Any:
-        """The function's outputs; each replay writes them anew. The input is filled already: it runs on it first.
+        """Return the function's outputs, which each replay overwrites. Fill the input first: warm-ups run on it.
 
-        Graphs of one pool use each other's memory for what is not an output, and an output may lie where an older
-        graph works: it must be read before another graph of the pool is replayed.
+        Graphs of one pool share memory for everything but outputs, and an output may be in memory that an older graph
+        uses: read it before another graph of the pool is replayed.
         """
         device = self.input.device
         main, side = torch.cuda.current_stream(device), _side_stream(device.index)
-        with _ONE_AT_A_TIME, torch.cuda.stream(main):  # PyTorch does not leave the stream of a capture that fails
+        with _ONE_AT_A_TIME, torch.cuda.stream(main):  # restores the stream if a capture fails
             side.wait_stream(main)
             try:
                 with torch.cuda.stream(side):
-                    for _ in range(_WARM_UPS):  # libraries choose kernels and reserve memory, which a capture may not
+                    for _ in range(_WARM_UPS):  # libraries choose kernels and allocate, which a capture must not
                         function()
             finally:
                 main.wait_stream(side)
-            # Other threads may go on using the GPU.
+            # Thread-local, so that other threads may keep using the GPU.
             with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 return function()
 

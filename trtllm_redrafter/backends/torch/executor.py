@@ -1,4 +1,4 @@
-"""What the runner needs of something that executes a base model: trees in, hidden states and logits out.
+"""Interface between the runner and whatever executes the base model: trees in, hidden states and logits out.
 
 Four implementations exist: `transformer.TorchExecutor` (any dtype, CPU and CUDA, plain PyTorch), on a CPU
 `native.executor.NativeExecutor` (bfloat16, with a C++ compiler: one call per step, bit-equal rows), on a GPU
@@ -18,61 +18,61 @@ from torch import Tensor
 from trtllm_redrafter.redrafter.token_tree import Tree
 
 PREFILL_CHUNK = 256
-"""Prompt tokens computed at once; bounds the activations of a long prompt."""
+"""Prompt tokens per pass; bounds the activation memory of a long prompt."""
 
 
 @dataclass(frozen=True)
 class TreeOutput:
-    """One row per tree node, N in all: the first tree's nodes, then the second's, ..."""
+    """One row per tree node, N in total: the first tree's nodes, then the second's, ..."""
 
     hidden: Tensor  # [N, H] in the model's dtype, after the final norm
     best: Tensor
-    """[N] int64, token of the largest logit, the lowest of equals, or `NOT_FINITE`; to be read before the next pass."""
-    logits: Tensor | None  # [N, V]; only when asked for
+    """[N] int64: token of the largest logit (the lowest id on ties) or `NOT_FINITE`. Read it before the next pass."""
+    logits: Tensor | None  # [N, V]; only on request
 
 
 @dataclass(frozen=True)
 class PromptOutput:
-    """State after a prompt's last token."""
+    """Outputs for a prompt's last token."""
 
     hidden: Tensor  # [H]
     logits: Tensor  # [V]
 
 
 class Executor(Protocol):
-    """A base model with its KV cache. A request lives in a slot; `base` is how many positions are committed there."""
+    """A base model with its KV cache. A request occupies a slot; `base` is the number of committed positions there."""
 
     name: str
     detail: str
-    """What instructions it runs on, or why it was taken and not the faster one; for people."""
+    """For people: which instructions it uses, or why it was chosen over a faster one."""
     device: str
     row_invariant: bool
-    """Are a row's bits independent of what is computed beside it?"""
+    """Are a row's bits independent of the other rows in the batch?"""
 
     def prefill(self, slot: int, token_ids: Sequence[int]) -> PromptOutput:
-        """Compute a prompt from position 0 on and commit its keys and values."""
+        """Compute a prompt from position 0 and commit its keys and values."""
         ...
 
     def forward(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], *, logits: bool) -> TreeOutput:
-        """Run B trees at once. Node i of a tree is cached at position base + i, uncommitted.
+        """Run B trees in one pass. Node i of a tree is cached at position base + i, uncommitted.
 
-        Greedy decoding needs no `logits`: leaving them out spares writing N rows of a large vocabulary.
+        Greedy decoding needs no `logits`; without them, N rows of a large vocabulary need not be written.
         """
         ...
 
     def commit(self, slot: int, base: int, path: Sequence[int]) -> None:
-        """Keep the nodes of `path` (root first, rising) as positions base, base + 1, ...; forget the others."""
+        """Commit the nodes of `path` (root first, ascending) as positions base, base + 1, ...; discard the others."""
         ...
 
     def clear(self, slot: int, first: int, last: int) -> None:
         """Set positions first .. last - 1 of a slot to zero.
 
-        Needed where they hold NaN or infinity: attention gives them weight zero, which would leave them NaN.
+        Needed if they hold NaN or infinity, which attention's zero weights for masked positions would turn into NaN.
         """
         ...
 
     def hidden_states(self, slot: int, token_ids: Sequence[int]) -> Tensor:
-        """Like `prefill`, but with the state of every token: [S, H]."""
+        """Like `prefill`, but returns the state of every token: [S, H]."""
         ...
 
     def undrafted(self) -> Executor:
@@ -84,5 +84,5 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         ...

@@ -1,6 +1,6 @@
-"""`pointwise`'s most frequent operations as one Triton kernel each, rounded as transformers rounds them.
+"""The most frequent operations of `pointwise` as one Triton kernel each, with transformers' rounding.
 
-A program computes a row by itself, so a row's bits do not depend on how many there are.
+Each program computes one row, so a row's bits do not depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trtllm_redrafter.backends.torch.pointwise import EAGER, Pointwise
 
-_GATE_BLOCK = 1024
+_SILU_BLOCK = 1024
 
 
 @triton.jit
@@ -33,13 +33,13 @@ def _add_norm_kernel(
 
 
 @triton.jit
-def _gate_kernel(activated, linear, gated, count, block: tl.constexpr):
+def _silu_and_mul_kernel(gate, up, gated, count, block: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = place < count
-    a = tl.load(activated + place, mask=inside, other=0.0)
+    a = tl.load(gate + place, mask=inside, other=0.0)
     wide = a.to(tl.float32)
     silu = (wide / (1.0 + tl.exp(-wide))).to(a.dtype)
-    tl.store(gated + place, silu * tl.load(linear + place, mask=inside, other=0.0), mask=inside)
+    tl.store(gated + place, silu * tl.load(up + place, mask=inside, other=0.0), mask=inside)
 
 
 def _add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -55,13 +55,13 @@ def _add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -
     return total, normed
 
 
-def _gate(activated: Tensor, linear: Tensor) -> Tensor:
-    activated, linear = activated.contiguous(), linear.contiguous()
-    gated = torch.empty_like(activated)
-    count = activated.numel()
-    _gate_kernel[(triton.cdiv(count, _GATE_BLOCK),)](activated, linear, gated, count, block=_GATE_BLOCK)
+def _silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
+    gated = torch.empty_like(gate)
+    count = gate.numel()
+    _silu_and_mul_kernel[(triton.cdiv(count, _SILU_BLOCK),)](gate, up, gated, count, block=_SILU_BLOCK)
     return gated
 
 
-FUSED = Pointwise(EAGER.norm, _add_norm, EAGER.rotate, _gate)
-"""Norms of heads and rotation are part of `tree_attention`; here they serve prompts only."""
+FUSED = Pointwise(EAGER.norm, _add_norm, EAGER.rotate, _silu_and_mul)
+"""In decoding steps `tree_attention` does the head norms and the rotation; these two run in prefill only."""

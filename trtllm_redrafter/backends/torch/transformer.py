@@ -1,8 +1,8 @@
-"""The base model in plain PyTorch: reference for every dtype and device, and the fallback where nothing faster runs.
+"""The base model in plain PyTorch: the reference for every dtype and device, and the fallback for faster executors.
 
 A step is one forward pass over B trees of T nodes, padded to the same T. Keys and values of node i go to cache
-position base + i; a mask lets a node see the committed positions, its ancestors and itself. After verification
-`commit` moves the accepted nodes together.
+position base + i; with a mask, a node attends to the committed positions, its ancestors and itself. After
+verification, `commit` moves the accepted nodes to consecutive positions.
 
 Rounding follows transformers: norms in float32, everything else in the model's dtype.
 """
@@ -27,24 +27,24 @@ from trtllm_redrafter.redrafter.sampling import finite_greedy
 from trtllm_redrafter.redrafter.token_tree import Tree, pad
 
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""All but cuDNN's, which plans anew for every length of prompt: 150 ms each time on an H200."""
+"""All backends but cuDNN's, which makes a new plan for every prompt length: 150 ms each on an H200."""
 
 _CACHE_BUCKET = 64
 """Attention reads the cache in multiples of this many positions, so that shapes repeat."""
 
 
 Attend = Callable[[int, LayerWeights, Tensor], Tensor]
-"""Layer number, its weights, qkv [B, T, (N + 2 N_kv) D] -> [B, T, N D]; keys and values are cached on the way."""
+"""Layer index, its weights, qkv [B, T, (N + 2 N_kv) D] -> [B, T, N D]. Also stores keys and values in the cache."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the T tokens of each of B sequences stand, on the device."""
+    """Positions of the T tokens of each of B sequences, on the device."""
 
     slots: Tensor  # [B] int64
     bases: Tensor  # [B] int64, committed positions
-    depths: Tensor  # [B, T] int64, position behind the base
-    mask: Tensor  # [B, T, T] bool, which of the T each one sees
+    depths: Tensor  # [B, T] int64, position relative to the base
+    mask: Tensor  # [B, T, T] bool; [b, i, j]: token i attends to token j
 
 
 class TorchExecutor:
@@ -64,7 +64,7 @@ class TorchExecutor:
         pointwise: Pointwise = EAGER,
         qk_epsilon: float | None = None,
     ) -> None:
-        """`qk_epsilon` is that of the q/k norms where it is not the model's (`generation.reference`)."""
+        """`qk_epsilon`: epsilon of the q/k norms if it is not the model's own (see `verify.reference`)."""
         self.detail = detail
         self._qk_epsilon = config.norm_epsilon if qk_epsilon is None else qk_epsilon
         self._pointwise = pointwise
@@ -113,7 +113,7 @@ class TorchExecutor:
 
     def clear(self, slot: int, first: int, last: int) -> None:
         for cache in (self._keys, self._values):
-            cache[:, slot, :, first:] = 0  # behind `last` padding has been written
+            cache[:, slot, :, first:] = 0  # past `last` as well, where padding was written
 
     def undrafted(self) -> TorchExecutor:
         return self
@@ -130,7 +130,7 @@ class TorchExecutor:
         return torch.tensor(list(values), device=self._device)
 
     def _span(self, needed: int) -> int:
-        """How many cache positions attention looks at, for `needed` in use."""
+        """Number of cache positions that attention reads when `needed` are in use."""
         return min(self._capacity, -(-needed // _CACHE_BUCKET) * _CACHE_BUCKET)
 
     @torch.no_grad()
@@ -149,7 +149,7 @@ class TorchExecutor:
     @torch.no_grad()
     @sdpa_kernel(_KERNELS)
     def _layers(self, tokens: Tensor, attend: Attend) -> Tensor:
-        """[B, T] tokens -> [B, T, H] after the final norm. Nothing in here waits for the device."""
+        """[B, T] tokens -> [B, T, H] after the final norm. Never waits for the device."""
         x, ops, epsilon = F.embedding(tokens, self._weights.embedding), self._pointwise, self._config.norm_epsilon
         delta: Tensor | None = None
         for index, layer in enumerate(self._weights.layers):
@@ -160,7 +160,7 @@ class TorchExecutor:
         return ops.add_norm(x, delta, self._weights.final_norm, epsilon)[1]
 
     def _masked(self, rows: Rows, span: int) -> Attend:
-        """Attention by PyTorch: every row looks at `span` cache positions through a mask."""
+        """PyTorch's attention: every row reads `span` cache positions through a mask."""
         width = rows.depths.shape[1]
         places = rows.bases.unsqueeze(1) + torch.arange(width, device=self._device)  # [B, T] where keys go
         positions = rows.bases.unsqueeze(1) + rows.depths
@@ -177,7 +177,7 @@ class TorchExecutor:
         return attend
 
     def _attention_mask(self, rows: Rows, places: Tensor, span: int) -> Tensor:
-        """[B, 1, G T, span] bool. The G query heads that share a KV head are rows of one product."""
+        """[B, 1, G T, span] bool. The G query heads that share a KV head become rows of one product."""
         batch, width = places.shape
         committed = torch.arange(span, device=self._device).view(1, 1, -1) < rows.bases.view(-1, 1, 1)
         mask = committed.expand(batch, width, span).clone()
@@ -188,7 +188,7 @@ class TorchExecutor:
     def _rotated(
         self, layer: LayerWeights, qkv: Tensor, rotation: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, (N + 2 N_kv) D] -> queries, keys and values [B, T, heads, D], the first two at their positions."""
+        """[B, T, (N + 2 N_kv) D] -> queries, keys and values [B, T, heads, D], queries and keys rotated."""
         config, ops = self._config, self._pointwise
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         split = qkv.view(*qkv.shape[:2], heads + 2 * kv_heads, config.head_size)
@@ -209,6 +209,6 @@ class TorchExecutor:
         return mixed.reshape(batch, width, heads * size)
 
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        activated = F.linear(x, layer.activated, layer.activated_bias)
-        gated = self._pointwise.gate(activated, F.linear(x, layer.linear, layer.linear_bias))
-        return F.linear(gated, layer.down, layer.down_bias)
+        gate, up = F.linear(x, layer.gate_proj, layer.gate_proj_bias), F.linear(x, layer.up_proj, layer.up_proj_bias)
+        gated = self._pointwise.silu_and_mul(gate, up)
+        return F.linear(gated, layer.down_proj, layer.down_proj_bias)

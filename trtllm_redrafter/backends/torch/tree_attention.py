@@ -22,10 +22,10 @@ BLOCK = 64
 """Sequence positions per product."""
 
 UNIT = 256
-"""Sequence positions per program, a multiple of BLOCK: long sequences are read by several at once."""
+"""Sequence positions per program, a multiple of BLOCK: long sequences are split among programs."""
 
 _TILE = 16
-"""Rows a tensor core multiplies at least: the query heads of a KV head, of as many nodes as fit."""
+"""Fewest rows of a tensor-core product: the query heads of one KV head, for as many nodes as fit."""
 
 
 @triton.jit
@@ -79,8 +79,8 @@ def _attend_kernel(
     most: tl.constexpr = tile // group
     sequence, node = row // width, row % width
     base = tl.load(bases + sequence)
-    is_filler = tl.load(paths + row * path_length) < 0  # fillers come last, so a tile that begins with one is empty
-    length = tl.where(is_filler, 0, base + tl.load(depths + row) + 1)
+    is_padding = tl.load(paths + row * path_length) < 0  # padding comes last: a tile that begins with it is empty
+    length = tl.where(is_padding, 0, base + tl.load(depths + row) + 1)
     first = part.to(tl.int64) * unit
     is_shared = first + unit <= base
     count = tl.where(is_shared, tl.minimum(most, width - node), 1)
@@ -128,8 +128,8 @@ def _combine_kernel(
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, size_block)
     inside = column < size
-    is_filler = tl.load(paths + row * path_length) < 0
-    length = tl.where(is_filler, 0, tl.load(bases + row // width) + tl.load(depths + row) + 1)
+    is_padding = tl.load(paths + row * path_length) < 0
+    length = tl.where(is_padding, 0, tl.load(bases + row // width) + tl.load(depths + row) + 1)
     used = (length + unit - 1) // unit
     top = tl.full([], float("-inf"), tl.float32)
     for part in range(0, used):
@@ -141,18 +141,18 @@ def _combine_kernel(
         weight = tl.exp(tl.load(largest + source) - top)
         sums += tl.load(total + source) * weight
         out += tl.load(partial + source * size + column, mask=inside, other=0.0) * weight
-    value = out / tl.where(is_filler, 1.0, sums)
+    value = out / tl.where(is_padding, 1.0, sums)
     tl.store(mixed + (row * heads + head) * size + column, value.to(mixed.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
 class TreeRows:
-    """Who the R = B T rows of a pass are. All int64 on the device."""
+    """The R = B T rows of a pass. All int64 on the device."""
 
     slots: Tensor  # [B]
     bases: Tensor  # [B] committed positions
     depths: Tensor  # [B, T]
-    paths: Tensor  # [B, T, P] a node's ancestors from the root on, then itself to the end; -1 first: a filler
+    paths: Tensor  # [B, T, P] a node's ancestors, root first, then itself repeated; -1: padding
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The base model's tensors, read from a TensorRT-LLM checkpoint by its own names.
 
-Nothing here knows Hugging Face's layout: what is executed is what `convert` wrote, with the shards of all ranks
-joined. In the checkpoint `mlp.fc` is Hugging Face's gate_proj (it goes through SiLU) and `mlp.gate` is up_proj.
+Hugging Face's files take no part: what runs is what `convert` wrote, with the shards of all ranks joined. The MLP's
+matrices have Hugging Face's names in memory; the checkpoint calls gate_proj (the one whose output goes through SiLU)
+`mlp.fc`, up_proj `mlp.gate` and down_proj `mlp.proj`, which `_layer` translates.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer. D head size, N heads, I intermediate; what a family does not have is None."""
+    """One decoder layer. D head size, N heads, I intermediate size; None: the model has no such tensor."""
 
     input_norm: Tensor  # [H]
     qkv: Tensor  # [(N + 2 N_kv) D, H], all queries, then keys, then values
@@ -33,17 +34,17 @@ class LayerWeights:
     dense: Tensor  # [H, N D]
     dense_bias: Tensor | None
     post_norm: Tensor  # [H]
-    activated: Tensor  # [I, H]; checkpoint `mlp.fc`
-    activated_bias: Tensor | None
-    linear: Tensor  # [I, H]; checkpoint `mlp.gate`
-    linear_bias: Tensor | None
-    down: Tensor  # [H, I]
-    down_bias: Tensor | None
+    gate_proj: Tensor  # [I, H]
+    gate_proj_bias: Tensor | None
+    up_proj: Tensor  # [I, H]
+    up_proj_bias: Tensor | None
+    down_proj: Tensor  # [H, I]
+    down_proj_bias: Tensor | None
 
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """All of a base model; `head` is the embedding itself when the checkpoint's copies are equal."""
+    """All weights of a base model; `head` is the embedding itself if the checkpoint's two copies are equal."""
 
     embedding: Tensor  # [V, H]
     layers: Sequence[LayerWeights]
@@ -52,7 +53,7 @@ class ModelWeights:
 
 
 class StreamedLayers(Sequence[LayerWeights]):
-    """Layers that are read and cast each time they are asked for, so that one at a time is in memory."""
+    """Layers that are read and cast on every access, so that only one at a time is in memory."""
 
     def __init__(self, count: int, read: Callable[[int], LayerWeights]) -> None:
         self._count = count
@@ -80,8 +81,8 @@ def load_weights(
 ) -> ModelWeights:
     """Read every base-model tensor, cast to `dtype` where one is given.
 
-    On the CPU a one-rank checkpoint in its own dtype is memory-mapped, not copied. `streamed` layers are read anew in
-    every pass.
+    On the CPU, a checkpoint of one rank in its own dtype is memory-mapped, not copied. `streamed` layers are read again
+    in every pass.
     """
     names = set(checkpoint.names())
 
@@ -111,17 +112,17 @@ def _layer(prefix: str, get: _Get, get_optional: _GetOptional) -> LayerWeights:
         dense=get(attention + "dense.weight"),
         dense_bias=get_optional(attention + "dense.bias"),
         post_norm=get(prefix + "post_layernorm.weight"),
-        activated=get(mlp + "fc.weight"),
-        activated_bias=get_optional(mlp + "fc.bias"),
-        linear=get(mlp + "gate.weight"),
-        linear_bias=get_optional(mlp + "gate.bias"),
-        down=get(mlp + "proj.weight"),
-        down_bias=get_optional(mlp + "proj.bias"),
+        gate_proj=get(mlp + "fc.weight"),
+        gate_proj_bias=get_optional(mlp + "fc.bias"),
+        up_proj=get(mlp + "gate.weight"),
+        up_proj_bias=get_optional(mlp + "gate.bias"),
+        down_proj=get(mlp + "proj.weight"),
+        down_proj_bias=get_optional(mlp + "proj.bias"),
     )
 
 
 def _head(get_optional: _GetOptional, embedding: Tensor) -> Tensor:
-    """A tied head is stored twice; using one of the two halves what a step touches and what memory holds."""
+    """A tied head is stored twice; using one copy halves what a step reads and what is kept in memory."""
     head = get_optional("lm_head.weight")
     if head is None or torch.equal(head, embedding):
         return embedding

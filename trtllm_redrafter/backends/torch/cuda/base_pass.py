@@ -52,7 +52,7 @@ def unsupported(config: CheckpointConfig, weights: ModelWeights) -> str | None:
         return "they compute in bfloat16 and float16"
     if config.head_size not in (64, 128, 256):
         return f"the head size is {config.head_size}, not 64, 128 or 256"
-    if any(layer.activated_bias is not None or layer.linear_bias is not None for layer in weights.layers):
+    if any(layer.gate_proj_bias is not None or layer.up_proj_bias is not None for layer in weights.layers):
         return "the MLP has biases"
     if config.hidden_size % 8 or config.intermediate_size % 8:
         return "hidden and intermediate size are no multiples of 8"
@@ -73,8 +73,8 @@ class _Products:
         return cls(
             Linear(layer.qkv, "partial", multiprocessors),
             Linear(layer.dense, "partial", multiprocessors),
-            Linear(torch.cat([layer.activated, layer.linear]), "gated", multiprocessors),
-            Linear(layer.down, "partial", multiprocessors),
+            Linear(torch.cat([layer.gate_proj, layer.up_proj]), "gated", multiprocessors),
+            Linear(layer.down_proj, "partial", multiprocessors),
         )
 
     @property
@@ -84,7 +84,7 @@ class _Products:
 
 def _without_matrices(layer: LayerWeights) -> LayerWeights:
     nothing = layer.input_norm.new_empty(0)
-    return replace(layer, qkv=nothing, dense=nothing, activated=nothing, linear=nothing, down=nothing)
+    return replace(layer, qkv=nothing, dense=nothing, gate_proj=nothing, up_proj=nothing, down_proj=nothing)
 
 
 class BasePass:
@@ -141,7 +141,7 @@ class BasePass:
             self._norm(rows, layer.post_norm, splits=its.dense.splits, bias=layer.dense_bias)
             its.gated(self.hidden, rows, self._gated)
             its.down(self._gated, rows, self._partial)
-            self._norm(rows, following[index], splits=its.down.splits, bias=layer.down_bias)
+            self._norm(rows, following[index], splits=its.down.splits, bias=layer.down_proj_bias)
 
     def launch_head(self, hidden: Tensor, rows: int) -> None:
         """Queue `logits` and `best` of hidden [>= rows, H]."""

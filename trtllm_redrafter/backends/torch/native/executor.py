@@ -95,9 +95,9 @@ class NativeExecutor:
         return LayerArguments(
             qkv=packer.matrix(layer.qkv),
             dense=packer.matrix(layer.dense),
-            gate=packer.matrix(layer.activated),
-            up=packer.matrix(layer.linear),
-            down=packer.matrix(layer.down),
+            gate=packer.matrix(layer.gate_proj),
+            up=packer.matrix(layer.up_proj),
+            down=packer.matrix(layer.down_proj),
             input_norm=packer.vector(layer.input_norm),
             post_norm=packer.vector(layer.post_norm),
             q_norm=packer.vector(layer.q_norm),

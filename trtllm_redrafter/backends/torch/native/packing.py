@@ -22,7 +22,7 @@ def unsupported_reason(config: CheckpointConfig, weights: ModelWeights) -> str |
     reference = weights.embedding
     if reference.device.type != "cpu" or reference.dtype != torch.bfloat16:
         return f"the kernels compute bfloat16 on a CPU, not {reference.dtype} on {reference.device}"
-    if any(layer.activated_bias is not None or layer.down_bias is not None for layer in weights.layers):
+    if any(layer.gate_proj_bias is not None or layer.down_proj_bias is not None for layer in weights.layers):
         return "the kernels have no MLP biases"
     sizes = (config.hidden_size, config.head_size, config.intermediate_size)
     if any(size % LANES for size in sizes):
@@ -37,8 +37,8 @@ def check_shapes(config: CheckpointConfig, weights: ModelWeights) -> None:
     wide = heads + 2 * config.num_key_value_heads * size
     shapes = {
         "input_norm": (hidden,), "qkv": (wide, hidden), "qkv_bias": (wide,), "q_norm": (size,), "k_norm": (size,),
-        "dense": (hidden, heads), "dense_bias": (hidden,), "post_norm": (hidden,), "activated": (inner, hidden),
-        "linear": (inner, hidden), "down": (hidden, inner),
+        "dense": (hidden, heads), "dense_bias": (hidden,), "post_norm": (hidden,), "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden), "down_proj": (hidden, inner),
     }  # fmt: skip
     ends = {"embedding": (config.vocab_size, hidden), "head": (config.vocab_size, hidden), "final_norm": (hidden,)}
     found = [(name, getattr(weights, name), shape) for name, shape in ends.items()]
