@@ -27,7 +27,7 @@ from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
 from trtllm_redrafter.redrafter.sampling import SamplingSettings, draw, uniform
 from trtllm_redrafter.redrafter.token_tree import TokenTree, build_tree
-from trtllm_redrafter.redrafter.verification import Step, Verdict, exact, node_uniforms
+from trtllm_redrafter.redrafter.verification import Step, VerifyOutput, exact, node_uniforms
 
 VOCAB, HIDDEN = 10, 16
 SHAPE = DraftShape(num_beams=3, draft_len=3)
@@ -61,7 +61,7 @@ class ToyBase:
         return torch.stack(states)
 
 
-def show(tree: TokenTree, verdict: Verdict) -> None:
+def show(tree: TokenTree, verdict: VerifyOutput) -> None:
     """The tree, accepted nodes marked."""
     tokens, parents, depths = tree.tokens[0].tolist(), tree.parents[0].tolist(), tree.depths[0].tolist()
     accepted = set(verdict.path[0].tolist())

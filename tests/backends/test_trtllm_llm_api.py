@@ -76,7 +76,10 @@ def test_end_tokens(host: Host, checkpoints: Path, tmp_path: Path) -> None:
     (ended,) = both(engine, (start,))
     assert ended.token_ids[-1] == 2 and ended.finish_reason is FinishReason.STOP
     other = expected((50,), 6, end=-1)[-1]
-    (engine / "tokenizer" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, other]}))
+    models = Path(shutil.copytree(checkpoints, tmp_path / "models"))
+    (models / "tokenizer" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, other]}))
+    (tmp_path / "again").mkdir()
+    engine = build(models, tmp_path / "again")
     (stopped,) = both(engine, (50,))
     assert stopped.token_ids == expected((50,), 6, end=-1) and stopped.finish_reason is FinishReason.STOP
     (whole,) = both(engine, (50,), ignore_eos=True)

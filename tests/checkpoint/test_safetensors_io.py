@@ -23,6 +23,7 @@ from trtllm_redrafter.checkpoint.safetensors_io import (
     tensor_bytes,
 )
 from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.scratch import own_name, partial_stem
 
 
 def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
@@ -166,6 +167,13 @@ def test_written_files_are_the_librarys_and_follow_the_umask(tmp_path: Path) -> 
     }
     assert (tmp_path / "ours").stat().st_mode & 0o777 == 0o664
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+def test_what_a_kill_left_while_tensors_were_written_goes(tmp_path: Path) -> None:
+    left = tmp_path / own_name(partial_stem(tmp_path / "state"))
+    left.write_bytes(b"half")
+    save_tensors(tmp_path / "state", {"a": torch.zeros(2)})
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
 
 
 def test_a_file_that_is_replaced_while_it_is_mapped(tmp_path: Path) -> None:

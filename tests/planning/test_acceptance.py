@@ -150,7 +150,7 @@ def test_plan_says_how_the_measurement_differs(program: Program, tmp_path: Path)
     assert "measured on Qwen2.5-7B-Instruct, before quantization" in program.out
 
 
-@pytest.mark.parametrize("value", ["0.5", "true", "[2]", "''", ".inf", ".nan"])
+@pytest.mark.parametrize("value", ["0.5", "true", "[2]", "''", ".inf", ".nan", "1" + "0" * 400])
 def test_anything_else_is_refused(program: Program, value: str) -> None:
     assert program("plan", CONFIGS / "llama-3.1-8b.yaml", "--set", f"plan.acceptance_length={value}") == 2
     assert "tokens per step, at least 1, or the path of a report of `evaluate`" in program.err

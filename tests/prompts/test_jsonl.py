@@ -109,3 +109,8 @@ def test_written_lines_are_read_again_and_nobody_breaks_them() -> None:
     assert len(line.splitlines()) == 1 and "é 😀" in line
     line.encode()
     assert not any(c in line for c in "\x1b\x9b\u202e\x85\u2028")
+
+
+def test_numbers_that_json_does_not_have_are_null() -> None:
+    value = {"a": float("nan"), "b": [1.5, float("inf")], "c": (float("-inf"), {"d": 2})}
+    assert json.loads(dump_line(value)) == {"a": None, "b": [1.5, None], "c": [None, {"d": 2}]}

@@ -70,6 +70,7 @@ def test_tool_calls_go_without_content_and_their_arguments_are_objects() -> None
         ({"prompt": "a\ud83d"}, "half a surrogate pair, .ud83d"),
         ({"prompt": "a", "chat_template_kwargs": {"messages": []}}, "the program sets it"),
         ({"prompt": "a", "chat_template_kwargs": [1]}, "not an object of named values"),
+        ({"prompt": "a", "chat_template_kwargs": {"x": [{"y": 0, 2: 0}]}}, "a key that is no text"),
         ({"messages": [USER], "tools": "f"}, "`tools` is not a list"),
     ],
 )

@@ -189,3 +189,24 @@ def test_another_tokenizer_than_the_bases_is_said(base: Path, tmp_path: Path) ->
     ]
     assert ["is not the tokenizer the base model came with" in plan.render() for plan in plans] == [False, True]
     assert "end tokens 2" in plans[0].render()
+
+
+def test_a_file_that_joined_the_tokenizer_is_not_loaded(base: Path, tmp_path: Path) -> None:
+    """transformers would read it because of its name; notes of people are not in its way."""
+    api.convert(base, tmp_path / "checkpoint")
+    api.build(tmp_path / "checkpoint", tmp_path / "engine", max_seq_len=64)
+    (tmp_path / "engine" / "tokenizer" / "NOTES.md").write_text("ours")
+    api.load_engine(tmp_path / "engine").close()
+    for folder in ("checkpoint", "engine"):
+        (tmp_path / folder / "tokenizer" / "added_tokens.json").write_text("{}")
+    with pytest.raises(InputError, match="unknown file of the tokenizer"):
+        api.load_engine(tmp_path / "engine")
+    with pytest.raises(InputError, match="unknown file of the tokenizer"):
+        api.build(tmp_path / "checkpoint", tmp_path / "again", max_seq_len=64)
+
+
+def test_inspect_shows_the_recorded_end_tokens_everywhere(base: Path, tmp_path: Path) -> None:
+    api.convert(base, tmp_path / "checkpoint")
+    api.build(tmp_path / "checkpoint", tmp_path / "engine", max_seq_len=64)
+    shown = [inspect(path).facts["eos_token_ids"] for path in (base, tmp_path / "checkpoint", tmp_path / "engine")]
+    assert shown[0] and shown == [shown[0]] * 3

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtllm_redrafter.backends.base import BuildOptions
-from trtllm_redrafter.base_models.end_tokens import RECORDED
 from trtllm_redrafter.base_models.text_side import text_side
 from trtllm_redrafter.base_models.tokenizer import has_tokenizer, tokenizer_files, tokenizer_sha256
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
@@ -54,7 +53,7 @@ def build_text(options: BuildOptions, config: CheckpointConfig, manifest: Manife
         problems = manifest.check_tokenizer(options.checkpoint)
         raise_together(InputError, problems, "the checkpoint's tokenizer is damaged", where=options.checkpoint)
     remedy = "pass the tokenizer of this model with --tokenizer" if given else "pass another one with --tokenizer"
-    recorded = () if manifest is None else manifest.derived.get(RECORDED, ())
+    recorded = () if manifest is None else manifest.end_tokens
     text = text_side(source, vocab_size=config.vocab_size, remedy=remedy, recorded=recorded)
     notes = list(text.notes)
     known = None if manifest is None else manifest.derived.get("tokenizer_sha256")

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from trtllm_redrafter.base_models.end_tokens import RECORDED
 from trtllm_redrafter.checkpoint.validation import Schema, validated
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.fsio import CREATOR, read_json, safe_join, sample_sha256, sha256_file, write_json
@@ -169,6 +170,11 @@ class Manifest:
             found.append(Problem("the manifest has been changed since it was written", str(directory / MANIFEST),
                                  f"its content is not that of its own {OWN_HASH}", remedy))  # fmt: skip
         return [problem for problem in found if problem is not None]
+
+    @property
+    def end_tokens(self) -> object:
+        """The end tokens that are recorded, as they stand in the file; () where none are."""
+        return self.derived.get(RECORDED, ())
 
     def check_tokenizer(self, directory: Path) -> list[Problem]:
         """Files of the tokenizer that are not what was written, those included that were not written at all.

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trtllm_redrafter.base_models.end_tokens import RECORDED
+from trtllm_redrafter.base_models.end_tokens import end_tokens
 from trtllm_redrafter.base_models.families import tensor_sources
 from trtllm_redrafter.base_models.hf_model import HFModel
 from trtllm_redrafter.base_models.text_side import text_side
@@ -164,8 +164,8 @@ def _from_checkpoint(options: ConvertOptions, files: OpenFiles) -> Base:
 
 def _recorded(checkpoint: Checkpoint) -> tuple[int, ...]:
     """End tokens that an earlier conversion kept."""
-    found = None if checkpoint.manifest is None else checkpoint.manifest.derived.get(RECORDED)
-    return tuple(found) if isinstance(found, list) else ()
+    found = () if checkpoint.manifest is None else checkpoint.manifest.end_tokens
+    return end_tokens(None, None, vocab_size=checkpoint.config.vocab_size, recorded=found).ids
 
 
 def _checkpoint_problems(checkpoint: Checkpoint, options: ConvertOptions) -> list[Problem]:

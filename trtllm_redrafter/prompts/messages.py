@@ -154,10 +154,20 @@ def check_template_kwargs(values: Any) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) and key.isidentifier() for key in values):
         remedy = 'write {"enable_thinking": false}'
         raise InputError("`chat_template_kwargs` is not an object of named values", remedy=remedy)
+    if not _keys_are_texts(values):
+        what = "`chat_template_kwargs` has an object with a key that is no text"
+        raise InputError(what, why="as JSON has it, every key is one", remedy="put the key into quotes")
     for key in RESERVED_KWARGS:
         if key in values:
             raise InputError(f"`chat_template_kwargs` has {key!r}", why="the program sets it", remedy="leave it out")
     return dict(values)
+
+
+def _keys_are_texts(value: Any) -> bool:
+    """YAML and Python have other keys; results and fingerprints are JSON."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) for key in value) and all(map(_keys_are_texts, value.values()))
+    return all(map(_keys_are_texts, value)) if isinstance(value, (list, tuple)) else True
 
 
 def check_characters(values: Mapping[str, Any]) -> None:

@@ -107,7 +107,7 @@ def inspect(path: Path) -> Inspection:
     kind, names, weights = _recognise(path, config)
     facts = {name: config[name] for name in names if config.get(name) is not None}
     manifest = Manifest.find(path)
-    facts |= _end_tokens(path, config)
+    facts |= _end_tokens(path, config, manifest)
     notes = [] if manifest is not None or "Hugging Face" in kind else [f"no {MANIFEST}: another program wrote this"]
     files = sorted(weights.glob("*.safetensors"))
     if kind == "drafter" and not files:
@@ -116,12 +116,14 @@ def inspect(path: Path) -> Inspection:
     return Inspection(path, kind, facts, rows, _provenance(manifest, config), tuple(notes))
 
 
-def _end_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The end tokens of a model or an engine, which keep them elsewhere than in config.json."""
+def _end_tokens(path: Path, config: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
+    """The end tokens of a model, checkpoint or engine, which keep them elsewhere than in config.json."""
     from trtllm_redrafter.base_models.end_tokens import RECORDED
 
     if "pretrained_config" in config and (path / _TENSORRT_NOTES).is_file():
         return {RECORDED: read_json(path / _TENSORRT_NOTES).get(RECORDED, [])}
+    if "architecture" in config:
+        return {} if manifest is None else {RECORDED: manifest.end_tokens}
     if not {"architectures", "model_type"} & set(config) or type(config.get("vocab_size")) is not int:
         return {}
     from trtllm_redrafter.base_models.text_side import text_side

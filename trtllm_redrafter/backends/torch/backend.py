@@ -38,7 +38,6 @@ from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import ModelWeights, load_weights
-from trtllm_redrafter.base_models.end_tokens import RECORDED
 from trtllm_redrafter.base_models.tokenizer import tokenizer_files
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.draft_vocab import DRAFT_VOCAB_FILE
@@ -193,7 +192,7 @@ def _check_unchanged(checkpoint: Checkpoint, engine: Manifest) -> None:
 
 def _recorded(checkpoint: Checkpoint) -> object:
     """End tokens that the checkpoint's manifest keeps; engines of earlier versions have no list of their own."""
-    return () if checkpoint.manifest is None else checkpoint.manifest.derived.get(RECORDED, ())
+    return () if checkpoint.manifest is None else checkpoint.manifest.end_tokens
 
 
 def _read_engine(engine: Path, verify_hashes: bool) -> TorchEngineConfig:
