@@ -18,9 +18,6 @@ from typing import Any
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import read_json
 
-RECORDED = "eos_token_ids"
-"""The key under which manifests of checkpoints and configs of engines keep the set."""
-
 _FILES = ("generation_config.json", "config.json")
 _KEY = "eos_token_id"
 

@@ -23,7 +23,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from trtllm_redrafter.base_models.end_tokens import RECORDED
 from trtllm_redrafter.checkpoint.validation import Schema, validated
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.fsio import CREATOR, read_json, safe_join, sample_sha256, sha256_file, write_json
@@ -36,6 +35,9 @@ TOKENIZER_DIRECTORY = "tokenizer"
 """Of a checkpoint or an engine: what reads its texts."""
 
 _TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+RECORDED = "eos_token_ids"
+"""The key under which manifests of checkpoints and configs of engines keep the tokens that end a text."""
+
 DRAFTER_WEIGHTS = "model.safetensors"
 """The file of a drafter directory whose content is its identity."""
 

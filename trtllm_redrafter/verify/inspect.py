@@ -118,7 +118,7 @@ def inspect(path: Path) -> Inspection:
 
 def _end_tokens(path: Path, config: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
     """The end tokens of a model, checkpoint or engine, which keep them elsewhere than in config.json."""
-    from trtllm_redrafter.base_models.end_tokens import RECORDED
+    from trtllm_redrafter.checkpoint.manifest import RECORDED
 
     if "pretrained_config" in config and (path / _TENSORRT_NOTES).is_file():
         return {RECORDED: read_json(path / _TENSORRT_NOTES).get(RECORDED, [])}
