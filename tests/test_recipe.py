@@ -44,7 +44,7 @@ def message(call: object, *args: object) -> str:
 def test_defaults_are_valid_and_every_key_has_a_description() -> None:
     resolved = resolve([])
     assert resolved.recipe == Recipe()
-    assert all(keys().values())
+    assert all(field.description for field in keys().values())
     assert all(origin.kind == "default" for origin in resolved.origins.values())
 
 

@@ -12,16 +12,60 @@ from typer.testing import CliRunner
 
 from tests.cli.tiny import Program
 from trtllm_redrafter.cli import app
+from trtllm_redrafter.cli.options import flag
+from trtllm_redrafter.settings.schema import RunSection, keys
 
-COMMANDS = ("convert", "build", "run", "pipeline", "inspect", "verify")
+COMMANDS = (
+    "convert",
+    "build",
+    "run",
+    "pipeline",
+    "inspect",
+    "verify",
+    "plan",
+    "doctor",
+    "train",
+    "evaluate",
+    "bench",
+    "tune",
+)
+
+
+def help_of(*command: str) -> str:
+    """On a terminal of 80 columns."""
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, [*command, "--help"])
+    assert result.exit_code == 0 and all(len(line) <= 80 for line in result.output.splitlines())
+    return result.output
 
 
 def test_help_of_everything() -> None:
-    text = CliRunner().invoke(app, ["--help"]).output
-    assert all(command in text for command in COMMANDS)
+    text = help_of()
+    assert all(f"\n  {command} " in text for command in COMMANDS)
     for command in COMMANDS:
-        result = CliRunner().invoke(app, [command, "--help"])
-        assert result.exit_code == 0 and "--json" in result.output
+        text = help_of(command)
+        assert "--json" in text and "…" not in text  # no name is cut off
+
+
+def test_flags_are_declared_by_the_schema() -> None:
+    text = " ".join(help_of("run").split())
+    for key, field in RunSection.model_fields.items():
+        assert f"run.{key}" in keys() and " ".join(str(field.description).split()) in text, key
+    for part in ("--top-k <int>", "--api executor|llm", "--draft / --no-draft", "--stop-token-id <list[int]>",
+                 "--max-tokens <int> tokens to write per prompt (default: 128)",
+                 "--engine <path> engine directory (required)", "--chat-template-kwargs KEY=JSON"):  # fmt: skip
+        assert part in text, part
+
+
+def test_a_switch_is_named_as_it_was_given() -> None:
+    for row, value, name in (
+        (flag("run.chat"), True, "--chat"),
+        (flag("run.chat"), False, "--no-chat"),
+        (flag("convert.greedy", "--greedy/--sampling"), False, "--sampling"),
+        (flag("run.top_k"), 0, "--top-k"),
+    ):
+        assert row.given(value) == (name, value)
+    assert flag("run.stop").given([]) == ("--stop", None)
+    assert flag("chat_template_kwargs").given(["thinking=false"])[1] == {"thinking": False}
 
 
 def test_help_does_not_import_torch() -> None:

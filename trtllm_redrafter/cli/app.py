@@ -38,11 +38,12 @@ app = typer.Typer(
     name=PROGRAM,
     help="ReDrafter speculative decoding with TensorRT-LLM, and anywhere with PyTorch.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # its tables cut the names of flags off at 80 columns
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 for command in (convert, build, run, pipeline, inspect, verify, plan, doctor, train, evaluate, bench, tune):
-    app.command()(command)
+    app.command(short_help=(command.__doc__ or "").partition("\n")[0])(command)
 
 
 def _show_version(value: bool) -> None:

@@ -9,14 +9,21 @@ from typing import Annotated
 import typer
 
 from trtllm_redrafter.cli.console import INTERRUPTED, emit, note, progress_bar, say
-from trtllm_redrafter.cli.options import Changes, Json, Overwrite, TemplateKwargs, setting, template_flag
+from trtllm_redrafter.cli.options import Json, Overwrite, flag, flags, with_settings
 from trtllm_redrafter.errors import UsageError
-from trtllm_redrafter.settings import Resolved
+from trtllm_redrafter.settings import Layer, Resolved, resolve
 
 COMPARE = "compare"
 
 
+@with_settings(
+    *flags("bench", "prompts", "limit", "batch", "max_tokens", "repeats"),
+    *flags("run", "num_beams", "draft_len", "device"),
+    *flags("bench", "report", "tolerance"),
+    flag("chat_template_kwargs"),
+)
 def bench(
+    given: list[Layer],
     target: Annotated[
         list[str],
         typer.Argument(
@@ -26,51 +33,22 @@ def bench(
     baseline: Annotated[
         Path | None, typer.Option("--baseline", help="Engine for autoregression. (default: the same, not drafting)")
     ] = None,
-    prompts: Annotated[Path | None, setting("bench.prompts", "--prompts")] = None,
     spec_bench: Annotated[
         Path | None, typer.Option("--spec-bench", metavar="FILE", help="Spec-Bench's questions, by its protocol.")
     ] = None,
-    limit: Annotated[int | None, setting("bench.limit", "--limit")] = None,
-    batch: Annotated[str | None, setting("bench.batch", "--batch")] = None,
-    max_tokens: Annotated[int | None, setting("bench.max_tokens", "--max-tokens")] = None,
-    repeats: Annotated[int | None, setting("bench.repeats", "--repeats")] = None,
-    num_beams: Annotated[int | None, setting("run.num_beams", "--num-beams")] = None,
-    draft_len: Annotated[int | None, setting("run.draft_len", "--draft-len")] = None,
-    device: Annotated[str | None, setting("run.device", "--device")] = None,
-    report: Annotated[Path | None, setting("bench.report", "--report")] = None,
-    tolerance: Annotated[float | None, setting("bench.tolerance", "--tolerance")] = None,
-    chat_template_kwargs: TemplateKwargs = None,
-    changes: Changes = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Measure whether drafting pays, or compare measurements (`bench compare A.json B.json`)."""
     from trtllm_redrafter.run.benchmark_options import bench_options, spec_bench_layer, target_layers
-    from trtllm_redrafter.settings import flag_layers, resolve, set_layer
 
-    given = flag_layers(
-        {
-            "bench.prompts": ("--prompts", prompts),
-            "bench.limit": ("--limit", limit),
-            "bench.batch": ("--batch", batch),
-            "bench.max_tokens": ("--max-tokens", max_tokens),
-            "bench.repeats": ("--repeats", repeats),
-            "run.num_beams": ("--num-beams", num_beams),
-            "run.draft_len": ("--draft-len", draft_len),
-            "run.device": ("--device", device),
-            **template_flag(chat_template_kwargs),
-            "bench.report": ("--report", report),
-            "bench.tolerance": ("--tolerance", tolerance),
-        }
-    )
-    layers = [*([set_layer(changes)] if changes else []), *given]
     if target[0] == COMPARE:
-        _compare([Path(t) for t in target[1:]], resolve(layers), as_json=as_json)
+        _compare([Path(t) for t in target[1:]], resolve(given), as_json=as_json)
         return
     if len(target) != 1:
         raise UsageError(f"{len(target)} engines are given", remedy="pass one, and another with --baseline")
     below = [spec_bench_layer(spec_bench)] if spec_bench is not None else []
-    resolved = resolve([*target_layers(Path(target[0])), *below, *layers])
+    resolved = resolve([*target_layers(Path(target[0])), *below, *given])
     options = bench_options(
         resolved, name=Path(target[0]).stem, baseline=baseline, overwrite=overwrite, command=_command()
     )

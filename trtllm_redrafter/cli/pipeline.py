@@ -8,26 +8,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trtllm_redrafter.cli.console import emit, note, progress_bar, say
-from trtllm_redrafter.cli.options import DryRun, Json
+from trtllm_redrafter.cli.options import DryRun, Json, with_settings
+from trtllm_redrafter.settings import Layer, file_layers, resolve
 
 if TYPE_CHECKING:
     from trtllm_redrafter.cli.run_prompts import RunReport
     from trtllm_redrafter.run.stages import PipelinePlan, StagePlan
 
 
+@with_settings()
 def pipeline(
+    given: list[Layer],
     recipe: Annotated[Path, typer.Argument(help="YAML recipe, as configs/smollm2-demo.yaml.")],
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")
-    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Convert, build and run as a recipe says, skipping stages whose inputs and options are unchanged."""
     from trtllm_redrafter.run.stages import plan_pipeline
-    from trtllm_redrafter.settings import file_layers, resolve, set_layer
 
-    resolved = resolve([*file_layers(recipe), *([set_layer(changes)] if changes else [])])
+    resolved = resolve([*file_layers(recipe), *given])
     plan = plan_pipeline(resolved, name=recipe.stem)
     if dry_run:
         say(plan.render())

@@ -8,19 +8,20 @@ from typing import Annotated
 import typer
 
 from trtllm_redrafter.cli.console import emit, say
-from trtllm_redrafter.cli.options import Changes, Json
+from trtllm_redrafter.cli.options import Json, with_settings
+from trtllm_redrafter.settings import Layer, file_layers, resolve
 
 
+@with_settings()
 def plan(
+    given: list[Layer],
     recipe: Annotated[Path, typer.Argument(help="YAML recipe, as configs/llama-3.1-8b.yaml.")],
-    changes: Changes = None,
     as_json: Json = False,
 ) -> None:
     """Show flags, memory and step times of a recipe on its GPU; needs no GPU and no weights."""
     from trtllm_redrafter.run.hardware_plan import plan_recipe
-    from trtllm_redrafter.settings import file_layers, resolve, set_layer
 
-    resolved = resolve([*file_layers(recipe), *([set_layer(changes)] if changes else [])])
+    resolved = resolve([*file_layers(recipe), *given])
     report = plan_recipe(resolved, name=recipe.stem)
     say(report.render())
     if as_json:

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from trtllm_redrafter.cli.console import emit, progress_bar, say
-from trtllm_redrafter.cli.options import Changes, Json, Overwrite, TemplateKwargs, from_flags, setting, template_flag
+from trtllm_redrafter.cli.options import Json, Overwrite, flag, flags, with_settings
+from trtllm_redrafter.settings import Layer, resolve
 
 
+@with_settings(
+    flag("base", required=True),
+    flag("drafter", "--output", required=True),
+    *flags(
+        "train", "data", "prompts", "work_dir", "draft_len", "num_layers", "exit_dim", "rnn", "head", "epochs",
+        "max_steps", "learning_rate", "device",
+    ),
+    flag("chat_template_kwargs"),
+)  # fmt: skip
 def train(
-    base: Annotated[Path | None, setting("base", "--base", required=True)] = None,
-    output: Annotated[Path | None, typer.Option("--output", help="directory for the drafter (required)")] = None,
-    data: Annotated[Path | None, setting("train.data", "--data")] = None,
-    prompts: Annotated[Path | None, setting("train.prompts", "--prompts")] = None,
-    work_dir: Annotated[Path | None, setting("train.work_dir", "--work-dir")] = None,
-    draft_len: Annotated[int | None, setting("train.draft_len", "--draft-len")] = None,
-    num_layers: Annotated[int | None, setting("train.num_layers", "--num-layers")] = None,
-    exit_dim: Annotated[int | None, setting("train.exit_dim", "--exit-dim")] = None,
-    rnn: Annotated[bool | None, setting("train.rnn", "--rnn/--no-rnn")] = None,
-    head: Annotated[str | None, setting("train.head", "--head", metavar="full|tied|factor")] = None,
-    epochs: Annotated[float | None, setting("train.epochs", "--epochs")] = None,
-    max_steps: Annotated[int | None, setting("train.max_steps", "--max-steps")] = None,
-    learning_rate: Annotated[float | None, setting("train.learning_rate", "--learning-rate")] = None,
-    device: Annotated[str | None, setting("train.device", "--device")] = None,
-    chat_template_kwargs: TemplateKwargs = None,
-    changes: Changes = None,
+    given: list[Layer],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last save in --work-dir.")] = False,
     plan_only: Annotated[
         bool, typer.Option("--plan", help="Show sizes, settings and where they come from; write nothing.")
@@ -42,26 +36,7 @@ def train(
     from trtllm_redrafter.training.engine_writer import answer_writer
     from trtllm_redrafter.training.execute import work_lock
 
-    resolved = from_flags(
-        {
-            "base": ("--base", base),
-            "drafter": ("--output", output),
-            "train.data": ("--data", data),
-            "train.prompts": ("--prompts", prompts),
-            "train.work_dir": ("--work-dir", work_dir),
-            "train.draft_len": ("--draft-len", draft_len),
-            "train.num_layers": ("--num-layers", num_layers),
-            "train.exit_dim": ("--exit-dim", exit_dim),
-            "train.rnn": ("--rnn/--no-rnn", rnn),
-            "train.head": ("--head", head),
-            "train.epochs": ("--epochs", epochs),
-            "train.max_steps": ("--max-steps", max_steps),
-            "train.learning_rate": ("--learning-rate", learning_rate),
-            "train.device": ("--device", device),
-            **template_flag(chat_template_kwargs),
-        },
-        changes,
-    )
+    resolved = resolve(given)
     plan = plan_training(train_options(resolved, resume=resume, overwrite=overwrite))
     if plan_only:
         say(resolved.render("", "train") + "\n\n" + plan.render())

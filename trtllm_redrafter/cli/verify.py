@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trtllm_redrafter.cli.console import emit, note, progress_bar, say, working
-from trtllm_redrafter.cli.options import Json, from_flags, setting
+from trtllm_redrafter.cli.options import Json, flag, with_settings
 from trtllm_redrafter.errors import VerificationError
+from trtllm_redrafter.settings import Layer, resolve
 
 if TYPE_CHECKING:
     from trtllm_redrafter.verify.files import VerifyReport
 
 
+@with_settings(flag("run.max_tokens"))
 def verify(
+    given: list[Layer],
     path: Annotated[Path, typer.Argument(help="Checkpoint or engine directory.")],
     against: Annotated[
         Path | None,
@@ -37,7 +40,6 @@ def verify(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", help="Text for --reference; repeatable. (default: four of ours)")
     ] = None,
-    max_tokens: Annotated[int | None, setting("run.max_tokens", "--max-tokens")] = None,
     min_acceptance: Annotated[
         float | None, typer.Option("--min-acceptance", help="With --reference: fail below this many tokens per step.")
     ] = None,
@@ -49,7 +51,7 @@ def verify(
     checkpoint's, as far as the engine shows them.
     """
     if reference is not None:
-        run = from_flags({"run.max_tokens": ("--max-tokens", max_tokens)}).recipe.run
+        run = resolve(given).recipe.run
         _gate(path, reference, tuple(prompt or ()), run.max_tokens, min_acceptance, device=run.device, as_json=as_json)
         return
     from trtllm_redrafter.verify.weights import verify as run_checks

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic.fields import FieldInfo
 
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.prompts.messages import check_template_kwargs
@@ -99,7 +100,7 @@ class RunSection(Section):
     skip_special_tokens: bool = Field(default=True, description="leave special tokens out of the text")
     num_beams: Positive | None = Field(default=None, description="beams drafted per step; derived: the engine's")
     draft_len: Positive | None = Field(default=None, description="tokens drafted per beam; derived: the engine's")
-    draft: bool = Field(default=True, description="false: decode without the drafter")
+    draft: bool = Field(default=True, description="decode with the engine's drafter")
     device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
 
 
@@ -137,8 +138,8 @@ class TensorRTSection(Section):
     multi_block_mode: bool = Field(default=True, description="split long contexts over more of the GPU")
     api: Literal["executor", "llm"] | None = Field(
         default=None,
-        description="interface that runs a TensorRT engine, executor or llm (LLM API); derived: what it was built "
-        "with, at first executor",
+        description="interface that runs a TensorRT engine (llm: the LLM API); derived: the one it was built for, at "
+        "first executor",
     )
 
 
@@ -177,7 +178,7 @@ class Recipe(Section):
     """The whole of it. `checkpoint` and `engine` are the directories between the stages."""
 
     base: Directory | None = Field(default=None, description="Hugging Face directory of the base model")
-    drafter: Directory | None = Field(default=None, description="directory of its ReDrafter head; none: no drafting")
+    drafter: Directory | None = Field(default=None, description="directory of the ReDrafter head; none: no drafting")
     backend: Literal["torch", "tensorrt-llm"] = Field(
         default="torch", description="what builds and executes the engine"
     )
@@ -189,7 +190,7 @@ class Recipe(Section):
     )
     engine: Directory | None = Field(default=None, description="engine directory; derived: <work_dir>/engine")
     chat_template_kwargs: TemplateKwargs = Field(
-        default={}, description="further arguments of the chat template, as enable_thinking: false"
+        default={}, description="arguments of the chat template, as enable_thinking=false"
     )
     convert: ConvertSection = ConvertSection()
     build: BuildSection = BuildSection()
@@ -202,25 +203,17 @@ class Recipe(Section):
     tune: TuneSection = TuneSection()
 
 
-def keys() -> dict[str, str]:
-    """Every dotted key and its description, in the schema's order."""
+SECTIONS: dict[str, type[Section]] = {
+    name: type(field.default) for name, field in Recipe.model_fields.items() if isinstance(field.default, Section)
+}
+
+
+def keys() -> dict[str, FieldInfo]:
+    """Every dotted key and its field (type, default, description), in the schema's order."""
     found = {}
     for name, field in Recipe.model_fields.items():
         if name in SECTIONS:
-            found.update({f"{name}.{k}": f.description or "" for k, f in SECTIONS[name].model_fields.items()})
+            found.update({f"{name}.{key}": inner for key, inner in SECTIONS[name].model_fields.items()})
         else:
-            found[name] = field.description or ""
+            found[name] = field
     return found
-
-
-SECTIONS: dict[str, type[Section]] = {
-    "convert": ConvertSection,
-    "build": BuildSection,
-    "run": RunSection,
-    "tensorrt_llm": TensorRTSection,
-    "plan": PlanSection,
-    "train": TrainSection,
-    "evaluate": EvaluateSection,
-    "bench": BenchSection,
-    "tune": TuneSection,
-}
