@@ -46,3 +46,24 @@ def test_python_versions_agree() -> None:
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
     assert set(jobs["test"]["strategy"]["matrix"]["python"]) <= named
     assert f">={min(named, key=lambda v: int(v.partition('.')[2]))}" == PROJECT["requires-python"]
+
+
+BACKENDS = "trtllm_redrafter/backends/"
+FOLDERS = (
+    "",
+    "trtllm_redrafter/",
+    f"{BACKENDS}tensorrt_llm/",
+    f"{BACKENDS}torch/native/",
+    f"{BACKENDS}torch/cuda/",
+    f"{BACKENDS}torch/native/kernels/",
+)
+THEIRS = ("commands/build.py", "builder.py", "plugin/plugin.py", "models/redrafter/", "llmapi/")
+"""Files of TensorRT-LLM."""
+
+
+def test_what_contributors_are_pointed_to_exists() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = re.findall(r"`([\w./-]+(?:\.(?:py|md|h|cpp|cuh|yml|json|txt|sh)|/))`", text)
+    ours = [path for path in paths if path not in THEIRS and "NAME" not in path]
+    assert len(ours) > 40
+    assert not [path for path in ours if not any((ROOT / folder / path).exists() for folder in FOLDERS)]
