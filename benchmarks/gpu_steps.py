@@ -117,14 +117,14 @@ def measure(config: CheckpointConfig, context: int, batches: list[int]) -> list[
     shape = config.draft_shape
     assert shape is not None
     weights, drafter = random_weights(config), random_drafter(config)
-    room = context + 2 * shape.max_tree_tokens
+    capacity = context + 2 * shape.max_tree_tokens
     rows: list[dict[str, Any]] = []
     for batch in batches:
         slots, bases = list(range(batch)), [context] * batch
         row: dict[str, Any] = {"batch": batch}
-        drafting = GraphLimits(batch, room, max_nodes=shape.max_tree_tokens, max_depth=shape.draft_len)
+        drafting = GraphLimits(batch, capacity, max_nodes=shape.max_tree_tokens, max_depth=shape.draft_len)
         for name, limits, tree in (
-            ("plain", GraphLimits(batch, room, max_nodes=1, max_depth=0), Tree.root(1)),
+            ("plain", GraphLimits(batch, capacity, max_nodes=1, max_depth=0), Tree.root(1)),
             ("plain_padded", drafting, Tree.root(1)),
             ("verify", drafting, full_tree(shape.num_beams, shape.draft_len)),
         ):

@@ -149,7 +149,7 @@ class BatchLlama:
         return self._norm(x, self.norm)
 
     def _prefill(self, prompts: list[list[int]], caches: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
-        """Hidden state of each prompt's last token [B, H], and the number of filler tokens before it [B]."""
+        """Hidden state of each prompt's last token [B, H], and the number of padding tokens before it [B]."""
         fill = torch.tensor([width - len(p) for p in prompts], device=self.device)
         tokens = torch.tensor([[self.end] * (width - len(p)) + p for p in prompts], device=self.device)
         slots = torch.arange(width, device=self.device)
@@ -159,7 +159,7 @@ class BatchLlama:
             position = (slots - fill[row, None]).clamp(min=0)
             real = slots >= fill[row, None]
             mask = (slots.unsqueeze(0) <= slots.unsqueeze(1)) & real.unsqueeze(1)
-            mask = mask | torch.eye(width, dtype=torch.bool, device=self.device)  # filler rows see themselves
+            mask = mask | torch.eye(width, dtype=torch.bool, device=self.device)  # padding rows attend to themselves
             last.append(self._forward(tokens[row], position, mask, caches, 0, row)[:, -1])
         return torch.cat(last), fill
 

@@ -22,7 +22,7 @@ SHAPES: tuple[tuple[int, int, int, int, list[int], bool], ...] = (
 def attention_case(
     batch: int, heads: int, kv_heads: int, size: int, bases: list[int], *, normed: bool, dtype: torch.dtype, device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Our attention and what float32 says, over trees of five nodes; the last one of the second tree is a filler."""
+    """Our attention against float32, over trees of five nodes; the last one of the second tree is padding."""
     from trtllm_redrafter.backends.torch.tree_attention import Heads, TreeRows, attend
 
     torch.manual_seed(4)

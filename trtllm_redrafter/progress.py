@@ -1,7 +1,7 @@
-"""How long operations report what they have done, without knowing who shows it.
+"""How long operations report their progress, without knowing how it is shown.
 
-A room calls `progress("convert", done, total, "bytes")`; the CLI draws a bar, tests collect the calls, and the
-default does nothing.
+They call `progress("convert", done, total, "bytes")`; the CLI draws a bar, tests collect the calls, and the default
+does nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What surrounds CUDA graphs, on the CPU: sizes, packing, spans, fillers, the search, errors.
+"""What surrounds CUDA graphs, on the CPU: sizes, packing, spans, padding, the search, errors.
 
 A stand-in runs the function where a graph would be replayed, and writes into the same outputs. Streams, captures and
 kernels are tested in tests/gpu.
@@ -139,15 +139,15 @@ def test_a_cancelled_request_leaves_the_others_and_its_place(tmp_path: Path) -> 
     assert sorted(found.values()) == sorted(expected)
 
 
-def test_states_and_laws_outlive_the_next_pass(tmp_path: Path) -> None:
+def test_states_and_logits_outlive_the_next_pass(tmp_path: Path) -> None:
     executor = graph_runner(tmp_path).executor
     assert isinstance(executor, GraphExecutor)
     executor.prefill(0, PROMPTS[0])
     one = executor.forward([0], [4], [Tree.root(5)], logits=True)
     assert one.logits is not None
-    kept, laws = one.hidden.clone(), one.logits.clone()
+    hidden, logits = one.hidden.clone(), one.logits.clone()
     executor.forward([0], [4], [Tree.root(9)], logits=True)
-    assert torch.equal(one.hidden, kept) and torch.equal(one.logits, laws) and Replayed.captures == 1
+    assert torch.equal(one.hidden, hidden) and torch.equal(one.logits, logits) and Replayed.captures == 1
 
 
 def test_close_lets_go_of_everything(tmp_path: Path) -> None:

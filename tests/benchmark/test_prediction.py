@@ -14,8 +14,8 @@ from torch import Tensor
 from tests.benchmark.test_report import check_page
 from tests.engines import build_engine, load, make_runner, write_checkpoint
 from trtllm_redrafter.benchmark.prediction import (
-    Check,
     Prediction,
+    PredictionCheck,
     StepCost,
     TextSize,
     frontier,
@@ -95,7 +95,7 @@ def test_frontier_drops_what_is_worse_in_both() -> None:
 
 
 def test_errors_of_a_check() -> None:
-    check = Check(prediction(WIDE, 2.2, 1.0), Estimate(2.0, 1.9, 2.1), 200.0, 2.0)
+    check = PredictionCheck(prediction(WIDE, 2.2, 1.0), Estimate(2.0, 1.9, 2.1), 200.0, 2.0)
     assert check.speedup_error == pytest.approx(0.1)
     assert check.speed_error == pytest.approx(check.prediction.user_tokens_per_second / 200 - 1)
 
@@ -137,14 +137,14 @@ def test_roofline_grows_with_the_tree(tmp_path: Path) -> None:
     assert found[2].drafting > found[0].drafting > found[0].plain > 0
 
 
-def result(target: str, *predictions: Prediction, checks: Sequence[Check] = ()) -> TuneResult:
+def result(target: str, *predictions: Prediction, checks: Sequence[PredictionCheck] = ()) -> TuneResult:
     facts = {"texts": 3, "max_tokens": 101, "written_by": "the engine", "step_cost": "means of 8 steps"}
     return TuneResult(target, predictions, tuple(checks), facts)
 
 
 def test_report_and_recipe() -> None:
     best = prediction(WIDE, 2.4, 1.6)
-    check = Check(best, Estimate(1.45, 1.4, 1.5), 150.0, 2.3)
+    check = PredictionCheck(best, Estimate(1.45, 1.4, 1.5), 150.0, 2.3)
     found = result("this", best, prediction(NARROW, 1.6, 1.2), checks=[check])
     html = render_html(found)
     check_page(html)

@@ -15,7 +15,7 @@ from trtllm_redrafter.benchmark.plots import log_ticks
 from trtllm_redrafter.benchmark.records import BatchRecords, read_result
 from trtllm_redrafter.benchmark.report import draw_plots, render_html, render_markdown, render_text, write_report
 from trtllm_redrafter.benchmark.statistics import Bootstrap
-from trtllm_redrafter.benchmark.summary import MULTI_TURN, Summary, spec_bench_row, summarize
+from trtllm_redrafter.benchmark.summary import MULTI_TURN, BenchSummary, spec_bench_row, summarize
 from trtllm_redrafter.errors import InputError, OutputError
 
 VOID = {"meta", "br", "link", "img", "input", "hr", "path", "use", "rect", "circle", "line"}
@@ -62,12 +62,12 @@ def check_page(html: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def summary() -> Summary:
+def summary() -> BenchSummary:
     made = result(batch_records(1.4, noise=0.05), batch_records(0.8, batch=4, noise=0.05, seed=1))
     return summarize(made, Bootstrap(300, 0.95, 0))
 
 
-def test_html_is_well_formed_and_alone(summary: Summary) -> None:
+def test_html_is_well_formed_and_alone(summary: BenchSummary) -> None:
     html = render_html(summary, draw_plots(summary))
     check_page(html)
     assert "prefers-color-scheme: dark" in html and "width=device-width" in html
@@ -76,7 +76,7 @@ def test_html_is_well_formed_and_alone(summary: Summary) -> None:
     assert not re.search(r"#0[0-9]0[0-9]0[0-9]\b", html)  # every placeholder colour was replaced
 
 
-def test_markdown_and_text_show_the_same_figures(summary: Summary) -> None:
+def test_markdown_and_text_show_the_same_figures(summary: BenchSummary) -> None:
     markdown, text = render_markdown(summary, draw_plots(summary)), render_text(summary)
     speed = f"{summary.batches[0].figures.speedup.value:.2f}"
     assert speed in markdown and speed in text and "no-go" in text and "| kind of prompt |" in markdown
@@ -84,7 +84,7 @@ def test_markdown_and_text_show_the_same_figures(summary: Summary) -> None:
     assert all(line.endswith("|") for line in rows)
 
 
-def test_files_round_trip(summary: Summary, tmp_path: Path) -> None:
+def test_files_round_trip(summary: BenchSummary, tmp_path: Path) -> None:
     folder = tmp_path / "report"
     write_report(summary, folder, overwrite=False)
     names = {f.name for f in folder.iterdir()}
@@ -134,7 +134,7 @@ def test_ticks_of_a_logarithmic_axis(low: float, high: float, ticks: list[float]
     assert log_ticks(low, high) == ticks
 
 
-def test_every_tick_of_the_latencies_has_its_number(summary: Summary) -> None:
+def test_every_tick_of_the_latencies_has_its_number(summary: BenchSummary) -> None:
     svg = next(plot.svg for plot in draw_plots(summary) if plot.name == "latency")
     marks = re.findall(r'id="latency-xtick_\d+"', svg)
     assert marks and len(marks) == len(re.findall(r'id="latency-xtick_\d+">.*?<text', svg, flags=re.S))

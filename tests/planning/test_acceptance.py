@@ -45,18 +45,18 @@ def report(path: Path, **changes: Any) -> Path:
 def test_the_row_of_the_planned_shape_is_taken(tmp_path: Path) -> None:
     path = report(tmp_path / "report.json")
     found = read_acceptance(path, DraftShape(2, 3))
-    assert (found.tokens_per_step, found.low, found.high) == (2.25, 2.15, 2.35)
+    assert (found.acceptance_length, found.low, found.high) == (2.25, 2.15, 2.35)
     assert found.render() == (
         f"acceptance: 2.25 tokens per step, the 2x3 row of {path}: 80 prompts and 9211 tokens, "
         "95 % interval 2.15 to 2.35"
     )
-    assert read_acceptance(tmp_path, DraftShape(5, 5)).tokens_per_step == 2.875  # the folder `--report` wrote
+    assert read_acceptance(tmp_path, DraftShape(5, 5)).acceptance_length == 2.875  # the folder `--report` wrote
 
 
 def test_the_last_line_of_what_evaluate_prints_will_do(tmp_path: Path) -> None:
     path = report(tmp_path / "out.txt")
     path.write_text(f"| beams | walked |\n\n{path.read_text()}\n")
-    assert read_acceptance(path, DraftShape(5, 5)).tokens_per_step == 2.875
+    assert read_acceptance(path, DraftShape(5, 5)).acceptance_length == 2.875
 
 
 def test_a_report_without_interval_and_names_will_do(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_report_without_interval_and_names_will_do(tmp_path: Path) -> None:
         ('{"acceptance": []}', "it has no list `acceptance`"),
         ('{"acceptance": [{"setting": "5x5"}]}', "lacks `setting` or `walk`"),
         ('{"acceptance": [{"setting": "5x5", "walk": true}]}', "lacks `setting` or `walk`"),
-        ('{"acceptance": [{"setting": "5x5", "walk": NaN}]}', "a step of 5x5 emits 1 to 6 tokens"),
+        ('{"acceptance": [{"setting": "5x5", "walk": NaN}]}', "lacks `setting` or `walk`"),
         ('{"acceptance": [{"setting": "5x5", "walk": 6.5}]}', "a step of 5x5 emits 1 to 6 tokens"),
     ],
 )

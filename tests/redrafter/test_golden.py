@@ -60,7 +60,7 @@ def check_tree(tree: TokenTree, base: Tensor, expected: dict[str, Tensor]) -> No
     golden.same(packed.position_ids, expected["position_ids"])
     if len(tree.lengths):
         assert tree.width == expected["mask"].shape[1] == int(expected["lengths"].max())
-    for row, length in enumerate(tree.lengths.tolist()):  # filler is not a fixed value in TensorRT-LLM
+    for row, length in enumerate(tree.lengths.tolist()):  # padding is not a fixed value in TensorRT-LLM
         golden.same(packed.position_offsets[row, :length], expected["offsets"][row, :length])
         golden.same(tree.mask[row, :length, :length], expected["mask"][row, :length, :length])
 

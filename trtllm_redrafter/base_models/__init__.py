@@ -1,6 +1,6 @@
-"""Model families as tables, and Hugging Face directories read through them.
+"""Tables of the model families, and Hugging Face directories read with them.
 
-Imported when first used: a plan needs the tables and configs, not the tensors (and torch) behind `HFModel`.
+Imports are lazy: a plan needs the tables and configs, but not `HFModel`, which imports torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Which tokens end a text: one set, for every command and both backends.
+"""The tokens that end a text: one set for all commands and both backends.
 
-Models say so in up to three places, and often in a different way in each: generation_config.json, config.json and the
-tokenizer. The set is the union, as users of vLLM and transformers' chat pipelines expect. `convert` and `build` record
-it, so that an engine keeps what its base's config.json said.
+Models name them in up to three places, which often differ: generation_config.json, config.json and the tokenizer. The
+set is the union, as users of vLLM and transformers' chat pipelines expect. `convert` and `build` record it, so that an
+engine keeps what its base model's config.json says.
 
     ends = end_tokens(Path("base"), tokenizer, vocab_size=49152)
     ends.ids, ends.notes          # (2, 0), ("... is outside the vocabulary",)
@@ -24,16 +24,16 @@ _KEY = "eos_token_id"
 
 @dataclass(frozen=True)
 class EndTokens:
-    """`ids` in the order found, each once and inside the vocabulary; `notes` name those that are not."""
+    """`ids` in the order found, distinct and inside the vocabulary; `notes` name those outside."""
 
     ids: tuple[int, ...]
     notes: tuple[str, ...]
 
 
 def end_tokens(folder: Path | None, tokenizer: Any, *, vocab_size: int, recorded: object = ()) -> EndTokens:
-    """The end tokens of the model or tokenizer in `folder`, with those that an earlier step recorded.
+    """The end tokens of the model or tokenizer in `folder`, plus those that an earlier step recorded.
 
-    `tokenizer` is transformers', or None. `InputError` for what is no token id at all.
+    `tokenizer` is a transformers tokenizer, or None. `InputError` for values that are no token ids.
     """
     ids: list[int] = []
     notes: list[str] = []

@@ -1,10 +1,10 @@
-"""One table per model family: Hugging Face's tensor names and config fields → the checkpoint's.
+"""Tables that map Hugging Face's tensor names and config fields to the checkpoint's, for all model families.
 
-The code that walks these tables is the same for every family; adding one is adding a row. A pair's right side lists
-the Hugging Face tensors that are stacked by rows, which for qkv is also the order of the joined tensor:
+The code that reads these tables is the same for every family; a new family is a new row. The right-hand side lists the
+Hugging Face tensors that are concatenated by rows, which for qkv is also the order of the joined tensor:
 
     ("attention.qkv.weight", ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"))
-    ("mlp.fc.weight", ("mlp.gate_proj.weight",))      # TensorRT-LLM's fc goes through SiLU: it is Hugging Face's gate
+    ("mlp.fc.weight", ("mlp.gate_proj.weight",))      # the one whose output goes through SiLU
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ HF_LM_HEAD = "lm_head.weight"
 HF_NORM = "model.norm.weight"
 
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
-"""Buffers of old exports; they follow from the config."""
+"""Buffers in old exports; they can be computed from the config."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between the families. `attn_bias` and `mlp_bias` name a config key, or are fixed."""
+    """Differences between families. `attn_bias` and `mlp_bias` are the name of a config key, or fixed."""
 
     name: str
     model_type: str
@@ -50,11 +50,11 @@ class Family:
     attn_bias: str | bool
     mlp_bias: str | bool
     default_head_dim: int | None
-    """Hugging Face's default when `head_dim` is missing; None: hidden_size / heads."""
+    """Hugging Face's default if `head_dim` is missing; None: hidden_size / heads."""
     default_sliding_window: int | None
-    """Hugging Face's default when `sliding_window` is missing."""
+    """Hugging Face's default if `sliding_window` is missing."""
     has_window_switch: bool
-    """Do `use_sliding_window` (false when missing) and `max_window_layers` decide whether the window counts?"""
+    """Do `use_sliding_window` (false if missing) and `max_window_layers` decide whether the window is used?"""
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -69,13 +69,13 @@ FAMILIES: Mapping[str, Family] = {
 """By the architecture name in Hugging Face's config.json."""
 
 MODEL_TYPES: Mapping[str, Family] = {family.model_type: family for family in FAMILIES.values()}
-"""By `model_type`, which is what transformers itself goes by."""
+"""By `model_type`, which transformers itself uses."""
 
 assert set(FAMILIES) == set(ARCHITECTURES)
 
 
 def tensor_sources(config: CheckpointConfig) -> dict[str, tuple[str, ...]]:
-    """Checkpoint name → the Hugging Face tensors it is made of, for the base model of `config`."""
+    """Checkpoint name → the Hugging Face tensors it is made from, for the base model of `config`."""
     sources: dict[str, tuple[str, ...]] = {
         EMBEDDING: (HF_EMBEDDING,),
         LN_F: (HF_NORM,),

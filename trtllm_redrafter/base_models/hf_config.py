@@ -1,7 +1,7 @@
-"""A Hugging Face config.json, of transformers 4 or 5, as the checkpoint's config.
+"""Parse a Hugging Face config.json, of transformers 4 or 5, into the checkpoint's config.
 
-Both forms are read (see `hf_fields`). What TensorRT-LLM would compute differently is refused here, by name, instead of
-giving other text later.
+Both forms are read (see `hf_fields`). Settings that TensorRT-LLM would compute differently are refused here by name,
+instead of changing the generated text later.
 
     parsed = parse_hf_config(read_json(path / "config.json"), where=path / "config.json")
     parsed.config.rotary_base, parsed.notes
@@ -38,7 +38,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True)
 class ParsedConfig:
-    """`config` is None only when `problems` says why."""
+    """`config` is None only if there are `problems`."""
 
     config: CheckpointConfig | None
     problems: tuple[Problem, ...]
@@ -46,7 +46,7 @@ class ParsedConfig:
 
 
 def parse_hf_config(raw: Mapping[str, Any], *, where: Path) -> ParsedConfig:
-    """One rank's config in the model's own dtype (float32 stands in when the file names none)."""
+    """The config for one rank, in the model's own dtype (float32 if the file names none)."""
     merged, contradictions = one_form(raw, where=where)
     fields = FieldReader(merged, where)
     fields.problems += contradictions
@@ -75,7 +75,7 @@ def parse_hf_config(raw: Mapping[str, Any], *, where: Path) -> ParsedConfig:
 
 
 def find_family(fields: Mapping[str, Any]) -> Family | None:
-    """The family of a config's `architectures`; where that is null, empty or missing, of its `model_type`."""
+    """The family of a config's `architectures`, or of its `model_type` if that is null, empty or missing."""
     named = _architecture(fields)
     if not named:
         return MODEL_TYPES.get(str(fields.get("model_type")))
@@ -125,7 +125,7 @@ def _config(fields: FieldReader, family: Family, notes: list[str]) -> Checkpoint
 
 
 def stated_dtype(raw: Mapping[str, Any]) -> str | None:
-    """The dtype the file names (`dtype` of transformers 5, `torch_dtype` of 4), when it is one of ours."""
+    """The file's dtype (`dtype` in transformers 5, `torch_dtype` in 4) if it is supported, else None."""
     name = one_form(raw, where=Path("config.json"))[0].get("dtype")
     return name if name in DTYPES else None
 
@@ -135,7 +135,7 @@ def _bias(fields: FieldReader, rule: str | bool) -> bool:
 
 
 def _rope(fields: FieldReader) -> tuple[float, dict[str, Any] | None]:
-    """rotary_base, and rotary_scaling as the checkpoint keeps it (None when there is none)."""
+    """rotary_base, and rotary_scaling as the checkpoint stores it (or None)."""
     theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
     scaling = fields.mapping("rope_parameters") or fields.mapping("rope_scaling")  # the first: not one form
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
@@ -154,10 +154,10 @@ def _rope(fields: FieldReader) -> tuple[float, dict[str, Any] | None]:
 
 
 def _positions(fields: FieldReader, family: Family, notes: list[str]) -> int:
-    """max_position_embeddings, cut to the sliding window if there is one.
+    """max_position_embeddings, limited to the sliding window if there is one.
 
-    TensorRT-LLM's ReDrafter engines have one KV pool without a window: beyond it their attention would see tokens
-    that the model was not trained to see. Up to the window both are the same function.
+    TensorRT-LLM's ReDrafter engines have one KV pool without a window: beyond it, they would attend to tokens that the
+    model was not trained to attend to. Up to the window both compute the same.
     """
     positions = fields.size("max_position_embeddings")
     window = _window(fields, family)
@@ -171,9 +171,9 @@ def _positions(fields: FieldReader, family: Family, notes: list[str]) -> int:
 
 
 def _window(fields: FieldReader, family: Family) -> int | None:
-    """The sliding window of the layers that have one; None when all of them attend to everything.
+    """The sliding window of the layers that have one; None if all layers use full attention.
 
-    `layer_types`, which later versions of transformers write beside the older switches, must agree with them.
+    `layer_types`, which later versions of transformers write in addition to the older switches, must agree with them.
     """
     layers, window = fields.size("num_hidden_layers"), fields.optional_size("sliding_window")
     if "sliding_window" not in fields.values:
@@ -197,7 +197,7 @@ def _window(fields: FieldReader, family: Family) -> int | None:
 
 
 def _refusals(fields: FieldReader) -> None:
-    """Settings under which TensorRT-LLM's graph would be another function than the model."""
+    """Report settings for which TensorRT-LLM's graph would not compute the model's function."""
     raw = fields.values
     if raw.get("hidden_act", "silu") != "silu":
         what = f"hidden_act is {raw['hidden_act']!r}"

@@ -1,9 +1,8 @@
-"""A Hugging Face config.json with every fact in one place, whichever transformers wrote it.
+"""Bring a Hugging Face config.json into one form, whichever version of transformers wrote it.
 
-transformers 5 renamed `torch_dtype` to `dtype` and moved `rope_theta` and `rope_scaling` into `rope_parameters`; files
-that were migrated halfway hold both. A field that is missing in one place is taken from the other, field by field, and
-two values that disagree are refused: one version of transformers would compute with the first, the other with the
-second.
+transformers 5 renamed `torch_dtype` to `dtype` and moved `rope_theta` and `rope_scaling` into `rope_parameters`; some
+files have both. A field that is missing in one place is taken from the other, and two values that disagree are refused,
+since versions of transformers differ in which of them they use.
 
     fields, problems = one_form(read_json(path), where=path)
     fields["rope_theta"], fields.get("rope_scaling"), fields.get("dtype")
@@ -21,19 +20,19 @@ _WHY = "the two are one setting under two names, and versions of transformers di
 _TOP = "top-level"
 _MODERN, _LEGACY = "rope_parameters", "rope_scaling"
 _MOVED = ("partial_rotary_factor",)
-"""Top-level fields of transformers 4 that transformers 5 keeps inside `rope_parameters`; beside `rope_theta`."""
+"""Other top-level fields of transformers 4, besides `rope_theta`, that transformers 5 has in `rope_parameters`."""
 _KIND = ("rope_type", "type")
 
 
 class _Merge:
-    """Takes one value from several places; values that disagree become a problem that names both."""
+    """Takes one value from several places, and records a problem where values disagree."""
 
     def __init__(self, where: Path) -> None:
         self._where = str(where)
         self.problems: list[Problem] = []
 
     def one(self, name: str, places: Mapping[str, Any]) -> Any:
-        """The first value that is not null, in the order of `places`."""
+        """The first non-null value, in the order of `places`."""
         stated = [(place, value) for place, value in places.items() if value is not None]
         if not stated:
             return None
@@ -48,10 +47,10 @@ class _Merge:
 
 
 def one_form(raw: Mapping[str, Any], *, where: Path) -> tuple[dict[str, Any], list[Problem]]:
-    """The fields in transformers 4's places (`dtype` excepted), and every contradiction.
+    """The fields in transformers 4's places (except `dtype`), and all contradictions.
 
-    `dtype` comes without `torch.`; `rope_theta` and `partial_rotary_factor` stand at the top level, all else of the
-    rotary embedding in `rope_scaling`. Rotary settings that are no object, or differ by kind of layer, are left alone.
+    `dtype` has no `torch.` prefix; `rope_theta` and `partial_rotary_factor` are at the top level, the other rotary
+    settings in `rope_scaling`. Rotary settings that are no object, or differ by kind of layer, are left unchanged.
     """
     fields, merge = dict(raw), _Merge(where)
     dtype = merge.one("dtype", {key: _dtype_name(fields.pop(key, None)) for key in ("dtype", "torch_dtype")})

@@ -1,7 +1,7 @@
-"""A Hugging Face model directory: its config, its tensors and where they lie, checked before anything is converted.
+"""A Hugging Face model directory: its config and the places of its tensors, checked before anything is converted.
 
-Only headers are read. Everything that is wrong (missing shard, missing tensor, wrong shape, a tensor the family does
-not have) is collected and reported together:
+Only headers are read. All problems (missing shard, missing tensor, wrong shape, a tensor the family does not have) are
+reported together:
 
     model = HFModel.open(Path("Llama-3.1-8B"))
     model.config.vocab_size, model.tensors["model.norm.weight"].path
@@ -29,7 +29,7 @@ FLOATING = tuple(DTYPE_NAMES.values())
 
 @dataclass(frozen=True)
 class LocatedTensor:
-    """A tensor and the file it lies in."""
+    """A tensor and its file."""
 
     path: Path
     info: TensorInfo
@@ -37,7 +37,7 @@ class LocatedTensor:
 
 @dataclass(frozen=True)
 class HFModel:
-    """An opened model. `config` is for one rank and has the model's own dtype; `files` are all that were read."""
+    """An open model. `config` is for one rank, in the model's own dtype; `files` are all files that were read."""
 
     path: Path
     config: CheckpointConfig
@@ -70,7 +70,7 @@ class HFModel:
 def _with_dtype(
     config: CheckpointConfig, raw: Mapping[str, Any], tensors: Mapping[str, LocatedTensor]
 ) -> CheckpointConfig:
-    """A config that names no dtype gets the embedding's."""
+    """If the config names no dtype, take the embedding's."""
     embedding = tensors.get(tensor_sources(config)[EMBEDDING][0])
     if stated_dtype(raw) is not None or embedding is None:
         return config
@@ -79,7 +79,7 @@ def _with_dtype(
 
 
 def locate_tensors(path: Path) -> tuple[tuple[Path, ...], dict[str, LocatedTensor]]:
-    """All weight files and the tensors in them."""
+    """All files that were read, and the tensors in the weight files."""
     single, index = path / SINGLE_FILE, path / INDEX_FILE
     if single.exists():
         return (path / "config.json", single), _tensors_of(single)
@@ -125,10 +125,10 @@ def _tensors_of(file: Path) -> dict[str, LocatedTensor]:
 
 
 def check_tensors(config: CheckpointConfig, tensors: Mapping[str, LocatedTensor], path: Path) -> list[Problem]:
-    """Missing tensors, wrong shapes and dtypes, and tensors the family has no place for."""
+    """Missing tensors, wrong shapes and dtypes, and tensors the family does not have."""
     specs = tensor_specs(config)
     problems: list[Problem] = []
-    expected: set[str] = {"lm_head.weight"}  # files of tied models may hold a copy; it is not used
+    expected: set[str] = {"lm_head.weight"}  # tied models may store a copy, which is not used
     for name, sources in tensor_sources(config).items():
         shapes = source_shapes(specs[name], config)
         for source, shape in zip(sources, shapes, strict=True):
@@ -149,7 +149,7 @@ def check_tensors(config: CheckpointConfig, tensors: Mapping[str, LocatedTensor]
 
 
 def source_shapes(spec: TensorSpec, config: CheckpointConfig) -> list[tuple[int, ...]]:
-    """Shapes of the Hugging Face tensors that make up a joined one."""
+    """Shapes of the Hugging Face tensors that form a joined one."""
     if spec.split is not Split.QKV:
         return [spec.shape]
     d, rest = config.head_size, spec.shape[1:]

@@ -1,4 +1,4 @@
-"""How a model reads texts and ends them, read once and by one rule: its tokenizer, checked, and its end tokens.
+"""A model's tokenizer, checked, and its end tokens, by the same rules for every command.
 
 text = text_side(Path("base"), vocab_size=49152, remedy="download the tokenizer again")
 text.tokenizer, text.end_token_ids, text.notes       # None, (2,), () for a model without a tokenizer
@@ -18,7 +18,7 @@ from trtllm_redrafter.base_models.vocabulary import tokenizer_for, unusable_note
 
 @dataclass(frozen=True)
 class TextSide:
-    """`tokenizer` is transformers', None where there is none; `notes` are for people."""
+    """`tokenizer` is a transformers tokenizer, or None if there is none; `notes` are for people."""
 
     tokenizer: Any
     end_token_ids: tuple[int, ...]
@@ -26,9 +26,9 @@ class TextSide:
 
 
 def text_side(folder: Path | None, *, vocab_size: int, remedy: str, recorded: object = ()) -> TextSide:
-    """Of a base model's directory, or the tokenizer directory of a checkpoint or engine (None: it has none).
+    """For a base model's directory, or the tokenizer directory of a checkpoint or engine (None: it has none).
 
-    `recorded` are end tokens that an earlier step kept. `InputError` when the tokenizer cannot be loaded or is not for
+    `recorded` are end tokens from an earlier step. `InputError` if the tokenizer cannot be loaded or is not for
     a model of `vocab_size` tokens.
     """
     tokenizer = None

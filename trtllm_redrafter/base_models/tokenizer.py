@@ -1,4 +1,4 @@
-"""Which files of a model directory are its tokenizer, and how two tokenizers are told apart."""
+"""The tokenizer files of a model directory, and the hash that identifies a tokenizer."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ TOKENIZER_FILES = (
     "chat_template.json",
     GENERATION_CONFIG,
 )
-"""What `build` and `run` need of the base model beside its weights: text to tokens, chat format, end tokens."""
+"""Files that `build` and `run` need besides the weights: tokenizer, chat template, end tokens."""
 
 IDENTITY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""The first of these that exists stands for the tokenizer."""
+"""The first of these that exists identifies the tokenizer."""
 
 
 MODEL_CONFIG = "config.json"
 
 
 def tokenizer_files(path: Path) -> list[Path]:
-    """The tokenizer's files in `path`, in the table's order; [] when there are none.
+    """The tokenizer's files in `path`, in the table's order; [] if there are none.
 
     The model's config.json goes with them: `trtllm-serve` reads the model type from the tokenizer's directory, and
     transformers the tokenizer's class where the tokenizer does not name it. (A TensorRT-LLM checkpoint has a file of
@@ -41,7 +41,7 @@ def tokenizer_files(path: Path) -> list[Path]:
 
 
 def has_model_config(path: Path) -> bool:
-    """Is the config.json in `path` one of transformers? It names the model type."""
+    """Is the config.json in `path` a transformers config, which names the model type?"""
     file = path / MODEL_CONFIG
     try:
         return file.is_file() and isinstance(read_json(file).get("model_type"), str)
@@ -50,7 +50,7 @@ def has_model_config(path: Path) -> bool:
 
 
 def has_tokenizer(path: Path) -> bool:
-    """Can text be tokenized with what is in `path`? (generation_config.json alone is no tokenizer.)"""
+    """Is there a tokenizer in `path`? (generation_config.json alone is none.)"""
     return any((path / name).is_file() for name in IDENTITY_FILES)
 
 

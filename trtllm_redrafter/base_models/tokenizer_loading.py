@@ -1,7 +1,7 @@
-"""Load a tokenizer directory: the one place where transformers is asked for a tokenizer.
+"""Load a tokenizer directory: the only place where a transformers tokenizer is created.
 
-Directories of transformers 4 and 5 are read by whichever is installed. Code that a directory brings along is never run
-and never asked about, and whatever the libraries raise becomes one message with a remedy.
+Directories written by transformers 4 and 5 can be read with either version. Code in a directory is never run, there is
+no prompt for it either, and whatever the libraries raise becomes one message with a remedy.
 
     tokenizer = load_tokenizer(Path("engine/tokenizer"), remedy="build the engine again with --tokenizer DIR")
 """
@@ -20,11 +20,11 @@ from trtllm_redrafter.fsio import read_json
 SETTINGS = "tokenizer_config.json"
 FAST_FILE = "tokenizer.json"
 _SHOWN = 300
-"""Characters of a library's message that are passed on."""
+"""Characters of a library's message to show."""
 
 
 def load_tokenizer(folder: Path, *, remedy: str) -> Any:
-    """The transformers tokenizer in `folder`; `InputError` with `remedy` for every reason why there is none."""
+    """The transformers tokenizer in `folder`; `InputError` with `remedy` if it cannot be loaded."""
     if not has_tokenizer(folder):
         why = f"it has none of {', '.join(IDENTITY_FILES)}"
         raise InputError("there is no tokenizer here", where=folder, why=why, remedy=remedy)
@@ -38,7 +38,7 @@ def load_tokenizer(folder: Path, *, remedy: str) -> Any:
 
 @contextmanager
 def library_errors(what: str, *, where: str | Path, remedy: str) -> Iterator[None]:
-    """Turn whatever a library raises into an `InputError`; our own errors and the user's interrupt pass."""
+    """Turn whatever a library raises into an `InputError`, except our own errors and interrupts."""
     try:
         yield
     except (RedrafterError, MemoryError):
@@ -52,7 +52,7 @@ def library_errors(what: str, *, where: str | Path, remedy: str) -> Iterator[Non
 
 
 def _check_fast_file(folder: Path) -> None:
-    """Raise what is wrong with tokenizer.json itself, if it is there."""
+    """Raise the `tokenizers` library's own error for tokenizer.json, if there is one."""
     from tokenizers import Tokenizer
 
     if (folder / FAST_FILE).is_file():
@@ -80,7 +80,7 @@ def _load(folder: Path, remedy: str) -> Any:
 
 
 def _is_known(name: object) -> bool:
-    """Has the installed transformers a tokenizer class of this name? (5 writes some that 4 does not have.)"""
+    """Does the installed transformers have a tokenizer class of this name? (5 writes some that 4 lacks.)"""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     if not isinstance(name, str) or not name:
@@ -89,7 +89,7 @@ def _is_known(name: object) -> bool:
 
 
 def _translated(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What overrides the file's settings, so that both versions of transformers read those of transformers 5.
+    """Overrides of the file's settings, so that both versions of transformers read those of transformers 5.
 
     There `extra_special_tokens` is a list, what 4 calls `additional_special_tokens`; in 4 it is an object of other
     meaning. Tokens written as objects go in as their text: how they match stands in tokenizer.json.

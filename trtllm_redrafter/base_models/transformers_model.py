@@ -1,9 +1,9 @@
-"""The base model in transformers: the one place where it is loaded, and where its `generate` is called.
+"""The base model in transformers: the only place where it is loaded, and where its `generate` is called.
 
-train, evaluate, the comparison with transformers and the benchmarks all need it to be the same model that `convert`
-writes. So its config is read by our rules (see `hf_fields`) and handed over in the form that every version of
-transformers understands, no code of the model's directory is run, and what its generation_config.json wishes for
-(repetition_penalty, sampling, ...) is left out: greedy means greedy.
+train, evaluate, the comparison with transformers and the benchmarks all need the same model that `convert` writes. So
+its config is parsed by our rules (see `hf_fields`) and passed on in a form that every version of transformers reads in
+the same way, no code in the model's directory is run, and the settings in its generation_config.json
+(repetition_penalty, sampling, ...) are ignored: greedy means greedy.
 
     model = load_model(Path("base"), dtype=torch.float32)
     tokens = generate(model, prompt_ids, max_new_tokens=32, eos=(2,))       # [N, S] -> [N, S + at most 32]
@@ -26,11 +26,11 @@ from trtllm_redrafter.fsio import read_json
 
 _REMEDY = "check the directory; `inspect` and `convert --dry-run` say more about it"
 _LEFT_OUT = ("model_type", "auto_map", "transformers_version", "_name_or_path")
-"""Keys of config.json that are not passed on: which class reads it is decided here."""
+"""Keys of config.json that are not passed on, since the class is chosen here."""
 
 
 def load_model(path: Path, *, dtype: torch.dtype, file_head: bool = False) -> Any:
-    """The model on the CPU, for inference. `file_head`: take the LM head in the file though config.json ties it."""
+    """The model on the CPU, for inference. `file_head`: use the file's LM head although config.json ties it."""
     raw = read_json(path / "config.json")
     fields, contradictions = one_form(raw, where=path / "config.json")
     raise_together(InputError, contradictions, "config.json contradicts itself", where=path)
@@ -57,7 +57,7 @@ def load_model(path: Path, *, dtype: torch.dtype, file_head: bool = False) -> An
 
 
 def _config(path: Path, fields: dict[str, Any]) -> Any:
-    """transformers' config: of a family of ours from our reading, of another one from its file."""
+    """transformers' config: from our parsed fields for supported families, else from the file."""
     from transformers import AutoConfig
 
     family = find_family(fields)
@@ -77,7 +77,7 @@ def generate(
     temperature: float = 0.0,
     watch: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Continue `tokens` [N, S] (no padding): greedily, or drawn from the whole distribution at `temperature`.
+    """Continue `tokens` [N, S] (no padding) greedily, or sampled from the whole distribution at `temperature`.
 
     `watch` sees the tokens and logits of each position, and returns the logits to choose by. Returns
     [N, S + at most max_new_tokens]; a row that ended is filled with its first end token, or 0.

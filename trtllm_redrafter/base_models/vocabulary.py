@@ -1,11 +1,11 @@
-"""Does a tokenizer belong to a model, and do token ids? The model has `vocab_size` rows in its embedding, and no more.
+"""Do a tokenizer and its token ids fit a model, whose embedding has `vocab_size` rows?
 
-A tokenizer may know a few added tokens beyond them (a padding token, say) that texts of the model never contain; they
-are refused when a prompt brings one. A vocabulary that reaches beyond the embedding, or a chat template or prefix made
-of such tokens, means that the tokenizer is another model's.
+A tokenizer may have a few added tokens beyond the embedding (such as a padding token) that the model's texts never
+contain; a prompt with one of them is refused. If the vocabulary itself is larger than the embedding, or the chat
+template or a prefix uses such tokens, the tokenizer belongs to another model.
 
     tokenizer = tokenizer_for(Path("engine/tokenizer"), vocab_size=49152, remedy="build with --tokenizer DIR")
-    token = first_beyond(ids, vocab_size=49152)      # None when all are in range
+    token = first_beyond(ids, vocab_size=49152)      # None if all are in range
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from trtllm_redrafter.errors import InputError, Problem, raise_together
 
 _SHOWN = 8
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""Special tokens that a chat template can name."""
+"""Special tokens that a chat template can refer to."""
 
 
 def tokenizer_for(folder: Path, *, vocab_size: int, remedy: str) -> Any:
-    """The tokenizer in `folder`, loaded and checked against a model; `InputError` when it is not for it."""
+    """The tokenizer in `folder`, checked against a model; `InputError` if it is not for that model."""
     tokenizer = load_tokenizer(folder, remedy=remedy)
     with library_errors("the tokenizer cannot be read", where=folder, remedy=remedy):
         problems = list(_problems(tokenizer, vocab_size, folder, remedy))
@@ -32,7 +32,7 @@ def tokenizer_for(folder: Path, *, vocab_size: int, remedy: str) -> Any:
 
 
 def unusable_note(tokenizer: Any, vocab_size: int) -> str | None:
-    """Added tokens beyond the embedding, for people to know; None when there are none."""
+    """A note on added tokens beyond the embedding; None if there are none."""
     beyond = _beyond(tokenizer, vocab_size)
     if not beyond:
         return None
@@ -42,7 +42,7 @@ def unusable_note(tokenizer: Any, vocab_size: int) -> str | None:
 
 
 def first_beyond(token_ids: Sequence[int], *, vocab_size: int) -> tuple[int, int] | None:
-    """Position and id of the first token without a row in the embedding; None when all have one."""
+    """Position and id of the first token without a row in the embedding; None if all have one."""
     for place, token in enumerate(token_ids):
         if not 0 <= token < vocab_size:
             return place, token
@@ -50,7 +50,7 @@ def first_beyond(token_ids: Sequence[int], *, vocab_size: int) -> tuple[int, int
 
 
 def beyond_message(found: tuple[int, int], *, vocab_size: int, tokenizer: Any = None) -> str:
-    """What to say of `first_beyond`'s finding; with a tokenizer, the token's text is named too."""
+    """Message for a result of `first_beyond`; with a tokenizer, it includes the token's text."""
     place, token = found
     text = f" ({tokenizer.convert_ids_to_tokens(token)!r})" if tokenizer is not None else ""
     return f"token {place + 1} has the id {token}{text}, outside the model's vocabulary of {vocab_size}"
@@ -75,7 +75,7 @@ def _problems(tokenizer: Any, vocab_size: int, folder: Path, remedy: str) -> Ite
 
 
 def _own_size(tokenizer: Any) -> int:
-    """One more than the highest id of the vocabulary, added tokens left out."""
+    """One more than the highest id of the vocabulary, without added tokens."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:
         return int(tokenizer.vocab_size)
@@ -88,7 +88,7 @@ def _beyond(tokenizer: Any, vocab_size: int) -> dict[str, int]:
 
 
 def _in_templates(tokenizer: Any, beyond: Mapping[str, int]) -> list[str]:
-    """Which of these tokens the chat templates contain, in their text or by name. Nothing is rendered."""
+    """Those of the tokens that occur in the chat templates, as text or by name. Nothing is rendered."""
     if not beyond:
         return []
     templates = tokenizer.chat_template
@@ -107,7 +107,7 @@ def _in_templates(tokenizer: Any, beyond: Mapping[str, int]) -> list[str]:
 
 
 def _parts(template: str) -> tuple[list[str], set[str]]:
-    """The texts and names in a Jinja template; all of it as text where it is no valid template."""
+    """The texts and names in a Jinja template; the whole source if it is not a valid template."""
     from jinja2 import Environment, TemplateError
 
     try:

@@ -1,8 +1,8 @@
-"""Tell two base models of equal sizes apart by their weights, without reading all of them.
+"""Distinguish base models of equal sizes by their weights, without reading all of them.
 
-The first bytes of every tensor are hashed with its name, dtype and shape, so that the value does not depend on how the
-model is divided into files. Training writes it into the drafter, `convert` compares it with the base it is given. It
-notices any tensor that was changed in its first rows: every fine-tune, not a single edited weight.
+The first bytes of every tensor are hashed with its name, dtype and shape, so that the hash does not depend on how the
+model is split into files. Training writes it into the drafter, and `convert` compares it with its base model's. It
+detects changes in the first rows of any tensor: every fine-tune, but not a single edited weight.
 
     weights_sample(model.tensors)      # hex SHA-256
 """
@@ -18,7 +18,7 @@ from trtllm_redrafter.base_models.hf_model import LocatedTensor, locate_tensors
 from trtllm_redrafter.errors import RedrafterError
 
 SAMPLE_BYTES = 4096
-"""Of each tensor: a page, some thousand values."""
+"""Bytes per tensor: one page, about two thousand values."""
 
 
 def weights_sample(tensors: Mapping[str, LocatedTensor]) -> str:
@@ -40,7 +40,7 @@ def weights_sample(tensors: Mapping[str, LocatedTensor]) -> str:
 
 
 def sample_of(path: Path) -> str | None:
-    """The same of a model directory; None where its weights are not safetensors."""
+    """`weights_sample` of a model directory; None if its weights are not safetensors."""
     try:
         return weights_sample(locate_tensors(path)[1])
     except RedrafterError:

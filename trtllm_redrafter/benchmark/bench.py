@@ -1,4 +1,4 @@
-"""`bench`: is drafting worth it on this engine? Load, ask, measure, sum up.
+"""`bench`: is drafting worth it on this engine? Load, ask, measure, summarize.
 
 summary = bench(options, progress)
 summary.verdicts, summary.result.complete
@@ -22,7 +22,7 @@ from trtllm_redrafter.benchmark.plots import require_matplotlib
 from trtllm_redrafter.benchmark.prompts import BUILT_IN, BenchPrompt, built_in_prompts, choose, make_items, read_prompts
 from trtllm_redrafter.benchmark.records import BenchResult
 from trtllm_redrafter.benchmark.statistics import Bootstrap
-from trtllm_redrafter.benchmark.summary import Summary, summarize
+from trtllm_redrafter.benchmark.summary import BenchSummary, summarize
 from trtllm_redrafter.errors import InputError, MismatchError, UsageError
 from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.progress import Progress
@@ -36,7 +36,7 @@ class BenchOptions:
 
     engine: Path
     baseline: Path | None
-    """Engine for autoregression; None: the same engine, told not to draft."""
+    """Engine for autoregression; None: the same engine without drafting."""
     device: str
     draft_shape: DraftShape | None
     prompts: Path | None
@@ -49,8 +49,8 @@ class BenchOptions:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-def bench(options: BenchOptions, progress: Progress) -> Summary:
-    """Measure. Everything that can be refused is refused before loading; the report is written by `write_report`."""
+def bench(options: BenchOptions, progress: Progress) -> BenchSummary:
+    """Measure. All input is checked before the engine is loaded; `write_report` writes the report."""
     prompts = _checked(options)
     tokens = _kv_cache_tokens(options, prompts)
     engine = _load(options.engine, options.device, options.draft_shape, tokens)
@@ -64,7 +64,7 @@ def bench(options: BenchOptions, progress: Progress) -> Summary:
 
 
 def _checked(options: BenchOptions) -> list[BenchPrompt]:
-    """The prompts, after what can be known to fail."""
+    """The prompts, after all checks that need no engine in memory."""
     if options.report is not None:
         check_replaceable(options.report, overwrite=options.overwrite)
         require_matplotlib()
@@ -81,17 +81,17 @@ def _checked(options: BenchOptions) -> list[BenchPrompt]:
 
 
 def _kv_cache_tokens(options: BenchOptions, prompts: list[BenchPrompt]) -> int | None:
-    """Tokens that the requests of the largest batch hold at most; None with one engine, which may take what it wants.
+    """Upper bound of the tokens in the largest batch; None with a single engine, which needs no bound.
 
-    Two TensorRT engines are on the GPU at the same time, since the sides take turns: without a bound, the first takes
-    the KV cache out of all that is free, and nothing is left for the second one's weights. A text has no more tokens
-    than bytes.
+    Two TensorRT engines are on the GPU at the same time, since the sides take turns. Without a bound, the first takes
+    all free memory for its KV cache, and none is left for the second one's weights. A text has at most as many tokens
+    as bytes.
     """
     if options.baseline is None:
         return None
     measure, longest = options.measure, 0
     for prompt in prompts:
-        asked = prompt.prompt  # as JSON: tool calls and template arguments are read by the model, too
+        asked = prompt.prompt  # as JSON, since tool calls and template arguments become tokens, too
         texts = [dump_line([*asked.as_messages(), asked.template_kwargs]), *asked.later]
         answers = (1 + len(asked.later)) * measure.max_tokens
         longest = max(longest, answers + sum(len(text.encode("utf-8", "surrogatepass")) for text in texts))
@@ -99,7 +99,7 @@ def _kv_cache_tokens(options: BenchOptions, prompts: list[BenchPrompt]) -> int |
 
 
 _REQUEST_SLACK = 2048
-"""Beyond the texts: the chat template's own, the tree being verified, and a KV block that is not full."""
+"""Tokens beyond the texts: the chat template's own, the tree under verification, a partly filled KV block."""
 
 
 def _load(engine: Path, device: str, shape: DraftShape | None, kv_cache_tokens: int | None) -> Runner:
@@ -130,7 +130,7 @@ def _check_same_vocabulary(runner: Runner, baseline: Runner) -> None:
 def _measure(
     options: BenchOptions, runner: Runner, baseline: Runner, prompts: list[BenchPrompt], progress: Progress
 ) -> BenchResult:
-    """An interruption ends the measurement and keeps what it has."""
+    """Measure; an interruption ends the measurement and keeps the results so far."""
     measure = options.measure
     described = environment.describe(runner.info, options.command)
     kwargs = options.chat_template_kwargs

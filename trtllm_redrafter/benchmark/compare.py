@@ -1,11 +1,11 @@
-"""Two or more results of `bench` side by side: what became faster, what slower, and what is only noise.
+"""Compare two or more results of `bench`: what became faster or slower, and what is only noise.
 
 The first result is the reference. Speeds are compared over the prompts both have, with intervals over prompts and
-repeats; a figure is a regression when its whole interval lies below 1 by more than the tolerance. The speed-up over
-autoregression is compared too: it survives a change of machine, which speeds do not.
+repeats; a figure is a regression if its whole interval lies below 1 by more than the tolerance. The speed-up over
+autoregression is compared too: it remains comparable across machines, as speeds do not.
 
     report = compare([("a", read_result(a)), ("b", read_result(b))], bootstrap, tolerance=0.02)
-    report.exit_code            # 8 when something regressed
+    report.exit_code            # 8 if something regressed
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOO_LITTLE = "too little measured"
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of a result, as a share of the reference's."""
+    """One figure of a result, relative to the reference's."""
 
     name: str
     batch: int
@@ -44,7 +44,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every change, and notes on what makes the results hard to compare."""
+    """All changes, and notes on what else differs between the results."""
 
     reference: str
     changes: tuple[Change, ...]
@@ -84,7 +84,7 @@ class Comparison:
 
 
 def compare(results: Sequence[tuple[str, BenchResult]], bootstrap: Bootstrap, *, tolerance: float) -> Comparison:
-    """Every later result against the first."""
+    """Compare every later result with the first."""
     if len(results) < 2:
         raise UsageError("two results are needed", remedy="pass two result.json files, the older one first")
     (reference, old), later = results[0], results[1:]
@@ -137,7 +137,7 @@ def _verdict(ratio: Estimate, tolerance: float) -> str:
 
 
 def _speedup_ratio(new: Table, old: Table, bootstrap: Bootstrap) -> Estimate:
-    """How the speed-up over autoregression has changed: within a result, repeats are paired."""
+    """Change of the speed-up over autoregression; within a result, repeats are paired."""
     prompts, repeats = new.drafting.tokens.shape
     drawn, times = bootstrap.weights(prompts, repeats)
     old_times = bootstrap.other_repeats(old.drafting.tokens.shape[1])
@@ -155,7 +155,7 @@ def _speedups(table: Table, prompts: Array, repeats: Array) -> Array:
 
 
 def _notes(reference: str, old: BenchResult, name: str, new: BenchResult) -> list[str]:
-    """What differs besides the thing under test."""
+    """Differences besides what is under test."""
     found = []
     pairs = {
         "machine": (old.environment["machine"], new.environment["machine"]),

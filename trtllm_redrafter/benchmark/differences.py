@@ -1,8 +1,8 @@
-"""Two greedy texts that should be equal are not: rounding between two nearly equal tokens, or a fault?
+"""Why do two greedy texts differ that should be equal: rounding between two nearly equal tokens, or a fault?
 
-In 16 bits, many rows computed together can round differently from one row. Then two tokens whose logits are closer
-than rounding explains may change places; both texts are greedy texts of the model. Anything wider is a fault, and so is
-any difference on an executor whose rows do not depend on their company.
+In 16 bits, many rows computed together can round differently from a single row. Two tokens whose logits differ by less
+than that may then swap places; both texts are greedy texts of the model. A larger difference is a fault, and so is any
+difference on a row-invariant executor, whose rows do not depend on the rest of the batch.
 
     examine(runner, item, drafted, plain, batch, alike=True).kind      # "tie", "fault" or "unexamined"
 """
@@ -22,9 +22,9 @@ TIE, FAULT, UNEXAMINED = "tie", "fault", "unexamined"
 def examine(
     runner: Runner, item: Item, drafted: Sequence[int], plain: Sequence[int], batch: int, *, alike: bool
 ) -> Difference:
-    """Find the first difference and its cause. `alike`: one executor wrote both texts.
+    """Find the first difference and its cause. `alike`: the same executor wrote both texts.
 
-    The runner must be idle; only the torch backend shows its logits.
+    The runner must be idle. Only the torch backend returns logits.
     """
     position = next((i for i, (a, b) in enumerate(zip(drafted, plain, strict=False)) if a != b), None)
     if position is None:  # one text ends where the other goes on
@@ -38,7 +38,7 @@ def examine(
 
 
 def _gap(runner: Runner, context: tuple[int, ...], one: int, other: int) -> tuple[float, float, bool] | None:
-    """How far the two tokens' logits are apart, how far rounding moves them, and whether rows are bit-stable."""
+    """Difference of the two tokens' logits, the bound for rounding, and whether the executor is row-invariant."""
     import torch
 
     from trtllm_redrafter.backends.torch.runner import TorchRunner

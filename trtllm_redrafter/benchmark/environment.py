@@ -31,7 +31,7 @@ _VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "REDRAFTER_THREADS", "REDRAF
 
 
 def describe(info: EngineInfo, command: Sequence[str]) -> dict[str, Any]:
-    """Taken before the measurement."""
+    """The environment before the measurement."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(command),
@@ -45,7 +45,7 @@ def describe(info: EngineInfo, command: Sequence[str]) -> dict[str, Any]:
 
 
 def afterwards(info: EngineInfo) -> dict[str, Any]:
-    """Taken after it: whether the clocks or the load have changed, and how much memory it took."""
+    """The environment after the measurement: clocks, load, and the memory used."""
     return {"clocks_after": clocks(info), "load_after": _load(), "memory": memory(info)}
 
 
@@ -61,7 +61,7 @@ def machine(info: EngineInfo) -> dict[str, Any]:
 
 
 def _gpu_name(info: EngineInfo) -> str | None:
-    """As the driver says it; a TensorRT-LLM engine's device is `2 x NAME`, or the name alone."""
+    """The GPU's name as the driver reports it; a TensorRT-LLM engine's device is `2 x NAME`, or the name alone."""
     if info.backend == "tensorrt-llm":
         return info.device.rpartition(" x ")[2]
     if not _on_cuda(info):
@@ -87,7 +87,7 @@ def _cpuinfo(field: str) -> str | None:
 
 
 def clocks(info: EngineInfo) -> dict[str, Any]:
-    """Megahertz of the first core now, and who governs it; None where the system does not say. GPUs' beside them."""
+    """Current MHz of the first core and its governor, None if not known; and the clocks of the GPUs."""
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     megahertz = _cpuinfo("cpu MHz")
     found: dict[str, Any] = {
@@ -99,7 +99,7 @@ def clocks(info: EngineInfo) -> dict[str, Any]:
 
 
 def gpu_clocks() -> list[dict[str, str]]:
-    """Megahertz of each GPU's cores and memory now, and the most its cores may take; [] where the driver is silent."""
+    """Current MHz of each GPU's cores and memory, and the cores' maximum; [] if the driver does not report them."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -129,7 +129,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Of the source tree the package runs from, with a mark if that has been changed; None outside of one."""
+    """Commit of the source tree the package runs from, marked if modified; None if it is not a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -144,7 +144,7 @@ def _commit() -> str | None:
 
 
 def memory(info: EngineInfo) -> dict[str, int]:
-    """Peak bytes of this process since it began, and of PyTorch's on the GPU."""
+    """Peak bytes of this process since its start, and PyTorch's peak on the GPU."""
     unit = 1 if sys.platform == "darwin" else 1024
     found = {"peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if _on_cuda(info):
@@ -155,7 +155,7 @@ def memory(info: EngineInfo) -> dict[str, int]:
 
 
 def roof(info: EngineInfo) -> dict[str, Any]:
-    """Bytes of base weights that a step reads, and bytes per second of the memory they are in."""
+    """Bytes of base weights that a step reads, and the bandwidth of their memory in bytes per second."""
     nbytes = weight_bytes(engine_config(info.path)).streamed
     name = _gpu_name(info)
     if name is None:
@@ -178,7 +178,7 @@ def engine_config(engine: Path) -> CheckpointConfig:
 
 
 def _bandwidth(nbytes: int) -> float:
-    """Read that many bytes (64 MiB at least, 1 GiB at most) with all cores; the best of ten counts."""
+    """Bytes per second of reading that many bytes (64 MiB to 1 GiB) with all cores; the best of ten runs."""
     import torch
 
     size = max(2**26, min(nbytes, 2**30))

@@ -20,15 +20,15 @@ class ArmFigures:
     requests: int
     tokens: int
     tokens_per_second: float
-    """All tokens over all time: what the machine delivers."""
+    """All tokens over the wall time: total throughput."""
     user_tokens_per_second: float
-    """What one user gets, prompt included."""
+    """Throughput of a single request, prompt included."""
     decode_tokens_per_second: float
     concurrency: float
-    """Requests running together on average: below the batch size where a round runs out."""
+    """Mean number of concurrent requests; below the batch size, since a round ends with a partial batch."""
     first_token_seconds: dict[str, float | None]
     gap_seconds: dict[str, float | None]
-    """Between updates of a request's stream; with drafting, an update brings several tokens."""
+    """Time between a request's updates (inter-token latency); with drafting, an update has several tokens."""
     seconds_per_token: float
     step_seconds: float
     steps: int
@@ -107,7 +107,7 @@ class BatchFigures:
 
     @property
     def step_time_ratio(self) -> float:
-        """A drafting step's time over a plain one's: the acceptance length from which drafting pays."""
+        """A drafting step's time over a plain one's: the break-even acceptance length."""
         return _step_time_ratio(self.drafting, self.autoregression)
 
     def as_dict(self) -> dict[str, Any]:

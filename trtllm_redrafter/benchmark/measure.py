@@ -1,8 +1,8 @@
-"""Run the same prompts with and without drafting, in turns, and keep what each request experienced.
+"""Run the same prompts with and without drafting, in turns, and record what each request experienced.
 
-Both sides get the same tokens, limits and machine. Prompts go round by round: a round is answered by one side, then by
-the other, and who begins alternates, so that a machine that slows down slows both. Requests are submitted one by one as
-places become free, `batch` of them at a time; the time of a request starts with its submission.
+Both sides get the same tokens, limits and machine. Prompts are answered in rounds: each by one side, then by the other,
+and which side begins alternates, so that a machine that slows down slows both. Requests are submitted one by one as
+others finish, `batch` at a time; a request's time starts with its submission.
 
     session = Session(runner, runner, items, options)
     for _ in session.run(progress): ...      # stop at any point: session.batches holds what was measured
@@ -26,21 +26,21 @@ from trtllm_redrafter.errors import Problem, UsageError, raise_together
 from trtllm_redrafter.progress import Progress
 
 ROUND = 4
-"""Batches per round: a larger batch needs a queue behind it, or it would mostly run half empty."""
+"""Requests per round, as a multiple of the batch size: without a queue, a batch would mostly run half empty."""
 
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """What is run. Decoding is greedy: only then is the text the same on both sides."""
+    """What is run. Decoding is greedy, so that both sides write the same texts."""
 
     batches: tuple[int, ...]
     max_tokens: int
     repeats: int
     warmup: int
-    """Rounds before the first that counts, per batch size and side."""
+    """Uncounted rounds at the start, per batch size and side."""
 
     def check(self, runner: Runner, where: Path) -> None:
-        """Raise `UsageError` with everything that cannot be meant."""
+        """Raise `UsageError` with all options that make no sense for this engine."""
         found = []
         if not self.batches:
             found.append(Problem("no batch size is given", remedy="pass --batch 1,4"))
@@ -62,7 +62,7 @@ def _autoregressive(runner: Runner) -> Runner:
 def both_sides(
     runner: Runner, baseline: Callable[[Runner], Runner] = _autoregressive
 ) -> Iterator[tuple[Runner, Runner]]:
-    """The runner that drafts and the one that does not, both closed at the end; they may be the same."""
+    """The runner that drafts and the baseline, which may be the same; both are closed at the end."""
     with closing(runner):
         other = baseline(runner)
         try:
@@ -74,7 +74,7 @@ def both_sides(
 
 @dataclass
 class _Open:
-    """A request that runs: when it was submitted and when it last said something."""
+    """A running request: when it was submitted, and when its last update came."""
 
     item: Item
     submitted: float
@@ -96,7 +96,7 @@ class RoundResult:
 def run_round(
     runner: Runner, items: Sequence[Item], *, batch: int, max_tokens: int, draft: bool, repeat: int
 ) -> RoundResult:
-    """Answer `items`, `batch` at a time, noting when every token arrives."""
+    """Answer `items`, `batch` at a time, recording when tokens arrive."""
     found, waiting = RoundResult(), list(items)
     running: dict[str, _Open] = {}
     sampling = SamplingParams(max_tokens)
@@ -158,7 +158,7 @@ def _record(request: _Open, result: Result, repeat: int) -> Record:
 
 
 class Session:
-    """The whole measurement. `batches` grows with every finished pair of rounds."""
+    """A measurement. Each finished pair of rounds is added to `batches`."""
 
     def __init__(self, runner: Runner, baseline: Runner, items: Sequence[Item], options: MeasureOptions) -> None:
         check_enough(items, options.batches)
@@ -168,21 +168,21 @@ class Session:
         self.batches: list[BatchRecords] = []
 
     def run(self, progress: Progress) -> None:
-        """Measure everything. An interruption loses the pair of rounds that runs, and nothing else."""
+        """Measure everything. An interruption loses only the running pair of rounds."""
         rounds = {b: _rounds(self._items, b) for b in self._options.batches}
         total, done = self._options.repeats * sum(len(r) for r in rounds.values()), 0
         for batch in self._options.batches:
             for number, items in enumerate(_warm_up(rounds[batch], self._options.warmup)):
                 self._pair(batch, items, number)
         for repeat in range(self._options.repeats):
-            for batch in self._options.batches:  # batches inside: a repeat's drift meets all of them
+            for batch in self._options.batches:  # the inner loop, so that drift over repeats affects all batch sizes
                 for number, items in enumerate(rounds[batch]):
                     self._keep(batch, items, self._pair(batch, items, repeat + number, repeat))
                     done += 1
                     progress("measure", done, total, "rounds")
 
     def _pair(self, batch: int, items: Sequence[Item], turn: int, repeat: int = 0) -> dict[str, RoundResult]:
-        """Both sides on one round; even turns begin with drafting."""
+        """Run one round on both sides; even turns begin with drafting."""
         order = ARMS if turn % 2 == 0 else ARMS[::-1]
         tokens = self._options.max_tokens
         found = {
@@ -213,7 +213,7 @@ class Session:
 
 
 def check_enough(items: Sequence[Item], batches: Sequence[int]) -> None:
-    """Refuse a batch that could never be full: its figures would be those of a smaller one."""
+    """Refuse a batch size that is never reached: its figures would be those of a smaller one."""
     if len(items) < max(batches):
         raise UsageError(
             f"{len(items)} prompts cannot fill a batch of {max(batches)}",
@@ -222,14 +222,14 @@ def check_enough(items: Sequence[Item], batches: Sequence[int]) -> None:
 
 
 def _rounds(items: Sequence[Item], batch: int) -> list[Sequence[Item]]:
-    """One prompt at a time for batch 1, else as many as keep `batch` places busy for a while, in equal parts."""
+    """Rounds of equal size: single prompts for batch 1, else enough to keep `batch` slots busy for a while."""
     count = len(items) if batch == 1 else max(1, len(items) // (ROUND * batch))
     bounds = [i * len(items) // count for i in range(count + 1)]
     return [items[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def _warm_up(rounds: Sequence[Sequence[Item]], count: int) -> list[Sequence[Item]]:
-    """From the longest prompts to the shortest: no round that counts waits for what a backend prepares for a length."""
+    """Rounds from the longest prompts to the shortest, so that whatever a backend prepares per length is ready."""
     ordered = sorted(rounds, key=lambda items: -max(len(item.token_ids) for item in items))
     last = max(1, count - 1)
     return [ordered[number * (len(ordered) - 1) // last] for number in range(count)]

@@ -1,4 +1,4 @@
-"""The page around figures: one HTML file, no network, light and dark, wide and narrow."""
+"""The HTML page of a report: a single file without external resources, for light and dark, wide and narrow screens."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ table.facts td:first-child { white-space: nowrap; color: var(--soft); position: 
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """A whole document."""
+    """A complete HTML document."""
     body = "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -74,7 +74,7 @@ def verdict_box(answer: str, title: str, text: str) -> str:
 
 
 def plots(entries: Sequence[tuple[str, str, str]]) -> str:
-    """(caption, explanation, svg) side by side where there is room."""
+    """(caption, explanation, svg) each, side by side if the screen is wide enough."""
     cells = [
         f"<figure><figcaption>{escape(caption)}<small>{escape(text)}</small></figcaption>{svg}</figure>"
         for caption, text, svg in entries
@@ -83,7 +83,7 @@ def plots(entries: Sequence[tuple[str, str, str]]) -> str:
 
 
 def picture(svg: str) -> str:
-    """A plot of the page as a file of its own, for Markdown: the page's colours, light and dark, on a card."""
+    """A plot as an SVG file of its own, for Markdown, with the page's colours and a background."""
     attributes, _, drawing = svg.removeprefix("<svg").partition(">")
     style = f"<style>{_COLOURS} svg {{ font-family: sans-serif; }}</style>"
     card = '<rect width="100%" height="100%" fill="var(--card)"/>'
@@ -91,7 +91,7 @@ def picture(svg: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Numbers to the right, names to the left; wide ones scroll by themselves."""
+    """Numbers right-aligned, names left-aligned; wide tables scroll on their own."""
     head = "".join(f"<th>{escape(h)}</th>" for h in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,4 +1,4 @@
-"""Plots as SVG that fits into a page: no file, no font, no colour of its own.
+"""Plots as SVG elements to be embedded in a page, which determines their fonts and colours.
 
 matplotlib draws with placeholder colours that are replaced by the page's CSS variables, so one drawing serves light and
 dark. Text stays text. Needs the `report` extra; it is imported when a plot is drawn.
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_redrafter.benchmark.prediction import Prediction, frontier
 from trtllm_redrafter.benchmark.records import AUTOREGRESSION, DRAFTING
-from trtllm_redrafter.benchmark.summary import BatchSummary, Summary
+from trtllm_redrafter.benchmark.summary import BatchSummary, BenchSummary
 from trtllm_redrafter.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 WIDTH, HEIGHT = 5.2, 3.1
-"""Inches; 374 points wide, which a phone shows at its own size."""
+"""Inches; 374 points wide, which fits a phone without scaling."""
 
 INK, FAINT, ACCENT, SECOND, CARD = "#010101", "#020202", "#030303", "#040404", "#050505"
 _VARIABLES = {INK: "--ink", FAINT: "--faint", ACCENT: "--accent", SECOND: "--second", CARD: "--card"}
@@ -31,7 +31,7 @@ _FEWEST_TICKS, _MOST_TICKS = 3, 10
 
 
 def require_matplotlib() -> None:
-    """Refuse before anything is measured."""
+    """Raise before anything is measured, if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -41,11 +41,11 @@ def require_matplotlib() -> None:
 
 
 def draw(name: str, paint: Callable[[Any, Any], None], *, height: float = HEIGHT, title: str) -> str:
-    """An axis painted by `paint(figure, axis)`, as an `<svg>` element whose ids begin with `name`."""
+    """The axis drawn by `paint(figure, axis)`, as an `<svg>` element whose ids begin with `name`."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    # Names of categories are the user's: a dollar sign in them is no formula.
+    # Category names are the user's: a dollar sign in them is not the start of a formula.
     style = {"text.parse_math": False,
              "svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 10,
              "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK,
@@ -60,7 +60,7 @@ def draw(name: str, paint: Callable[[Any, Any], None], *, height: float = HEIGHT
 
 
 def _for_page(svg: str, name: str, title: str) -> str:
-    """Strip what only a file of its own needs, and make ids unique on the page."""
+    """Strip what only a standalone file needs, and make ids unique on the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'\s(xmlns(:\w+)?|version|width|height)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
@@ -73,7 +73,7 @@ def _for_page(svg: str, name: str, title: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1).strip()
 
 
-def speedup_by_batch(summary: Summary) -> str:
+def speedup_by_batch(summary: BenchSummary) -> str:
     rows = [b for b in summary.batches if b.figures.speedup.value == b.figures.speedup.value]
 
     def paint(figure: Any, axis: Any) -> None:
@@ -123,7 +123,7 @@ def speedup_by_category(batch: BatchSummary) -> str:
     return draw("category", paint, height=_category_height(len(rows)), title="Speed-up by kind of prompt")
 
 
-def acceptance_by_position(summary: Summary) -> str:
+def acceptance_by_position(summary: BenchSummary) -> str:
     shares = summary.batches[0].figures.drafting.accepted_share
 
     def paint(figure: Any, axis: Any) -> None:
@@ -137,7 +137,7 @@ def acceptance_by_position(summary: Summary) -> str:
     return draw("position", paint, title="Share of steps that accept each drafted position")
 
 
-def latency_distribution(batch: BatchSummary, summary: Summary) -> str:
+def latency_distribution(batch: BatchSummary, summary: BenchSummary) -> str:
     records = next(b for b in summary.result.batches if b.batch == batch.figures.batch)
 
     def paint(figure: Any, axis: Any) -> None:
@@ -145,7 +145,7 @@ def latency_distribution(batch: BatchSummary, summary: Summary) -> str:
             gaps = sorted(1e3 * g for g in records.arm(arm).gaps)
             step = max(1, len(gaps) // 400)  # a curve needs no more points
             share = [100 * (i + 1) / len(gaps) for i in range(len(gaps))]
-            x, y = gaps[::step] + gaps[-1:], share[::step] + share[-1:]  # the longest wait is among them
+            x, y = gaps[::step] + gaps[-1:], share[::step] + share[-1:]  # including the longest wait
             axis.plot(x, y, color=colour, linestyle=dash, linewidth=2, label=arm)
         axis.set_xscale("log")
         _readable_ticks(axis)
@@ -159,7 +159,7 @@ def latency_distribution(batch: BatchSummary, summary: Summary) -> str:
 
 
 def _readable_ticks(axis: Any) -> None:
-    """Every tick of a logarithmic axis has its number."""
+    """Label every tick of a logarithmic axis."""
     from matplotlib.ticker import NullLocator
 
     ticks = log_ticks(*axis.get_xlim())
@@ -183,8 +183,8 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [float(f"{n * step:.6g}") for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def roofline(summary: Summary) -> str | None:
-    """Where steps stand under the bandwidth roof; None where the roof is not known."""
+def roofline(summary: BenchSummary) -> str | None:
+    """Steps relative to the bandwidth roofline; None if the bandwidth is not known."""
     rows = [b for b in summary.batches if b.roof is not None]
     if not rows:
         return None
@@ -206,7 +206,7 @@ def roofline(summary: Summary) -> str | None:
 
 
 def grid_heat_map(predictions: Sequence[Prediction], batch: int) -> str:
-    """Speed-up over beams and draft length; what the grid leaves out stays empty."""
+    """Speed-up by number of beams and draft length; cells outside the grid are empty."""
     here = {(p.shape.num_beams, p.shape.draft_len): p.speedup.value for p in predictions if p.batch == batch}
     beams, lengths = (sorted({key[i] for key in here}) for i in (0, 1))
     best = max(here.values())
@@ -230,7 +230,7 @@ def grid_heat_map(predictions: Sequence[Prediction], batch: int) -> str:
 
 
 def user_against_total(predictions: Sequence[Prediction]) -> str:
-    """What one user gets against what all get; the frontier is a line."""
+    """Speed per user against total throughput; the frontier is a line."""
     best = frontier(predictions)
 
     def paint(figure: Any, axis: Any) -> None:

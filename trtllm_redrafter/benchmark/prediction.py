@@ -1,12 +1,12 @@
-"""Which draft shape is fastest, from acceptance and step times, without decoding with any of them.
+"""Which draft shape is fastest? Predicted from acceptance lengths and step times, without decoding with each shape.
 
-A request of n tokens needs one pass over its prompt and (n - 1) / acceptance steps. In a full batch it also waits while
-the others' prompts are computed, as many as run beside it:
+A request of n tokens needs one pass over its prompt and (n - 1) / acceptance steps. In a full batch it also waits for
+the prompts of the other requests in the batch:
 
     seconds = batch * prompt + (n - 1) / acceptance * step
 
-    predict(acceptance, cost, text).speedup         # Estimate: how sure acceptance and step time are
-    recommend(predictions)[1].shape                  # by batch size; shape None where drafting does not pay
+    predict(acceptance, cost, text).speedup         # Estimate, from the uncertainty of both inputs
+    recommend(predictions)[1].shape                  # by batch size; None if drafting does not pay
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class StepCost:
     drafting: float
     plain: float
     error: float
-    """Relative standard error of their ratio; 0 where it was computed and not timed."""
+    """Relative standard error of their ratio; 0 if computed, not timed."""
 
     @property
     def ratio(self) -> float:
@@ -39,7 +39,7 @@ class StepCost:
 
 @dataclass(frozen=True)
 class TextSize:
-    """An average request: seconds of its prompt's pass, tokens it writes."""
+    """An average request: seconds of its prompt's pass, and number of tokens generated."""
 
     prompt_seconds: float
     tokens: float
@@ -85,7 +85,7 @@ def shape_name(shape: DraftShape) -> str:
 
 
 def predict(acceptance: Acceptance, cost: StepCost, text: TextSize) -> Prediction:
-    """Speed of one setting. Its interval joins that of the acceptance and that of the step's time."""
+    """Speed of one setting. Its interval combines those of the acceptance length and the step time."""
 
     def seconds(accepted: float, step: float) -> float:
         return cost.batch * text.prompt_seconds + (text.tokens - 1) / accepted * step
@@ -111,7 +111,7 @@ def predict(acceptance: Acceptance, cost: StepCost, text: TextSize) -> Predictio
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to take at a batch size; `shape` None: better not draft."""
+    """The setting recommended for a batch size; `shape` None: do not draft."""
 
     batch: int
     shape: DraftShape | None
@@ -138,7 +138,7 @@ class Recommendation:
 
 
 def recommend(predictions: Sequence[Prediction]) -> dict[int, Recommendation]:
-    """The fastest setting of every batch size; of equals, the one that drafts least."""
+    """The fastest setting of every batch size; among equals, the one that drafts least."""
     found = {}
     for batch in sorted({p.batch for p in predictions}):
         best = ranked(predictions, batch)[0]
@@ -153,7 +153,7 @@ def ranked(predictions: Sequence[Prediction], batch: int) -> list[Prediction]:
 
 
 def frontier(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """Settings that no other beats for one user and for all users at once, from few users to many."""
+    """The Pareto frontier of speed per user and total throughput, fastest per user first."""
     kept = [
         p
         for p in predictions
@@ -170,8 +170,8 @@ def frontier(predictions: Sequence[Prediction]) -> list[Prediction]:
 
 
 @dataclass(frozen=True)
-class Check:
-    """A prediction beside its measurement."""
+class PredictionCheck:
+    """A prediction and its measurement."""
 
     prediction: Prediction
     measured_speedup: Estimate
@@ -180,7 +180,7 @@ class Check:
 
     @property
     def speedup_error(self) -> float:
-        """Share by which the prediction is too high."""
+        """Relative error of the prediction; positive if it is too high."""
         return self.prediction.speedup.value / self.measured_speedup.value - 1
 
     @property

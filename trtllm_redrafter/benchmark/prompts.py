@@ -1,7 +1,7 @@
-"""What a benchmark asks: a built-in set over six task families, a user's JSONL file, or Spec-Bench's questions.
+"""The prompts of a benchmark: a built-in set over six task families, a JSONL file, or Spec-Bench's questions.
 
-Acceptance depends on the text: a translation drafts differently from a story. So every prompt has a category, and
-results are shown for each.
+Acceptance depends on the text, and a translation is drafted differently from a story. So every prompt has a category,
+and results are shown per category.
 
     {"prompt": "Translate: ...", "category": "translation"}
     {"messages": [{"role": "user", "content": "..."}, ...], "id": "support-3"}
@@ -93,9 +93,9 @@ def make_items(
     max_tokens: int,
     template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Item]:
-    """Tokenize, answering earlier turns greedily without drafting, so that both sides are asked the very same.
+    """Tokenize; earlier turns are answered greedily without drafting, so that both sides get identical requests.
 
-    `MismatchError` names every prompt that the engine or its chat template cannot take, before anything is measured.
+    `MismatchError` names all prompts that the engine or its chat template cannot take, before anything is measured.
     """
     items, problems = [], []
     for prompt in prompts:
@@ -111,7 +111,7 @@ def make_items(
 
 
 class _TooLong(Exception):
-    """A prompt and its answer exceed the engine's lengths."""
+    """A prompt and its answer exceed the engine's limits."""
 
 
 def _items_of(runner: Runner, bench: BenchPrompt, max_tokens: int, template_kwargs: Mapping[str, Any]) -> list[Item]:
@@ -133,12 +133,12 @@ def _items_of(runner: Runner, bench: BenchPrompt, max_tokens: int, template_kwar
 
 
 def question_of(item_id: str) -> str:
-    """The prompt that an item is a turn of."""
+    """Id of the prompt that an item is a turn of."""
     return _LAST_TURN.sub("", item_id)
 
 
 def _encode(runner: Runner, prompt: Prompt, template_kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """Through the chat template; an engine without one gets the plain texts, line by line."""
+    """Token ids through the chat template; without one, of the plain texts, line by line."""
     if runner.has_chat_template and prompt.chat is not False:
         kwargs = {**template_kwargs, **prompt.template_kwargs}
         return runner.encode_prompt(prompt.content, chat=True, template_kwargs=kwargs)
@@ -146,7 +146,7 @@ def _encode(runner: Runner, prompt: Prompt, template_kwargs: Mapping[str, Any]) 
 
 
 def choose(prompts: Sequence[BenchPrompt], count: int | None) -> list[BenchPrompt]:
-    """`count` prompts spread evenly over the list, so that every category stays in; None: all."""
+    """`count` prompts evenly spaced over the list, so that every category is represented; None: all."""
     if count is None or count >= len(prompts):
         return list(prompts)
     return [prompts[i * len(prompts) // count] for i in range(count)]

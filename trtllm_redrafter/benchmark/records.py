@@ -1,7 +1,7 @@
-"""What was measured: one record per request, tables of them per batch size, and the JSON they are kept as.
+"""What was measured: one record per request, grouped by side and batch size, and the JSON they are stored as.
 
-A result file holds raw records, so that two results can be compared prompt by prompt and figures can be computed anew;
-everything derived (`statistics.py`) is written beside them for readers, and never read back.
+A result file has raw records, so that two results can be compared prompt by prompt and figures can be recomputed.
+Derived figures (`statistics.py`) are in the file too, for people, and are never read back.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ ARMS = (DRAFTING, AUTOREGRESSION)
 
 @dataclass(frozen=True)
 class Record:
-    """One request. Seconds count from its submission; `decode_seconds` from the end of its prompt's pass.
+    """One request. Times are in seconds since its submission; `decode_seconds` since the end of its prompt's pass.
 
-    `first_token_seconds` is when a reader sees it, which can be a step later: a runner may hand out both together.
+    `first_token_seconds` is when a client sees it, which can be a step later: a runner may return both together.
 
     `step_seconds` is the runner's own time in decoding steps; the rest of `decode_seconds` went to other requests'
-    prompts. `output` is a hash of the emitted token ids. `gaps`: how many of the side's gaps, which are in the order
-    of its records, are this request's; None in results that do not say.
+    prompts. `output` is a hash of the emitted token ids. `gaps` is how many of the side's gaps, which are in the order
+    of its records, belong to this request; None in older results.
     """
 
     item: str
@@ -48,7 +48,7 @@ class Record:
 
 @dataclass
 class ArmRecords:
-    """All requests of one side at one batch size. `gaps` are seconds between updates that a stream's reader sees."""
+    """All requests of one side at one batch size. `gaps` are seconds between updates, as a client sees them."""
 
     records: list[Record] = field(default_factory=list)
     wall_seconds: float = 0.0
@@ -59,7 +59,7 @@ class ArmRecords:
         return sum(r.tokens for r in self.records)
 
     def of_category(self, name: str) -> ArmRecords:
-        """Its requests and their gaps. Rounds mix categories, so there is no wall time."""
+        """The category's requests and their gaps. There is no wall time, since rounds mix categories."""
         found, first = ArmRecords(), 0
         for record in self.records:
             if record.category == name:
@@ -71,7 +71,7 @@ class ArmRecords:
 
 @dataclass(frozen=True)
 class Difference:
-    """Where drafting wrote another text. `kind` is tie, fault or unexamined; `gap` in logits, where it is known."""
+    """Where drafting changed a text. `kind` is tie, fault or unexamined; `gap` is in logits, None if not known."""
 
     item: str
     batch: int
@@ -96,7 +96,7 @@ class BatchRecords:
 
 @dataclass
 class BenchResult:
-    """Everything one `bench` measured. `complete` is False when it was interrupted."""
+    """All measurements of one `bench`. `complete` is False if it was interrupted."""
 
     engine: Mapping[str, Any]
     settings: Mapping[str, Any]
@@ -129,7 +129,7 @@ def _batch_dict(batch: BatchRecords) -> dict[str, Any]:
 
 
 def read_result(path: Path) -> BenchResult:
-    """A result of `bench`: the JSON file, or the report directory it lies in."""
+    """Read a result of `bench`, from the JSON file or the report directory that contains it."""
     file = path / "result.json" if path.is_dir() else path
     value = read_json(file)
     if value.get("kind") != "benchmark" or value.get("schema") != SCHEMA:

@@ -1,4 +1,4 @@
-"""A benchmark for readers: tables as text and Markdown, one HTML page with plots, JSON beside them.
+"""A benchmark's report: tables as text and Markdown, one HTML page with plots, and JSON.
 
 write_report(summary, Path("report"), overwrite=False)     # report.html, report.md, *.svg, result.json
 """
@@ -13,7 +13,7 @@ from typing import Any
 from trtllm_redrafter.benchmark import page, plots
 from trtllm_redrafter.benchmark.figures import ArmFigures
 from trtllm_redrafter.benchmark.records import AUTOREGRESSION, DRAFTING
-from trtllm_redrafter.benchmark.summary import BatchSummary, Summary
+from trtllm_redrafter.benchmark.summary import BatchSummary, BenchSummary
 from trtllm_redrafter.fsio import CREATOR, atomic_directory, write_json
 
 TITLE = "Drafting against autoregression"
@@ -28,7 +28,7 @@ Rows = list[list[str]]
 
 
 def number(value: float | None, form: str = ".1f", scale: float = 1.0) -> str:
-    """A figure, or a dash where nothing was measured."""
+    """A figure, or a dash if it was not measured."""
     return "–" if value is None or value != value else format(scale * value, form)
 
 
@@ -40,7 +40,7 @@ CATEGORY_HEADER = ["kind of prompt", "batch", "prompts", "speed-up", "interval",
                    "per user", "undrafted", "update p95, ms", "undrafted"]  # fmt: skip
 
 
-def speed_rows(summary: Summary) -> Rows:
+def speed_rows(summary: BenchSummary) -> Rows:
     arms = ((DRAFTING, "drafting"), (AUTOREGRESSION, "autoregression"))
     return [
         [str(b.figures.batch), label, *_speed(b.figures.drafting if name == DRAFTING else b.figures.autoregression)]
@@ -56,7 +56,7 @@ def _speed(arm: ArmFigures) -> list[str]:
     return [number(arm.concurrency), *(number(r) for r in rates), *(number(t, ".1f", 1e3) for t in times)]
 
 
-def pays_rows(summary: Summary) -> Rows:
+def pays_rows(summary: BenchSummary) -> Rows:
     return [_pays(b) for b in summary.batches]
 
 
@@ -80,7 +80,7 @@ def _interval(low: float, high: float) -> str:
     return f"{number(low, '.2f')} to {number(high, '.2f')}"
 
 
-def category_rows(summary: Summary) -> Rows:
+def category_rows(summary: BenchSummary) -> Rows:
     return [
         [
             name,
@@ -98,8 +98,8 @@ def category_rows(summary: Summary) -> Rows:
     ]
 
 
-def fact_rows(summary: Summary) -> list[tuple[str, str]]:
-    """How it was measured."""
+def fact_rows(summary: BenchSummary) -> list[tuple[str, str]]:
+    """How it was measured, as (name, value)."""
     result, env, engine = summary.result, summary.result.environment, summary.result.engine
     machine, clocks, roof = env["machine"], env["clocks"], engine.get("roof") or {}
     rows = [
@@ -131,7 +131,7 @@ def _clock(clocks: Mapping[str, Any]) -> str:
     return text
 
 
-def spec_bench_lines(summary: Summary) -> list[str]:
+def spec_bench_lines(summary: BenchSummary) -> list[str]:
     """Spec-Bench's figures, at batch 1."""
     found = [b.spec_bench for b in summary.batches if b.spec_bench is not None]
     return [
@@ -145,8 +145,8 @@ def spec_bench_lines(summary: Summary) -> list[str]:
     ]
 
 
-def position_lines(summary: Summary) -> list[str]:
-    """Share of steps that accept at least so many drafts."""
+def position_lines(summary: BenchSummary) -> list[str]:
+    """Share of steps that accept at least 1, 2, ... drafts."""
     shares = {b.figures.batch: b.figures.drafting.accepted_share for b in summary.batches}
     return [
         f"Drafts accepted at batch {batch}: "
@@ -156,13 +156,13 @@ def position_lines(summary: Summary) -> list[str]:
     ]
 
 
-def _interruption(summary: Summary) -> list[str]:
+def _interruption(summary: BenchSummary) -> list[str]:
     if summary.result.complete:
         return []
     return ["The measurement was interrupted; what follows was measured before that."]
 
 
-def render_text(summary: Summary) -> str:
+def render_text(summary: BenchSummary) -> str:
     """For a terminal."""
     parts = [*_interruption(summary), _aligned(SPEED_HEADER, speed_rows(summary)), ""]
     parts += [_aligned(PAYS_HEADER, pays_rows(summary)), "", *position_lines(summary), *spec_bench_lines(summary)]
@@ -176,7 +176,7 @@ def _aligned(header: list[str], rows: Rows) -> str:
     )
 
 
-def render_markdown(summary: Summary, drawn: Sequence[Plot]) -> str:
+def render_markdown(summary: BenchSummary, drawn: Sequence[Plot]) -> str:
     parts = [f"# {TITLE}", "", *_interruption(summary), *(f"- {v.render()}" for v in summary.verdicts), ""]
     parts += [f"![{plot.caption}: {plot.text}]({plot.name}.svg)" for plot in drawn]
     parts += [
@@ -195,7 +195,7 @@ def _paragraphs(lines: list[str]) -> list[str]:
     return [text for line in lines for text in (line, "")]
 
 
-def render_html(summary: Summary, drawn: Sequence[Plot]) -> str:
+def render_html(summary: BenchSummary, drawn: Sequence[Plot]) -> str:
     engine = summary.result.engine
     lead = (
         f"{engine['path']}, {engine['backend']} on {engine['device']}, {str(summary.result.environment['date'])[:10]}"
@@ -216,7 +216,7 @@ def render_html(summary: Summary, drawn: Sequence[Plot]) -> str:
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing with its words; `name` is its file's."""
+    """A plot with its caption and text; `name` is the file's."""
 
     name: str
     caption: str
@@ -224,8 +224,8 @@ class Plot:
     svg: str
 
 
-def draw_plots(summary: Summary) -> list[Plot]:
-    """Everything that can be drawn of what was measured."""
+def draw_plots(summary: BenchSummary) -> list[Plot]:
+    """All plots that the measurements allow."""
     if not summary.batches:
         return []
     first = summary.batches[0]
@@ -246,8 +246,8 @@ def draw_plots(summary: Summary) -> list[Plot]:
     return found
 
 
-def write_report(summary: Summary, folder: Path, *, overwrite: bool) -> None:
-    """One HTML page, Markdown with its pictures beside it, and the measurement as JSON."""
+def write_report(summary: BenchSummary, folder: Path, *, overwrite: bool) -> None:
+    """Write the HTML page, the Markdown with its SVG files, and the measurement as JSON."""
     drawn = draw_plots(summary)
     with atomic_directory(folder, overwrite=overwrite) as work:
         write_json(work / "result.json", summary.file_dict())

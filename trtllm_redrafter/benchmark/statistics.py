@@ -1,8 +1,8 @@
-"""Figures from records, and how sure they are.
+"""Figures from records, with intervals.
 
 A speed-up is a ratio of speeds: tokens over seconds of one side, divided by the other's, over the same prompts and
-repeats. Its interval comes from a paired bootstrap: prompts are drawn with replacement, and repeats too (one draw for
-all prompts, since a slow minute of the machine meets them together), and the ratio is taken anew each time.
+repeats. Its interval comes from a paired bootstrap: prompts are resampled with replacement, and so are repeats (one
+draw for all prompts, since a slow minute of the machine affects them all), and each time the ratio is recomputed.
 
     table = Table.of(batch_records)
     speedup(table, "seconds", Bootstrap(draws=2000, level=0.95, seed=0))      # Estimate(1.62, 1.55, 1.69)
@@ -21,12 +21,12 @@ from trtllm_redrafter.benchmark.records import BatchRecords, Record
 Array = NDArray[np.float64]
 
 FEWEST = 5
-"""Measurements of both sides from which an interval says anything: the bootstrap knows only what it has seen."""
+"""Fewest measurements of both sides for an interval: a bootstrap of fewer samples is too narrow."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its interval."""
+    """A figure with its confidence interval."""
 
     value: float
     low: float
@@ -41,7 +41,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are made. The same seed gives the same interval."""
+    """How intervals are computed. The same seed gives the same interval."""
 
     draws: int
     level: float
@@ -71,7 +71,7 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class Column:
-    """Sums of one side, by prompt and repeat [P, R]; 0 where nothing was measured."""
+    """One side's sums by prompt and repeat, [P, R]; 0 where nothing was measured."""
 
     tokens: Array
     decoded: Array
@@ -79,14 +79,14 @@ class Column:
     decode_seconds: Array
 
     def amount(self, clock: str) -> Array:
-        """What `clock` counts: every token from submission on, or those after the first while decoding."""
+        """Tokens that belong to `clock`: all of them, or for decoding those after the first."""
         return self.tokens if clock == "seconds" else self.decoded
 
     def time(self, clock: str) -> Array:
         return self.seconds if clock == "seconds" else self.decode_seconds
 
     def speeds(self, clock: str, prompts: Array, repeats: Array) -> Array:
-        """Tokens per second in every draw [D], from how often each prompt [D, P] and repeat [D, R] was drawn."""
+        """Tokens per second of each draw [D], given how often each prompt [D, P] and repeat [D, R] was drawn."""
         tokens = ((prompts @ self.amount(clock)) * repeats).sum(axis=1)
         seconds = ((prompts @ self.time(clock)) * repeats).sum(axis=1)
         speeds: Array = tokens / seconds
@@ -98,7 +98,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Both sides on the same prompts and repeats; what only one side finished is left out of both."""
+    """Both sides over the same prompts and repeats; those that only one side finished are left out."""
 
     items: tuple[str, ...]
     categories: tuple[str, ...]
@@ -118,7 +118,7 @@ class Table:
         return cls(items, tuple(first[item] for item in items), *columns)
 
     def only(self, rows: Sequence[int]) -> Table:
-        """The same for some of the prompts."""
+        """The table for some of the prompts."""
         chosen = [
             Column(*(values[list(rows)] for values in vars(side).values()))
             for side in (self.drafting, self.autoregression)
@@ -127,11 +127,11 @@ class Table:
 
     @property
     def pairs(self) -> int:
-        """Prompts times repeats that both sides have measured."""
+        """Number of (prompt, repeat) pairs that both sides have measured."""
         return int((self.drafting.seconds > 0).sum())
 
     def whole_repeats(self) -> Table:
-        """Without the repeat that an interruption cut short, in which some prompts count and others do not."""
+        """Without a repeat that was interrupted, which covers only some of the prompts."""
         kept = (self.drafting.seconds > 0).all(axis=0)
         if kept.all() or not kept.any():
             return self
@@ -164,7 +164,7 @@ def speedup(table: Table, clock: str, bootstrap: Bootstrap) -> Estimate:
 
 
 def speed_ratio(one: Column, other: Column, clock: str, bootstrap: Bootstrap) -> Estimate:
-    """Speed of `one` over `other`, measured at different times: prompts are paired, repeats are not."""
+    """Speed of `one` over `other`, measured at different times: paired by prompt, but not by repeat."""
     return _ratio(one, other, clock, bootstrap, paired=False)
 
 
@@ -181,12 +181,12 @@ def _ratio(one: Column, other: Column, clock: str, bootstrap: Bootstrap, *, pair
 
 
 def divide(a: float, b: float) -> float:
-    """NaN of nothing: a figure that was not measured must not look like a zero."""
+    """a / b, or NaN for b = 0: a figure that was not measured must not look like a zero."""
     return a / b if b else float("nan")
 
 
 def percentiles(values: Sequence[float], at: Sequence[float] = (50, 95, 99)) -> dict[str, float | None]:
-    """p50, p95, ... by linear interpolation between neighbours; None of nothing."""
+    """p50, p95, ... by linear interpolation; None without values."""
     if not len(values):
         return {f"p{q:g}": None for q in at}
     return {f"p{q:g}": float(v) for q, v in zip(at, np.percentile(np.asarray(values), at), strict=True)}

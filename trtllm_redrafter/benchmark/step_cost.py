@@ -1,8 +1,8 @@
-"""What a decoding step costs for every shape of a grid: timed on this machine, or from a GPU's roofline.
+"""The time of a decoding step for every shape of a grid: measured on this machine, or from a GPU's roofline.
 
-A step's time does not depend on how much of its draft is accepted, so a few steps tell. Drafting and plain steps
-alternate in short runs, so that a change of the machine's speed meets both; the median of the runs' ratios is not moved
-by a burst of other work in one of them.
+A step's time does not depend on how many of its drafts are accepted, so timing a few steps is enough. Drafting and
+plain steps alternate in short runs, so that a change of the machine's speed affects both; the median of the runs'
+ratios is robust against a burst of other work during one of them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.redrafter.config import DraftShape
 
 RUNS = 8
-"""Pairs of a drafting and a plain run per setting; the steps are spread over them."""
+"""Pairs of a drafting and a plain run per setting, over which the steps are spread."""
 
 
 _MEDIAN_ERROR = 1.25
-"""Standard error of a median over that of a mean, for normal noise: sqrt(pi / 2)."""
+"""Standard error of a median relative to that of a mean, for normal noise: sqrt(pi / 2)."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def time_steps(
     plain: list[float] = []
     ratios: list[float] = []
     for number in range(RUNS):
-        # Texts from all over the list: how long a context is matters, how well it drafts does not.
+        # Texts from the whole list: the context's length affects a step's time, its acceptance does not.
         chosen = [items[(number + i * max(1, len(items) // batch)) % len(items)] for i in range(batch)]
         order = (True, False) if number % 2 == 0 else (False, True)
         sides = {True: runner, False: plain_runner}
@@ -85,15 +85,15 @@ def time_steps(
 
 
 def trimmed_mean(values: Sequence[float]) -> float:
-    """Without the slowest and the fastest tenth, which belong to the rest of the machine."""
+    """Mean without the slowest and the fastest tenth, which are affected by other work on the machine."""
     cut = len(values) // 10
     return statistics.fmean(sorted(values)[cut : len(values) - cut])
 
 
 def _run(runner: Runner, items: Sequence[Item], steps: int, most_per_step: int, *, draft: bool) -> list[float]:
-    """Seconds of `steps` steps with all of `items` decoding; the step that admits them is not counted."""
-    room = runner.info.max_seq_len - max(len(i.token_ids) for i in items)
-    tokens = min(room, (steps + 2) * most_per_step + 2)
+    """Seconds of each of `steps` steps with all `items` decoding; the step that admits them is not counted."""
+    available = runner.info.max_seq_len - max(len(i.token_ids) for i in items)
+    tokens = min(available, (steps + 2) * most_per_step + 2)
     sampling = SamplingParams(tokens, ignore_eos=True)
     ids = [runner.submit(Request(item.token_ids, sampling, draft=draft)) for item in items]
     seconds: list[float] = []
@@ -103,7 +103,7 @@ def _run(runner: Runner, items: Sequence[Item], steps: int, most_per_step: int, 
             start = time.perf_counter()
             updates = runner.step()
             elapsed = time.perf_counter() - start
-            full = not _any_finished(updates)  # out of room: the batch is not whole any more
+            full = not _any_finished(updates)  # a request that finishes leaves a smaller batch
             if full:
                 seconds.append(elapsed)
     finally:
@@ -117,7 +117,7 @@ def _any_finished(updates: Sequence[Update]) -> bool:
 
 
 def _with_common_plain(costs: Sequence[StepCost]) -> list[StepCost]:
-    """One plain step time per batch size; each shape keeps its own ratio, which was taken side by side."""
+    """One plain step time per batch size; each shape keeps its own ratio, whose runs were interleaved."""
     plain = {batch: statistics.median(c.plain for c in costs if c.batch == batch) for batch in {c.batch for c in costs}}
     return [replace(c, drafting=c.ratio * plain[c.batch], plain=plain[c.batch]) for c in costs]
 
@@ -125,7 +125,7 @@ def _with_common_plain(costs: Sequence[StepCost]) -> list[StepCost]:
 def roofline_costs(
     config: CheckpointConfig, gpu: Gpu, assumptions: Assumptions, grid: Sequence[DraftShape], batches: Sequence[int]
 ) -> list[StepCost]:
-    """What the latency plan says for every shape; nothing is measured."""
+    """The latency plan's step times for every shape; nothing is measured."""
     found = []
     for shape in grid:
         changed = replace(config, draft_shape=shape)

@@ -1,4 +1,4 @@
-"""From a result to everything a report shows: figures, verdicts, the roof; and the result file.
+"""Summarize a result: figures, verdicts, share of the roofline; and write the result file.
 
 summary = summarize(result, bootstrap)
 print(summary.verdicts[0].render())
@@ -21,12 +21,12 @@ from trtllm_redrafter.fsio import without_nan
 MULTI_TURN = "multi-turn conversation"
 _CONVERSATION = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
 _OTHER_TASKS = {"translation", "summarization", "qa", "math_reasoning", "rag"}
-"""Categories of Spec-Bench's question file. Its leaderboard has one column for the first eight, one for each other."""
+"""Categories of Spec-Bench's question file. Its leaderboard has one column for the first eight and one per other."""
 
 
 @dataclass(frozen=True)
 class RoofShare:
-    """How near steps come to what memory delivers: base weights are read once per step, caches are not counted."""
+    """Steps relative to the memory bandwidth: base weights are read once per step, caches are not counted."""
 
     plain: float
     drafting: float
@@ -56,7 +56,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class BatchSummary:
-    """One batch size, whole."""
+    """Everything about one batch size."""
 
     figures: BatchFigures
     verdict: Verdict
@@ -93,8 +93,8 @@ class SpecBench:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """A result and what follows from it."""
+class BenchSummary:
+    """A result with its derived figures."""
 
     result: BenchResult
     bootstrap: Bootstrap
@@ -105,7 +105,7 @@ class Summary:
         return [b.verdict for b in self.batches]
 
     def as_dict(self) -> dict[str, Any]:
-        """Figures without the raw records: what `--json` prints."""
+        """The output of `--json`: figures without the raw records."""
         result = self.result
         value = {
             "complete": result.complete,
@@ -119,13 +119,13 @@ class Summary:
         return found
 
     def file_dict(self) -> dict[str, Any]:
-        """The result file: raw records, and the figures beside them."""
+        """Content of the result file: raw records and figures."""
         found: dict[str, Any] = without_nan({**self.result.as_dict(), **self.as_dict()})
         return found
 
 
-def summarize(result: BenchResult, bootstrap: Bootstrap) -> Summary:
-    return Summary(result, bootstrap, tuple(_batch(result, b, bootstrap) for b in result.batches))
+def summarize(result: BenchResult, bootstrap: Bootstrap) -> BenchSummary:
+    return BenchSummary(result, bootstrap, tuple(_batch(result, b, bootstrap) for b in result.batches))
 
 
 def _batch(result: BenchResult, batch: BatchRecords, bootstrap: Bootstrap) -> BatchSummary:
@@ -148,7 +148,7 @@ def _roof(engine: Mapping[str, Any], figures: BatchFigures) -> RoofShare | None:
 
 
 def spec_bench_row(batch: BatchRecords) -> SpecBench | None:
-    """A question's speed is the tokens of all its turns over their whole time, prompts included."""
+    """Spec-Bench's figures; a question's speed is the tokens of all its turns over their time, prompts included."""
     sides = [_question_speeds(arm.records) for arm in (batch.drafting, batch.autoregression)]
     if not sides[0] or not sides[1]:
         return None
@@ -172,7 +172,7 @@ def _question_speeds(records: Sequence[Record]) -> list[tuple[str, float]]:
 
 
 def _spec_bench_tasks(categories: set[str]) -> dict[str, str]:
-    """Category to task. A file with other kinds than Spec-Bench's keeps its own."""
+    """Category -> task. A file with categories that Spec-Bench does not have keeps its own."""
     official = categories <= _CONVERSATION | _OTHER_TASKS
     return {name: MULTI_TURN if official and name in _CONVERSATION else name for name in categories}
 

@@ -1,7 +1,7 @@
-"""Acceptance of a whole grid from texts the base model has written once.
+"""Acceptance lengths of a whole grid, from texts that the base model writes once.
 
-The texts come from the recipe's engine where it runs on the torch backend (its hidden states are then the ones it
-drafts from), else from transformers.
+The texts come from the recipe's engine if that is of the torch backend, whose hidden states are those it drafts from;
+otherwise from transformers.
 
     texts = engine_texts(runner, items, max_tokens=128)
     grid_acceptance(base, drafter, texts, shapes, ...)        # one Acceptance per shape
@@ -33,26 +33,26 @@ from trtllm_redrafter.training.rows import TrainingRows
 from trtllm_redrafter.training.self_distill import TransformersWriter, WritingOptions
 
 ROWS_AT_ONCE = 256
-"""Positions drafted from together; bounds the [rows, beams, vocabulary] array."""
+"""Positions to draft from at once; bounds the size of the [rows, beams, vocabulary] array."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What the base model wrote: rows to draft from, and the sizes of an average request."""
+    """Texts of the base model: rows to draft from, and the sizes of an average request."""
 
     rows: TrainingRows
     categories: tuple[str, ...]
     mean_tokens: float
     prompt_seconds: float | None
-    """Mean time of a prompt's pass; None where no engine was timed."""
+    """Mean time of a prompt's pass; None if no engine was timed."""
     written_by: str
 
 
 def engine_texts(runner: TorchRunner, items: Sequence[Item], *, max_tokens: int, progress: Progress) -> Texts:
-    """Answers, states and prompt times of an idle engine."""
+    """Texts of an engine, which must be idle, with hidden states and prompt times."""
     parts: list[tuple[Tensor, Tensor]] = []
     prompt_seconds = tokens = 0.0
-    runner.generate([Request(items[0].token_ids, SamplingParams(2))])  # a first prompt may have kernels compiled
+    runner.generate([Request(items[0].token_ids, SamplingParams(2))])  # the first prompt may compile kernels
     for number, item in enumerate(items, start=1):
         [result] = runner.generate([Request(item.token_ids, SamplingParams(max_tokens))])
         prompt_seconds += result.prefill_seconds
@@ -77,7 +77,7 @@ def transformers_texts(
     progress: Progress,
     template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Texts:
-    """The same without an engine. Of several turns, the first is answered."""
+    """The same without an engine. Of several turns, only the first is answered."""
     tokenizer = load_tokenizer(base.path)
     template = ChatTemplate.of(tokenizer)
     asked = [replace(p.prompt, template_kwargs={**template_kwargs, **p.prompt.template_kwargs}) for p in prompts]
@@ -104,7 +104,7 @@ def grid_acceptance(
     head_rows: int,
     progress: Progress,
 ) -> list[Acceptance]:
-    """Every shape along the same texts. `head_rows`: frequent tokens the engine's draft head is cut to; 0: none."""
+    """Acceptance of each shape on the same texts. `head_rows`: size of the engine's reduced draft head; 0: whole."""
     model = read_drafter(drafter, max(shape.draft_len for shape in grid)).to(base.head.device, base.head.dtype)
     vocab = draft_vocab(drafter)
     rows = None if vocab is None or not head_rows else vocab[:head_rows]

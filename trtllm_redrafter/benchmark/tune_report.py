@@ -1,4 +1,4 @@
-"""A search for readers: text, Markdown and one HTML page, and the recipe with the chosen shape written back.
+"""The report of `tune`: text, Markdown and one HTML page, and the recipe with the recommended shape.
 
 write_tune_report(found, Path("report"), recipe, overwrite=False)   # tune.html, tune.md, tune.json, recipe.yaml
 """
@@ -32,7 +32,7 @@ CHECK_HEADER = [
 
 
 def rows(found: TuneResult) -> list[list[str]]:
-    """Every setting, the fastest first; the frontier is marked."""
+    """All settings, the fastest first; those on the frontier are marked."""
     best = frontier(found.predictions)
     batches = sorted({p.batch for p in found.predictions})
     return [_row(p, p in best) for batch in batches for p in ranked(found.predictions, batch)]
@@ -82,7 +82,7 @@ def lead(found: TuneResult) -> str:
 
 
 def render_text(found: TuneResult) -> str:
-    """A Markdown document that reads well in a terminal."""
+    """The report as Markdown that is readable in a terminal, too."""
     parts = [lead(found), "", page.markdown_table(HEADER, rows(found)), ""]
     if found.checks:
         parts += ["Measured:", "", page.markdown_table(CHECK_HEADER, check_rows(found)), ""]

@@ -1,8 +1,8 @@
-"""`tune`: the fastest draft shape per batch size, predicted from acceptance and step cost, then checked if asked.
+"""`tune`: the fastest draft shape per batch size, predicted from acceptance and step time, then checked on request.
 
 found = tune(options, progress)
 found.recommendations[1].render()
-found.checks                        # with a budget: predictions beside measurements
+found.checks                        # with a budget: predictions and their measurements
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from trtllm_redrafter.benchmark import environment
 from trtllm_redrafter.benchmark.figures import batch_figures
 from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, both_sides, check_enough
 from trtllm_redrafter.benchmark.prediction import (
-    Check,
     Prediction,
+    PredictionCheck,
     Recommendation,
     TextSize,
     frontier,
@@ -48,7 +48,7 @@ CHECK_REPEATS = 3
 
 @dataclass(frozen=True)
 class EngineSize:
-    """An engine for one setting and batch size: its token limit, and why it cannot hold that batch, if it cannot."""
+    """An engine for one setting and batch size: its token limit; `refusal` says why the batch does not fit, or None."""
 
     max_num_tokens: int
     refusal: str | None
@@ -56,7 +56,7 @@ class EngineSize:
 
 @dataclass(frozen=True)
 class Roof:
-    """A target that is not here."""
+    """A target GPU other than this machine's."""
 
     gpu: Gpu
     config: CheckpointConfig
@@ -66,7 +66,7 @@ class Roof:
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """One search, every field resolved. `roof` None: this machine. `engine` is one of the torch backend, or None."""
+    """Options, every field resolved. `roof` None: tune for this machine. `engine`: a torch engine, or None."""
 
     base: Path
     drafter: Path
@@ -87,7 +87,7 @@ class TuneOptions:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise `UsageError` with everything that cannot be meant."""
+        """Raise `UsageError` with all options that contradict each other."""
         found = [problem for shape in self.grid for problem in shape.problems()]
         if self.roof is None and self.engine is None:
             remedy = "run `pipeline` on the recipe first, or name a --target GPU"
@@ -100,14 +100,14 @@ class TuneOptions:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """Predictions for the whole grid, and what follows."""
+    """Predictions for the whole grid, recommendations and checks."""
 
     target: str
     predictions: tuple[Prediction, ...]
-    checks: tuple[Check, ...]
+    checks: tuple[PredictionCheck, ...]
     facts: dict[str, Any]
     complete: bool = True
-    """False: the measurements of `budget` were interrupted. The predictions are whole."""
+    """False if the measurements of `budget` were interrupted; the predictions are complete in any case."""
 
     @property
     def recommendations(self) -> dict[int, Recommendation]:
@@ -126,7 +126,7 @@ class TuneResult:
 
 
 def tune(options: TuneOptions, progress: Progress) -> TuneResult:
-    """Record texts, draft along them with every shape, cost the steps, predict; measure the best `budget`."""
+    """Record texts, draft along them with every shape, time the steps, predict; measure the best `budget` settings."""
     options.check()
     prompts = choose(built_in_prompts() if options.prompts is None else read_prompts(options.prompts), options.limit)
     base = FrozenBase.load(options.base, device=options.device, dtype=options.dtype)
@@ -166,7 +166,7 @@ def tune(options: TuneOptions, progress: Progress) -> TuneResult:
         "max_tokens": options.max_tokens,
         "step_cost": "roofline" if options.roof else f"means of {options.steps} steps",
     }
-    checks: list[Check] = []
+    checks: list[PredictionCheck] = []
     target, complete = THIS if options.roof is None else options.roof.gpu.name, False
     with suppress(KeyboardInterrupt):
         for check in _checks(options, predictions, items, progress):
@@ -176,7 +176,7 @@ def tune(options: TuneOptions, progress: Progress) -> TuneResult:
 
 
 def _that_fit(roof: Roof, predictions: Sequence[Prediction]) -> tuple[list[Prediction], dict[str, Any]]:
-    """Predictions whose batch the GPU can hold, the others by name, and the limits of the engines that are best."""
+    """Predictions whose batch fits the GPU; the names of the others, and the limits of the recommended engines."""
     sizes = {(p.shape, p.batch): roof.size_of(p.shape, p.batch) for p in predictions}
     left_out = [
         {"setting": p.name, "batch": p.batch, "why": size.refusal}
@@ -214,7 +214,7 @@ def _recorded(
 def _predict(
     options: TuneOptions, items: Sequence[Item], texts: Texts, accepted: dict[DraftShape, Any], progress: Progress
 ) -> list[Prediction]:
-    """For a GPU that is not here, prompts are left out: what is predicted is decoding."""
+    """Predict every setting. For another GPU, prompts are left out: only decoding is predicted."""
     if options.roof is not None:
         roof = options.roof
         costs = roofline_costs(roof.config, roof.gpu, roof.assumptions, options.grid, options.batches)
@@ -229,8 +229,8 @@ def _predict(
 
 def _checks(
     options: TuneOptions, predictions: Sequence[Prediction], items: Sequence[Item], progress: Progress
-) -> Iterator[Check]:
-    """The best `budget` settings of every batch size, measured as `bench` does."""
+) -> Iterator[PredictionCheck]:
+    """Measure the best `budget` settings of every batch size as `bench` does."""
     for batch in options.batches if options.budget else ():
         for prediction in ranked(predictions, batch)[: options.budget]:
             assert options.engine is not None
@@ -240,4 +240,4 @@ def _checks(
                 session.run(progress)
             figures = batch_figures(session.batches[0], options.bootstrap)
             mine = figures.drafting
-            yield Check(prediction, figures.speedup, mine.user_tokens_per_second, mine.acceptance_length)
+            yield PredictionCheck(prediction, figures.speedup, mine.user_tokens_per_second, mine.acceptance_length)

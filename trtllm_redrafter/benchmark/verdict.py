@@ -1,7 +1,7 @@
-"""What the figures mean, in words: go, no-go, or not significant, with the numbers that decide.
+"""The verdict on drafting: go, no-go, or not significant, with the figures it is based on.
 
-The interval of the speed-up decides, not its middle. An output that drafting has changed without rounding to blame is
-a no-go at any speed.
+It follows from the interval of the speed-up, not from its point estimate. An output that drafting changes by more than
+rounding explains is a no-go at any speed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GO, NO_GO, NOT_SIGNIFICANT = "go", "no-go", "not significant"
 
 @dataclass(frozen=True)
 class Verdict:
-    """One batch size's answer."""
+    """The answer for one batch size."""
 
     batch: int
     answer: str
@@ -33,7 +33,7 @@ class Verdict:
 
 
 def judge(figures: BatchFigures, differences: Sequence[Difference]) -> Verdict:
-    """The whole interval above 1 is a go, below 1 a no-go; 1 itself belongs to neither."""
+    """Go if the whole interval is above 1, no-go if it is below 1; otherwise not significant."""
     faults = sum(d.kind == FAULT for d in differences)
     if faults:
         reason = f"{faults} output(s) differ from autoregression by more than rounding explains; speed does not matter"

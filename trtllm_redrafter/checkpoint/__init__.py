@@ -1,7 +1,7 @@
 """The TensorRT-LLM checkpoint format: config, tensor layout per rank, reader, writer, manifest, checks.
 
-The three names are imported when they are first used: planning for a GPU host reads configs only, and must not wait
-for torch, which the reader needs.
+The three names are imported on first use: planning for a GPU host reads configs only and should not wait for torch,
+which the reader needs.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "CheckpointConfig", "Manifest"]
 
-_HOMES = {"Checkpoint": "reader", "CheckpointConfig": "config", "Manifest": "manifest"}
+_MODULES = {"Checkpoint": "reader", "CheckpointConfig": "config", "Manifest": "manifest"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
 """`config.json` of a TensorRT-LLM checkpoint, as one frozen dataclass.
 
-Read from what TensorRT-LLM's own converters write, from ModelOpt's fallback writer (which leaves out `qwen_type`,
-`attn_bias`, `tie_word_embeddings`), and from ours; keys we do not know are kept and written back. Everything a
-reader would otherwise guess (bias? q/k norm? head size?) is an attribute here:
+Accepts the files of TensorRT-LLM's own converters, of ModelOpt's fallback writer (which leaves out `qwen_type`,
+`attn_bias`, `tie_word_embeddings`) and our own; unknown keys are kept and written back. Whatever a reader would
+otherwise have to guess (bias? q/k norm? head size?) is an attribute here:
 
     config = CheckpointConfig.from_dict(read_json(path / "config.json"), where=path / "config.json")
     config.head_size, config.attn_bias, config.drafter, config.draft_shape
@@ -26,13 +26,13 @@ MAX_RANKS = 1024
 
 @dataclass(frozen=True)
 class Architecture:
-    """What an architecture name of a checkpoint stands for."""
+    """What a checkpoint's architecture name implies."""
 
     family: str
     qwen_type: str | None
     redrafter: str
     attn_bias: bool
-    """Default of `attn_bias` when the file does not say."""
+    """`attn_bias` if the file does not say."""
 
 
 _LLAMA = Architecture("llama", None, "ReDrafterForLLaMALM", attn_bias=False)
@@ -45,13 +45,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Qwen2ForCausalLM": _QWEN2,
     "Qwen3ForCausalLM": _QWEN3,
 }
-"""Plain base architectures by the name that checkpoints carry."""
+"""Architectures without a drafter, by their name in checkpoints."""
 
 REDRAFTER_ARCHITECTURES: Mapping[str, str] = {
     "ReDrafterForLLaMALM": "LlamaForCausalLM",
     "ReDrafterForQWenLM": "Qwen2ForCausalLM",
 }
-"""ReDrafter architectures, with the base meant when `base_model_architecture` is missing."""
+"""ReDrafter architectures, with the base architecture if `base_model_architecture` is missing."""
 
 QWEN_TYPES: Mapping[str, str] = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -60,8 +60,8 @@ QWEN_TYPES: Mapping[str, str] = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3For
 class CheckpointConfig:
     """Every field of the checkpoint format this package uses, resolved.
 
-    `vocab_size` is the base's own, without padding. `rotary_scaling` is Hugging Face's dict (`rope_type`,
-    `factor`, ...) or None. `quantization` is the file's section as it stands. `extra` holds all other keys.
+    `vocab_size` is the base model's own, without padding. `rotary_scaling` is Hugging Face's dict (`rope_type`,
+    `factor`, ...) or None. `quantization` is the file's section, unchanged. `extra` has all other keys.
     """
 
     architecture: str
@@ -95,7 +95,7 @@ class CheckpointConfig:
 
     @property
     def family(self) -> str:
-        """`llama` or `qwen`: which of TensorRT-LLM's two model classes reads it."""
+        """`llama` or `qwen`: which of TensorRT-LLM's two model classes loads it."""
         return ARCHITECTURES[self.base_architecture].family
 
     @property
@@ -109,7 +109,7 @@ class CheckpointConfig:
 
     @property
     def dense_bias(self) -> bool:
-        """Has `attention.dense` a bias? LLaMA's `attn_bias` covers it, Qwen's does not."""
+        """Does `attention.dense` have a bias? LLaMA's `attn_bias` includes it, Qwen's does not."""
         return self.attn_bias and self.family == "llama"
 
     @property
@@ -138,9 +138,9 @@ class CheckpointConfig:
     def from_dict(
         cls, values: Mapping[str, Any], *, where: str | Path, tensor_names: Collection[str] | None = None
     ) -> CheckpointConfig:
-        """Parse a `config.json`; every problem is reported in one `InputError`.
+        """Parse a `config.json`; all problems are reported in one `InputError`.
 
-        `tensor_names` settles what an incomplete file leaves open (`attn_bias`, `mlp_bias`).
+        `tensor_names` decide what an incomplete file leaves open (`attn_bias`, `mlp_bias`).
         """
         fields = FieldReader(values, where)
         base_architecture = _base_architecture(fields)
@@ -151,7 +151,7 @@ class CheckpointConfig:
 
 
 def _base_architecture(fields: FieldReader) -> str:
-    """The plain architecture behind the file's `architecture`, with Qwen's generations told apart."""
+    """The base architecture of the file's `architecture`, distinguishing Qwen's generations."""
     name = fields.text("architecture")
     if name in REDRAFTER_ARCHITECTURES:
         name = fields.text("base_model_architecture", REDRAFTER_ARCHITECTURES[name])

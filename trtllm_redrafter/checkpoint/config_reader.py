@@ -1,7 +1,7 @@
-"""Open a checkpoint's `config.json` alone: no weights, no torch.
+"""Read a checkpoint's `config.json` alone, without weights or torch.
 
-What a plan needs (sizes, ranks, quantization, drafter) is all in the config, so that planning for a GPU host answers
-within the first second. `Checkpoint.open` builds on it and adds the tensors.
+Everything a plan needs (sizes, ranks, quantization, drafter) is in the config, so that planning for a GPU host takes
+less than a second. `Checkpoint.open` builds on this and adds the tensors.
 
     config = read_checkpoint_config(Path("checkpoint"))
 """
@@ -18,7 +18,7 @@ from trtllm_redrafter.fsio import read_json
 
 
 def read_raw_config(path: Path) -> dict[str, Any]:
-    """The JSON of a checkpoint directory; `InputError` when it is missing or of something else."""
+    """The config JSON of a checkpoint directory; `InputError` if it is missing or of something else."""
     if not path.is_dir():
         raise InputError("the checkpoint directory does not exist", where=path, remedy="check the path")
     raw = read_json(path / "config.json")

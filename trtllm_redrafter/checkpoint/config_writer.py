@@ -1,7 +1,7 @@
-"""The complete `config.json` of a checkpoint, in the key order of NVIDIA's converters.
+"""Write a checkpoint's complete `config.json`, in the key order of NVIDIA's converters.
 
-Every key that TensorRT-LLM would otherwise fill with a default is written, because some of its defaults are wrong
-for these models (`hidden_act` gelu, `position_embedding_type` learned_absolute, Qwen's `attn_bias` true).
+Every key for which TensorRT-LLM has a default is written, because some of its defaults are wrong for these models
+(`hidden_act` gelu, `position_embedding_type` learned_absolute, Qwen's `attn_bias` true).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.quantization import complete_excludes
 
 QWEN_DEFAULT_SEQ_LENGTH = 8192
-"""What TensorRT-LLM's own converter writes when the Hugging Face config has no `seq_length`."""
+"""Written by TensorRT-LLM's own converter if the Hugging Face config has no `seq_length`."""
 
 
 def config_dict(config: CheckpointConfig) -> dict[str, Any]:
-    """All keys of `config`; keys it does not know (`extra`) follow unchanged."""
+    """All keys of `config`; the `extra` keys follow unchanged."""
     written = _base_keys(config)
     if config.family == "qwen":
         written |= {

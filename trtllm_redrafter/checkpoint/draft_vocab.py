@@ -1,7 +1,7 @@
-"""`draft_vocab.safetensors`: the token ids that drafts are taken from first, most frequent first.
+"""`draft_vocab.safetensors`: the token ids that a reduced draft head has rows for, most frequent first.
 
-A trainer writes it, `convert` copies it, the torch backend and `evaluate` read it. It changes what is drafted and never
-what is written, but an id outside the vocabulary would be read from beyond the LM head.
+The trainer writes it, `convert` copies it, the torch backend and `evaluate` read it. It affects what is drafted and
+never what is generated, but an id outside the vocabulary would read past the end of the LM head.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def read_draft_vocab(path: Path, vocab_size: int) -> Tensor:
 
 
 def draft_vocab_problems(path: Path, vocab_size: int) -> list[Problem]:
-    """What `read_draft_vocab` would refuse, to be reported beside other problems. An unreadable file raises."""
+    """What `read_draft_vocab` would refuse, to be reported with other problems. An unreadable file raises."""
     try:
         read_draft_vocab(path, vocab_size)
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Typed reading of JSON fields that collects every problem instead of stopping at the first.
+"""Typed reading of JSON fields that collects all problems instead of stopping at the first.
 
 fields = FieldReader({"hidden_size": "64"}, "config.json")
 fields.size("hidden_size")      # 1, and fields.problems says that hidden_size is '64' and must be a number
@@ -14,7 +14,7 @@ from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.redrafter.config import MAX_DRAFT_LEN
 
 MAX_SIZE = 2**31 - 1
-"""No size of a model, an engine or a request is larger; kernels and TensorRT-LLM count in 32 bits."""
+"""Upper limit of all sizes of models, engines and requests; kernels and TensorRT-LLM use 32-bit integers."""
 
 LIMITS: Mapping[str, int] = {
     "num_hidden_layers": 10_000,
@@ -34,10 +34,10 @@ LIMITS: Mapping[str, int] = {
     "redrafter_draft_len_per_beam": MAX_DRAFT_LEN,
     "num_beams": MAX_SIZE,
 }
-"""Far above every model there is, and low enough that a list of that length is no danger: work is planned per layer."""
+"""Far above any existing model, and low enough that planning work per layer cannot exhaust the memory."""
 
 _MAX_NUMBER = 1e38
-"""float32 ends there."""
+"""About the largest float32."""
 
 _SHOWN = 60
 _MISSING: Any = object()
@@ -45,7 +45,7 @@ _EDIT = "correct the file, or download it again"
 
 
 class FieldReader:
-    """Reads keys of one JSON object. A null counts as missing. `read` remembers which keys were asked for."""
+    """Reads keys of one JSON object. A null counts as missing. `read` collects the keys that were asked for."""
 
     def __init__(self, values: Mapping[str, Any], where: str | Path) -> None:
         self.values = values
@@ -57,7 +57,7 @@ class FieldReader:
         self.problems.append(Problem(what, str(self.where), why, remedy))
 
     def size(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        """A whole number of at least `minimum` and at most what `LIMITS` says for the key."""
+        """A whole number from `minimum` to the key's limit in `LIMITS`."""
         value, limit = self._get(key, default), LIMITS.get(key, MAX_SIZE)
         if type(value) is int and minimum <= value <= limit:
             return value
@@ -98,7 +98,7 @@ class FieldReader:
         return next(iter(choices))
 
     def mapping(self, key: str) -> dict[str, Any]:
-        """An object; empty when missing."""
+        """An object; empty if missing."""
         value = self._get(key, {})
         if isinstance(value, dict):
             return value

@@ -1,7 +1,7 @@
-"""Are all weights numbers? One NaN or infinity in a checkpoint makes every answer nonsense, without an error.
+"""Are all weights finite? A single NaN or infinity in a checkpoint makes every output meaningless, without an error.
 
-Bits are looked at, not values: a float of 16 or 32 bits is finite unless all bits of its exponent are set, and
-comparing integers is as fast as reading memory.
+The check is on bits, not values: a 16- or 32-bit float is finite unless all bits of its exponent are set, and comparing
+integers is as fast as reading memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CHUNK = 2**20
 
 
 def non_finite_count(tensor: Tensor) -> int:
-    """Values of a contiguous tensor that are NaN or infinite; 0 for dtypes without such values."""
+    """Number of NaN or infinite values in a contiguous tensor; 0 for dtypes without such values."""
     if tensor.dtype not in _EXPONENTS or tensor.numel() == 0:
         return 0
     integer, exponent = _EXPONENTS[tensor.dtype]
@@ -34,7 +34,7 @@ def non_finite_count(tensor: Tensor) -> int:
 
 
 def finite_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Every stored tensor with values that are not finite. Reads all weights, a chunk at a time."""
+    """A problem for every stored tensor with values that are not finite. Reads all weights, in chunks."""
     for file in checkpoint.ranks:
         for name in file.header:
             count = non_finite_count(file.load(name))

@@ -1,7 +1,7 @@
-"""Names and shapes of every tensor of a checkpoint, and how each is divided over tensor-parallel ranks.
+"""Names and shapes of all tensors of a checkpoint, and how each is split over tensor-parallel ranks.
 
-One table serves both directions: `rank_slice` says which part of a whole ("joined") tensor rank r holds, so that a
-converter copies those parts out and a reader copies them back. Joined qkv is [all q heads; all k heads; all v heads].
+One table serves both directions: `rank_slice` returns the part of a whole ("joined") tensor that rank r has, which the
+converter copies out and the reader copies back. Joined qkv is [all q heads; all k heads; all v heads].
 
     specs = tensor_specs(config)                                   # name → TensorSpec
     rank_slice(specs["lm_head.weight"], config, rank=1).rows       # ((64128, 128256),)
@@ -28,7 +28,7 @@ DTYPE_NAMES: Mapping[str, str] = {"float16": "F16", "bfloat16": "BF16", "float32
 
 
 class Split(enum.Enum):
-    """How a tensor is divided over ranks."""
+    """How a tensor is split over ranks."""
 
     COPY = "whole on every rank"
     ROWS = "rows"
@@ -41,8 +41,8 @@ class Split(enum.Enum):
 class TensorSpec:
     """A whole tensor: its joined shape (vocabulary without padding), stored dtype and split.
 
-    `optional` tensors may be absent. `checked` is False where shape and dtype are not known (a quantization scheme
-    outside the table, or one whose weights may lie quantized or not).
+    `optional` tensors may be absent. `checked` is False if shape and dtype are not known (a quantization scheme outside
+    the table, or one that may leave weights unquantized).
     """
 
     name: str
@@ -55,7 +55,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class RankSlice:
-    """The part of a joined tensor on one rank: row ranges one after the other, a column range, zero rows below."""
+    """One rank's part of a joined tensor: concatenated row ranges, a column range, and zero rows at the end."""
 
     rows: tuple[tuple[int, int], ...]
     cols: tuple[int, int] | None
@@ -130,7 +130,7 @@ def _linear(
 
 
 def _quant_split(tensor: QuantTensor, split: Split) -> Split:
-    """Scales follow the axis of the weight they belong to."""
+    """Scales are split along the weight's axis that they belong to."""
     if split is Split.COLUMNS:
         if tensor.axes == ("in",):
             return Split.ROWS
@@ -147,7 +147,7 @@ def _drafter(config: CheckpointConfig) -> Iterator[TensorSpec]:
 
 
 def rank_slice(spec: TensorSpec, config: CheckpointConfig, rank: int) -> RankSlice:
-    """Which part of the joined tensor `spec` lies on tensor-parallel rank `rank`."""
+    """The part of the joined tensor `spec` on tensor-parallel rank `rank`."""
     tp = config.tp_size
     rows = spec.shape[0] if spec.shape else 1
     if tp == 1 or spec.split is Split.COPY:
@@ -163,7 +163,7 @@ def rank_slice(spec: TensorSpec, config: CheckpointConfig, rank: int) -> RankSli
 
 
 def _qkv_rows(spec: TensorSpec, config: CheckpointConfig, rank: int) -> tuple[tuple[int, int], ...]:
-    """q, k and v rows of one rank. With fewer KV heads than ranks, consecutive ranks share a head."""
+    """Row ranges of q, k and v on one rank. With fewer KV heads than ranks, consecutive ranks share a head."""
     tp, q_heads, kv_heads = config.tp_size, config.num_attention_heads, config.num_key_value_heads
     per_head = spec.shape[0] // (q_heads + 2 * kv_heads)
     q_count, kv_count = q_heads // tp, max(kv_heads // tp, 1)
@@ -174,7 +174,7 @@ def _qkv_rows(spec: TensorSpec, config: CheckpointConfig, rank: int) -> tuple[tu
 
 
 def divisibility_problems(config: CheckpointConfig, where: str | None = None) -> list[Problem]:
-    """Why this model cannot be divided over `tp_size` ranks; empty when it can."""
+    """Reasons why this model cannot be split over `tp_size` ranks; empty if it can."""
     tp = config.tp_size
     remedy = "choose a tensor-parallel size that divides it"
     rules: list[tuple[str, int, str | None]] = [

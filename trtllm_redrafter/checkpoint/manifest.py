@@ -1,11 +1,11 @@
-"""`manifest.json`: what made this directory, from what, with which options, and what its files must hash to.
+"""`manifest.json`: what wrote this directory, from which inputs and options, and the hashes of its files.
 
-Checkpoints and engines carry one. It answers months later which drafter went into an engine, and lets `verify`
-find a flipped bit or a half-finished upload:
+Checkpoints, engines and drafters have one. It tells months later which drafter an engine was built with, and lets
+`verify` find a flipped bit or an incomplete upload:
 
     manifest = Manifest.read(path)
     manifest.inputs["base"]["path"], manifest.derived["max_tree_tokens"]
-    problems = manifest.check_files(path, hashes=True)      # [] when all is well
+    problems = manifest.check_files(path, hashes=True)      # [] if there are none
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ RECORDED = "eos_token_ids"
 """The key under which manifests of checkpoints and configs of engines keep the tokens that end a text."""
 
 DRAFTER_WEIGHTS = "model.safetensors"
-"""The file of a drafter directory whose content is its identity."""
+"""The file whose hash identifies a drafter."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
     """Size in bytes and hex SHA-256 of one file.
 
-    `sample_sha256` is that of a few of its pages: which of several files of one size this is can be told at every load,
-    without reading all of it. Rank files have it.
+    `sample_sha256` covers a few of its pages, so that each load can tell apart files of equal size without reading them
+    whole. Rank files have it.
     """
 
     size: int
@@ -59,7 +59,7 @@ class FileRecord:
         return cls(path.stat().st_size, sha256_file(path))
 
     def with_sample(self, path: Path) -> FileRecord:
-        """The same with the sample of the file, which is this one."""
+        """This record with the sample of its file at `path`."""
         return replace(self, sample_sha256=sample_sha256(path))
 
     def as_dict(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class _Record(Schema):
 
 
 class _File(Schema):
-    """manifest.json as it is read; sections that a later version adds are kept out."""
+    """manifest.json as it is read; sections of later versions are ignored."""
 
     kind: Literal["checkpoint", "engine", "drafter"]
     files: dict[str, _Record]
@@ -87,7 +87,7 @@ class _File(Schema):
 
 
 def creator() -> dict[str, str]:
-    """This program and what it runs on; `name` marks the directory as ours."""
+    """This program and its platform; `name` identifies directories that it wrote."""
     import torch
 
     return {
@@ -116,11 +116,11 @@ class Manifest:
     creator: Mapping[str, Any] = field(default_factory=creator)
     created: str = field(default_factory=now)
     intact: bool = True
-    """Is what was read what was written? The file carries the SHA-256 of its own content."""
+    """Is the manifest itself unchanged? The file has the SHA-256 of its own content."""
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Read a directory's manifest; `InputError` when it is missing or not one of ours."""
+        """Read a directory's manifest; `InputError` if it is missing or not one of ours."""
         path = directory / MANIFEST
         raw = read_json(path)
         remedy = "write the directory again"
@@ -139,7 +139,7 @@ class Manifest:
 
     @classmethod
     def find(cls, directory: Path) -> Manifest | None:
-        """The manifest, or None for a directory that never had one (another program's checkpoint)."""
+        """The manifest, or None for a directory without one (another program's checkpoint)."""
         return cls.read(directory) if (directory / MANIFEST).exists() else None
 
     def write(self, directory: Path) -> None:
@@ -159,9 +159,9 @@ class Manifest:
         }
 
     def check_files(self, directory: Path, *, hashes: bool, below: str = "") -> list[Problem]:
-        """Every listed file that is missing, has another size or (with `hashes`) another content.
+        """A problem for each listed file that is missing, or whose size or (with `hashes`) content has changed.
 
-        `below` limits it to names that begin so, as `tokenizer/`.
+        `below` limits the check to names with that prefix, such as `tokenizer/`.
         """
         names = [name for name in self.files if name.startswith(below)]
         found = [self._check(directory, name, self.files[name], hashes) for name in names]
@@ -206,7 +206,7 @@ class Manifest:
         return sorted(found)
 
     def _exchanged(self, directory: Path) -> Iterator[Problem]:
-        """Rank files of one size that have taken each other's places, told by a sample of their bytes."""
+        """Rank files of equal size that were swapped, recognised by a sample of their bytes."""
         names = {record.sample_sha256: name for name, record in self.files.items() if record.sample_sha256}
         for name, record in self.files.items():
             if record.sample_sha256 is None or len(names) == 1:
@@ -234,7 +234,7 @@ class Manifest:
 
 
 def _own_hash(values: Mapping[str, Any]) -> str:
-    """SHA-256 of everything in the file but itself, whatever its layout."""
+    """SHA-256 of the file's content without this hash, independent of its formatting."""
     content = {key: value for key, value in values.items() if key != OWN_HASH}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -1,7 +1,7 @@
-"""Quantized checkpoints: which tensors each scheme adds to a linear layer, and which layers it must leave alone.
+"""Quantized checkpoints: which tensors each scheme adds to a linear layer, and which layers stay unquantized.
 
-The tensors are those of NVIDIA's exporter (ModelOpt 0.47). A scheme that is not in the table still passes through a
-conversion; only its layers' shapes cannot be checked, and that is said.
+The tensors are those of NVIDIA's exporter (ModelOpt 0.47). Checkpoints with a scheme that is not in the table can still
+be converted; only the shapes of their layers are not checked, which is reported.
 
     SCHEMES["FP8"].tensors(out=4096, inner=4096)
     # {"weight": F8_E4M3 [4096, 4096] , "weights_scaling_factor": F32 [1], "activation_scaling_factor": F32 [1]}
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 MODEL_DTYPE = "model"
-"""Stands for the checkpoint's own `dtype` in the tables below."""
+"""Placeholder for the checkpoint's own `dtype` in the tables below."""
 
 DEFAULT_EXCLUDES = (
     "*lm_head",
@@ -24,18 +24,18 @@ DEFAULT_EXCLUDES = (
     "*block_embedding",
     "*shared_expert_gate",
 )
-"""What TensorRT-LLM leaves unquantized when `exclude_modules` is absent; a list given there *replaces* these."""
+"""Modules TensorRT-LLM leaves unquantized if there is no `exclude_modules`; a list given there *replaces* these."""
 
 DRAFTER_EXCLUDE = "drafter*"
-"""Every module of the drafter, `input_proj` included: its weights are never quantized."""
+"""All modules of the drafter, `input_proj` included: its weights are never quantized."""
 
 
 def complete_excludes(given: Collection[str] | None) -> list[str]:
-    """The base's own patterns, TensorRT-LLM's defaults, and the drafter, each once.
+    """The base model's own patterns, TensorRT-LLM's defaults, and the drafter, each once.
 
-    NVIDIA's ReDrafter converter adds the drafter only when a list exists and forgets `input_proj`; a drafter
-    layer that is missed is built as a quantized one from 16-bit weights. A list without `lm_head` means that the
-    base's LM head *is* quantized, which must stay so.
+    NVIDIA's ReDrafter converter adds the drafter only if a list exists, and omits `input_proj`; a drafter layer that
+    is not excluded is built as a quantized layer from 16-bit weights. A list without `lm_head` means that the base
+    model's LM head *is* quantized and must remain so.
     """
     head_is_quantized = not is_excluded("lm_head", given)
     defaults = [p for p in DEFAULT_EXCLUDES if not (head_is_quantized and p == "*lm_head")]
@@ -43,16 +43,16 @@ def complete_excludes(given: Collection[str] | None) -> list[str]:
 
 
 def is_excluded(module: str, patterns: Collection[str] | None) -> bool:
-    """TensorRT-LLM's rule: `fnmatchcase` of the full dotted path, defaults when there is no list."""
+    """TensorRT-LLM's rule: `fnmatchcase` of the full dotted path; the defaults apply if there is no list."""
     return any(fnmatchcase(module, p) for p in (DEFAULT_EXCLUDES if patterns is None else patterns))
 
 
 @dataclass(frozen=True)
 class QuantTensor:
-    """One tensor of a quantized linear: its shape in terms of out, in and group size, and how it is split.
+    """One tensor of a quantized linear layer: its shape in terms of out, in and group size, and its split.
 
     `axes` names the dimensions: "out", "in", "group" (in / group_size) or "one". `out_packed` and `in_packed` say
-    how many values share one element. Dimensions "out" and "in"/"group" follow the split of the weight.
+    how many values are packed into one element. Dimensions "out" and "in"/"group" are split like the weight's.
     """
 
     dtype: str
@@ -113,4 +113,4 @@ SCHEMES: Mapping[str, Mapping[str, QuantTensor]] = {
 """quant_algo → tensors of one linear layer."""
 
 KV_CACHE_SCALES = ("k_cache_scaling_factor", "v_cache_scaling_factor", "kv_cache_scaling_factor")
-"""Scalars under `attention.` when the KV cache is quantized; only the last one is needed by TensorRT-LLM."""
+"""Scalars under `attention.` if the KV cache is quantized; TensorRT-LLM needs only the last one."""

@@ -1,15 +1,15 @@
-"""Do the rank files of a checkpoint belong together, and is each in its place? Their values tell, a few pages of each.
+"""Do the rank files of a checkpoint belong together, and is each in its place? Checked on a few pages of values.
 
-A rank file that was copied twice, or comes from another conversion, has the right names, shapes and dtypes, and gives
-an engine that writes nonsense. What is compared:
+A rank file that was copied twice, or comes from another conversion, has the right names, shapes and dtypes, and results
+in an engine that generates nonsense. What is compared:
 
     replicated vectors (norms, biases)  equal on all ranks
-    divided tensors                     not all equal between two ranks
+    split tensors                       not all equal between two ranks
     KV heads repeated on ranks          equal on the ranks that share them
     padding of the vocabulary           zero, below the last rank's rows
     a tied LM head                      rank r's part of the embedding
 
-Two ranks that were exchanged as a whole are told by a tied head only; `manifest.json` tells in any case.
+Without `manifest.json`, two ranks that were swapped as a whole are recognised by a tied head only.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from trtllm_redrafter.paths import open_regular
 
 SAMPLES = 16
 SAMPLE_BYTES = 4096
-"""Of one tensor, evenly spaced; a smaller one is read whole."""
+"""Pages sampled per tensor, evenly spaced; a smaller tensor is read whole."""
 
 _REMEDY = "convert again, or copy the rank files from an intact checkpoint"
 
 
 def rank_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Everything that shows one rank file to be another's, or of another checkpoint; nothing for a single rank.
+    """Signs that a rank file is another rank's, or of another checkpoint; none for a single rank.
 
     Names, shapes and dtypes must have been checked before.
     """
@@ -66,7 +66,7 @@ def _replicated(checkpoint: Checkpoint, specs: list[TensorSpec]) -> Iterator[Pro
 
 
 def _doubled(checkpoint: Checkpoint, specs: list[TensorSpec]) -> Iterator[Problem]:
-    """Two ranks hold different parts of every divided tensor; constant tensors, all zeros say, tell nothing."""
+    """Two ranks with the same parts of all split tensors. Constant tensors, such as all zeros, tell nothing."""
     seen: dict[tuple[bytes, ...], Path] = {}
     for file in checkpoint.ranks:
         parts = tuple(sample(file, file.header[spec.name]) for spec in specs)
@@ -79,7 +79,7 @@ def _doubled(checkpoint: Checkpoint, specs: list[TensorSpec]) -> Iterator[Proble
 
 
 def _shared_heads(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Problem]:
-    """With fewer KV heads than ranks, consecutive ranks hold the same key and value rows."""
+    """With fewer KV heads than ranks, consecutive ranks must have the same key and value rows."""
     config = checkpoint.config
     repeats = config.tp_size // config.num_key_value_heads
     if repeats <= 1:
@@ -107,7 +107,7 @@ def _padding(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Problem]:
 
 
 def _tied_head(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """A head that is the embedding, with parts on other ranks than their rows' own."""
+    """A tied LM head whose parts are on the wrong ranks."""
     head, embedding = checkpoint.specs.get(LM_HEAD), checkpoint.specs[EMBEDDING]
     first = checkpoint.ranks[0].header
     whole = embedding.split is Split.COPY and LM_HEAD in first and EMBEDDING in first
@@ -129,7 +129,7 @@ def _tied_head(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def _read(path: Path, begin: int, end: int) -> bytes:
-    """Evenly spaced pages of [begin, end), or all of it where that is less."""
+    """Evenly spaced pages of [begin, end), or all of it if that is less."""
     size = end - begin
     with open_regular(path) as file:
         if size <= SAMPLES * SAMPLE_BYTES:

@@ -1,14 +1,14 @@
-"""Read a TensorRT-LLM checkpoint as if it had never been divided over ranks.
+"""Read a TensorRT-LLM checkpoint as if it had never been split over ranks.
 
-This is how the torch backend gets its weights, and how `verify` compares a checkpoint with its origin: by the
-checkpoint's own names, with tensor-parallel shards joined and vocabulary padding cut.
+The torch backend gets its weights this way, and `verify` compares a checkpoint with its origin: by the checkpoint's own
+names, with tensor-parallel shards joined and vocabulary padding removed.
 
     checkpoint = Checkpoint.open(Path("checkpoint"))
     checkpoint.config.num_hidden_layers                        # 32
     checkpoint.load("transformer.layers.0.attention.qkv.weight")   # [q all; k all; v all], on the CPU
 
-With one rank, tensors are views of the mapped file: nothing is read before it is used, and writing into one would
-change what other callers see (never the file). Copy before changing.
+With one rank, tensors are views of the memory-mapped file: nothing is read before it is used, and writing into a tensor
+would change what other callers see (never the file). Copy before modifying.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FLOATING = ("F16", "BF16", "F32")
 
 
 class Checkpoint:
-    """An opened checkpoint directory: checked headers, no weights in memory."""
+    """An open checkpoint directory: headers are checked, weights are not yet in memory."""
 
     def __init__(
         self, path: Path, config: CheckpointConfig, ranks: list[SafetensorsFile], manifest: Manifest | None
@@ -63,7 +63,7 @@ class Checkpoint:
         return cls(path, config, ranks, Manifest.find(path))
 
     def names(self) -> list[str]:
-        """Names of all whole tensors, sorted; a tied LM head that is not stored is listed all the same."""
+        """Names of all tensors, sorted; a tied LM head is listed even if it is not stored."""
         names = set(self.ranks[0].header)
         if self.config.tie_word_embeddings:
             names.add(LM_HEAD)
@@ -78,7 +78,7 @@ class Checkpoint:
         return self._info(name).shape if len(self.ranks) == 1 else self._spec(name).shape
 
     def load(self, name: str) -> Tensor:
-        """The whole tensor on the CPU. Weights and biases come in the config's dtype, FP8 ones scaled back.
+        """The whole tensor on the CPU. Weights and biases are in the config's dtype, FP8 weights dequantized.
 
         `BackendError` for other quantized weights: they need TensorRT-LLM's kernels.
         """
@@ -98,7 +98,7 @@ class Checkpoint:
         return (tensor.to(torch.float32) * scale.to(torch.float32).reshape(())).to(dtype)
 
     def load_stored(self, name: str) -> Tensor:
-        """The whole tensor with the dtype it is stored in, ranks joined."""
+        """The whole tensor in the dtype it is stored in, ranks joined."""
         if len(self.ranks) == 1:
             self._info(name)
             return self.ranks[0].load(name)
@@ -132,7 +132,7 @@ class Checkpoint:
             at += stop - start
 
     def _stored(self, name: str) -> str:
-        """A tied LM head may be left out of the file; TensorRT-LLM then takes the embedding, and so do we."""
+        """A tied LM head may be left out of the file; like TensorRT-LLM, we then use the embedding."""
         header = self.ranks[0].header
         if name == LM_HEAD and name not in header and self.config.tie_word_embeddings and EMBEDDING in header:
             return EMBEDDING

@@ -1,15 +1,15 @@
-"""safetensors files: a header reader that trusts nothing, tensors without copies, and the layout of a new file.
+"""safetensors files: a validating header reader, tensors without copies, and the layout of a new file.
 
-The library's own reader refuses a bad file with a Rust error that names neither the file nor the tensor, and its
-writer wants all tensors in memory. Here a header is checked in full before a byte of data is used, and a file to
-be written is laid out from shapes alone, so that tensors can stream to their final place:
+The library's own reader rejects a bad file with a Rust error that names neither the file nor the tensor, and its writer
+needs all tensors in memory. Here a header is checked in full before any data is used, and a new file is laid out from
+shapes alone, so that tensors can be streamed to their final place:
 
     file = SafetensorsFile.open(Path("model.safetensors"))
     file.header["lm_head.weight"].shape          # (32000, 4096)
     file.load("lm_head.weight")                  # a view of the mapped file
     layout = Layout.of([("a", "F32", (2, 3))])   # layout.header_bytes, layout.entries[0].begin
 
-Format: 8 bytes header length (little endian), JSON {name: {dtype, shape, data_offsets}}, then the data without holes.
+Format: 8 bytes header length (little endian), JSON {name: {dtype, shape, data_offsets}}, then the data without gaps.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""In the order in which the safetensors library stores them (within a dtype: by name)."""
+"""In the order in which the safetensors library stores tensors (within a dtype: by name)."""
 
 STORED_DTYPES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -57,14 +57,14 @@ MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
 
 MAX_DIMENSIONS = 16
-"""Model weights have one to four; PyTorch itself ends at 64."""
+"""Model weights have one to four; PyTorch's own limit is 64."""
 
 _DAMAGED = "download or copy the file again"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `begin` and `end` count from the start of the file."""
+    """One tensor's place: `begin` and `end` are offsets from the start of the file."""
 
     name: str
     dtype: str
@@ -87,7 +87,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header(Mapping[str, TensorInfo]):
-    """A checked header: a mapping from names to tensors, in the order of the file."""
+    """A checked header: a mapping from names to tensors, in file order."""
 
     path: Path
     tensors: Mapping[str, TensorInfo]
@@ -105,7 +105,7 @@ class Header(Mapping[str, TensorInfo]):
 
 
 def read_header(path: Path) -> Header:
-    """Read and check a file's header; `InputError` says what is wrong with which tensor."""
+    """Read and check a file's header; `InputError` names the tensor and what is wrong with it."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
@@ -173,7 +173,7 @@ def _tensor_info(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
 
 
 def _check_offsets(infos: list[TensorInfo], data_start: int, file_size: int, path: Path) -> None:
-    """Tensors must follow each other without hole or overlap and end with the file."""
+    """Tensors must be contiguous, without gap or overlap, and end with the file."""
     at = data_start
     for info in infos:
         if info.begin != at:
@@ -188,10 +188,10 @@ def _check_offsets(infos: list[TensorInfo], data_start: int, file_size: int, pat
 
 
 class SafetensorsFile:
-    """A safetensors file whose tensors are views of the mapped file.
+    """A safetensors file whose tensors are views of the memory-mapped file.
 
     The mapping is private: writing into a loaded tensor changes this process's copy of a page, never the file.
-    Treat the tensors as read-only all the same; other callers see the same memory.
+    Treat the tensors as read-only nevertheless; other callers see the same memory.
     """
 
     def __init__(self, header: Header) -> None:
@@ -207,7 +207,7 @@ class SafetensorsFile:
         return self.header.path
 
     def load(self, name: str) -> Tensor:
-        """The tensor as a view of the file; a copy only where the file does not align it."""
+        """The tensor as a view of the file; a copy only if it is not aligned there."""
         info = self.header[name]
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.torch_dtype)
@@ -234,7 +234,7 @@ class SafetensorsFile:
 
 @dataclass(frozen=True)
 class Layout:
-    """The complete plan of a file to be written: header bytes and every tensor's place."""
+    """The layout of a file to be written: header bytes and every tensor's place."""
 
     header_bytes: bytes
     entries: tuple[TensorInfo, ...]
@@ -247,7 +247,7 @@ class Layout:
     def of(
         cls, tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
     ) -> Layout:
-        """Lay out (name, dtype, shape) triples in the library's own order, so that equal content is equal bytes."""
+        """Lay out (name, dtype, shape) triples in the library's own order, so that equal content gives equal bytes."""
         rank = {dtype: i for i, dtype in enumerate(TORCH_DTYPES)}
         ordered = sorted(tensors, key=lambda t: (rank[t[1]], t[0].encode()))
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -268,11 +268,11 @@ class Layout:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors that are in memory anyway (drafters, training states, tests). Conversions stream instead.
+    """Write tensors that are in memory anyway (drafters, training states, tests); conversions stream instead.
 
-    The bytes are those of the safetensors library, whose own writer makes files that the owner alone may read (it goes
-    through a temporary file); these have the permissions that the umask gives every other file. An old file is
-    replaced by a rename: tensors may still be mapped from it.
+    The bytes equal those of the safetensors library, whose own writer goes through a temporary file and so leaves files
+    that only their owner can read; these get the permissions of the umask. An existing file is replaced by a rename,
+    since tensors may still be mapped from it.
     """
     layout = Layout.of(((name, STORED_DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()), metadata)
     with replaced_file(path) as scratch, scratch.open("wb") as file:
@@ -281,7 +281,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order, without a copy when it is contiguous."""
+    """The bytes of a tensor in row-major order, without a copy if it is contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.numel() == 0:
         return memoryview(b"")

@@ -1,7 +1,7 @@
-"""Do a checkpoint's tensors fit its config.json? Asked by `build`, by loading and by `verify`, with one answer.
+"""Do a checkpoint's tensors fit its config.json? The same checks for `build`, loading and `verify`.
 
-TensorRT-LLM's loader logs a wrong dtype, ignores extra tensors and does not miss the drafter's LM head; a build then
-fails hours later, or never. Headers are read, and a few pages of each tensor where there are several ranks.
+TensorRT-LLM's loader only logs a wrong dtype, ignores extra tensors and does not notice a missing drafter LM head; a
+build then fails hours later, or never. Only headers are read, and with several ranks a few pages of each tensor.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ REMEDY = "convert again, or restore the file from an intact copy"
 
 
 def require_sound(checkpoint: Checkpoint) -> None:
-    """`InputError` for what `verify` would find without reading the weights; `build` and `load` ask this first."""
+    """`InputError` for all that `verify` finds without reading the weights; called first by `build` and `load`."""
     problems = limited(structure_problems(checkpoint))
     what = "the checkpoint's files do not fit its config.json"
     raise_together(InputError, problems, what, where=checkpoint.path, remedy=REMEDY)
 
 
 def structure_problems(checkpoint: Checkpoint) -> list[Problem]:
-    """Everything in the files that does not follow from config.json, or shows one rank file to be another's.
+    """Everything in the files that contradicts config.json, and signs that rank files were mixed up.
 
-    Headers, and a few pages of each tensor where there are several ranks.
+    Reads headers, and with several ranks a few pages of each tensor.
     """
     config = checkpoint.config
     problems = divisibility_problems(config, str(checkpoint.path))

@@ -1,4 +1,4 @@
-"""JSON files against a schema: every wrong or missing key in one `InputError`.
+"""Validate JSON files against a schema; one `InputError` lists all wrong or missing keys.
 
 class Limits(Schema):
     max_batch_size: Size
@@ -24,13 +24,13 @@ _SHOWN, _LISTED = 60, 6
 
 
 class Schema(BaseModel):
-    """A JSON object: unknown keys are kept, and nothing is converted (`"4"` is not 4, true is not 1)."""
+    """A JSON object. Unknown keys are kept, and types are strict (`"4"` is not 4, true is not 1)."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
 
 def validated(schema: type[M], values: Mapping[str, Any], *, where: Path, what: str, remedy: str) -> M:
-    """`values` as an instance of `schema`; `InputError` lists every key that is wrong."""
+    """`values` as an instance of `schema`; `InputError` lists all wrong keys."""
     try:
         return schema.model_validate(dict(values))
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The command-line program; the only room that prints."""
+"""The command-line program; the only package that prints."""
 
 from trtllm_redrafter.cli import signals
 

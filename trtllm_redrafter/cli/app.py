@@ -1,6 +1,6 @@
 """The command-line program: commands by name, errors by kind.
 
-Commands are thin: they parse, call one function of a room and print. Whatever they raise ends here, as a message
+Commands are thin: they parse, call one function of a package and print. Whatever they raise ends here, as a message
 that says what, where, why and the remedy, with the exit code of its kind; a traceback is shown with --debug only.
 """
 

@@ -1,7 +1,7 @@
 """Hugging Face base model (or TensorRT-LLM checkpoint) and drafter → TensorRT-LLM checkpoint.
 
-The room is not called after its function: `trtllm_redrafter.convert` is the API's, and importing a package of that name
-would put itself in the function's place.
+The package does not have its function's name: `trtllm_redrafter.convert` is the API's, and importing a package of that
+name would replace the function.
 """
 
 from trtllm_redrafter.conversion.execute import convert

@@ -1,7 +1,7 @@
-"""Can this machine do what a recipe asks for, and if not, what has to change?
+"""Can this machine do what a recipe asks for? If not, what has to change?
 
-Nothing that could fail is imported: versions come from package metadata, GPUs from the driver's program. Each check
-belongs to one or both backends, so that the last line can say which of them this machine can serve.
+Nothing that could fail is imported: versions come from package metadata, GPUs from `nvidia-smi`. Each check belongs to
+one or both backends, so that the last lines can tell which of them can be used on this machine.
 
     report = examine(needs=None)
     report.render(), report.serves("torch")

@@ -1,4 +1,4 @@
-"""The checks: what is examined, what is needed, and the remedy."""
+"""The checks: what was found, what is needed, and the remedy."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from trtllm_redrafter.planning.gpus import gpu as planned_gpu
 
 TRT = ("tensorrt-llm",)
 OWN_REQUIREMENTS = {"torch": ">=2.9", "transformers": ">=4.57,<6", "safetensors": ">=0.5", "numpy": ">=1.26"}
-"""What this package needs for itself, on either backend; pyproject.toml has the same ranges."""
+"""Requirements of this package itself, for either backend; pyproject.toml has the same ranges."""
 
 _SHARED_MEMORY = 10**9
-"""NVIDIA's advice for NCCL in containers; Docker gives 64 MB."""
+"""NVIDIA's recommendation for NCCL in containers; Docker's default is 64 MB."""
 
 
 def examine(needs: Needs | None) -> DoctorReport:
-    """Examine this machine; with a recipe's needs, also whether it meets them."""
+    """Examine this machine, and whether it meets a recipe's needs if they are given."""
     return DoctorReport(tuple(all_checks(needs)))
 
 
@@ -87,7 +87,7 @@ def _own_packages() -> Iterator[Check]:
 
 
 def _native_kernels() -> Check:
-    """What makes bfloat16 on a CPU fast. Nothing is compiled; the torch backend works without."""
+    """Whether the native bfloat16 CPU kernels can be used; the torch backend works without. Compiles nothing."""
     if os.environ.get("REDRAFTER_NATIVE") == "0":
         return Check("native kernels", State.OK, "switched off by REDRAFTER_NATIVE=0", ())
     try:
@@ -112,7 +112,7 @@ def _tensorrt_llm(needs: Needs | None) -> Check:
 
 
 def _pinned_packages() -> Iterator[Check]:
-    """Versions that the 1.2.1 wheel pins; others fail at import with misleading messages."""
+    """Versions pinned by the 1.2.1 wheel; others fail at import with misleading messages."""
     if installed_version("tensorrt_llm") is None:
         return
     for name, needed in REQUIREMENTS.items():
@@ -208,7 +208,7 @@ def _main_memory(needs: Needs) -> Check:
 
 
 def _several_ranks() -> Iterator[Check]:
-    """What one engine process per GPU needs, beyond libmpi."""
+    """What is needed to start one engine process per GPU, besides libmpi."""
     starters = ("srun", "mpirun") if "SLURM_JOB_ID" in os.environ else ("mpirun",)
     path = next((path for name in starters if (path := find_program(name)) is not None), None)
     remedy = "apt-get install openmpi-bin; without it only tensorrt_llm.api: llm can run the engine"

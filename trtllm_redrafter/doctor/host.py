@@ -1,7 +1,7 @@
-"""How much main memory this host, container or job may use, and whether it is a container.
+"""How much main memory this host, container or job may use, and whether this is a container.
 
 Inside a container or a Slurm job, the machine's own figures are misleading: a build is killed at the limit of its
-control group, however much memory the machine has.
+control group (cgroup), however much memory the machine has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LIMITS = {"": "memory.max", "memory": "memory.limit_in_bytes"}
 
 @dataclass(frozen=True)
 class MainMemory:
-    """Bytes. `limit` is the control group's where there is one below the machine's size."""
+    """In bytes. `limit` is the cgroup's, or None if there is none below the machine's total."""
 
     total: int
     available: int
@@ -31,12 +31,12 @@ class MainMemory:
 
     @property
     def free(self) -> int:
-        """What is available now without ending other processes."""
+        """Currently available memory."""
         return min(self.available, self.usable)
 
 
 def main_memory(root: Path = Path("/")) -> MainMemory:
-    """`root` is another directory in tests."""
+    """Memory of this machine; `root` is a different directory in tests."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [limit for limit in _group_limits(root) if limit < total]
     return MainMemory(total, min(total, _available(root) or total), min(limits) if limits else None)
@@ -47,7 +47,7 @@ def inside_container() -> bool:
 
 
 def shared_memory_bytes() -> int | None:
-    """Size of /dev/shm, which NCCL uses between ranks; containers get 64 MB unless told otherwise."""
+    """Size of /dev/shm, which NCCL uses between ranks; containers have 64 MB by default."""
     try:
         return shutil.disk_usage("/dev/shm").total
     except OSError:
@@ -55,7 +55,7 @@ def shared_memory_bytes() -> int | None:
 
 
 def _available(root: Path) -> int | None:
-    """`MemAvailable` of Linux; None elsewhere."""
+    """Linux's `MemAvailable`; None on other systems."""
     for line in _lines(root / "proc" / "meminfo"):
         name, _, value = line.partition(":")
         if name == "MemAvailable":
@@ -64,7 +64,7 @@ def _available(root: Path) -> int | None:
 
 
 def _group_limits(root: Path) -> Iterator[int]:
-    """Limits of this process's control group and of its parents; all of them apply."""
+    """Limits of this process's cgroup and of its parents, all of which apply."""
     for line in _lines(root / "proc" / "self" / "cgroup"):
         _, controllers, group = line.split(":", 2)
         for controller in controllers.split(","):
@@ -79,7 +79,7 @@ def _group_limits(root: Path) -> Iterator[int]:
 
 
 def _lines(file: Path) -> list[str]:
-    """[] where the system has no such file."""
+    """Lines of a file; [] if there is none."""
     try:
         return file.read_text(encoding="utf-8").splitlines()
     except OSError:

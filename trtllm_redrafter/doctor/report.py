@@ -1,4 +1,4 @@
-"""The report: checks in order, and what they mean for each backend."""
+"""The report: all checks, and what they mean for each backend."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class State(enum.Enum):
 
 @dataclass(frozen=True)
 class Check:
-    """One check. `backends` are those that need it to pass."""
+    """One check and the backends that need it to pass."""
 
     name: str
     state: State
@@ -34,7 +34,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a recipe needs from the machine that builds and runs it."""
+    """A recipe's requirements for the machine that builds and runs it."""
 
     version: str
     gpu: str
@@ -44,12 +44,12 @@ class Needs:
     """Ranks built at the same time."""
     disk_bytes: int
     host_bytes: int
-    """Main memory of a build, all its workers together."""
+    """Main memory of a build, all workers together."""
 
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """All checks; a backend is served when none of its checks failed."""
+    """All checks; a backend can be used if none of its checks failed."""
 
     checks: tuple[Check, ...]
 
@@ -66,8 +66,8 @@ class DoctorReport:
         lines.append("")
         for backend in BACKENDS:
             reasons = [c.name for c in self.checks if c.state is State.FAIL and backend in c.backends]
-            verdict = "can be used here" if not reasons else "cannot: " + ", ".join(reasons)
-            lines.append(f"{backend:<12}  {verdict}")
+            answer = "can be used here" if not reasons else "cannot: " + ", ".join(reasons)
+            lines.append(f"{backend:<12}  {answer}")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:

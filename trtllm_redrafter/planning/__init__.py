@@ -1,4 +1,4 @@
-"""What a model will need and cost on a GPU that is not here: memory per rank, time per step. Pure arithmetic, no GPU.
+"""Estimate a model's memory per rank and time per step on a target GPU, by arithmetic alone: no GPU is needed.
 
 plan = memory_plan(config, limits, gpu("h100-80gb"), kv_cache_fraction=0.9)
 plan.kv_tokens, plan.full_requests

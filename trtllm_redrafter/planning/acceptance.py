@@ -1,10 +1,10 @@
-"""An acceptance length for a plan, from a report of `evaluate`.
+"""Read the acceptance length for a plan from a report of `evaluate`.
 
-A figure typed by hand soon belongs to another drafter or another shape. A report names its base model, its drafter
-and the shape of each row, so the row of the shape that is planned can be taken, and everything else refused.
+A figure typed by hand may be of another drafter or another shape. A report names its base model, its drafter and the
+shape of each row, so that the row of the planned shape is used and a report without it is refused.
 
     found = read_acceptance(Path("report.json"), DraftShape(5, 5))
-    found.tokens_per_step, found.low, found.high        # 2.87, 2.71, 3.03
+    found.acceptance_length, found.low, found.high        # 2.87, 2.71, 3.03
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class MeasuredAcceptance:
 
     path: Path
     setting: str
-    tokens_per_step: float
+    acceptance_length: float
     low: float | None
     high: float | None
     prompts: int | None
@@ -37,9 +37,9 @@ class MeasuredAcceptance:
     base: str | None
     drafter: str | None
     drafter_sha256: str | None
-    """Of the weights that were measured; older reports do not say."""
+    """Hash of the measured weights; None in older reports."""
     drafted_from: int | None
-    """Token ids that drafts were taken from; fewer than the vocabulary where `evaluate.draft_vocab` was on."""
+    """Number of token ids drafted from; less than the vocabulary if `evaluate.draft_vocab` was on."""
 
     def render(self) -> str:
         parts = []
@@ -48,7 +48,7 @@ class MeasuredAcceptance:
             parts.append(f"{self.prompts} prompts{over}")
         if self.low is not None and self.high is not None:
             parts.append(f"95 % interval {self.low:.2f} to {self.high:.2f}")
-        row = f"acceptance: {self.tokens_per_step:.2f} tokens per step, the {self.setting} row of {self.path}"
+        row = f"acceptance: {self.acceptance_length:.2f} tokens per step, the {self.setting} row of {self.path}"
         return ": ".join([row, ", ".join(parts)]) if parts else row
 
     def as_dict(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class MeasuredAcceptance:
 
 
 def read_acceptance(path: Path, shape: DraftShape) -> MeasuredAcceptance:
-    """The row of `shape`; `InputError` for a file that is no such report, `MismatchError` for one without the shape."""
+    """The row of `shape`. `InputError`: no report of `evaluate`; `MismatchError`: no such row."""
     file = path / REPORT_FILE if path.is_dir() else path
     report = _document(file)
     rows = {row["setting"]: row for row in _rows(report, file)}
@@ -76,7 +76,7 @@ def read_acceptance(path: Path, shape: DraftShape) -> MeasuredAcceptance:
     return MeasuredAcceptance(
         path=file,
         setting=wanted,
-        tokens_per_step=float(value),
+        acceptance_length=float(value),
         low=low,
         high=high,
         prompts=_optional(report, "prompts", int),
@@ -89,7 +89,7 @@ def read_acceptance(path: Path, shape: DraftShape) -> MeasuredAcceptance:
 
 
 def _document(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`: all of it, or its last line, as in what `evaluate --json` prints."""
+    """The JSON object in `file`: the whole file, or its last line, as in the output of `evaluate --json`."""
     try:
         if file.stat().st_size > _MAX_BYTES:
             raise InputError("the file is too large for a report of `evaluate`", where=file, remedy=_MAKE_ONE)

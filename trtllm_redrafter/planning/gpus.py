@@ -1,8 +1,8 @@
-"""The GPUs that plans can be made for: a table of NVIDIA's figures.
+"""Table of the GPUs that plans can be made for, from NVIDIA's data sheets.
 
-Bandwidth and arithmetic are peaks; what kernels reach of them is an assumption of the latency plan. Arithmetic rates
-are dense: data sheets print twice as much, with sparsity. `memory_bytes` is the data sheet's size (10**9 bytes per GB);
-drivers report a few per cent more or less.
+Bandwidth and arithmetic are peak rates; the share that kernels reach is an assumption of the latency plan. Arithmetic
+rates are for dense matrices: data sheets give twice as much, with sparsity. `memory_bytes` is the data sheet's size
+(10**9 bytes per GB); drivers report a few per cent more or less.
 
     gpu("h100-80gb").bandwidth      # 3.35e12 bytes/s
 """
@@ -20,7 +20,7 @@ GB, TB, TERA = 10**9, 10**12, 10**12
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU. `link_bandwidth` is what one GPU sends to its peers, bytes/s in one direction."""
+    """One kind of GPU. `link_bandwidth` is what one GPU can send to its peers, in bytes/s (one direction)."""
 
     name: str
     title: str
@@ -31,10 +31,10 @@ class Gpu:
     link_bandwidth: float
     compute_capability: tuple[int, int]
     driver_names: tuple[str, ...]
-    """Beginnings of the name that `nvidia-smi` prints."""
+    """Prefixes of the name that `nvidia-smi` prints."""
 
     def flops(self, *, fp8: bool) -> float:
-        """Peak rate of matrix products; without FP8 units, FP8 weights are multiplied in 16 bits."""
+        """Peak rate of matrix products. Without FP8 units, FP8 weights are multiplied in 16 bits."""
         return self.fp8_flops if fp8 and self.fp8_flops is not None else self.bf16_flops
 
 
@@ -62,7 +62,7 @@ GPUS: Mapping[str, Gpu] = {
 
 
 def gpu(name: str) -> Gpu:
-    """The table's row; `UsageError` names the nearest."""
+    """The table's row; `UsageError` with the nearest name if there is none."""
     if name in GPUS:
         return GPUS[name]
     near = difflib.get_close_matches(name.lower(), list(GPUS), 1)
@@ -71,6 +71,6 @@ def gpu(name: str) -> Gpu:
 
 
 def gpu_by_driver_name(text: str) -> Gpu | None:
-    """The row for a name that `nvidia-smi` prints; None for other GPUs."""
+    """The row for a name that `nvidia-smi` prints; None for GPUs not in the table."""
     found = [g for g in GPUS.values() if any(text.startswith(name) for name in g.driver_names)]
     return found[0] if found else None

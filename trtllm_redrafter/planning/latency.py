@@ -1,10 +1,10 @@
-"""How long a decoding step takes, plain and with ReDrafter, from bytes and arithmetic (a roofline).
+"""Time of a decoding step, plain and with ReDrafter, from bytes moved and arithmetic (a roofline model).
 
-A matrix product moves its bytes and does its arithmetic, each at a share of the peak, overlapped in part, and every
-kernel has a fixed cost. Decoding one request moves all weights for one row, which is why verifying more rows is nearly
-free - until the rows of a whole batch take longer to compute than the weights to read. Drafting is not free: the
-drafter's LM head is read once per drafted position. The ratio of the two step times is the acceptance length from which
-drafting pays:
+A matrix product moves its bytes and does its arithmetic, each at a share of the peak and partly overlapped, and every
+kernel has a fixed cost. Decoding one request reads all weights for a single row, so verifying more rows is nearly free,
+until the rows of a whole batch take longer to compute than the weights take to read. Drafting is not free: the
+drafter's LM head is read once per drafted position. The ratio of the two step times is the break-even acceptance
+length, above which drafting pays:
 
     plan = latency_plan(config, gpu("h100-80gb"), assumptions, batch_sizes=(1, 8), max_batch_size=8)
     plan.rows[0].break_even            # 1.77 tokens per step
@@ -28,22 +28,22 @@ from trtllm_redrafter.planning.sizes import (
 )
 
 KERNELS_PER_LAYER = 10
-"""Norms, projections, attention, activation, residuals; a few are fused, a few are split."""
+"""Norms, projections, attention, activation, residuals; some are fused, some split."""
 
 KERNELS_PER_DRAFT = 84
-"""Of one drafted position: RNN, blocks, LM head, top-50, log-softmax, two top-k, gathers. Measured, as 180 to 200 us
-beside the reads of the weights, with the embedded backend's graphs on an H200 (benchmarks/results/gpu_steps.json)."""
+"""Per drafted position: RNN, blocks, LM head, top-50, log-softmax, two top-k, gathers. Derived from 180 to 200 us on
+top of reading the weights, measured with the torch backend's graphs on an H200 (benchmarks/results/gpu_steps.json)."""
 
 LINK_LATENCY_US = 10.0
-"""Assumed cost of one all-reduce over NVLink beyond its bytes."""
+"""Assumed latency of one all-reduce over NVLink, in addition to moving its bytes."""
 
 VOCABULARY_PASSES = 6
-"""Times that a drafted position's [beams, vocabulary] array is moved: logits, cut, softmax, top-k, output."""
+"""Passes over a drafted position's [beams, vocabulary] array: logits, cut, softmax, top-k, output."""
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the roofline cannot know; the recipe's `plan` section holds the defaults."""
+    """Inputs the roofline cannot derive; the recipe's `plan` section holds the defaults."""
 
     context_len: int
     bandwidth_efficiency: float
@@ -53,7 +53,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """Milliseconds of one step at one batch size."""
+    """Step times at one batch size, in milliseconds."""
 
     batch: int
     plain_ms: float
@@ -66,7 +66,7 @@ class LatencyRow:
 
     @property
     def break_even(self) -> float:
-        """Tokens per step from which drafting is faster."""
+        """Acceptance length above which drafting is faster."""
         return self.redrafter_ms / self.plain_ms
 
     def speedup(self, acceptance_length: float) -> float:
@@ -82,8 +82,8 @@ class LatencyPlan:
     rows: tuple[LatencyRow, ...]
     assumptions: Assumptions
     acceptance_length: float | None
-    max_acceptance: int
-    """A step cannot emit more: the draft length and the guaranteed token."""
+    max_acceptance_length: int
+    """The most tokens a step can emit: the draft length plus one."""
 
     def render(self) -> str:
         a, accepted = self.assumptions, self.acceptance_length
@@ -131,7 +131,7 @@ def latency_plan(
     max_batch_size: int,
     acceptance_length: float | None,
 ) -> LatencyPlan:
-    """Rows for batches up to the engine's."""
+    """Plan step times for batch sizes up to `max_batch_size`."""
     roof = _Roof(config, target, assumptions)
     shape = config.draft_shape
     rows = []
@@ -145,8 +145,8 @@ def latency_plan(
 
 
 def _overlapped(reading: float, computing: float) -> float:
-    """Seconds of a product. Neither side hides wholly behind the other: with the recipe's shares of the peaks, this is
-    within 9 % of what an H200 takes for 1 to 512 rows (benchmarks/results/gpu_steps.json)."""
+    """Seconds of a product. Reading and computing overlap only in part: with the recipe's shares of the peaks, this is
+    within 9 % of the times measured on an H200 for 1 to 512 rows (benchmarks/results/gpu_steps.json)."""
     return math.hypot(reading, computing)
 
 
@@ -165,7 +165,7 @@ class _Roof:
         self._kernel = 1e-6 * assumptions.kernel_us
 
     def base_step(self, batch: int, rows: int) -> float:
-        """One base-model forward over `rows` tokens of each of `batch` requests."""
+        """One forward pass of the base model over `rows` tokens of each of `batch` requests."""
         config, tp = self._config, self._config.tp_size
         arithmetic = 2 * batch * rows * base_parameters(config) / tp / self._base_rate
         weights = _overlapped(self._weights.streamed / self._bandwidth, arithmetic)
@@ -176,7 +176,7 @@ class _Roof:
         return weights + max(cache, scores) + fixed + self._all_reduces(batch * rows)
 
     def drafting(self, batch: int) -> float:
-        """The drafter's rounds, one after the other; the first has one row per request, later ones one per beam."""
+        """All rounds of the drafter; the first has one row per request, later ones one per beam."""
         config, shape = self._config, self._config.draft_shape
         assert shape is not None
         total = 0.0
@@ -189,7 +189,7 @@ class _Roof:
         return total
 
     def _all_reduces(self, tokens: int) -> float:
-        """Two per layer; a ring sends each byte about twice."""
+        """Two all-reduces per layer; a ring sends each byte about twice."""
         if self._config.tp_size == 1:
             return 0.0
         nbytes = tokens * self._config.hidden_size * dtype_bytes(self._config.dtype)
@@ -198,7 +198,7 @@ class _Roof:
         return 2 * self._config.num_hidden_layers * each
 
     def _gather(self, rows: int) -> float:
-        """The drafter's layers are split by rows and gathered, its LM head over the whole vocabulary."""
+        """Gathering the drafter's layers, which are split by rows, and its LM head's logits over the vocabulary."""
         tp = self._config.tp_size
         if tp == 1 or self._config.drafter is None:
             return 0.0

@@ -1,8 +1,8 @@
-"""What fits on the GPU: weights, drafting buffers, activations, and the KV cache that is left.
+"""What fits on the GPU: weights, drafting buffers, activations, and the remaining KV cache.
 
-ReDrafter's buffers are larger than one expects: the draft probabilities alone are batch x beams x length x vocabulary,
-in and out, so that TensorRT-LLM's default of 2048 requests takes 13 GB each way. Every line here is a product that can
-be checked by hand; docs/planning.md explains them. Activations and the reserve are estimates and say so.
+ReDrafter's buffers are surprisingly large: the draft probabilities alone are batch x beams x length x vocabulary, in
+and out, so that TensorRT-LLM's default of 2048 requests takes 13 GB each way. Every line of a plan is a product that
+can be checked by hand; docs/planning.md explains them. Activations and the reserve are estimates and labelled so.
 
     plan = memory_plan(config, Limits(8, 2047, 2048, 2229), gpu("h100-80gb"), kv_cache_fraction=0.9)
     print(plan.render())
@@ -19,20 +19,20 @@ from trtllm_redrafter.planning.gpus import GB, Gpu
 from trtllm_redrafter.planning.sizes import dtype_bytes, kv_bytes_per_token, weight_bytes
 
 RESERVE = int(1.5 * GB)
-"""Estimate: CUDA context, cuBLAS and NCCL workspaces, TensorRT's own. Nothing here measured it."""
+"""Estimate, not measured: CUDA context, workspaces of cuBLAS and NCCL, TensorRT's own memory."""
 
 ACTIVATION_COPIES = 1.25
-"""Estimate: how much more than its widest stage TensorRT's activation planner needs."""
+"""Estimate: memory TensorRT's activation planner needs, relative to the widest stage of a layer."""
 
 LOW_KV_SHARE = 0.05
-"""Below this share of the GPU, the cache is so small that any estimate above may be the one that fails."""
+"""Share of the GPU below which the cache is so small that an error of the estimates may exceed it."""
 
 COMPILED_WITH = ("base weights", "embedding", "drafter weights", "activations")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine is built for. `max_num_tokens` counts the tokens of one step over all requests."""
+    """The sizes an engine is built for. `max_num_tokens` limits the tokens of one step, over all requests."""
 
     max_batch_size: int
     max_input_len: int
@@ -42,7 +42,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Line:
-    """One consumer of memory, and how its size comes about."""
+    """One consumer of memory, and how its size is calculated."""
 
     name: str
     nbytes: int
@@ -61,7 +61,7 @@ class MemoryPlan:
     kv_bytes_per_token: int
     tree_tokens: int
     build_host_bytes: int
-    """Estimate for the machine that builds: a rank's weights as read and as serialized."""
+    """Estimate of main memory on the build machine: a rank's weights as read and as serialized."""
 
     @property
     def used_bytes(self) -> int:
@@ -69,7 +69,7 @@ class MemoryPlan:
 
     @property
     def build_gpu_bytes(self) -> int:
-        """What compiling cannot do without; the more is free beyond it, the more kernels TensorRT can try."""
+        """Minimum for compiling; with more free memory, TensorRT can try more kernels."""
         return sum(line.nbytes for line in self.lines if line.name in COMPILED_WITH)
 
     @property
@@ -86,16 +86,16 @@ class MemoryPlan:
 
     @property
     def longest_request(self) -> int:
-        """Cache positions of a request of full length, with a tree being verified at its end."""
+        """Cache positions of a request of full length, including a tree under verification at its end."""
         return self.limits.max_seq_len + self.tree_tokens - 1
 
     @property
     def full_requests(self) -> int:
-        """Requests of full length that fit at the same time."""
+        """Number of full-length requests that fit at the same time."""
         return self.kv_tokens // self.longest_request
 
     def problems(self) -> list[Problem]:
-        """Why this cannot run on that GPU."""
+        """Reasons why this cannot run on the GPU."""
         where = f"{self.ranks} x {self.gpu.title}" if self.ranks > 1 else self.gpu.title
         if self.free_bytes <= 0:
             why = f"{_gb(self.used_bytes)} are needed before the KV cache, the GPU has {_gb(self.gpu.memory_bytes)}"
@@ -108,7 +108,7 @@ class MemoryPlan:
         return []
 
     def warnings(self) -> list[Problem]:
-        """What fits, but probably not as intended."""
+        """Reasons why this fits, but may not run as intended."""
         where, found = self.gpu.title, []
         if self.problems():
             return []
@@ -152,7 +152,7 @@ class MemoryPlan:
 
 
 def memory_plan(config: CheckpointConfig, limits: Limits, target: Gpu, *, kv_cache_fraction: float) -> MemoryPlan:
-    """Lay out one rank's memory."""
+    """Plan one rank's memory."""
     weights = weight_bytes(config)
     lines = [
         Line("base weights", weights.base, "layers and LM head of this rank"),
@@ -177,7 +177,7 @@ def memory_plan(config: CheckpointConfig, limits: Limits, target: Gpu, *, kv_cac
 
 
 def _drafting(config: CheckpointConfig, batch: int) -> list[Line]:
-    """Buffers that grow with batch x vocabulary; every rank holds them whole, since the heads' results are gathered."""
+    """Buffers that grow with batch x vocabulary. Every rank has them in full, since the heads' outputs are gathered."""
     shape, each, vocab = config.draft_shape, dtype_bytes(config.dtype), config.vocab_size
     assert shape is not None
     beams, length, rows = shape.num_beams, shape.draft_len, shape.max_tree_tokens
@@ -192,7 +192,7 @@ def _drafting(config: CheckpointConfig, batch: int) -> list[Line]:
 
 
 def _activations(config: CheckpointConfig, tokens: int) -> Line:
-    """The widest stage of a layer: the gated MLP, or attention; the hidden states live beside both."""
+    """The widest stage of a layer: the gated MLP or attention, with the hidden states in memory beside it."""
     tp, h = config.tp_size, config.hidden_size
     heads = config.num_attention_heads + 2 * -(-config.num_key_value_heads // tp) * tp
     mlp = 3 * config.intermediate_size // tp

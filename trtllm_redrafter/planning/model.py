@@ -1,8 +1,8 @@
-"""The config of the checkpoint that a recipe would produce, from whatever exists already.
+"""The config of the checkpoint that a recipe would produce, from the files that already exist.
 
-In this order: the recipe's checkpoint if it exists; else what a conversion of base and drafter would write, read from
-their config files alone. A base that has not been downloaded yet is described by `configs/models/NAME.json`; a drafter
-that has not been trained yet is assumed to have the shape of Apple's published ones. What was assumed is noted.
+The recipe's checkpoint is used if it exists; otherwise the config that converting base and drafter would write, from
+their config files alone. A base model that is not downloaded is described by `configs/models/NAME.json`; a drafter that
+is not trained is assumed to have the shape of Apple's published ones. `notes` list all assumptions.
 
     planned = planned_model(recipe)
     planned.config.draft_shape, planned.notes
@@ -29,7 +29,7 @@ ASSUMED_LAYERS = 2
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What to convert and how; the part of a recipe that determines a checkpoint's config. None: the drafter's own."""
+    """The part of a recipe that determines a checkpoint's config. `num_beams`, `draft_len` None: the drafter's own."""
 
     base: Path | None
     drafter: Path | None
@@ -41,19 +41,19 @@ class ModelSource:
     greedy: bool
     parallel_embedding: bool
     fallback_shape: DraftShape
-    """Where neither recipe nor drafter says: what a conversion would take."""
+    """Used if neither recipe nor drafter has a shape, as `convert` does."""
 
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """`notes` say where the config came from and what was assumed."""
+    """`notes` tell the config's source and all assumptions."""
 
     config: CheckpointConfig
     notes: tuple[str, ...]
 
 
 def planned_model(source: ModelSource) -> PlannedModel:
-    """Read or assume everything a plan needs; `InputError` when there is nothing to read."""
+    """Read or assume everything a plan needs; `InputError` if there is nothing to read."""
     if source.checkpoint is not None and (source.checkpoint / "config.json").is_file():
         return PlannedModel(read_checkpoint_config(source.checkpoint), (f"model: checkpoint {source.checkpoint}",))
     if source.base is None:

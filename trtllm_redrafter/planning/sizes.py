@@ -1,8 +1,8 @@
-"""Bytes of a model's weights per rank and of what it keeps per token, from the checkpoint's own tensor table.
+"""Bytes of a model's weights per rank and of its KV cache per token, from the checkpoint's tensor table.
 
-The table that lays out a checkpoint also says how large it is: no list of formulas per family is kept beside it.
+The table that defines a checkpoint's layout also gives its size, so there are no formulas per model family.
 
-    weights = weight_bytes(config)        # of the largest rank, by part
+    weights = weight_bytes(config)        # of the largest rank
     weights.base, weights.drafter
 """
 
@@ -21,7 +21,7 @@ _UNKNOWN_SCHEME_BYTES: Mapping[str, float] = {"W8A16": 1, "W4A16": 0.5, "MIXED_P
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Of one rank. `embedding` is stored whole but read by the row; `streamed` is what a decoding step reads."""
+    """Bytes on one rank. The embedding is stored but read row by row; a decoding step reads `streamed` bytes."""
 
     base: int
     embedding: int
@@ -45,10 +45,10 @@ def dtype_bytes(dtype: str) -> int:
 def weight_bytes(config: CheckpointConfig) -> WeightBytes:
     """Rank 0's share; ranks are equal but for padding."""
     base = embedding = drafter = draft_head = 0
-    tied = config.tie_word_embeddings and config.tp_size == 1  # then the builder keeps one copy of the two
+    tied = config.tie_word_embeddings and config.tp_size == 1  # the builder then keeps one copy
     for name, spec in tensor_specs(config).items():
         if spec.optional and name.startswith("transformer.layers."):
-            continue  # scales that may be there: a few bytes
+            continue  # optional scales: a few bytes
         size = _rank_bytes(spec, config)
         if name.startswith(DRAFTER):
             drafter += size
@@ -69,14 +69,14 @@ def _rank_bytes(spec: TensorSpec, config: CheckpointConfig) -> int:
 
 
 def kv_bytes_per_token(config: CheckpointConfig) -> int:
-    """Keys and values of all layers on one rank; heads are repeated when there are fewer than ranks."""
+    """Keys and values of all layers on one rank; KV heads are repeated if there are fewer than ranks."""
     heads = -(-config.num_key_value_heads // config.tp_size)
     each = {"FP8": 1, "INT8": 1}.get(config.kv_cache_quant_algo or "", dtype_bytes(config.dtype))
     return 2 * config.num_hidden_layers * heads * config.head_size * each
 
 
 def base_parameters(config: CheckpointConfig) -> int:
-    """Parameters that multiply every token, over all ranks: layers and LM head, without embedding and norms."""
+    """Parameters multiplied with every token, over all ranks: layers and LM head, without embedding and norms."""
     h, d = config.hidden_size, config.head_size
     q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
     layer = h * (q + 2 * kv) + q * h + 3 * h * config.intermediate_size
@@ -84,7 +84,7 @@ def base_parameters(config: CheckpointConfig) -> int:
 
 
 def drafter_parameters(config: CheckpointConfig) -> int:
-    """Parameters that multiply every drafted position."""
+    """Parameters multiplied with every drafted position."""
     if config.drafter is None:
         return 0
     return sum(math.prod(shape) for shape in config.drafter.parameter_shapes().values() if len(shape) == 2)

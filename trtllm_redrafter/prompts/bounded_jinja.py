@@ -1,8 +1,8 @@
-"""Chat templates as transformers renders them, with bounds on what a template can ask of the machine.
+"""Chat templates as transformers renders them, with limits on the memory a template can use.
 
-A template comes with a model, from wherever that came, and is a program. The sandbox keeps it from the machine's files;
-it does not keep it from `'a' * 10**9`, from text that doubles in a loop, or from `"%999999999d"`. Here every operation
-that makes something large is checked before, and what it made is checked after. Loops end by `time_limit`.
+A template comes with a model, from any source, and is a program. Jinja's sandbox keeps it from the machine's files, but
+not from `'a' * 10**9`, from text that doubles in a loop, or from `"%999999999d"`. Here every operation that can make
+something large is checked before, and its result after. `time_limit` ends loops.
 
 The environment is transformers' own in everything a template can see: whitespace, `tojson`, `raise_exception`,
 `strftime_now`, loop controls, `{% generation %}`.
@@ -25,23 +25,23 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_CHARACTERS = 64 * 2**20
-"""Of a text or list within a template, and of what it writes."""
+"""Limit of a text or list in a template, and of its output."""
 
 MAX_BITS = 2**16
-"""Of a whole number."""
+"""Limit of an integer."""
 
 MARKS = "_generation_marks_"
-"""Template variable: the texts put around what `{% generation %}` encloses; absent: nothing is marked."""
+"""Template variable: the marks put around the content of `{% generation %}`; if absent, nothing is marked."""
 
 _WIDE = re.compile(r"%[^a-zA-Z%]*\d{7}|\*")
 
 
 class TooLarge(Exception):
-    """A template makes a text, list or number beyond all use."""
+    """A template makes a text, list or number beyond the limits."""
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`: what the assistant writes itself."""
+    """`{% generation %}…{% endgeneration %}`: encloses what the assistant generated."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -110,7 +110,7 @@ def _raise_exception(message: str) -> None:
 def _tojson(
     x: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON for a model: nothing is escaped for HTML."""
+    """JSON for a model, without escaping for HTML."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -158,7 +158,7 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
 
 def _check_growth(name: str, value: Any, args: tuple[Any, ...]) -> None:
-    """Filters and methods of texts that can write far more than they are given."""
+    """Check filters and string methods whose output can be far larger than their input."""
     _check_numbers(args)
     size = len(value) if isinstance(value, (str, bytes, list, tuple, Mapping)) else 1
     numbers = [arg for arg in args if isinstance(arg, int)]

@@ -1,10 +1,10 @@
-"""A model's chat template: conversations in, text out, and which of it the assistant wrote.
+"""A model's chat template: conversations in, text out, and which parts of it the assistant wrote.
 
     template = ChatTemplate.of(tokenizer)                  # None: a base model, whose prompts are plain text
     ids = encode_prompt(tokenizer, template, parse_prompt({"prompt": "Hi"}))
 
-Templates are rendered here and not by `apply_chat_template`, so that one that never ends, or writes without end, ends
-in a message (`bounded_jinja`, `time_limit`). A test holds the texts against transformers' own.
+Templates are rendered here and not by `apply_chat_template`, so that a template that never ends, or whose output grows
+without end, results in an error message (`bounded_jinja`, `time_limit`). A test compares the texts with transformers'.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from trtllm_redrafter.prompts.messages import Message, Prompt
 from trtllm_redrafter.prompts.time_limit import TimeExpired, time_limit
 
 MAX_SECONDS = 5.0
-"""For one conversation; real templates take milliseconds."""
+"""Time limit per conversation; real templates take milliseconds."""
 
 MAX_TEMPLATE_CHARACTERS = 2**20
 STRIKES = 3
-"""Conversations that may run into the time limit before a template is not tried any more."""
+"""Number of conversations that may hit the time limit before the template is given up."""
 
 _REPAIR = "correct the chat template beside the tokenizer, or give the prompt as plain text (--no-chat)"
 _ARGUMENTS = "give roles in the order the model was trained on, and check chat_template_kwargs"
@@ -38,14 +38,14 @@ class TextTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text. `spans` are the characters the template marks as generated; None: it marks nothing."""
+    """A conversation as text. `spans`: character ranges the template marks as generated; None if it marks none."""
 
     text: str
     spans: tuple[tuple[int, int], ...] | None = None
 
 
 class ChatTemplate:
-    """One tokenizer's template. `variables` are those every conversation gets: the special tokens by name."""
+    """One tokenizer's template. `variables` are passed for every conversation: the special tokens by name."""
 
     def __init__(self, source: str | Mapping[str, str], variables: Mapping[str, Any]) -> None:
         self._source = source
@@ -55,7 +55,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChatTemplate | None:
-        """That of a transformers tokenizer; None when it has none."""
+        """The template of a transformers tokenizer; None if it has none."""
         source = getattr(tokenizer, "chat_template", None)
         return cls(source, tokenizer.special_tokens_map) if source else None
 
@@ -72,9 +72,9 @@ class ChatTemplate:
         answer_next: bool,
         marked: bool = False,
     ) -> Rendered:
-        """`RequestError` when the template refuses the conversation, or does not end.
+        """Render a conversation; `RequestError` if the template refuses it or does not end.
 
-        `answer_next` ends with the beginning of the assistant's turn. `marked` finds the spans.
+        `answer_next` adds the beginning of the assistant's turn. `marked` determines `spans`.
         """
         marks = tuple(f"\0{secrets.token_hex(8)}{end}" for end in "<>") if marked else None
         variables = {"tools": None, "documents": None} | self._variables | dict(kwargs)
@@ -111,10 +111,10 @@ class ChatTemplate:
 def encode_prompt(
     tokenizer: TextTokenizer, template: ChatTemplate | None, prompt: Prompt, *, chat: bool | None = None
 ) -> tuple[int, ...]:
-    """Token ids of a prompt: one rule for engines, training and evaluation.
+    """Token ids of a prompt, by the same rule for engines, training and evaluation.
 
     A text goes through the template if there is one, unless `prompt.chat` or else `chat` says otherwise. A conversation
-    always does. `RequestError` when it cannot.
+    always does. `RequestError` if that is not possible.
     """
     through = prompt.chat if prompt.chat is not None else chat
     if through is None:
@@ -132,14 +132,14 @@ def encode_prompt(
 
 
 def encode_any(tokenizer: TextTokenizer, template: ChatTemplate | None, prompt: Prompt) -> tuple[int, ...]:
-    """The same for text of any kind: without a template, or told to do without, a conversation is its plain text."""
+    """The same, but without a template (or with `chat` false) a conversation becomes plain text."""
     if template is None or prompt.chat is False:
         return encode_text(tokenizer, prompt.as_text())
     return encode_prompt(tokenizer, template, prompt, chat=True)
 
 
 def encode_text(tokenizer: TextTokenizer, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-    """Token ids of a text, or `RequestError` when it is not one: arguments that are not UTF-8 arrive as surrogates."""
+    """Token ids of a text; `RequestError` for surrogates, which is how arguments that are not UTF-8 arrive."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -157,7 +157,7 @@ def _chosen(sources: Mapping[str, str], tools: Any) -> str:
 
 
 def _without(marks: tuple[str, ...], text: str) -> Rendered:
-    """Take the marks out, and note where they were."""
+    """Remove the marks, and return their positions as spans."""
     pieces, spans, size = text.split(marks[0]), [], 0
     for i, piece in enumerate(pieces):
         if i:

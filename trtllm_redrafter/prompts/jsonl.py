@@ -1,9 +1,8 @@
-"""The one reader of JSON Lines, and how a line is written.
+"""Reading and writing JSON Lines, for all commands.
 
-Lines end at a line feed and nowhere else: U+2028, U+0085 and form feeds are characters of a string, which
-`str.splitlines` would break. A byte order mark and carriage returns before the line feed are no part of a line. Lines
-are read once and as they come, so that pipes, `/dev/stdin` and process substitution work, and what is wrong with one
-line is said of that line alone.
+Lines end at a line feed only: U+2028, U+0085 and form feeds can be part of a string, which `str.splitlines` would
+split. A byte order mark and carriage returns before the line feed are not part of a line. Lines are read once and as
+they arrive, so that pipes, `/dev/stdin` and process substitution work, and an error is reported for its line alone.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from trtllm_redrafter.errors import InputError, Problem, raise_together
 from trtllm_redrafter.fsio import without_nan
 
 MAX_LINE_BYTES = 64 * 2**20
-"""Far beyond any prompt; what has no line feed for so long is no file of lines."""
+"""Far beyond any prompt; a file without a line feed for that long is not JSON Lines."""
 
 MAX_STREAM_BYTES = 4 * 2**30
-"""What is read of a pipe or terminal at most: unlike a file, it may never end."""
+"""Limit for pipes and terminals, which unlike files may never end."""
 
 SHOWN = 20
-"""Problems of one file that a message lists."""
+"""Number of a file's problems that a message lists."""
 
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -37,7 +36,7 @@ _ESCAPED = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\u
 
 @dataclass(frozen=True)
 class Line:
-    """One line that is not blank: its object, or the error that keeps it from being one."""
+    """One line that is not blank: its object, or the error if it is none."""
 
     number: int
     values: Mapping[str, Any]
@@ -45,7 +44,7 @@ class Line:
 
 
 def check_source(path: Path) -> None:
-    """`InputError` when `path` is nothing lines can be read from. Opens nothing: a pipe is still whole afterwards."""
+    """`InputError` if lines cannot be read from `path`. Opens nothing, so that no data of a pipe is lost."""
     try:
         mode = path.stat().st_mode
     except OSError as e:
@@ -60,7 +59,7 @@ def check_source(path: Path) -> None:
 
 
 def _ends(device: Path) -> bool:
-    """Is this character device a terminal, whose user ends the input, or the null device?"""
+    """Is this character device a terminal, where the user can end the input, or the null device?"""
     if os.path.realpath(device) == os.path.realpath(os.devnull):
         return True
     try:
@@ -74,7 +73,7 @@ def _ends(device: Path) -> bool:
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """Lines of a file or stream, as they are read; `InputError` when it cannot be read at all."""
+    """Lines of a file or stream, read lazily; `InputError` if it cannot be read at all."""
     check_source(path)
     try:
         with path.open("rb") as file:
@@ -84,7 +83,7 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def lines_of(file: IO[bytes], where: Path | str, *, endless: bool = False) -> Iterator[Line]:
-    """The same of an open file. `endless`: of a stream, which is read up to `MAX_STREAM_BYTES`."""
+    """Lines of an open file. `endless`: a stream, which is read up to `MAX_STREAM_BYTES`."""
     number = size = 0
     while line := file.readline(MAX_LINE_BYTES):
         number += 1
@@ -122,7 +121,7 @@ def _parse(number: int, line: bytes) -> Line:
     except json.JSONDecodeError as e:
         why = f"{e.msg}, at character {e.colno}"
         return Line(number, {}, InputError("the line is not JSON", why=why, remedy=_REMEDY))
-    except (ValueError, RecursionError) as e:  # a number of thousands of digits; brackets in brackets
+    except (ValueError, RecursionError) as e:  # numbers of thousands of digits; deep nesting
         why = "it is nested too deeply" if isinstance(e, RecursionError) else str(e)
         return Line(number, {}, InputError("the line cannot be read", why=why, remedy=_REMEDY))
     if not isinstance(values, dict):
@@ -131,7 +130,7 @@ def _parse(number: int, line: bytes) -> Line:
 
 
 def raise_problems(problems: list[Problem], what: str, *, where: Path | str, remedy: str | None = None) -> None:
-    """`InputError` with the first `SHOWN` of a file's problems, and how many more there are."""
+    """Raise `InputError` with the first `SHOWN` of a file's problems and the number of further ones."""
     if len(problems) == 1 and problems[0].where is not None:
         problems = [replace(problems[0], where=f"{where}, {problems[0].where}")]
     more = len(problems) - SHOWN
@@ -140,10 +139,10 @@ def raise_problems(problems: list[Problem], what: str, *, where: Path | str, rem
 
 
 def dump_line(value: Any) -> str:
-    """One line of JSON, readable, that no reader breaks and no terminal obeys.
+    """One line of readable JSON that no reader splits and that contains no terminal control characters.
 
-    Escaped are what `json` leaves: line separators beyond ASCII, controls (C1, direction marks), and halves of
-    surrogate pairs, which stand for bytes of file names that are not UTF-8. Numbers that are not finite are null.
+    Escapes what `json` does not: non-ASCII line separators, control characters (C1, direction marks), and lone
+    surrogates, which represent bytes of file names that are not UTF-8. NaN and infinity become null.
     """
     text = json.dumps(without_nan(value), ensure_ascii=False, default=str)
     return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

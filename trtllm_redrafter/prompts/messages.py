@@ -1,4 +1,4 @@
-"""From a line of a file to what is asked: one normaliser for every form a prompt or conversation is written in.
+"""Parse a line of a file into a prompt: one normaliser for all forms of prompts and conversations.
 
     {"prompt": "Why is the sky blue?"}
     {"messages": [{"role": "user", "content": "Hello"}]}                            OpenAI, also with text parts
@@ -6,8 +6,8 @@
     {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]}        ShareGPT
     {"question_id": 81, "category": "writing", "turns": ["...", "..."]}             Spec-Bench
 
-Messages come out as templates expect them: `role`, `content` as text (None only beside tool calls), and whatever else a
-message has, untouched.
+Messages are returned as templates expect them: `role`, `content` as text (None only with tool calls), and all other
+keys of a message unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trtllm_redrafter.errors import InputError
 Message = Mapping[str, Any]
 
 FORMS = ("prompt", "messages", "conversations", "turns")
-"""Keys of which a prompt has exactly one."""
+"""A prompt has exactly one of these keys."""
 
 SAMPLING_KEYS = (
     "max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "stop_token_ids", "skip_special_tokens",
@@ -34,10 +34,10 @@ SAMPLING_KEYS = (
 KEYS = (
     *FORMS, "text", "id", "question_id", "category", "system", "tools", "chat", "chat_template_kwargs", *SAMPLING_KEYS,
 )  # fmt: skip
-"""Every key some command reads. Each reads those that concern it, so that one file serves all."""
+"""All keys that any command reads. Each command ignores those of the others, so that one file works for all."""
 
 RESERVED_KWARGS = ("messages", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template")
-"""What a template is given by the program itself."""
+"""Template arguments set by the program itself."""
 
 _ROLES = {
     "human": "user", "user": "user", "prompter": "user",
@@ -52,10 +52,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one line asks.
+    """The prompt of one line.
 
     `content` is a text or a conversation; `later` are user turns to ask after the answer. `chat` says whether a text
-    goes through the chat template, None: as the model has one. `template_kwargs` are the template's further arguments.
+    goes through the chat template; None: if the model has one. `template_kwargs` are further template arguments.
     """
 
     content: str | tuple[Message, ...]
@@ -64,16 +64,16 @@ class Prompt:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def as_messages(self) -> list[Message]:
-        """A text is one turn of the user."""
+        """The conversation; a text is a single user message."""
         return [{"role": "user", "content": self.content}] if isinstance(self.content, str) else list(self.content)
 
     def as_text(self) -> str:
-        """What a model without a chat template reads: the contents, line by line."""
+        """Input for a model without a chat template: the messages' contents, line by line."""
         return "\n".join(str(m["content"] or "") for m in self.as_messages())
 
 
 def parse_prompt(values: Mapping[str, Any]) -> Prompt:
-    """The prompt of a line; `InputError` without a place, which the caller knows (`error.at`)."""
+    """The prompt of a line; `InputError` without a position, which the caller adds (`error.at`)."""
     check_characters(values)
     forms = [key for key in FORMS if key in values]
     if "text" in values and not forms:
@@ -103,7 +103,7 @@ def parse_prompt(values: Mapping[str, Any]) -> Prompt:
 
 
 def _mistyped(values: Mapping[str, Any]) -> str | None:
-    """The key that was meant to be the prompt, if one looks like it."""
+    """A key that is probably a misspelt prompt key, if there is one."""
     for key in values:
         near = difflib.get_close_matches(key, FORMS, 1) if key not in KEYS else []
         if near:
@@ -112,7 +112,7 @@ def _mistyped(values: Mapping[str, Any]) -> str | None:
 
 
 def check_asks(prompt: Prompt) -> Prompt:
-    """`InputError` for a prompt that measuring and training have no use for: an empty one, or one already answered."""
+    """`InputError` for prompts useless for measuring and training: empty, or already answered."""
     if prompt.content == "":
         raise InputError("`prompt` is empty", remedy="give it some text")
     if not isinstance(prompt.content, str) and prompt.content[-1]["role"] == "assistant":
@@ -133,12 +133,12 @@ def conversation(values: Mapping[str, Any]) -> tuple[Message, ...]:
 
 
 def normalise(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """A conversation given in Python."""
+    """A conversation passed as Python objects."""
     return conversation({"messages": [dict(m) if isinstance(m, Mapping) else m for m in messages]})
 
 
 def template_kwargs(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`chat_template_kwargs` of a line, its `tools` among them."""
+    """`chat_template_kwargs` of a line, including its `tools`."""
     given = values.get("chat_template_kwargs")
     found = check_template_kwargs({} if given is None else given)
     tools = values.get("tools")
@@ -150,7 +150,7 @@ def template_kwargs(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_template_kwargs(values: Any) -> dict[str, Any]:
-    """Arguments a user may give a chat template, by name."""
+    """Check the arguments a user passes to a chat template, by name."""
     if not isinstance(values, dict) or not all(isinstance(key, str) and key.isidentifier() for key in values):
         remedy = 'write {"enable_thinking": false}'
         raise InputError("`chat_template_kwargs` is not an object of named values", remedy=remedy)
@@ -171,7 +171,7 @@ def _keys_are_texts(value: Any) -> bool:
 
 
 def check_characters(values: Mapping[str, Any]) -> None:
-    """Halves of surrogate pairs ("\\ud83d" alone) are valid JSON, and no characters any tokenizer knows."""
+    """Refuse lone surrogates ("\\ud83d"), which are valid JSON, but which no tokenizer can encode."""
     for key in KEYS:
         if key in values:
             try:
@@ -185,7 +185,7 @@ def check_characters(values: Mapping[str, Any]) -> None:
 
 
 class UnknownKeys:
-    """Notes keys no command reads, once each: a mistyped one must not pass in silence, and none stops the line."""
+    """Warns once about each key that no command reads, since it may be misspelt; the line is used nevertheless."""
 
     def __init__(self, source: Path | str) -> None:
         self._source = source
@@ -205,22 +205,22 @@ class UnknownKeys:
 
 
 def own_id(values: Mapping[str, Any]) -> str | None:
-    """A line's own id as a text; None: it has none."""
+    """A line's own id as text, or None."""
     value = values.get("id", values.get("question_id"))
     return value if value is None or isinstance(value, str) else brief(value)
 
 
 def brief(value: Any) -> str:
-    """A value for a message: a number of 400 digits is not shown whole."""
+    """A value for an error message, shortened if it is long."""
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python writes
+    except ValueError:  # an integer with more digits than Python converts
         return "a number of thousands of digits"
     return text if len(text) <= 60 else f"{text[:40]}… ({len(text)} characters)"
 
 
 def _system(values: Mapping[str, Any]) -> tuple[Message, ...]:
-    """The line's own `system` text, as ShareGPT files have it beside the conversation."""
+    """The line's own `system` text, which ShareGPT files have outside the conversation."""
     text = values.get("system")
     if text is None or text == "":
         return ()
@@ -273,7 +273,7 @@ def _content(content: Any, name: str, value: Mapping[str, Any], *, has_calls: bo
 
 
 def _part(part: Any, name: str) -> str:
-    """Parts are joined as they are: a template that takes parts writes them one after the other, too."""
+    """Text of a content part. Parts are concatenated unchanged, as templates that accept parts do."""
     if isinstance(part, str):
         return part
     kind = part.get("type", "text") if isinstance(part, dict) else None
@@ -285,7 +285,7 @@ def _part(part: Any, name: str) -> str:
 
 
 def _call(call: Any) -> Any:
-    """OpenAI writes a call's arguments as a string of JSON; templates expect the object."""
+    """Parse a call's arguments: OpenAI has them as a JSON string, templates expect the object."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call

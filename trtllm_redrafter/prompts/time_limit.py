@@ -1,8 +1,8 @@
-"""Stop Python code that runs too long, in whatever thread it runs.
+"""Stop Python code that runs too long, in any thread.
 
-A signal would reach the main thread alone, and a trace function would slow every line down. So a watching thread raises
-an exception in the other one, at its next bytecode instruction; a single long call into C is not interrupted, which is
-why `bounded_jinja` bounds what such calls are given.
+A signal would reach the main thread only, and a trace function would slow down every line. So a watchdog thread raises
+an exception in the running one, at its next bytecode instruction. A single long call into C is not interrupted, which
+is why `bounded_jinja` limits the input of such calls.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _IDLE_SECONDS = 1.0
 
 
 class TimeExpired(BaseException):
-    """Raised in the limited code. No `Exception`: code that catches those must not go on."""
+    """Raised in the limited code. Not an `Exception`, so that code that catches those does not continue."""
 
 
 @dataclass
 class _Limited:
-    """A block that is running: its thread, and when its time is over."""
+    """A running block: its thread and its deadline."""
 
     thread: int
     deadline: float
@@ -34,7 +34,7 @@ class _Limited:
 
 
 class _Watch(threading.Thread):
-    """Looks at the running blocks; ends when there have been none for a while."""
+    """Checks the running blocks; ends if there have been none for a while."""
 
     def __init__(self) -> None:
         super().__init__(name="time-limit", daemon=True)
@@ -62,7 +62,7 @@ _watch: _Watch | None = None
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """`TimeExpired` when the block has not ended after `seconds`, give or take 0.05."""
+    """Raise `TimeExpired` in the block if it runs longer than `seconds`, within 0.05 s."""
     global _watch
     block = _Limited(threading.get_ident(), time.monotonic() + seconds)
     with _lock:
@@ -76,7 +76,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         with _lock:
             _running.remove(block)
-        # An exception on its way is raised here, and the block has taken too long. It is not taken back: CPython would
-        # look for it at every instruction from then on.
+        # A pending exception is raised here, since the block has taken too long. It is not cancelled: CPython would
+        # check for it at every instruction from then on.
         for _ in range(2 if block.expired else 0):
             pass

@@ -88,7 +88,7 @@ def _acceptance(
         return None, None, ()
     if isinstance(given, Path):
         found = read_acceptance(given, shape)
-        return found.tokens_per_step, found, _check_measured(found, resolved, model)
+        return found.acceptance_length, found, _check_measured(found, resolved, model)
     if given > shape.draft_len + 1:
         why = f"a step emits at most {shape.draft_len} drafted tokens and the guaranteed one"
         remedy = "use the tokens per step that `evaluate` reports for this draft length"

@@ -1,4 +1,4 @@
-"""From a resolved recipe to the options each room takes, with what nobody gave derived and recorded.
+"""From a resolved recipe to each package's options; values that nobody gave are derived and recorded.
 
 resolved = with_limits(with_directories(resolved, name="demo"))
 options = build_options(resolved, overwrite=False)       # a backend's BuildOptions, every field set

@@ -58,10 +58,10 @@ class Fingerprint:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Hit or miss, why, and whether the present output is this pipeline's own to replace.
+class CacheVerdict:
+    """Cache hit or miss, the reasons, and whether the existing output is this pipeline's own and may be replaced.
 
-    `interrupted`: what is there is the unfinished output of these very inputs and options.
+    `interrupted`: the existing output is unfinished, of the same inputs and options.
     """
 
     hit: bool
@@ -127,27 +127,27 @@ class StageRecords:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def check(self, stage: str, fingerprint: Fingerprint, output: Path) -> Verdict:
+    def check(self, stage: str, fingerprint: Fingerprint, output: Path) -> CacheVerdict:
         record = _checked(_read_or_empty(self._directory / f"{stage}.json"))
         exists = output.exists()
         ours = exists and record.get("output") == str(output.resolve())
         if not record:
-            return Verdict(
+            return CacheVerdict(
                 False, ("it has not run before" if not exists else "its output is there, its record is not",), ours
             )
         changes = fingerprint.changes_since(record.get("options") or {}, record.get("inputs") or {})
         if not exists:
-            return Verdict(False, (f"{output} does not exist", *changes), False)
+            return CacheVerdict(False, (f"{output} does not exist", *changes), False)
         if not ours:
-            return Verdict(False, (f"the output was {record.get('output')}", *changes), False)
+            return CacheVerdict(False, (f"the output was {record.get('output')}", *changes), False)
         if changes or record.get("key") != fingerprint.key:
-            return Verdict(False, tuple(changes), ours)
+            return CacheVerdict(False, tuple(changes), ours)
         if record.get("finished") is None:
-            return Verdict(False, ("it was interrupted",), ours, interrupted=True)
+            return CacheVerdict(False, ("it was interrupted",), ours, interrupted=True)
         damage = _damage(output, record)
         if damage:
-            return Verdict(False, damage, ours)
-        return Verdict(True, (f"inputs and options are those of {record.get('finished')}",), ours)
+            return CacheVerdict(False, damage, ours)
+        return CacheVerdict(True, (f"inputs and options are those of {record.get('finished')}",), ours)
 
     def begin(self, stage: str, fingerprint: Fingerprint, output: Path) -> None:
         """Remember what is about to write `output` bit by bit."""

@@ -27,7 +27,7 @@ from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.prompts.jsonl import check_source
 from trtllm_redrafter.run.fingerprints import BUILD, CONVERT, RUN, fingerprint, output_of
 from trtllm_redrafter.run.options import build_options, convert_options, require, with_directories, with_limits
-from trtllm_redrafter.run.stage_cache import Fingerprint, HashCache, StageRecords, Verdict
+from trtllm_redrafter.run.stage_cache import CacheVerdict, Fingerprint, HashCache, StageRecords
 from trtllm_redrafter.settings.layers import Resolved
 
 LOCK = ".lock"
@@ -40,7 +40,7 @@ class StagePlan:
 
     name: str
     output: Path | None
-    verdict: Verdict | None = None
+    verdict: CacheVerdict | None = None
     fingerprint: Fingerprint | None = None
     details: str = ""
     waits_for: str | None = None
@@ -146,7 +146,9 @@ def decide(plan: PipelinePlan, stage: str) -> StagePlan:
     resolved = plan.resolved
     run, output = resolved.recipe.run, output_of(stage, resolved)
     if output is None:
-        return StagePlan(stage, None, Verdict(False, ("results are shown, not kept: run.output is not set",), False))
+        return StagePlan(
+            stage, None, CacheVerdict(False, ("results are shown, not kept: run.output is not set",), False)
+        )
     print_ = fingerprint(stage, resolved, plan.hashes)
     verdict = plan.records.check(stage, print_, output)
     if stage == RUN and run.temperature > 0.0 and run.seed is None:
@@ -178,7 +180,7 @@ def _record(plan: PipelinePlan, stage: StagePlan, complete: Path) -> None:
     plan.records.store(stage.name, stage.fingerprint, stage.output, complete)
 
 
-def _details(stage: str, resolved: Resolved, verdict: Verdict) -> str:
+def _details(stage: str, resolved: Resolved, verdict: CacheVerdict) -> str:
     """What the stage's own plan says; it refuses here what it would refuse later."""
     if stage == CONVERT:
         return str(plan_conversion(convert_options(resolved, overwrite=verdict.ours)).render())

@@ -1,7 +1,7 @@
 """Every setting of the pipeline, its type, its bounds and its default: the only place that has defaults.
 
 YAML recipes, `--set key=value` and the flags of the commands all fill this one schema, under the same dotted names
-(`convert.num_beams`); rooms receive the resolved values in their own option classes and never choose one
+(`convert.num_beams`); packages receive the resolved values in their own option classes and never choose one
 themselves. None means "derived": from the drafter, the checkpoint or the recipe's name, and shown before it is used.
 """
 

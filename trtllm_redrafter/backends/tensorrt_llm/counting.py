@@ -53,7 +53,7 @@ class StepCounter:
             self._result.accepted_at[depth] += 1
 
     def settle(self) -> None:
-        """No more responses: were they the steps?"""
+        """After the last response: correct the counts if responses were not one step each."""
         if self._iterations is None:
             if self._merged:
                 self._replace(0, 0, 0)

@@ -31,7 +31,7 @@ from trtllm_redrafter.backends.torch.build_plan import BACKEND, TorchBuildPlan, 
 from trtllm_redrafter.backends.torch.cuda.executor import CudaExecutor, cuda_unavailable
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimits
 from trtllm_redrafter.backends.torch.drafting import frequent_rows, load_drafter, make_search
-from trtllm_redrafter.backends.torch.executor import Executor
+from trtllm_redrafter.backends.torch.executor import ModelExecutor
 from trtllm_redrafter.backends.torch.low_rank import find_factor, load_factor, save_factor
 from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
@@ -254,7 +254,7 @@ def _device(name: str) -> torch.device:
 
 def _make_executor(
     config: CheckpointConfig, weights: ModelWeights, limits: Limits, shape: DraftShape | None
-) -> tuple[Executor, str | None]:
+) -> tuple[ModelExecutor, str | None]:
     """The kernels where they serve, else PyTorch, which says why it was taken; and what to tell the user about it."""
     batch, tree = limits.max_batch_size, 1 if shape is None else shape.max_tree_tokens
     capacity = limits.max_seq_len + tree
@@ -279,7 +279,7 @@ def _make_executor(
 
 def _cuda_executor(
     config: CheckpointConfig, weights: ModelWeights, batch: int, capacity: int, shape: DraftShape | None
-) -> Executor:
+) -> ModelExecutor:
     """Our CUDA kernels; else graphs, with Triton kernels where the GPU has tensor cores for both 16-bit dtypes.
 
     float32 is for comparing, and computed as PyTorch does.

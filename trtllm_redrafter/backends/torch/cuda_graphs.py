@@ -1,9 +1,9 @@
 """The PyTorch executor and the drafter's search as CUDA graphs: one launch per pass instead of a thousand.
 
-A decoding step of a small batch is some twenty kernels per layer of a few microseconds each; launched one by one from
-Python they take several times longer than they run. A graph fixes shapes and addresses, so inputs are copied into
-its buffers, trees are padded to one width, and the cache is looked at up to a power of two. Graphs are captured
-when a shape first occurs and share one pool of memory.
+A decoding step of a small batch has some twenty kernels per layer of a few microseconds each; launching them one by one
+from Python takes several times longer than running them. A graph fixes shapes and addresses, so inputs are copied into
+its buffers, trees are padded to one width, and attention reads the cache up to a power of two. Graphs are captured when
+a shape first occurs and share one memory pool.
 
     executor = GraphExecutor(config, weights, GraphLimits(4, 2048, max_nodes=26, max_depth=5), fused=True)
     search = GraphSearch(drafter, embedding, head, shape, executor.pool)
@@ -36,14 +36,14 @@ _WIDTH = 8
 """Trees are padded to a multiple of this many nodes."""
 
 _FREE_ROWS = 128
-"""As many rows take no longer than one: the tensor cores wait for the weights (on an H200 until about 200 rows)."""
+"""Up to this many rows take as long as one, since the tensor cores wait for the weights (about 200 on an H200)."""
 
 _SMALLEST_SPAN = 256
 
 
 @dataclass(frozen=True)
 class GraphLimits:
-    """Sizes that graphs are made for. A tree has at most `max_nodes` nodes, none deeper than `max_depth`."""
+    """Sizes that graphs are captured for. A tree has at most `max_nodes` nodes, none deeper than `max_depth`."""
 
     max_batch_size: int
     capacity: int
@@ -52,17 +52,17 @@ class GraphLimits:
 
     @property
     def width(self) -> int:
-        """What trees are padded to; without drafting there is one node."""
+        """Number of nodes trees are padded to; 1 without drafting."""
         return 1 if self.max_nodes == 1 else -(-self.max_nodes // _WIDTH) * _WIDTH
 
     @property
     def fixed_batch(self) -> bool:
-        """Is every pass padded to the largest batch? It costs nothing as long as arithmetic does not."""
+        """Is every pass padded to the largest batch? That is free while reading the weights dominates."""
         return self.max_batch_size * self.width <= _FREE_ROWS
 
 
 class GraphExecutor(TorchExecutor):
-    """The same passes as `TorchExecutor`; prompts, and trees beyond the limits, still run without a graph.
+    """The passes of `TorchExecutor` as graphs; prompts, and trees beyond the limits, still run without one.
 
     Matrix products always have the same shape (with `fixed_batch`), and attention is `tree_attention`, so a row's bits
     do not depend on its company: drafting changes no greedy text.
@@ -82,7 +82,7 @@ class GraphExecutor(TorchExecutor):
         super().__init__(
             config,
             weights,
-            max_batch_size=limits.max_batch_size + 1,  # the last slot takes what fillers write
+            max_batch_size=limits.max_batch_size + 1,  # the last slot takes the writes of padding
             capacity=limits.capacity + limits.width,
             detail=detail,
             pointwise=_fused() if fused else EAGER,
@@ -99,9 +99,9 @@ class GraphExecutor(TorchExecutor):
     @torch.no_grad()
     def forward(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], *, logits: bool) -> TreeOutput:
         limits = self._limits
-        room = max(bases) + max(limits.width, *(len(tree) for tree in trees))
-        if room > self._capacity:  # a kernel would write into the next slot
-            raise ValueError(f"a tree ends at position {room}, the cache at {self._capacity}")
+        end = max(bases) + max(limits.width, *(len(tree) for tree in trees))
+        if end > self._capacity:  # a kernel would write into the next slot
+            raise ValueError(f"a tree ends at position {end}, the cache at {self._capacity}")
         if max(len(tree) for tree in trees) > limits.width or max(max(t.depths) for t in trees) > limits.max_depth:
             with on_device(self._device):
                 return super().forward(slots, bases, trees, logits=logits)
@@ -123,12 +123,12 @@ class GraphExecutor(TorchExecutor):
             best = known[1]
         graph.replay()
         count = sum(len(tree) for tree in trees)
-        # What callers may keep is copied out of the buffers: contexts outlive the step, laws are collected by checks.
+        # Copied out of the buffers, since callers may keep them: contexts outlive the step, `verify` collects logits.
         scores = self._logits[:count].clone() if logits else None
         return TreeOutput(self._hidden[:count].clone(), best[:count], scores)
 
     def undrafted(self) -> GraphExecutor:
-        """For passes of one row per request: here undrafted ones are padded to a tree, so that their bits agree."""
+        """For passes of one row per request; in this one they are padded to a tree's width, so that bits agree."""
         limits = replace(self._limits, max_nodes=1, max_depth=0)
         return GraphExecutor(self._config, self._weights, limits, fused=self._fused, detail=self.detail)
 
@@ -162,7 +162,7 @@ class GraphExecutor(TorchExecutor):
         return finite_greedy(torch.mm(hidden, self._weights.head.t(), out=self._logits[:rows]))
 
     def _through_mask(self, slots: Tensor, bases: Tensor, depths: Tensor, paths: Tensor, span: int) -> Attend:
-        """PyTorch's attention. A node sees its path and itself; a filler itself."""
+        """PyTorch's attention. A node attends to its path and itself; padding only to itself."""
         batch, width = depths.shape
         mask = torch.eye(width, dtype=torch.bool, device=depths.device).repeat(batch, 1, 1)
         own = torch.arange(width, device=depths.device).view(1, -1, 1)
@@ -170,7 +170,7 @@ class GraphExecutor(TorchExecutor):
         return self._masked(Rows(slots, bases, depths, mask), span)
 
     def _walking(self, slots: Tensor, bases: Tensor, depths: Tensor, paths: Tensor, span: int) -> Attend:
-        """Our attention, whose sums follow each row's own sequence."""
+        """Our attention kernel, which sums in the order of each row's own sequence."""
         from trtllm_redrafter.backends.torch.tree_attention import Heads, TreeRows, attend
 
         config = self._config
@@ -192,7 +192,7 @@ def _fused() -> Pointwise:
 
 
 class GraphSearch(PlainSearch):
-    """`beam_search` as a graph per batch size. Lists out, since trees are merged on the host."""
+    """`beam_search` as one graph per batch size. Returns lists, since trees are merged on the host."""
 
     def __init__(self, drafter: Drafter, embedding: Tensor, head: DraftHead, shape: DraftShape, pool: Any) -> None:
         super().__init__(drafter, embedding, head, shape)
@@ -228,7 +228,7 @@ class GraphSearch(PlainSearch):
         return [cut[start : start + rows] for start in range(0, len(cut), rows)], finite
 
     def _compute(self, roots: Tensor, context: Tensor) -> Tensor:
-        """`_flat`, and last whether a tie at the cut was left out: [B K (L + 1) + B + 1]."""
+        """`_flat`, then whether a tie at the cut was missed: [B K (L + 1) + B + 1]."""
         missed: list[Tensor] = []
         beams = self._run(roots, context, missed)
         flag = torch.stack(missed).any() if missed else torch.zeros((), dtype=torch.bool, device=context.device)

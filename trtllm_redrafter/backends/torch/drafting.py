@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trtllm_redrafter.backends.torch.cuda.executor import CudaExecutor
 from trtllm_redrafter.backends.torch.cuda.search import SearchKernel
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphSearch
-from trtllm_redrafter.backends.torch.executor import Executor
+from trtllm_redrafter.backends.torch.executor import ModelExecutor
 from trtllm_redrafter.backends.torch.low_rank import LowRankHead
 from trtllm_redrafter.backends.torch.native.drafter import NativeSearch
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
@@ -55,7 +55,7 @@ def _factored(head: DraftHead, low_rank: LowRankHead) -> DraftHead:
 
 def make_search(
     drafter: Drafter,
-    executor: Executor,
+    executor: ModelExecutor,
     embedding: Tensor,
     shape: DraftShape,
     *,

@@ -39,7 +39,7 @@ class PromptOutput:
     logits: Tensor  # [V]
 
 
-class Executor(Protocol):
+class ModelExecutor(Protocol):
     """A base model with its KV cache. A request occupies a slot; `base` is the number of committed positions there."""
 
     name: str
@@ -75,12 +75,12 @@ class Executor(Protocol):
         """Like `prefill`, but returns the state of every token: [S, H]."""
         ...
 
-    def undrafted(self) -> Executor:
-        """This executor, or one of the same weights with a cache of its own that is faster where nothing is drafted."""
+    def undrafted(self) -> ModelExecutor:
+        """An executor for decoding without drafting: itself, or a faster one of the same weights with its own cache."""
         ...
 
     def threads(self) -> AbstractContextManager[None]:
-        """As many threads for PyTorch's own operations as serve a step beside this executor's; kept by the block."""
+        """Within the block, limit PyTorch's own threads to what a step needs besides this executor's threads."""
         ...
 
     def close(self) -> None:

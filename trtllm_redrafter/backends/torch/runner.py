@@ -20,7 +20,7 @@ from trtllm_redrafter.backends.base import Along, EngineInfo, FinishReason, Requ
 from trtllm_redrafter.backends.requests import limit_problems
 from trtllm_redrafter.backends.text import TextStream, ends_text
 from trtllm_redrafter.backends.tokenizer import EngineTokenizer
-from trtllm_redrafter.backends.torch.executor import Executor, TreeOutput
+from trtllm_redrafter.backends.torch.executor import ModelExecutor, TreeOutput
 from trtllm_redrafter.backends.torch.search import Search
 from trtllm_redrafter.errors import Problem, RequestError, not_finite, raise_together
 from trtllm_redrafter.memory import memory_for
@@ -59,7 +59,7 @@ class TorchRunner(Runner):
     def __init__(
         self,
         info: EngineInfo,
-        executor: Executor,
+        executor: ModelExecutor,
         drafting: Search | None,
         tokenizer: EngineTokenizer | None,
         eos_token_ids: frozenset[int],

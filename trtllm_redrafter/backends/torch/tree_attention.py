@@ -1,10 +1,10 @@
 """Attention over a KV cache and token trees on a GPU, in Triton: rotate and store, attend, combine.
 
-Each row of a pass walks its own sequence: the committed positions, then its ancestors in the tree, wherever they lie in
-the cache. The sequence is cut into units of `UNIT` positions. A unit that is committed as a whole is the same for all
-nodes of a tree and is read once for as many of them as a tensor core's tile holds; the last one or two units are read
-node by node. Either way a unit comes to the same numbers by the same operations, and units are added in order: a
-token's bits depend neither on whether it was drafted or decoded alone, nor on its neighbours.
+Each row of a pass attends to its own sequence: the committed positions, then its ancestors in the tree, wherever they
+are in the cache. The sequence is split into units of `UNIT` positions. A fully committed unit is the same for all nodes
+of a tree and is read once for as many of them as fit into a tensor core's tile; the last one or two units are read node
+by node. Either way a unit's result comes from the same operations, and units are added in order: a token's bits depend
+neither on whether it was drafted or decoded alone, nor on the other rows.
 
 `size` D is the head size, N heads, M KV heads, R rows (all nodes of all trees), C cache positions of a slot.
 """
