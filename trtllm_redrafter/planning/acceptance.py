@@ -128,7 +128,7 @@ def _not_a_report(file: Path, why: str) -> InputError:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or (type(value) is int and abs(value) <= sys.float_info.max)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _optional(report: dict[str, Any], key: str, kind: type) -> Any:
