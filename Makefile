@@ -1,4 +1,4 @@
-# Every target sets itself up: a virtual environment in .venv, on the pinned versions, made once.
+# Each target first creates a virtual environment in .venv with the pinned versions, unless it exists.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,7 +40,7 @@ docker:  ## images for GPU hosts: build and serve
 	docker build --file docker/Dockerfile --target build --tag trtllm-redrafter:build .
 	docker build --file docker/Dockerfile --target serve --tag trtllm-redrafter:serve .
 
-# The host's own Python, not .venv: TensorRT-LLM and the torch it was built for are installed there.
+# Uses the host's Python, not .venv: TensorRT-LLM and the torch it was built for are installed there.
 test-gpu:  ## on a GPU host with TensorRT-LLM: build a tiny model, run it, compare it
 	$(PYTHON) -m pip list --format=freeze > .host-packages.tmp
 	$(PYTHON) -m pip install --quiet --constraint .host-packages.tmp --editable . pytest hypothesis

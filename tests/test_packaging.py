@@ -67,3 +67,23 @@ def test_what_contributors_are_pointed_to_exists() -> None:
     ours = [path for path in paths if path not in THEIRS and "NAME" not in path]
     assert len(ours) > 40
     assert not [path for path in ours if not any((ROOT / folder / path).exists() for folder in FOLDERS)]
+
+
+def anchors(path: Path) -> set[str]:
+    """Of a Markdown file's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        there = path.parent / file if file else path
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
