@@ -250,8 +250,8 @@ __device__ __forceinline__ void rank_candidates(Candidates& c, Selection& s, flo
     const float norm = logf(sum);
 #pragma unroll 1
     for (int i = lane; i < survivors; i += 32) {
-        const float law = (logit_of(c.sorted[i] >> 16) - top) - norm;
-        c.order[i] = (u64)ordered(score + law) << 32 | (u32)~c.token_of(c.sorted[i]);
+        const float log_prob = (logit_of(c.sorted[i] >> 16) - top) - norm;
+        c.order[i] = (u64)ordered(score + log_prob) << 32 | (u32)~c.token_of(c.sorted[i]);
     }
     __syncwarp();
     // Totals fall with the logits; where some are equal the lower token comes first.
