@@ -23,11 +23,11 @@ import typer
 from trtllm_redrafter.cli import signals
 from trtllm_redrafter.errors import RedrafterError
 from trtllm_redrafter.progress import Progress, no_progress
-from trtllm_redrafter.prompts.jsonl import dump_line
+from trtllm_redrafter.prompts.jsonl import OBEYED, dump_line
 
 INTERNAL_ERROR, INTERRUPTED = 70, 130
 
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE = re.compile(f"[\x00-\x08\x0b-\x1f{OBEYED}]")
 """Controls but line feed and tab, marks of writing direction, halves of surrogate pairs."""
 
 

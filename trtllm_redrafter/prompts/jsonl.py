@@ -31,7 +31,11 @@ SHOWN = 20
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _REMEDY = "write one JSON object per line, in UTF-8"
-_ESCAPED = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+OBEYED = "\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+"""Of a regular expression's class: characters beyond ASCII's controls that no output has as they are. They are DEL, C1,
+marks of writing direction and halves of surrogate pairs."""
+
+_ESCAPED = re.compile(f"[{OBEYED}\u2028\u2029]")
 
 
 @dataclass(frozen=True)
