@@ -89,11 +89,10 @@ def run_case(inputs: Path, seed: int, index: int) -> Case:
             what, chain = "arguments", (_with_values(rng.choice(ARGUMENTS), rng),)
         else:
             target = rng.choice([t for t in TARGETS for _ in range(t.weight)])
-            what, lines = _break(target, folder, rng), rng.choice(target.chains)
-            chain = tuple(tuple(line.format(out="out").split()) for line in lines)
+            what, chain = _break(target, folder, rng), split(rng.choice(target.chains))
         if rng.random() < SHARE_OF_JSON:
             chain = tuple(arguments if "--json" in arguments else (*arguments, "--json") for arguments in chain)
-        return _run_chain(chain, folder, index, what)
+        return run_chain(chain, folder, index, what)
 
 
 def _with_values(line: str, rng: random.Random) -> tuple[str, ...]:
@@ -107,7 +106,12 @@ def _break(target: Target, folder: Path, rng: random.Random) -> str:
     return what
 
 
-def _run_chain(chain: Iterable[tuple[str, ...]], folder: Path, index: int, what: str) -> Case:
+def split(lines: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """The commands of a chain as arguments."""
+    return tuple(tuple(line.format(out="out").split()) for line in lines)
+
+
+def run_chain(chain: Iterable[tuple[str, ...]], folder: Path, index: int, what: str) -> Case:
     ran: list[str] = []
     codes: list[int] = []
     started, fault, output = time.monotonic(), None, ""

@@ -31,8 +31,8 @@ SIZES = {"max_seq_len": 96, "max_batch_size": 2}
 def make_inputs(path: Path) -> Path:
     """Everything below `path`; a few seconds."""
     torch.manual_seed(0)
-    wide = {"hidden_size": 32, "intermediate_size": 32, "torch_dtype": "bfloat16", "head_dim": 16}
-    write_base(path / "base", "llama", vocab_size=VOCAB, tie_word_embeddings=True)
+    wide = {"hidden_size": 32, "intermediate_size": 32, "torch_dtype": "bfloat16", "head_dim": 32}
+    write_base(path / "base", "llama", vocab_size=VOCAB, tie_word_embeddings=True, head_dim=32)
     write_base(path / "base16", "llama", vocab_size=VOCAB, **wide)
     write_base(path / "sharded", "qwen3", vocab_size=VOCAB, shards=3)
     for name in ("base", "base16", "sharded"):
@@ -92,7 +92,7 @@ base: base
 drafter: drafter
 work_dir: work
 engine: engine
-convert: {num_beams: 2, draft_len: 3, dtype: float32}
+convert: {num_beams: 2, draft_len: 3, dtype: bfloat16}
 build: {max_batch_size: 2, max_input_len: 40, max_seq_len: 96}
 run:
   prompts: [hello]
@@ -100,7 +100,7 @@ run:
   temperature: 0.5
   seed: 3
   stop: ["x"]
-bench: {max_tokens: 2, batch: "1", limit: 1, repeats: 1, prompts: plain.jsonl}
+bench: {max_tokens: 2, batch: "1", limit: 1, repeats: 3, prompts: plain.jsonl}
 tune: {grid: "1x2,2x2", batch: "1", budget: 0, limit: 1, max_tokens: 2, prompts: plain.jsonl, target: h100-80gb}
 train: {data: data.jsonl, draft_len: 2}
 plan: {acceptance_length: 1.5}
