@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.cli.tiny import Program
 from tests.engines import build_engine, write_checkpoint, write_tokenizer
@@ -19,7 +21,8 @@ from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import Result
 from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
 from trtllm_redrafter.checkpoint.layout import tensor_specs
-from trtllm_redrafter.errors import MismatchError
+from trtllm_redrafter.checkpoint.safetensors_io import save_tensors
+from trtllm_redrafter.errors import InputError, MismatchError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.verify import gate_checks, gate_decode
 from trtllm_redrafter.verify.gate import GateReport, GateRequest, parity_gate, reference_device
@@ -147,6 +150,18 @@ def test_another_model_is_refused_at_once(models: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", num_hidden_layers=3, vocab_size=VOCAB)
     with pytest.raises(MismatchError, match="num_hidden_layers is 2 there, 3 here"):
         parity_gate(request(models, reference=other))
+
+
+def test_a_reference_whose_tensors_do_not_fit_is_refused(models: Path, tmp_path: Path) -> None:
+    """Found by the mutation campaign: two tensors of a reference had each other's names."""
+    shutil.copytree(models / "float32" / "checkpoint", tmp_path / "damaged")
+    file = tmp_path / "damaged" / "rank0.safetensors"
+    tensors = load_file(file)
+    one, other = "transformer.layers.0.attention.qkv.weight", "transformer.layers.0.mlp.gate.weight"
+    tensors[one], tensors[other] = tensors[other].clone(), tensors[one].clone()
+    save_tensors(file, tensors)
+    with pytest.raises(InputError, match="do not fit its config.json"):
+        parity_gate(request(models, reference=tmp_path / "damaged"))
 
 
 def test_an_engine_of_tensorrt_llm_that_writes_nonsense_fails(

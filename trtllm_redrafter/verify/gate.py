@@ -57,6 +57,7 @@ def parity_gate(request: GateRequest) -> GateReport:
     """Decode with the engine, close it, then compute the reference, so that never both are in memory."""
     engine_backend(request.engine)  # raises if this is no engine, and says what it is
     differing = check_pair(request.engine, request.reference)
+    _check_reference(request.reference)
     weights = check_weights(request.engine, request.reference)
     sampled = _samples(request)
     decoded = decode(request, sampled=sampled)
@@ -82,6 +83,14 @@ def parity_gate(request: GateRequest) -> GateReport:
         request, tokens or TokenCheck(0, 0, 0, ()), tuple(alarms), steps, distributions, drafts, weights.checked,
         notes, tuple(tuple(result.token_ids) for result in decoded.results), sampled,
     )  # fmt: skip
+
+
+def _check_reference(path: Path) -> None:
+    """A damaged reference proves nothing; `InputError` says what `verify` would."""
+    from trtllm_redrafter.checkpoint.reader import Checkpoint
+    from trtllm_redrafter.checkpoint.structure import require_sound
+
+    require_sound(Checkpoint.open(path))
 
 
 def _samples(request: GateRequest) -> bool:
