@@ -160,7 +160,7 @@ def test_a_reference_whose_tensors_do_not_fit_is_refused(models: Path, tmp_path:
     one, other = "transformer.layers.0.attention.qkv.weight", "transformer.layers.0.mlp.gate.weight"
     tensors[one], tensors[other] = tensors[other].clone(), tensors[one].clone()
     save_tensors(file, tensors)
-    with pytest.raises(InputError, match="do not fit its config.json"):
+    with pytest.raises(InputError, match=r"do not fit its config\.json"):
         parity_gate(request(models, reference=tmp_path / "damaged"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,19 @@ def test_a_pipe_is_read_once_as_it_comes(tmp_path: Path) -> None:
     assert next(lines).values == {"a": 2}
     assert next(lines, None) is None
     writer.join()
+
+
+def test_a_pipe_that_nobody_writes_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "WRITER_SECONDS", 0.05)
+    os.mkfifo(tmp_path / "pipe")
+    before = threading.active_count()
+    with pytest.raises(InputError, match="nobody writes into the pipe"):
+        list(read_lines(tmp_path / "pipe"))
+    for _ in range(100):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() == before  # nothing waits on
 
 
 def test_a_stream_without_end_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,12 @@ import json
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import Empty, Queue
 from typing import IO, Any
 
 from trtllm_redrafter.errors import InputError, Problem, raise_together
@@ -24,6 +27,9 @@ MAX_LINE_BYTES = 64 * 2**20
 
 MAX_STREAM_BYTES = 4 * 2**30
 """Limit for pipes and terminals, which unlike files may never end."""
+
+WRITER_SECONDS = 10.0
+"""How long a named pipe may have no writer."""
 
 SHOWN = 20
 """Number of a file's problems that a message lists."""
@@ -80,10 +86,40 @@ def read_lines(path: Path) -> Iterator[Line]:
     """Lines of a file or stream, read lazily; `InputError` if it cannot be read at all."""
     check_source(path)
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             yield from lines_of(file, path, endless=not stat.S_ISREG(os.fstat(file.fileno()).st_mode))
     except OSError as e:
         raise InputError("cannot read the file", where=path, why=str(e), remedy="check the path") from e
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """The file, for reading. A named pipe opens when somebody writes into it, so that is not waited for without end."""
+    if not stat.S_ISFIFO(path.stat().st_mode):
+        return path.open("rb")
+    found: Queue[int | OSError] = Queue()
+
+    def wait_for_writer() -> None:
+        try:
+            found.put(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            found.put(error)
+
+    threading.Thread(target=wait_for_writer, daemon=True).start()
+    try:
+        opened = found.get(timeout=WRITER_SECONDS)
+    except Empty:
+        with suppress(OSError):  # the thread need not wait on
+            os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+            late = found.get()
+            if isinstance(late, int):
+                os.close(late)
+        why = f"none came within {WRITER_SECONDS:.0f} seconds"
+        raise InputError(
+            "nobody writes into the pipe", where=path, why=why, remedy="start what writes into it first, or name a file"
+        ) from None
+    if isinstance(opened, OSError):
+        raise opened
+    return os.fdopen(opened, "rb")
 
 
 def lines_of(file: IO[bytes], where: Path | str, *, endless: bool = False) -> Iterator[Line]:
