@@ -4,6 +4,9 @@ Every mutation is drawn from `SEED/INDEX` alone, so that a finding is run again 
 
     .venv/bin/python -m tests.fuzz.campaign --seed 1 --mutations 3000
     .venv/bin/python -m tests.fuzz.campaign --seed 1 --only 312 --show
+
+`--intact` runs every command on inputs that are not broken first: a campaign behind a refusal that is always the same
+would show nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from trtllm_redrafter.errors import RedrafterError
 LIMIT_SECONDS = 60.0
 MAX_RESIDENT = 3 * 2**30
 KNOWN_CODES = {0, 1, *(kind.exit_code for kind in RedrafterError.__subclasses__())}
+NEED_A_GPU = {"run --engine trt --prompt hi": 6, "bench trt --batch 1": 2}
 SHARE_OF_ARGUMENTS = 0.15
 SHARE_OF_JSON = 0.2
 
@@ -235,17 +239,33 @@ def campaign(inputs: Path, seed: int, indices: Iterable[int], *, show: bool = Fa
     return totals
 
 
+def intact_faults(inputs: Path) -> list[Case]:
+    """Chains that do not end as they should on inputs that nobody has broken."""
+    found = []
+    for number, lines in enumerate(dict.fromkeys(chain for target in TARGETS for chain in target.chains)):
+        with tempfile.TemporaryDirectory(prefix="redrafter-fuzz-") as name:
+            shutil.copytree(inputs, Path(name) / "w", copy_function=os.link)
+            case = run_chain(split(lines), Path(name) / "w", number, "nothing")
+        if case.fault is not None or case.codes[-1] != NEED_A_GPU.get(lines[-1], 0):
+            found.append(case)
+            print(case.render(), flush=True)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--mutations", type=int, default=3000)
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--only", type=int, action="append")
+    parser.add_argument("--intact", action="store_true", help="run every command on intact inputs first")
     parser.add_argument("--show", action="store_true", help="show cases that ended well too")
     args = parser.parse_args()
     warm_up()
     with tempfile.TemporaryDirectory(prefix="redrafter-fuzz-inputs-") as folder:
         inputs = make_inputs(Path(folder) / "inputs")
+        if args.intact and intact_faults(inputs):
+            return 1
         indices = args.only or range(args.start, args.start + args.mutations)
         totals = campaign(inputs, args.seed, indices, show=args.show)
     print(totals.render())
