@@ -50,7 +50,7 @@ def assert_clean(tmp_path: Path, plan: ConversionPlan) -> None:
 STAGES = [
     (writer, "reserve"),
     (writer, "_write_block"),
-    (writer, "_write_extent"),
+    (writer, "_write_stored"),
     (execute, "hash_inputs"),
     (execute, "write_rank"),
     (execute, "write_json"),

@@ -36,8 +36,8 @@ def non_finite_count(tensor: Tensor) -> int:
 def finite_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     """A problem for every stored tensor with values that are not finite. Reads all weights, in chunks."""
     for file in checkpoint.ranks:
-        for name in file.header:
-            count = non_finite_count(file.load(name))
+        for name, tensor in file.items():
+            count = non_finite_count(tensor.load())
             if count:
                 role = "drafter" if name.startswith("drafter.") else "base model"
                 what = f"tensor {name!r} has {count} value(s) that are not finite (NaN or infinite)"

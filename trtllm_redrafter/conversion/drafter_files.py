@@ -3,7 +3,7 @@
 Names are a table of patterns. Everything is brought to TensorRT-LLM's names (`layers.0.linear.weight`, ...) and
 nothing is loaded: tensors stay where they are until the conversion streams them.
 
-    drafter = DrafterFiles.open(Path("redrafter_vicuna-7b_n_5_lr_0.001_layers_2"), files)
+    drafter = DrafterFiles.open(Path("redrafter_vicuna-7b_n_5_lr_0.001_layers_2"))
     drafter.config, drafter.horizon            # DrafterConfig(...), 5
 
 Layouts, for K layers (all hold rnn_u.*, rnn_w.weight and maybe input_proj.* / input_projs.*):
@@ -25,9 +25,9 @@ from typing import Any
 
 from trtllm_redrafter.checkpoint.draft_vocab import DRAFT_VOCAB_FILE, draft_vocab_problems
 from trtllm_redrafter.checkpoint.fields import FieldReader
-from trtllm_redrafter.checkpoint.safetensors_io import STORED_DTYPES, read_header
+from trtllm_redrafter.checkpoint.safetensors_io import STORED_DTYPES, SafetensorsFile
 from trtllm_redrafter.conversion.drafter_checks import FACTOR, LM_HEAD, tensor_problems
-from trtllm_redrafter.conversion.sources import FileSource, OpenFiles, Source, TensorSource
+from trtllm_redrafter.conversion.sources import LoadedTensor, Source
 from trtllm_redrafter.errors import InputError, Problem, raise_together
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.paths import check_regular
@@ -71,7 +71,7 @@ class DrafterFiles:
     problems: tuple[Problem, ...]
 
     @classmethod
-    def open(cls, path: Path, files: OpenFiles) -> DrafterFiles:
+    def open(cls, path: Path) -> DrafterFiles:
         """Read config and headers.
 
         `InputError` when a file cannot be read; tensors that do not fit end up in `problems`, so that the caller can
@@ -92,7 +92,7 @@ class DrafterFiles:
         beams, tied = fields.optional_size("num_beams"), fields.flag("tie_lm_head", False)
         raise_together(InputError, fields.problems, "the drafter's config.json is not usable", where=path)
         weights = _weight_file(path)
-        named, problems = _rename(_load(weights, files), config, weights)
+        named, problems = _rename(_load(weights), config, weights)
         factor = named.pop(FACTOR, None)
         problems += tensor_problems(config, named, factor, tied, weights)
         vocab = path / DRAFT_VOCAB_FILE if (path / DRAFT_VOCAB_FILE).exists() else None
@@ -137,10 +137,8 @@ def _weight_file(path: Path) -> Path:
     )
 
 
-def _load(path: Path, files: OpenFiles) -> dict[str, Source]:
-    if path.suffix == ".safetensors":
-        return {name: FileSource(path, info, files) for name, info in read_header(path).items()}
-    return _load_pickle(path)
+def _load(path: Path) -> Mapping[str, Source]:
+    return SafetensorsFile.open(path) if path.suffix == ".safetensors" else _load_pickle(path)
 
 
 def _load_pickle(path: Path) -> dict[str, Source]:
@@ -176,7 +174,7 @@ def _load_pickle(path: Path) -> dict[str, Source]:
         for k, v in value.items()
     ):
         raise refusal
-    return {name: TensorSource(name, path, tensor.detach()) for name, tensor in value.items()}
+    return {name: LoadedTensor(name, path, tensor.detach()) for name, tensor in value.items()}
 
 
 def _rename(

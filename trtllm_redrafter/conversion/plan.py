@@ -22,8 +22,8 @@ from trtllm_redrafter.conversion.draft_shape import ResolvedShape, resolve_shape
 from trtllm_redrafter.conversion.drafter_checks import LM_HEAD
 from trtllm_redrafter.conversion.drafter_files import DrafterFiles
 from trtllm_redrafter.conversion.options import ConvertOptions
-from trtllm_redrafter.conversion.shards import RankPlan, plan_tensor
-from trtllm_redrafter.conversion.sources import Folded, OpenFiles, Source
+from trtllm_redrafter.conversion.shards import RankFile, rank_tensor
+from trtllm_redrafter.conversion.sources import Folded, Source
 from trtllm_redrafter.conversion.validate import option_problems, pair_problems
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, RedrafterError
 from trtllm_redrafter.fsio import check_replaceable
@@ -41,15 +41,14 @@ class ConversionPlan:
     base: Base
     drafter: DrafterFiles | None
     shape: ResolvedShape | None
-    ranks: tuple[RankPlan, ...]
+    ranks: tuple[RankFile, ...]
     copies: tuple[tuple[Path, str], ...]
     """(source, name below the output) of files that are copied as they are."""
     notes: tuple[str, ...]
-    files: OpenFiles
 
     @property
     def weight_bytes(self) -> int:
-        return sum(rank.layout.file_size for rank in self.ranks)
+        return sum(rank.size for rank in self.ranks)
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -100,14 +99,14 @@ class _Collector:
 
 def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     """Check everything that can be known before the first byte, and plan every file."""
-    found, files = _Collector(), OpenFiles()
+    found = _Collector()
     found.add(*option_problems(options))
     found.run(lambda: check_replaceable(options.output, overwrite=options.overwrite))
-    base = found.run(lambda: open_base(options, files))
+    base = found.run(lambda: open_base(options))
     if base is not None:
         opened = base
         base = found.run(lambda: with_text(opened)) or base
-    drafter, shape = _open_drafter(options, files, found)
+    drafter, shape = _open_drafter(options, found)
     config = None
     if base is not None:
         config = _target_config(base.config, drafter, shape, options)
@@ -118,20 +117,18 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     assert base is not None and config is not None
     ranks = tuple(_rank(base, drafter, config, rank) for rank in range(config.tp_size))
     copies, notes = _copies(base, drafter), _notes(base, drafter, shape, options)
-    plan = ConversionPlan(options, config, base, drafter, shape, ranks, copies, notes, files)
+    plan = ConversionPlan(options, config, base, drafter, shape, ranks, copies, notes)
     needed = plan.weight_bytes + sum(path.stat().st_size for path, _ in copies)
     found.run(lambda: check_place(options.output, needed))
     found.raise_all(options.output)
     return plan
 
 
-def _open_drafter(
-    options: ConvertOptions, files: OpenFiles, found: _Collector
-) -> tuple[DrafterFiles | None, ResolvedShape | None]:
+def _open_drafter(options: ConvertOptions, found: _Collector) -> tuple[DrafterFiles | None, ResolvedShape | None]:
     if options.drafter is None:
         return None, None
     directory = options.drafter
-    drafter = found.run(lambda: DrafterFiles.open(directory, files))
+    drafter = found.run(lambda: DrafterFiles.open(directory))
     if drafter is None:
         return None, None
     found.add(InputError, list(drafter.problems))
@@ -154,21 +151,21 @@ def _target_config(
     )
 
 
-def _rank(base: Base, drafter: DrafterFiles | None, config: CheckpointConfig, rank: int) -> RankPlan:
+def _rank(base: Base, drafter: DrafterFiles | None, config: CheckpointConfig, rank: int) -> RankFile:
     tensors = base.rank_tensors(rank)
     if drafter is not None:
         specs = tensor_specs(config)
-        for name, source in drafter_sources(drafter, base.head).items():
-            tensors[DRAFTER + name] = plan_tensor(specs[DRAFTER + name], source, config, rank)
-    return RankPlan.of(rank, tensors)
+        for name, sources in drafter_sources(drafter, base.head).items():
+            tensors[DRAFTER + name] = rank_tensor(specs[DRAFTER + name], sources, config, rank)
+    return RankFile.of(rank, tensors)
 
 
-def drafter_sources(drafter: DrafterFiles, head: Source | None) -> dict[str, Source]:
-    """The drafter's tensors; a tied LM head is the base's, or the base's times the factor."""
-    sources = dict(drafter.tensors)
+def drafter_sources(drafter: DrafterFiles, head: tuple[Source, ...]) -> dict[str, tuple[Source, ...]]:
+    """What the drafter's tensors are made of; a tied LM head is the base's, or the base's times the factor."""
+    sources: dict[str, tuple[Source, ...]] = {name: (tensor,) for name, tensor in drafter.tensors.items()}
     if drafter.tie_lm_head:
-        assert head is not None
-        sources[LM_HEAD] = head if drafter.factor is None else Folded(head, drafter.factor)
+        assert head
+        sources[LM_HEAD] = head if drafter.factor is None else (Folded(head, drafter.factor),)
     return sources
 
 
@@ -260,7 +257,7 @@ def _render(plan: ConversionPlan) -> str:
         )
     lines.append(f"  reads     {len(plan.inputs)} files, {_human_bytes(read)}")
     lines += [
-        f"  writes    rank{rank.rank}.safetensors, {len(rank.tensors)} tensors, {_human_bytes(rank.layout.file_size)}"
+        f"  writes    rank{rank.rank}.safetensors, {len(rank.tensors)} tensors, {_human_bytes(rank.size)}"
         for rank in plan.ranks
     ]
     lines += [f"  copies    {target}" for _, target in plan.copies]
@@ -276,8 +273,7 @@ def _as_dict(plan: ConversionPlan) -> dict[str, Any]:
         "options": plan.options.as_dict(),
         "reads": [_file(path) for path in plan.inputs],
         "writes": [
-            {"file": f"rank{r.rank}.safetensors", "tensors": len(r.tensors), "bytes": r.layout.file_size}
-            for r in plan.ranks
+            {"file": f"rank{r.rank}.safetensors", "tensors": len(r.tensors), "bytes": r.size} for r in plan.ranks
         ],
         "copies": [{"from": str(source), "to": target} for source, target in plan.copies],
         "config": config_dict(plan.config),

@@ -46,7 +46,7 @@ def pair_problems(base: Base, drafter: DrafterFiles) -> list[Problem]:
     if drafter.config.vocab_size != base.config.vocab_size:
         what = f"the drafter's vocabulary is {drafter.config.vocab_size}, the base's {base.config.vocab_size}"
         found.append(Problem(what, where, _vocabulary_reason(base, drafter), retrain))
-    if drafter.tie_lm_head and base.head is None:
+    if drafter.tie_lm_head and not base.head:
         why = "the base checkpoint's LM head is quantized, or divided by columns"
         found.append(Problem("the drafter borrows the base's LM head, which cannot be read", where, why, retrain))
     return found

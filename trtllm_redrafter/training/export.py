@@ -35,7 +35,7 @@ class BaseIdentity:
     vocab_size: int
     tokenizer_sha256: str | None
     weights_sample: str | None = None
-    """See `base_models.weights_identity`; None where the weights are not safetensors."""
+    """See `base_models.hf_model.weights_sample`; None where the weights are not safetensors."""
 
 
 def weight_names(spec: DrafterSpec) -> dict[str, str]:

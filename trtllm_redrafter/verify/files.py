@@ -100,7 +100,7 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
             return VerifyReport(path, tuple(checks), tuple(problems), tuple(notes))
         checkpoint = Checkpoint.open(checkpoint_directory(path))
         problems += structure_problems(checkpoint)
-        count = sum(len(rank.header) for rank in checkpoint.ranks)
+        count = sum(len(rank) for rank in checkpoint.ranks)
         checks.append(f"name, shape and dtype of {count} tensors in {len(checkpoint.ranks)} rank file(s)")
         if hashes:
             problems += limited(list(finite_problems(checkpoint)))

@@ -138,7 +138,7 @@ def _bytes_to_write(checkpoint: Checkpoint, output: Path) -> int:
     """Nothing to speak of where the weights are hard-linked: on the checkpoint's own disk."""
     if existing_parent(output).stat().st_dev == checkpoint.path.stat().st_dev:
         return 0
-    return sum(file.header.file_size for file in checkpoint.ranks)
+    return sum(file.size for file in checkpoint.ranks)
 
 
 def _executor(config: CheckpointConfig) -> tuple[str, str | None, str | None]:
