@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.base_models.families import FAMILIES, IGNORED_SUFFIXES, tensor_sources
 from trtllm_redrafter.base_models.hf_config import parse_hf_config, stated_dtype
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, EMBEDDING, Split, TensorSpec, tensor_specs
+from trtllm_redrafter.checkpoint.families import FAMILIES
+from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, Split, TensorSpec, tensor_specs
+from trtllm_redrafter.checkpoint.names import EMBEDDING, HF_IGNORED_SUFFIXES, LM_HEAD, hf_names
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, StoredTensor
 from trtllm_redrafter.errors import InputError, Problem, RedrafterError, limited, raise_together
 from trtllm_redrafter.fsio import read_json, safe_join
@@ -69,7 +70,7 @@ def _with_dtype(
     config: CheckpointConfig, raw: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> CheckpointConfig:
     """If the config names no dtype, take the embedding's."""
-    embedding = tensors.get(tensor_sources(config)[EMBEDDING][0])
+    embedding = tensors.get(hf_names(EMBEDDING)[0])
     if stated_dtype(raw) is not None or embedding is None:
         return config
     by_stored = {stored: name for name, stored in DTYPE_NAMES.items()}
@@ -126,7 +127,7 @@ def check_tensors(config: CheckpointConfig, tensors: Mapping[str, StoredTensor],
     """Missing tensors, wrong shapes and dtypes, and tensors the family does not have."""
     specs = tensor_specs(config)
     problems: list[Problem] = []
-    expected: set[str] = {"lm_head.weight"}  # tied models may store a copy, which is not used
+    expected = {*hf_names(LM_HEAD)}  # tied models may store a copy, which is not used
     for name, sources in tensor_sources(config).items():
         shapes = source_shapes(specs[name], config)
         for source, shape in zip(sources, shapes, strict=True):
@@ -141,9 +142,15 @@ def check_tensors(config: CheckpointConfig, tensors: Mapping[str, StoredTensor],
             "check config.json (attention_bias, mlp_bias, architectures)",
         )
         for name, stored in tensors.items()
-        if name not in expected and not name.endswith(IGNORED_SUFFIXES)
+        if name not in expected and not name.endswith(HF_IGNORED_SUFFIXES)
     ]
     return limited(problems)
+
+
+def tensor_sources(config: CheckpointConfig) -> dict[str, tuple[str, ...]]:
+    """Checkpoint name → the Hugging Face tensors it is made of, for a base model without drafter or quantization."""
+    sources = {name: hf_names(name) for name in tensor_specs(config)}
+    return sources | {LM_HEAD: hf_names(EMBEDDING)} if config.tie_word_embeddings else sources
 
 
 def source_shapes(spec: TensorSpec, config: CheckpointConfig) -> list[tuple[int, ...]]:
@@ -157,7 +164,7 @@ def source_shapes(spec: TensorSpec, config: CheckpointConfig) -> list[tuple[int,
 
 def _check_one(name: str, shape: tuple[int, ...], found: StoredTensor | None, path: Path) -> list[Problem]:
     if found is None:
-        why = "only a model with tie_word_embeddings may leave it out" if name == "lm_head.weight" else None
+        why = "only a model with tie_word_embeddings may leave it out" if name in hf_names(LM_HEAD) else None
         return [Problem(f"tensor {name!r} is missing", str(path), why, "download the model again")]
     if found.shape != shape:
         why = f"config.json implies {list(shape)}, the file has {list(found.shape)}"

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.checkpoint.config import REDRAFTER_ARCHITECTURES, CheckpointConfig
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.checkpoint.families import REDRAFTER_ARCHITECTURES
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import read_json
 

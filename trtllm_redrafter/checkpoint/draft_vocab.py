@@ -14,8 +14,6 @@ from torch import Tensor
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
 from trtllm_redrafter.errors import InputError, Problem
 
-DRAFT_VOCAB_FILE = "draft_vocab.safetensors"
-
 
 def read_draft_vocab(path: Path, vocab_size: int) -> Tensor:
     """`token_ids` [n] int64: distinct and inside the vocabulary, else `InputError`."""

@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from trtllm_redrafter.checkpoint.layout import EMBEDDING, LM_HEAD, Split, TensorSpec, rank_slice
+from trtllm_redrafter.checkpoint.layout import Split, TensorSpec, rank_slice
+from trtllm_redrafter.checkpoint.names import EMBEDDING, LM_HEAD
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import StoredTensor
 from trtllm_redrafter.errors import Problem

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.config_reader import read_raw_config
-from trtllm_redrafter.checkpoint.layout import EMBEDDING, LM_HEAD, TensorSpec, rank_slice, tensor_specs
+from trtllm_redrafter.checkpoint.layout import TensorSpec, rank_slice, tensor_specs
 from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.names import EMBEDDING, LM_HEAD, rank_file
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, StoredTensor
 from trtllm_redrafter.errors import BackendError, InputError
 
@@ -169,7 +170,3 @@ class Checkpoint:
                 why=f"{name!r} needs TensorRT-LLM's kernels; only FP8 with one scale per tensor is read as numbers",
                 remedy="build with --backend tensorrt-llm, or convert the unquantized base model",
             )
-
-
-def rank_file(path: Path, rank: int) -> Path:
-    return path / f"rank{rank}.safetensors"

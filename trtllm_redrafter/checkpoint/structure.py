@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, LM_HEAD, divisibility_problems, rank_slice
+from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, divisibility_problems, rank_slice
+from trtllm_redrafter.checkpoint.names import LM_HEAD
 from trtllm_redrafter.checkpoint.quantization import DRAFTER_EXCLUDE, is_excluded
 from trtllm_redrafter.checkpoint.ranks import rank_problems
 from trtllm_redrafter.checkpoint.reader import Checkpoint

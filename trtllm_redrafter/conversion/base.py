@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 
 from trtllm_redrafter.base_models.end_tokens import end_tokens
-from trtllm_redrafter.base_models.families import tensor_sources
-from trtllm_redrafter.base_models.hf_model import HFModel, weights_sample
+from trtllm_redrafter.base_models.hf_model import HFModel, tensor_sources, weights_sample
 from trtllm_redrafter.base_models.text_side import text_side
 from trtllm_redrafter.base_models.tokenizer import tokenizer_files, tokenizer_sha256
 from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
-from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, EMBEDDING, LM_HEAD, tensor_specs
-from trtllm_redrafter.checkpoint.reader import Checkpoint, rank_file
+from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, tensor_specs
+from trtllm_redrafter.checkpoint.names import EMBEDDING, LM_HEAD, QUANT_CFG, TOKENIZER_DIRECTORY, rank_file
+from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.structure import structure_problems
 from trtllm_redrafter.conversion.head import chosen_head
 from trtllm_redrafter.conversion.options import AUTO_DTYPE, ConvertOptions
@@ -29,8 +29,6 @@ from trtllm_redrafter.conversion.shards import RankTensor, copied, rank_tensor
 from trtllm_redrafter.conversion.sources import Source, row_count
 from trtllm_redrafter.errors import InputError, Problem, limited
 from trtllm_redrafter.fsio import read_json
-
-QUANT_CFG = "quant_cfg.json"
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def _from_checkpoint(options: ConvertOptions) -> Base:
     if config.use_parallel_embedding != options.parallel_embedding:
         held = "divided over ranks" if config.use_parallel_embedding else "whole on every rank"
         notes.append(f"the embedding stays as it is in the base checkpoint: {held}")
-    tokenizer = tuple(tokenizer_files(path / "tokenizer") or tokenizer_files(path))
+    tokenizer = tuple(tokenizer_files(path / TOKENIZER_DIRECTORY) or tokenizer_files(path))
     return Base(
         path=path,
         kind="checkpoint",

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from trtllm_redrafter.checkpoint.names import LM_HEAD
 from trtllm_redrafter.conversion.sources import Source
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.redrafter.config import DrafterConfig
 
 FACTOR = "lm_head_factor.weight"
-LM_HEAD = "lm_head.weight"
 
 
 def tensor_problems(

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.checkpoint.draft_vocab import DRAFT_VOCAB_FILE, draft_vocab_problems
+from trtllm_redrafter.checkpoint.draft_vocab import draft_vocab_problems
 from trtllm_redrafter.checkpoint.fields import FieldReader
+from trtllm_redrafter.checkpoint.names import DRAFT_VOCAB_FILE, DRAFTER, LM_HEAD
 from trtllm_redrafter.checkpoint.safetensors_io import STORED_DTYPES, SafetensorsFile
-from trtllm_redrafter.conversion.drafter_checks import FACTOR, LM_HEAD, tensor_problems
+from trtllm_redrafter.conversion.drafter_checks import FACTOR, tensor_problems
 from trtllm_redrafter.conversion.sources import LoadedTensor, Source
 from trtllm_redrafter.errors import InputError, Problem, raise_together
 from trtllm_redrafter.fsio import read_json
@@ -198,7 +199,7 @@ def _rename(
 def _plain_name(name: str) -> str:
     """Without the wrappers of DistributedDataParallel (`module.`), torch.compile (`_orig_mod.`) and TensorRT-LLM."""
     inner = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-    return inner.removeprefix("drafter.")
+    return inner.removeprefix(DRAFTER)
 
 
 def _target_name(name: str, num_layers: int) -> str | None:

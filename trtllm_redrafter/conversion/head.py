@@ -13,14 +13,15 @@ from dataclasses import replace
 
 import torch
 
-from trtllm_redrafter.base_models.families import HF_EMBEDDING, HF_LM_HEAD
 from trtllm_redrafter.base_models.hf_model import HFModel, check_tensors
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.names import EMBEDDING, LM_HEAD, hf_names
 from trtllm_redrafter.checkpoint.safetensors_io import StoredTensor
 from trtllm_redrafter.conversion.options import EMBEDDING_HEAD, FILE_HEAD
 from trtllm_redrafter.errors import InputError, MismatchError, raise_together
 
+HF_EMBEDDING, HF_LM_HEAD = hf_names(EMBEDDING)[0], hf_names(LM_HEAD)[0]
 _ROWS = 1024
 """Rows compared at a time."""
 

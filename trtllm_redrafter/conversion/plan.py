@@ -9,17 +9,17 @@ All problems of base, drafter, options and disk are collected and raised as one 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trtllm_redrafter.checkpoint.config import ARCHITECTURES, CheckpointConfig
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.config_writer import config_dict
-from trtllm_redrafter.checkpoint.layout import DRAFTER, divisibility_problems, tensor_specs
+from trtllm_redrafter.checkpoint.layout import divisibility_problems, tensor_specs
+from trtllm_redrafter.checkpoint.names import DRAFTER, LM_HEAD, TOKENIZER_DIRECTORY
 from trtllm_redrafter.conversion.base import Base, open_base, with_text
 from trtllm_redrafter.conversion.draft_shape import ResolvedShape, resolve_shape
-from trtllm_redrafter.conversion.drafter_checks import LM_HEAD
 from trtllm_redrafter.conversion.drafter_files import DrafterFiles
 from trtllm_redrafter.conversion.options import ConvertOptions
 from trtllm_redrafter.conversion.shards import RankFile, rank_tensor
@@ -142,13 +142,7 @@ def _target_config(
 ) -> CheckpointConfig:
     if drafter is None or shape is None:
         return base
-    return replace(
-        base,
-        architecture=ARCHITECTURES[base.base_architecture].redrafter,
-        drafter=drafter.config,
-        draft_shape=shape.shape,
-        greedy=options.greedy,
-    )
+    return base.with_drafter(drafter.config, shape.shape, greedy=options.greedy)
 
 
 def _rank(base: Base, drafter: DrafterFiles | None, config: CheckpointConfig, rank: int) -> RankFile:
@@ -170,7 +164,7 @@ def drafter_sources(drafter: DrafterFiles, head: tuple[Source, ...]) -> dict[str
 
 
 def _copies(base: Base, drafter: DrafterFiles | None) -> tuple[tuple[Path, str], ...]:
-    copies = [(path, f"tokenizer/{path.name}") for path in base.tokenizer]
+    copies = [(path, f"{TOKENIZER_DIRECTORY}/{path.name}") for path in base.tokenizer]
     copies += [(path, path.name) for path in base.copied]
     if drafter is not None and drafter.draft_vocab is not None:
         copies.append((drafter.draft_vocab, drafter.draft_vocab.name))
@@ -256,10 +250,7 @@ def _render(plan: ConversionPlan) -> str:
             + (", LM head from the base" if plan.drafter.tie_lm_head else "")
         )
     lines.append(f"  reads     {len(plan.inputs)} files, {_human_bytes(read)}")
-    lines += [
-        f"  writes    rank{rank.rank}.safetensors, {len(rank.tensors)} tensors, {_human_bytes(rank.size)}"
-        for rank in plan.ranks
-    ]
+    lines += [f"  writes    {rank.name}, {len(rank.tensors)} tensors, {_human_bytes(rank.size)}" for rank in plan.ranks]
     lines += [f"  copies    {target}" for _, target in plan.copies]
     lines.append("  derived")
     width = max(len(key) for key in plan.derived)
@@ -272,9 +263,7 @@ def _as_dict(plan: ConversionPlan) -> dict[str, Any]:
     return {
         "options": plan.options.as_dict(),
         "reads": [_file(path) for path in plan.inputs],
-        "writes": [
-            {"file": f"rank{r.rank}.safetensors", "tensors": len(r.tensors), "bytes": r.size} for r in plan.ranks
-        ],
+        "writes": [{"file": r.name, "tensors": len(r.tensors), "bytes": r.size} for r in plan.ranks],
         "copies": [{"from": str(source), "to": target} for source, target in plan.copies],
         "config": config_dict(plan.config),
         "derived": plan.derived,

@@ -20,6 +20,7 @@ from torch import Tensor
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.finite import non_finite_count
 from trtllm_redrafter.checkpoint.layout import RankSlice, TensorSpec, rank_slice
+from trtllm_redrafter.checkpoint.names import rank_file_name
 from trtllm_redrafter.checkpoint.safetensors_io import TORCH_DTYPES, StoredTensor, new_header
 from trtllm_redrafter.conversion.sources import Source, row_ranges
 from trtllm_redrafter.errors import InputError, MismatchError
@@ -55,6 +56,10 @@ class RankFile:
     def of(cls, rank: int, tensors: Mapping[str, RankTensor]) -> RankFile:
         header, names = new_header((t.name, t.dtype, t.shape) for t in tensors.values())
         return cls(rank, header, tuple(tensors[name] for name in names))
+
+    @property
+    def name(self) -> str:
+        return rank_file_name(self.rank)
 
     @property
     def size(self) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
+from trtllm_redrafter.checkpoint.names import DRAFT_VOCAB_FILE
 from trtllm_redrafter.checkpoint.safetensors_io import save_tensors
 from trtllm_redrafter.fsio import atomic_directory, write_json
 from trtllm_redrafter.training.model import DrafterSpec, HeadKind, TrainableDrafter
@@ -117,6 +118,6 @@ def write_drafter(
         write_json(work / "metrics.json", metrics)
         save_tensors(work / "model.safetensors", export_weights(model, dtype), {"format": "pt"})
         if draft_vocab is not None:
-            save_tensors(work / "draft_vocab.safetensors", {"token_ids": draft_vocab}, {"format": "pt"})
+            save_tensors(work / DRAFT_VOCAB_FILE, {"token_ids": draft_vocab}, {"format": "pt"})
         inputs, files = {"base": asdict(base)}, record_tree(work)
         Manifest("drafter", inputs=inputs, options=provenance, derived={}, files=files).write(work)

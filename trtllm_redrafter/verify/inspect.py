@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.backends.engine_config import ENGINE_CHECKPOINT
-from trtllm_redrafter.checkpoint.manifest import MANIFEST, Manifest
+from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT, MANIFEST
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
 from trtllm_redrafter.errors import InputError, RedrafterError
 from trtllm_redrafter.fsio import read_json
@@ -119,7 +119,7 @@ def inspect(path: Path) -> Inspection:
 
 def _end_tokens(path: Path, config: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
     """The end tokens of a model, checkpoint or engine, which keep them elsewhere than in config.json."""
-    from trtllm_redrafter.checkpoint.manifest import RECORDED
+    from trtllm_redrafter.checkpoint.names import RECORDED
 
     if "pretrained_config" in config and (path / _TENSORRT_NOTES).is_file():
         return {RECORDED: read_json(path / _TENSORRT_NOTES).get(RECORDED, [])}

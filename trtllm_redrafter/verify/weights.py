@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trtllm_redrafter.base_models.hf_model import HFModel
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.layout import DRAFTER
+from trtllm_redrafter.checkpoint.names import DRAFTER
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, StoredTensor, tensor_bytes
 from trtllm_redrafter.conversion.base import checkpoint_head, huggingface_rank

@@ -16,7 +16,7 @@ from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
 from trtllm_redrafter.backends.torch.native.library import load_library
 from trtllm_redrafter.backends.torch.rope import SUPPORTED_SCALINGS, scaling_kind
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.manifest import RECORDED
+from trtllm_redrafter.checkpoint.names import RECORDED
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.structure import require_sound
 from trtllm_redrafter.errors import MismatchError, Problem, raise_together
