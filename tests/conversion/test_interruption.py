@@ -21,7 +21,8 @@ from tests.tiny_models import write_base, write_drafter
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.conversion import execute, writer
 from trtllm_redrafter.conversion.execute import convert
-from trtllm_redrafter.conversion.plan import ConversionPlan, plan_conversion
+from trtllm_redrafter.conversion.plan import plan_conversion
+from trtllm_redrafter.conversion.planned import ConversionPlan
 from trtllm_redrafter.errors import InputError, OutputError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.verify.files import verify_files

@@ -17,7 +17,7 @@ from typing import Any
 from trtllm_redrafter.checkpoint.config_writer import config_dict
 from trtllm_redrafter.checkpoint.manifest import FileRecord, Manifest
 from trtllm_redrafter.checkpoint.names import rank_file
-from trtllm_redrafter.conversion.plan import ConversionPlan
+from trtllm_redrafter.conversion.planned import ConversionPlan
 from trtllm_redrafter.conversion.writer import Cancelled, Meter, hash_inputs, write_rank
 from trtllm_redrafter.fsio import atomic_directory, write_json
 from trtllm_redrafter.progress import Progress

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.conversion.drafter_files import DrafterFiles
+from trtllm_redrafter.conversion.drafter import DrafterFiles
 from trtllm_redrafter.conversion.sources import Source
 from trtllm_redrafter.errors import InputError, raise_together
 from trtllm_redrafter.training.export import load_weights, weight_names

@@ -20,9 +20,8 @@ from trtllm_redrafter.checkpoint.names import DRAFTER
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, StoredTensor, tensor_bytes
 from trtllm_redrafter.conversion.base import checkpoint_head, huggingface_rank
-from trtllm_redrafter.conversion.drafter_files import DrafterFiles
+from trtllm_redrafter.conversion.drafter import DrafterFiles
 from trtllm_redrafter.conversion.head import takes_file_head
-from trtllm_redrafter.conversion.plan import drafter_sources
 from trtllm_redrafter.conversion.shards import RankTensor, blocks, copied, rank_tensor
 from trtllm_redrafter.errors import MismatchError, Problem, RedrafterError, limited, raise_together
 from trtllm_redrafter.fsio import read_json
@@ -128,7 +127,7 @@ def _compare_drafter(
     if drafter.config != checkpoint.config.drafter:
         what = f"the drafter's sizes are {checkpoint.config.drafter}, {folder} has {drafter.config}"
         return replace(report, problems=(Problem(what, str(report.path), None, "name the drafter it was made from"),))
-    sources = drafter_sources(drafter, checkpoint_head(checkpoint))
+    sources = drafter.sources(checkpoint_head(checkpoint))
     problems = []
     for rank, file in enumerate(checkpoint.ranks):
         for name, parts in sources.items():
