@@ -22,7 +22,8 @@ from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.families import FAMILIES
 from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, Split, TensorSpec, tensor_specs
 from trtllm_redrafter.checkpoint.names import EMBEDDING, HF_IGNORED_SUFFIXES, LM_HEAD, hf_names
-from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, StoredTensor
+from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
+from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor
 from trtllm_redrafter.errors import InputError, Problem, RedrafterError, limited, raise_together
 from trtllm_redrafter.fsio import read_json, safe_join
 

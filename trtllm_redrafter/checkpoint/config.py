@@ -4,7 +4,7 @@ Accepts the files of TensorRT-LLM's own converters, of ModelOpt's fallback write
 `attn_bias`, `tie_word_embeddings`) and our own; unknown keys are kept and written back. Whatever a reader would
 otherwise have to guess (bias? q/k norm? head size?) is an attribute here:
 
-    config = CheckpointConfig.from_dict(read_json(path / "config.json"), where=path / "config.json")
+    config = read_checkpoint_config(Path("checkpoint"))        # config.json alone: no weights, no torch
     config.head_size, config.attn_bias, config.drafter, config.draft_shape
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 from trtllm_redrafter.checkpoint.families import FAMILIES, REDRAFTER_ARCHITECTURES
 from trtllm_redrafter.checkpoint.fields import FieldReader
 from trtllm_redrafter.errors import InputError, Problem, raise_together
+from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -210,3 +211,31 @@ def _rank_count(mapping: Mapping[str, Any], key: str, fields: FieldReader) -> in
         fields.problem(f"mapping.{key} is {repr(value)[:60]}", remedy=remedy)
         return 1
     return value
+
+
+def read_raw_config(path: Path) -> dict[str, Any]:
+    """The config JSON of a checkpoint directory; `InputError` if it is missing or of something else."""
+    if not path.is_dir():
+        raise InputError("the checkpoint directory does not exist", where=path, remedy="check the path")
+    raw = read_json(path / "config.json")
+    if "architecture" not in raw:
+        raise _not_a_checkpoint(path, raw)
+    return raw
+
+
+def read_checkpoint_config(path: Path) -> CheckpointConfig:
+    """The parsed config of a checkpoint directory."""
+    return CheckpointConfig.from_dict(read_raw_config(path), where=path / "config.json")
+
+
+def _not_a_checkpoint(path: Path, raw: Mapping[str, object]) -> InputError:
+    if "build_config" in raw:
+        what, remedy = "this is an engine, not a checkpoint", "pass the checkpoint it was built from"
+    elif "exit_dim" in raw:
+        what, remedy = "this is a drafter, not a checkpoint", "run `trtllm-redrafter convert --base … --drafter` on it"
+    elif "architectures" in raw or "model_type" in raw:
+        what, remedy = "this is a Hugging Face model, not a checkpoint", "run `trtllm-redrafter convert --base` on it"
+    else:
+        what, remedy = "this is not a TensorRT-LLM checkpoint", "check the path"
+    why = f"its config.json has no `architecture` such as {next(iter(REDRAFTER_ARCHITECTURES))}"
+    return InputError(what, where=path, why=why, remedy=remedy)

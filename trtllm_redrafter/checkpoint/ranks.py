@@ -20,7 +20,7 @@ from pathlib import Path
 from trtllm_redrafter.checkpoint.layout import Split, TensorSpec, rank_slice
 from trtllm_redrafter.checkpoint.names import EMBEDDING, LM_HEAD
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.checkpoint.safetensors_io import StoredTensor
+from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor
 from trtllm_redrafter.errors import Problem
 
 SAMPLES = 16

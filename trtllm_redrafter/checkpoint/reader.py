@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.config_reader import read_raw_config
+from trtllm_redrafter.checkpoint.config import CheckpointConfig, read_raw_config
 from trtllm_redrafter.checkpoint.layout import TensorSpec, rank_slice, tensor_specs
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import EMBEDDING, LM_HEAD, rank_file
-from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, StoredTensor
+from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
+from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor
 from trtllm_redrafter.errors import BackendError, InputError
 
 FP8_SCALE = "weights_scaling_factor"

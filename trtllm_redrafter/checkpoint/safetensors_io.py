@@ -1,4 +1,4 @@
-"""safetensors files: a validating header reader, tensors that know their place, and headers of new files.
+"""safetensors files: a validating header reader, and headers of new files.
 
 The library's own reader rejects a bad file with a Rust error that names neither the file nor the tensor, and its writer
 needs all tensors in memory. Here a header is checked in full before any data is used, and the header of a new file is
@@ -17,169 +17,32 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 import struct
-import threading
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from trtllm_redrafter.checkpoint.stored_tensor import (
+    DAMAGED,
+    STORED_DTYPES,
+    TORCH_DTYPES,
+    DataFile,
+    StoredTensor,
+    tensor_bytes,
+)
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.paths import open_regular
 from trtllm_redrafter.scratch import replaced_file
-
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""In the order in which the safetensors library stores tensors (within a dtype: by name)."""
-
-STORED_DTYPES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
 
 MAX_DIMENSIONS = 16
 """Model weights have one to four; PyTorch's own limit is 64."""
-
-_DAMAGED = "download or copy the file again"
-
-
-class DataFile:
-    """The bytes of a file whose header has been checked, read by offset (from any thread) or mapped.
-
-    It is opened when its bytes are first asked for, and closed when the last tensor of it is gone.
-    """
-
-    def __init__(self, path: Path, size: int) -> None:
-        self.path, self.size = path, size
-        self._lock = threading.Lock()
-        self._descriptor: int | None = None
-        self._map: mmap.mmap | None = None
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from `offset`; `InputError` when the file has become shorter than its header said."""
-        done = 0
-        try:
-            while done < len(buffer) and (count := os.preadv(self._opened(), [buffer[done:]], offset + done)):
-                done += count
-        except OSError as e:
-            raise InputError("cannot read the file", where=self.path, why=e.strerror, remedy="check the path") from e
-        if done < len(buffer):
-            remedy = "leave it alone and try again"
-            raise InputError("the file became shorter while it was read", where=self.path, remedy=remedy)
-
-    def mapped(self) -> mmap.mmap:
-        """The whole file, privately: what is written into it changes this process's copy of a page, never the file."""
-        if self._map is None:
-            try:
-                with open_regular(self.path) as file:
-                    found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            except ValueError as e:  # of an empty file
-                raise InputError("the file is empty", where=self.path, remedy=_DAMAGED) from e
-            if len(found) < self.size:
-                what = "the file became shorter since it was opened"
-                raise InputError(what, where=self.path, remedy="leave it alone, try again")
-            self._map = found
-        return self._map
-
-    def _opened(self) -> int:
-        with self._lock:
-            if self._descriptor is None:
-                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-                weakref.finalize(self, os.close, self._descriptor)
-            return self._descriptor
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a safetensors file. `begin` and `end` are offsets from the start of the file.
-
-    Rows are read straight into the block that is used next, not through a memory map: page faults would cost more than
-    the copy, and mapped pages count as this process's memory until the kernel takes them back. `load` is for tensors
-    that stay in use.
-    """
-
-    file: DataFile = field(repr=False)
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def path(self) -> Path:
-        return self.file.path
-
-    @property
-    def where(self) -> str:
-        return f"{self.path}, tensor {self.name}"
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.begin
-
-    @property
-    def itemsize(self) -> int:
-        return TORCH_DTYPES[self.dtype].itemsize
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return TORCH_DTYPES[self.dtype]
-
-    def rows(self, start: int, stop: int) -> StoredTensor:
-        """Rows [start, stop) as they lie in the file; a 0-d tensor is one row."""
-        if not self.shape:
-            return self
-        row = math.prod(self.shape[1:]) * self.itemsize
-        shape = (stop - start, *self.shape[1:])
-        return replace(self, shape=shape, begin=self.begin + start * row, end=self.begin + stop * row)
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) in the stored dtype, as memory of their own."""
-        found = self.rows(start, stop)
-        block = torch.empty(found.shape, dtype=self.torch_dtype)
-        if block.numel():
-            found.read_into(memoryview(block.reshape(-1).view(torch.uint8).numpy().data))
-        return block
-
-    def read_into(self, buffer: memoryview, offset: int = 0) -> None:
-        """Fill `buffer` with the tensor's bytes from `offset` on."""
-        self.file.read_into(buffer, self.begin + offset)
-
-    def load(self) -> Tensor:
-        """The tensor as a view of the mapped file; a copy only if it is not aligned there.
-
-        Treat it as read-only; other callers see the same memory.
-        """
-        if self.nbytes == 0:
-            return torch.empty(self.shape, dtype=self.torch_dtype)
-        mapped, count = self.file.mapped(), self.nbytes // self.itemsize
-        if self.begin % self.itemsize == 0:
-            flat = torch.frombuffer(mapped, dtype=self.torch_dtype, count=count, offset=self.begin)
-        else:
-            flat = torch.frombuffer(bytearray(mapped[self.begin : self.end]), dtype=self.torch_dtype, count=count)
-        return flat.reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -200,16 +63,16 @@ class SafetensorsFile(Mapping[str, StoredTensor]):
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             text = file.read(length) if 0 < length <= min(MAX_HEADER_BYTES, size - 8) else b""
         if size < 8:
-            raise InputError("the file is too short for safetensors", where=path, why=f"{size} bytes", remedy=_DAMAGED)
+            raise InputError("the file is too short for safetensors", where=path, why=f"{size} bytes", remedy=DAMAGED)
         if length > MAX_HEADER_BYTES or 8 + length > size:
             why = f"it says {length} bytes, the whole file has {size}"
-            raise InputError("the header is longer than the file or the limit", where=path, why=why, remedy=_DAMAGED)
+            raise InputError("the header is longer than the file or the limit", where=path, why=why, remedy=DAMAGED)
         if len(text) != length or not text.startswith(b"{"):
-            raise InputError("the header is not a safetensors header", where=path, remedy=_DAMAGED)
+            raise InputError("the header is not a safetensors header", where=path, remedy=DAMAGED)
         entries = _parse(text, path)
         metadata = entries.pop("__metadata__", None) or {}
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-            raise InputError("the header's __metadata__ is not a map of texts", where=path, remedy=_DAMAGED)
+            raise InputError("the header's __metadata__ is not a map of texts", where=path, remedy=DAMAGED)
         data = DataFile(path, size)
         tensors = [_stored_tensor(name, entry, 8 + length, data) for name, entry in entries.items()]
         tensors.sort(key=lambda t: (t.begin, t.end))
@@ -236,9 +99,9 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
-        raise InputError("the header is not valid JSON", where=path, why=str(e), remedy=_DAMAGED) from e
+        raise InputError("the header is not valid JSON", where=path, why=str(e), remedy=DAMAGED) from e
     if not isinstance(value, dict):
-        raise InputError("the header is not a JSON object", where=path, remedy=_DAMAGED)
+        raise InputError("the header is not a JSON object", where=path, remedy=DAMAGED)
     return value
 
 
@@ -251,7 +114,7 @@ def _stored_tensor(name: str, entry: Any, data_start: int, file: DataFile) -> St
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets or ()) != 2:
-        raise InputError(f"the header entry of tensor {name!r} is malformed", where=path, remedy=_DAMAGED)
+        raise InputError(f"the header entry of tensor {name!r} is malformed", where=path, remedy=DAMAGED)
     if dtype not in TORCH_DTYPES:
         raise InputError(
             f"tensor {name!r} has the dtype {dtype!r}",
@@ -262,12 +125,12 @@ def _stored_tensor(name: str, entry: Any, data_start: int, file: DataFile) -> St
     assert shape is not None and offsets is not None
     if len(shape) > MAX_DIMENSIONS or math.prod(shape) >= 2**62:
         why = f"it has {len(shape)} dimensions" if len(shape) > MAX_DIMENSIONS else "no file holds as many elements"
-        raise InputError(f"the size of tensor {name!r} does not fit its shape", where=path, why=why, remedy=_DAMAGED)
+        raise InputError(f"the size of tensor {name!r} does not fit its shape", where=path, why=why, remedy=DAMAGED)
     found = StoredTensor(file, name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
     expected = math.prod(shape) * found.itemsize
     if found.nbytes != expected:
         why = f"{dtype} {list(shape)} takes {expected} bytes, the offsets span {found.nbytes}"
-        raise InputError(f"the size of tensor {name!r} does not fit its shape", where=path, why=why, remedy=_DAMAGED)
+        raise InputError(f"the size of tensor {name!r} does not fit its shape", where=path, why=why, remedy=DAMAGED)
     return found
 
 
@@ -278,12 +141,12 @@ def _check_offsets(tensors: list[StoredTensor], data_start: int, file_size: int,
         if tensor.begin != at:
             why = f"it starts at byte {tensor.begin}, the one before ends at {at}"
             what = f"tensor {tensor.name!r} overlaps another one or leaves a hole"
-            raise InputError(what, where=path, why=why, remedy=_DAMAGED)
+            raise InputError(what, where=path, why=why, remedy=DAMAGED)
         at = tensor.end
     if at != file_size:
         what = "the file is truncated" if at > file_size else "the file has bytes that belong to no tensor"
         why = f"its header describes {at} bytes, it has {file_size}"
-        raise InputError(what, where=path, why=why, remedy=_DAMAGED)
+        raise InputError(what, where=path, why=why, remedy=DAMAGED)
 
 
 def new_header(
@@ -318,11 +181,3 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     with replaced_file(path) as scratch, scratch.open("wb") as file:
         file.write(header)
         file.writelines(tensor_bytes(tensors[name]) for name in names)
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order, without a copy if it is contiguous."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if flat.numel() == 0:
-        return memoryview(b"")
-    return memoryview(flat.view(torch.uint8).numpy().data)

@@ -13,7 +13,7 @@ from trtllm_redrafter.checkpoint.names import LM_HEAD
 from trtllm_redrafter.checkpoint.quantization import DRAFTER_EXCLUDE, is_excluded
 from trtllm_redrafter.checkpoint.ranks import rank_problems
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.checkpoint.safetensors_io import StoredTensor
+from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor
 from trtllm_redrafter.errors import InputError, Problem, limited, raise_together
 
 REMEDY = "convert again, or restore the file from an intact copy"

@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from trtllm_redrafter.base_models.end_tokens import end_tokens
 from trtllm_redrafter.base_models.hf_model import HFModel, tensor_sources, weights_sample
-from trtllm_redrafter.base_models.text_side import text_side
+from trtllm_redrafter.base_models.text_side import end_tokens, text_side
 from trtllm_redrafter.base_models.tokenizer import tokenizer_files, tokenizer_sha256
 from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
 from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, tensor_specs

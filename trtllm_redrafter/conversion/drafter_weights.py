@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trtllm_redrafter.checkpoint.names import DRAFTER, LM_HEAD
-from trtllm_redrafter.checkpoint.safetensors_io import STORED_DTYPES, SafetensorsFile
+from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
+from trtllm_redrafter.checkpoint.stored_tensor import STORED_DTYPES
 from trtllm_redrafter.conversion.sources import LoadedTensor, Source
 from trtllm_redrafter.errors import InputError, Problem
 from trtllm_redrafter.paths import check_regular

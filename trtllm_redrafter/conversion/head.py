@@ -17,7 +17,7 @@ from trtllm_redrafter.base_models.hf_model import HFModel, check_tensors
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import EMBEDDING, LM_HEAD, hf_names
-from trtllm_redrafter.checkpoint.safetensors_io import StoredTensor
+from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor
 from trtllm_redrafter.conversion.options import EMBEDDING_HEAD, FILE_HEAD
 from trtllm_redrafter.errors import InputError, MismatchError, raise_together
 

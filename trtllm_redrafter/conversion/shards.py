@@ -21,7 +21,8 @@ from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.finite import non_finite_count
 from trtllm_redrafter.checkpoint.layout import RankSlice, TensorSpec, rank_slice
 from trtllm_redrafter.checkpoint.names import rank_file_name
-from trtllm_redrafter.checkpoint.safetensors_io import TORCH_DTYPES, StoredTensor, new_header
+from trtllm_redrafter.checkpoint.safetensors_io import new_header
+from trtllm_redrafter.checkpoint.stored_tensor import TORCH_DTYPES, StoredTensor
 from trtllm_redrafter.conversion.sources import Source, row_ranges
 from trtllm_redrafter.errors import InputError, MismatchError
 

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.checkpoint.safetensors_io import STORED_DTYPES
+from trtllm_redrafter.checkpoint.stored_tensor import STORED_DTYPES
 
 FOLD_ROWS = 1024
 """Rows of one multiplication in `Folded`; a fixed grid, so that every split over ranks gives the same bits."""

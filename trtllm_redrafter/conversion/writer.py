@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trtllm_redrafter.checkpoint.manifest import FileRecord
-from trtllm_redrafter.checkpoint.safetensors_io import StoredTensor, tensor_bytes
+from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor, tensor_bytes
 from trtllm_redrafter.conversion.shards import Block, RankFile, blocks
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.paths import open_regular

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.base_models.hf_config import parse_hf_config
-from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
+from trtllm_redrafter.checkpoint.config import CheckpointConfig, read_checkpoint_config
 from trtllm_redrafter.checkpoint.quantization import complete_excludes
 from trtllm_redrafter.errors import InputError, MismatchError, raise_together
 from trtllm_redrafter.fsio import read_json

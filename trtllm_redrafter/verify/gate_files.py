@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_redrafter.backends.engine_config import engine_backend, read_engine_config
-from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
+from trtllm_redrafter.checkpoint.config import read_checkpoint_config
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT
 from trtllm_redrafter.errors import MismatchError, Problem

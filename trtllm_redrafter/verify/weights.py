@@ -18,7 +18,8 @@ from trtllm_redrafter.base_models.hf_model import HFModel
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.names import DRAFTER
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, StoredTensor, tensor_bytes
+from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
+from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor, tensor_bytes
 from trtllm_redrafter.conversion.base import checkpoint_head, huggingface_rank
 from trtllm_redrafter.conversion.drafter import DrafterFiles
 from trtllm_redrafter.conversion.head import takes_file_head
