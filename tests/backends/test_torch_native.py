@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.engines import build_engine, convert_pair, load, make_runner, with_oracle, write_checkpoint
-from tests.tiny_models import write_base, write_tied_drafter
+from tests.tiny_models import FAMILIES, write_base, write_tied_drafter
 from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.torch.drafting import load_drafter
 from trtllm_redrafter.backends.torch.native import compiled, library
@@ -40,7 +40,6 @@ SIZES = {
     "torch_dtype": "bfloat16",
     "head_dim": 16,
 }
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PROMPTS = ((5, 9, 23, 7), (3,), tuple(range(10, 60)))
 
 

@@ -1,7 +1,7 @@
 """Write a rank file: reading, writing and hashing overlap, and memory stays at a few blocks.
 
 SHA-256 is the slowest of the three, so it has a thread of its own. The file's space is reserved first: a disk that
-is too small says so before a byte is written, and the file system does not search for room in between.
+is too small says so before a byte is written, and the file system does not search for space in between.
 
     record = write_rank(plan, Path("rank0.safetensors"), meter)     # FileRecord(size, sha256)
 """
