@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -26,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.checkpoint.safetensors_io import Layout
+from trtllm_redrafter.checkpoint.safetensors_io import new_header
 from trtllm_redrafter.fsio import sha256_file, write_json
 
 HIDDEN, INTERMEDIATE, HEADS, VOCAB = 2048, 5632, 16, 32000
@@ -105,14 +106,15 @@ def _shards(shapes: dict[str, tuple[int, ...]], limit: float) -> list[dict[str, 
 
 
 def _write_random(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
-    layout = Layout.of((name, "BF16", shape) for name, shape in shapes.items())
+    header, _ = new_header((name, "BF16", shape) for name, shape in shapes.items())
+    size = sum(BYTES * math.prod(shape) for shape in shapes.values())
     block = os.urandom(2**24)
     with path.open("wb") as file:
-        file.write(layout.header_bytes)
-        left = layout.file_size - len(layout.header_bytes)
+        file.write(header)
+        left = size
         while left:
             left -= file.write(block[: min(left, len(block))])
-    return layout.file_size
+    return len(header) + size
 
 
 def timed(action: Callable[[], Any], directory: Path, durable: bool) -> float:

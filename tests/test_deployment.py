@@ -16,7 +16,7 @@ import yaml
 from typer.main import get_command
 
 from trtllm_redrafter.backends.tensorrt_llm.versions import CONTAINER
-from trtllm_redrafter.backends.tokenizer import TOKENIZER_DIRECTORY
+from trtllm_redrafter.checkpoint.names import TOKENIZER_DIRECTORY
 from trtllm_redrafter.cli import app
 from trtllm_redrafter.errors import InputError, UsageError, VerificationError
 from trtllm_redrafter.settings.schema import keys

@@ -19,7 +19,7 @@ from tests.standins.host import make_host
 from tests.trtllm_options import options, settings
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import Result
-from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
+from trtllm_redrafter.checkpoint.config import read_checkpoint_config
 from trtllm_redrafter.checkpoint.layout import tensor_specs
 from trtllm_redrafter.checkpoint.safetensors_io import save_tensors
 from trtllm_redrafter.errors import InputError, MismatchError

@@ -8,7 +8,7 @@ from typing import Any
 
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions, TensorRTOptions
-from trtllm_redrafter.checkpoint.config import ARCHITECTURES, CheckpointConfig
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 
 
@@ -21,12 +21,8 @@ def model_config(architecture: str = "LlamaForCausalLM", *, drafter: bool = True
     }  # fmt: skip
     config = CheckpointConfig.from_dict(raw, where="test")
     if drafter:
-        config = replace(
-            config,
-            architecture=ARCHITECTURES[architecture].redrafter,
-            drafter=DrafterConfig(vocab_size=32000, hidden_size=1024, exit_dim=2048, num_layers=2),
-            draft_shape=DraftShape(3, 4),
-        )
+        sizes = DrafterConfig(vocab_size=32000, hidden_size=1024, exit_dim=2048, num_layers=2)
+        config = config.with_drafter(sizes, DraftShape(3, 4), greedy=config.greedy)
     return replace(config, **changes)
 
 

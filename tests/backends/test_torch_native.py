@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from tests.engines import build_engine, convert_pair, load, make_runner, with_oracle, write_checkpoint
-from tests.tiny_models import write_base, write_tied_drafter
+from tests.tiny_models import FAMILIES, write_base, write_tied_drafter
 from trtllm_redrafter.backends.base import Request, SamplingParams
-from trtllm_redrafter.backends.engine_config import ENGINE_CHECKPOINT
 from trtllm_redrafter.backends.torch.drafting import load_drafter
 from trtllm_redrafter.backends.torch.native import compiled, library
 from trtllm_redrafter.backends.torch.native.drafter import NativeSearch
@@ -22,6 +21,7 @@ from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import load_weights
+from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.errors import MismatchError
 from trtllm_redrafter.redrafter.beam_search import beam_search, draft_head
@@ -40,7 +40,6 @@ SIZES = {
     "torch_dtype": "bfloat16",
     "head_dim": 16,
 }
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PROMPTS = ((5, 9, 23, 7), (3,), tuple(range(10, 60)))
 
 

@@ -10,8 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from tests.engines import write_tokenizer
-from trtllm_redrafter.base_models.end_tokens import end_tokens
-from trtllm_redrafter.base_models.text_side import TextSide, text_side
+from trtllm_redrafter.base_models.text_side import TextSide, end_tokens, text_side
 from trtllm_redrafter.base_models.vocabulary import first_beyond
 from trtllm_redrafter.errors import InputError
 

@@ -28,7 +28,7 @@ from trtllm_redrafter.benchmark.statistics import Estimate
 from trtllm_redrafter.benchmark.step_cost import roofline_costs, time_steps, trimmed_mean
 from trtllm_redrafter.benchmark.tune_report import render_html, render_text, tuned_recipe
 from trtllm_redrafter.benchmark.tuning import TuneResult
-from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
+from trtllm_redrafter.checkpoint.config import read_checkpoint_config
 from trtllm_redrafter.errors import UsageError
 from trtllm_redrafter.planning.gpus import gpu
 from trtllm_redrafter.planning.latency import Assumptions

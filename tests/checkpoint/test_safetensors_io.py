@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save, save_file
 
 from trtllm_redrafter.checkpoint.safetensors_io import (
     TORCH_DTYPES,
-    Layout,
     SafetensorsFile,
-    read_header,
+    new_header,
     save_tensors,
     tensor_bytes,
 )
@@ -53,7 +52,7 @@ def test_bad_files(tmp_path: Path, case: str) -> None:
     content, message = BAD_FILES[case]
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(InputError, match=message) as e:
-        read_header(tmp_path / "x.safetensors")
+        SafetensorsFile.open(tmp_path / "x.safetensors")
     assert "x.safetensors" in str(e.value) and e.value.problem.remedy
 
 
@@ -82,12 +81,12 @@ BAD_HEADERS: dict[str, tuple[Any, int, str]] = {
 def test_bad_headers(tmp_path: Path, case: str) -> None:
     header, size, message = BAD_HEADERS[case]
     with pytest.raises(InputError, match=message):
-        read_header(write(tmp_path / "x.safetensors", header, b"\0" * size))
+        SafetensorsFile.open(write(tmp_path / "x.safetensors", header, b"\0" * size))
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot read"):
-        read_header(tmp_path / "x.safetensors")
+        SafetensorsFile.open(tmp_path / "x.safetensors")
 
 
 @settings(max_examples=200, deadline=None)
@@ -102,11 +101,11 @@ def test_a_flipped_bit_in_the_header_is_an_input_error_or_harmless(
     path = tmp_path_factory.mktemp("flip") / "x.safetensors"
     path.write_bytes(raw)
     try:
-        header = read_header(path)
+        file = SafetensorsFile.open(path)
     except InputError:
         return
-    for name in header:  # what is accepted can be read without leaving the file
-        SafetensorsFile(header).load(name)
+    for tensor in file.values():  # what is accepted can be read without leaving the file
+        tensor.load()
 
 
 def test_layout_is_the_librarys_own(tmp_path: Path) -> None:
@@ -120,9 +119,10 @@ def test_layout_is_the_librarys_own(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "theirs")
     save_tensors(tmp_path / "ours", tensors)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-    layout = Layout.of((i.name, i.dtype, i.shape) for i in read_header(tmp_path / "theirs").values())
-    assert layout.file_size == (tmp_path / "theirs").stat().st_size
-    assert list(layout.entries) == list(read_header(tmp_path / "theirs").values())
+    theirs = SafetensorsFile.open(tmp_path / "theirs")
+    header, names = new_header((t.name, t.dtype, t.shape) for t in reversed(list(theirs.values())))
+    assert (tmp_path / "theirs").read_bytes().startswith(header)
+    assert names == list(theirs) and len(header) == theirs[names[0]].begin
 
 
 def test_loaded_tensors_are_views_that_cannot_change_the_file(tmp_path: Path) -> None:
@@ -130,12 +130,12 @@ def test_loaded_tensors_are_views_that_cannot_change_the_file(tmp_path: Path) ->
     save_file({"a": torch.arange(4.0), "s": torch.tensor(2.5), "e": torch.empty(0, 2)}, path)
     before = path.read_bytes()
     file = SafetensorsFile.open(path)
-    first, second = file.load("a"), file.load("a")
+    first, second = file["a"].load(), file["a"].load()
     assert first.data_ptr() == second.data_ptr()
     first[0] = 7.0
     assert path.read_bytes() == before
-    assert file.load("s").shape == () and file.load("s").item() == 2.5
-    assert file.load("e").shape == (0, 2)
+    assert file["s"].load().shape == () and file["s"].load().item() == 2.5
+    assert file["e"].load().shape == (0, 2)
 
 
 def test_unaligned_tensors_are_copied(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_unaligned_tensors_are_copied(tmp_path: Path) -> None:
     header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
     assert (8 + len(header)) % 4
     path = write(tmp_path / "x.safetensors", header, bytes(tensor_bytes(values)))
-    assert torch.equal(SafetensorsFile.open(path).load("a"), values)
+    assert torch.equal(SafetensorsFile.open(path)["a"].load(), values)
     assert torch.equal(load_file(path)["a"], values)
 
 
@@ -161,7 +161,11 @@ def test_written_files_are_the_librarys_and_follow_the_umask(tmp_path: Path) -> 
         save_tensors(tmp_path / "ours", tensors, metadata)
     finally:
         os.umask(old)
-    assert read_header(tmp_path / "ours").metadata == read_header(tmp_path / "theirs").metadata == metadata
+    assert (
+        SafetensorsFile.open(tmp_path / "ours").metadata
+        == SafetensorsFile.open(tmp_path / "theirs").metadata
+        == metadata
+    )
     assert {k: v.tolist() for k, v in load_file(tmp_path / "ours").items()} == {
         k: v.tolist() for k, v in tensors.items()
     }
@@ -179,9 +183,9 @@ def test_what_a_kill_left_while_tensors_were_written_goes(tmp_path: Path) -> Non
 def test_a_file_that_is_replaced_while_it_is_mapped(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     save_tensors(file, {"a": torch.ones(2**16)})
-    mapped = SafetensorsFile.open(file).load("a")
+    mapped = SafetensorsFile.open(file)["a"].load()
     save_tensors(file, {"a": torch.zeros(1)})
-    assert mapped.sum() == 2**16 and len(SafetensorsFile.open(file).load("a")) == 1
+    assert mapped.sum() == 2**16 and len(SafetensorsFile.open(file)["a"].load()) == 1
 
 
 @pytest.mark.parametrize(
@@ -195,4 +199,4 @@ def test_shapes_beyond_reason(entry: dict[str, object], message: str, tmp_path: 
     header = json.dumps({"a": entry}).encode()
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     with pytest.raises(InputError, match=message):
-        read_header(tmp_path / "x.safetensors")
+        SafetensorsFile.open(tmp_path / "x.safetensors")

@@ -14,7 +14,7 @@ from tests.conversion.fp8 import quantize_fp8
 from tests.engines import write_tokenizer
 from tests.tiny_models import drafter_tensors, write_base, write_drafter, write_tied_drafter
 from trtllm_redrafter.checkpoint import Checkpoint
-from trtllm_redrafter.checkpoint.safetensors_io import read_header
+from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
 from trtllm_redrafter.conversion.plan import plan_conversion
 from trtllm_redrafter.errors import MismatchError
 from trtllm_redrafter.verify.files import verify_files
@@ -32,7 +32,7 @@ def plain(tmp_path: Path, run: Convert) -> Path:
 
 def assert_base_bytes(base: Path, result: Path) -> None:
     for file in sorted(base.glob("rank*.safetensors")):
-        before, after = read_header(file), read_header(result / file.name)
+        before, after = SafetensorsFile.open(file), SafetensorsFile.open(result / file.name)
         a, b = file.read_bytes(), (result / file.name).read_bytes()
         for name, info in before.items():
             found = after[name]
@@ -71,7 +71,7 @@ def test_fp8_base_spares_the_whole_drafter(
     assert not any(fnmatchcase("transformer.layers.0.mlp.fc", pattern) for pattern in patterns)
     assert any(fnmatchcase("lm_head", pattern) for pattern in patterns) == (excludes != [])
     for name in ("drafter.input_proj.weight", "drafter.rnn_u.weight"):
-        assert result.ranks[0].header[name].dtype == "BF16"
+        assert result.ranks[0][name].dtype == "BF16"
     assert verify_files(result.path, hashes=True).ok
 
 
@@ -87,7 +87,7 @@ def test_fp8_weights_load_as_numbers(plain: Path, tmp_path: Path) -> None:
     name = "transformer.layers.1.attention.qkv.weight"
     loaded = fp8.load(name)
     assert loaded.dtype == torch.bfloat16
-    assert fp8.ranks[0].header[name].dtype == "F8_E4M3"
+    assert fp8.ranks[0][name].dtype == "F8_E4M3"
     assert torch.allclose(loaded.float(), exact.load(name).float(), rtol=2**-3, atol=0.01)
     assert torch.equal(fp8.load("lm_head.weight"), exact.load("lm_head.weight"))
 

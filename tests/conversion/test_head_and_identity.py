@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conversion.conftest import Convert, Options
 from tests.tiny_models import write_base, write_drafter
-from trtllm_redrafter.base_models.weights_identity import sample_of
+from trtllm_redrafter.base_models.hf_model import sample_of
 from trtllm_redrafter.conversion.plan import plan_conversion
 from trtllm_redrafter.errors import InputError, MismatchError, UsageError
 from trtllm_redrafter.progress import no_progress

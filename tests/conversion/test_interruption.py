@@ -21,7 +21,8 @@ from tests.tiny_models import write_base, write_drafter
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.conversion import execute, writer
 from trtllm_redrafter.conversion.execute import convert
-from trtllm_redrafter.conversion.plan import ConversionPlan, plan_conversion
+from trtllm_redrafter.conversion.plan import plan_conversion
+from trtllm_redrafter.conversion.planned import ConversionPlan
 from trtllm_redrafter.errors import InputError, OutputError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.verify.files import verify_files
@@ -50,7 +51,7 @@ def assert_clean(tmp_path: Path, plan: ConversionPlan) -> None:
 STAGES = [
     (writer, "reserve"),
     (writer, "_write_block"),
-    (writer, "_write_extent"),
+    (writer, "_write_stored"),
     (execute, "hash_inputs"),
     (execute, "write_rank"),
     (execute, "write_json"),

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.conversion.conftest import Convert
-from trtllm_redrafter.checkpoint.safetensors_io import read_header
+from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.verify.files import verify_files
 from trtllm_redrafter.verify.weights import verify
@@ -46,7 +46,7 @@ def test_hugging_face_to_checkpoint(name: str, run: Convert) -> None:
 
 def compare_tensors(ours: Path, theirs: Path) -> None:
     """Name, dtype, shape and bytes of each tensor, so that a difference says where it is."""
-    a, b = read_header(ours), read_header(theirs)
+    a, b = SafetensorsFile.open(ours), SafetensorsFile.open(theirs)
     assert sorted(a) == sorted(b)
     raw_a, raw_b = ours.read_bytes(), theirs.read_bytes()
     for name in a:

@@ -13,7 +13,8 @@ from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.base_models.text_side import text_side
 from trtllm_redrafter.base_models.tokenizer import has_tokenizer, tokenizer_files, tokenizer_sha256
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.manifest import TOKENIZER_DIRECTORY, Manifest
+from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.names import TOKENIZER_DIRECTORY
 from trtllm_redrafter.errors import InputError, raise_together
 
 _ENDS_SHOWN = 8

@@ -21,9 +21,6 @@ from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.version import __version__
 
-ENGINE_CHECKPOINT = "checkpoint"
-"""Where an engine of the torch backend keeps the checkpoint that it executes."""
-
 TORCH_ENGINE_FORMAT = 1
 """`format` of engines of the torch backend."""
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.base_models.text_side import text_side
-from trtllm_redrafter.base_models.tokenizer_loading import load_tokenizer
-from trtllm_redrafter.checkpoint.manifest import TOKENIZER_DIRECTORY
+from trtllm_redrafter.base_models.tokenizer import load_tokenizer
+from trtllm_redrafter.checkpoint.names import TOKENIZER_DIRECTORY
 from trtllm_redrafter.errors import RequestError
 from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_prompt
 from trtllm_redrafter.prompts.messages import Prompt

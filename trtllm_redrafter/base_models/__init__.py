@@ -8,19 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trtllm_redrafter.base_models.families import FAMILIES, tensor_sources
-    from trtllm_redrafter.base_models.hf_model import HFModel
+    from trtllm_redrafter.base_models.hf_model import HFModel, tensor_sources
+    from trtllm_redrafter.checkpoint.families import FAMILIES
 
 __all__ = ["FAMILIES", "HFModel", "tensor_sources"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "HFModel":
-        from trtllm_redrafter.base_models.hf_model import HFModel
+    if name in ("HFModel", "tensor_sources"):
+        from trtllm_redrafter.base_models import hf_model
 
-        return HFModel
-    if name in __all__:
-        from trtllm_redrafter.base_models import families
+        return getattr(hf_model, name)
+    if name == "FAMILIES":
+        from trtllm_redrafter.checkpoint.families import FAMILIES
 
-        return getattr(families, name)
+        return FAMILIES
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.base_models.families import FAMILIES, MODEL_TYPES, Family
 from trtllm_redrafter.base_models.hf_fields import one_form
 from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
 from trtllm_redrafter.checkpoint.config_writer import QWEN_DEFAULT_SEQ_LENGTH
+from trtllm_redrafter.checkpoint.families import FAMILIES, Family, family_of_type
 from trtllm_redrafter.checkpoint.fields import FieldReader
 from trtllm_redrafter.errors import Problem
 
@@ -64,7 +64,7 @@ def parse_hf_config(raw: Mapping[str, Any], *, where: Path) -> ParsedConfig:
             remedy="use a base model of one of these architectures",
         )
         return ParsedConfig(None, tuple(fields.problems))
-    other = MODEL_TYPES.get(str(merged.get("model_type")), family)
+    other = family_of_type(merged.get("model_type")) or family
     if other is not family:
         what = f"architectures names {family.architecture}, model_type is {other.model_type!r}"
         fields.problem(what, why="transformers goes by model_type, TensorRT-LLM by architectures", remedy="correct one")
@@ -78,7 +78,7 @@ def find_family(fields: Mapping[str, Any]) -> Family | None:
     """The family of a config's `architectures`, or of its `model_type` if that is null, empty or missing."""
     named = _architecture(fields)
     if not named:
-        return MODEL_TYPES.get(str(fields.get("model_type")))
+        return family_of_type(fields.get("model_type"))
     return FAMILIES.get(named) if isinstance(named, str) else None
 
 
@@ -120,7 +120,9 @@ def _config(fields: FieldReader, family: Family, notes: list[str]) -> Checkpoint
         drafter=None,
         draft_shape=None,
         greedy=True,
-        extra={"seq_length": fields.size("seq_length", QWEN_DEFAULT_SEQ_LENGTH)} if "Qwen" in family.name else {},
+        extra={"seq_length": fields.size("seq_length", QWEN_DEFAULT_SEQ_LENGTH)}
+        if family.model_class == "qwen"
+        else {},
     )
 
 

@@ -5,20 +5,25 @@ reported together:
 
     model = HFModel.open(Path("Llama-3.1-8B"))
     model.config.vocab_size, model.tensors["model.norm.weight"].path
+
+`weights_sample` distinguishes models of equal sizes by their weights, without reading all of them.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.base_models.families import FAMILIES, IGNORED_SUFFIXES, tensor_sources
 from trtllm_redrafter.base_models.hf_config import parse_hf_config, stated_dtype
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, EMBEDDING, Split, TensorSpec, tensor_specs
-from trtllm_redrafter.checkpoint.safetensors_io import TensorInfo, read_header
+from trtllm_redrafter.checkpoint.families import FAMILIES
+from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, Split, TensorSpec, tensor_specs
+from trtllm_redrafter.checkpoint.names import EMBEDDING, HF_IGNORED_SUFFIXES, LM_HEAD, hf_names
+from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
+from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor
 from trtllm_redrafter.errors import InputError, Problem, RedrafterError, limited, raise_together
 from trtllm_redrafter.fsio import read_json, safe_join
 
@@ -26,13 +31,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOATING = tuple(DTYPE_NAMES.values())
 
-
-@dataclass(frozen=True)
-class LocatedTensor:
-    """A tensor and its file."""
-
-    path: Path
-    info: TensorInfo
+SAMPLE_BYTES = 4096
+"""Bytes per tensor in `weights_sample`: one page, about two thousand values."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class HFModel:
     path: Path
     config: CheckpointConfig
     raw_config: Mapping[str, Any]
-    tensors: Mapping[str, LocatedTensor]
+    tensors: Mapping[str, StoredTensor]
     files: tuple[Path, ...]
     notes: tuple[str, ...]
 
@@ -52,7 +52,7 @@ class HFModel:
         parsed = parse_hf_config(raw, where=path / "config.json")
         problems = list(parsed.problems)
         files: tuple[Path, ...]
-        tensors: dict[str, LocatedTensor] | None
+        tensors: dict[str, StoredTensor] | None
         try:
             files, tensors = locate_tensors(path)
         except RedrafterError as e:
@@ -68,21 +68,21 @@ class HFModel:
 
 
 def _with_dtype(
-    config: CheckpointConfig, raw: Mapping[str, Any], tensors: Mapping[str, LocatedTensor]
+    config: CheckpointConfig, raw: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> CheckpointConfig:
     """If the config names no dtype, take the embedding's."""
-    embedding = tensors.get(tensor_sources(config)[EMBEDDING][0])
+    embedding = tensors.get(hf_names(EMBEDDING)[0])
     if stated_dtype(raw) is not None or embedding is None:
         return config
     by_stored = {stored: name for name, stored in DTYPE_NAMES.items()}
-    return replace(config, dtype=by_stored.get(embedding.info.dtype, config.dtype))
+    return replace(config, dtype=by_stored.get(embedding.dtype, config.dtype))
 
 
-def locate_tensors(path: Path) -> tuple[tuple[Path, ...], dict[str, LocatedTensor]]:
+def locate_tensors(path: Path) -> tuple[tuple[Path, ...], dict[str, StoredTensor]]:
     """All files that were read, and the tensors in the weight files."""
     single, index = path / SINGLE_FILE, path / INDEX_FILE
     if single.exists():
-        return (path / "config.json", single), _tensors_of(single)
+        return (path / "config.json", single), dict(SafetensorsFile.open(single))
     if not index.exists():
         others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pth", ".gguf"))
         raise InputError(
@@ -94,17 +94,17 @@ def locate_tensors(path: Path) -> tuple[tuple[Path, ...], dict[str, LocatedTenso
     return _sharded(path, index)
 
 
-def _sharded(path: Path, index: Path) -> tuple[tuple[Path, ...], dict[str, LocatedTensor]]:
+def _sharded(path: Path, index: Path) -> tuple[tuple[Path, ...], dict[str, StoredTensor]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError("the index has no weight_map", where=index, remedy="download it again")
     problems: list[Problem] = []
-    tensors: dict[str, LocatedTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     files = []
     for name in sorted(set(weight_map.values())):
         try:
             file = safe_join(path, name)
-            tensors |= _tensors_of(file)
+            tensors |= _shard(file)
             files.append(file)
         except RedrafterError as e:
             problems.append(e.problem)
@@ -118,17 +118,17 @@ def _sharded(path: Path, index: Path) -> tuple[tuple[Path, ...], dict[str, Locat
     return (path / "config.json", index, *files), tensors
 
 
-def _tensors_of(file: Path) -> dict[str, LocatedTensor]:
+def _shard(file: Path) -> SafetensorsFile:
     if not file.exists():
         raise InputError("the weight file is missing", where=file, remedy="download it again")
-    return {name: LocatedTensor(file, info) for name, info in read_header(file).items()}
+    return SafetensorsFile.open(file)
 
 
-def check_tensors(config: CheckpointConfig, tensors: Mapping[str, LocatedTensor], path: Path) -> list[Problem]:
+def check_tensors(config: CheckpointConfig, tensors: Mapping[str, StoredTensor], path: Path) -> list[Problem]:
     """Missing tensors, wrong shapes and dtypes, and tensors the family does not have."""
     specs = tensor_specs(config)
     problems: list[Problem] = []
-    expected: set[str] = {"lm_head.weight"}  # tied models may store a copy, which is not used
+    expected = {*hf_names(LM_HEAD)}  # tied models may store a copy, which is not used
     for name, sources in tensor_sources(config).items():
         shapes = source_shapes(specs[name], config)
         for source, shape in zip(sources, shapes, strict=True):
@@ -138,14 +138,20 @@ def check_tensors(config: CheckpointConfig, tensors: Mapping[str, LocatedTensor]
     problems += [
         Problem(
             f"tensor {name!r} has no place in a {family} checkpoint",
-            str(located.path),
+            str(stored.path),
             "leaving it out would change what the model computes",
             "check config.json (attention_bias, mlp_bias, architectures)",
         )
-        for name, located in tensors.items()
-        if name not in expected and not name.endswith(IGNORED_SUFFIXES)
+        for name, stored in tensors.items()
+        if name not in expected and not name.endswith(HF_IGNORED_SUFFIXES)
     ]
     return limited(problems)
+
+
+def tensor_sources(config: CheckpointConfig) -> dict[str, tuple[str, ...]]:
+    """Checkpoint name → the Hugging Face tensors it is made of, for a base model without drafter or quantization."""
+    sources = {name: hf_names(name) for name in tensor_specs(config)}
+    return sources | {LM_HEAD: hf_names(EMBEDDING)} if config.tie_word_embeddings else sources
 
 
 def source_shapes(spec: TensorSpec, config: CheckpointConfig) -> list[tuple[int, ...]]:
@@ -157,15 +163,39 @@ def source_shapes(spec: TensorSpec, config: CheckpointConfig) -> list[tuple[int,
     return [(n * d, *rest) for n in heads]
 
 
-def _check_one(name: str, shape: tuple[int, ...], found: LocatedTensor | None, path: Path) -> list[Problem]:
+def _check_one(name: str, shape: tuple[int, ...], found: StoredTensor | None, path: Path) -> list[Problem]:
     if found is None:
-        why = "only a model with tie_word_embeddings may leave it out" if name == "lm_head.weight" else None
+        why = "only a model with tie_word_embeddings may leave it out" if name in hf_names(LM_HEAD) else None
         return [Problem(f"tensor {name!r} is missing", str(path), why, "download the model again")]
-    if found.info.shape != shape:
-        why = f"config.json implies {list(shape)}, the file has {list(found.info.shape)}"
+    if found.shape != shape:
+        why = f"config.json implies {list(shape)}, the file has {list(found.shape)}"
         remedy = "use the config.json that belongs to these weights"
         return [Problem(f"tensor {name!r} has the wrong shape", str(found.path), why, remedy)]
-    if found.info.dtype not in FLOATING:
-        why = f"it is {found.info.dtype}; one of {', '.join(FLOATING)} is needed"
+    if found.dtype not in FLOATING:
+        why = f"it is {found.dtype}; one of {', '.join(FLOATING)} is needed"
         return [Problem(f"tensor {name!r} is not a plain floating tensor", str(found.path), why, "use the original")]
     return []
+
+
+def weights_sample(tensors: Mapping[str, StoredTensor]) -> str:
+    """Hex SHA-256 over every tensor's name, dtype, shape and first `SAMPLE_BYTES` bytes.
+
+    It does not depend on how the model is split into files. Training writes it into the drafter, and `convert` compares
+    it with its base model's. It detects changes in the first rows of any tensor: every fine-tune, but not a single
+    edited weight.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        first = bytearray(min(SAMPLE_BYTES, tensor.nbytes))
+        tensor.read_into(memoryview(first))
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(first)
+    return digest.hexdigest()
+
+
+def sample_of(path: Path) -> str | None:
+    """`weights_sample` of a model directory; None if its weights are not safetensors."""
+    try:
+        return weights_sample(locate_tensors(path)[1])
+    except RedrafterError:
+        return None

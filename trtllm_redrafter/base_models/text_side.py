@@ -1,19 +1,27 @@
-"""A model's tokenizer, checked, and its end tokens, by the same rules for every command.
+"""How a model reads and ends texts, by the same rules for every command and both backends: tokenizer and end tokens.
 
-text = text_side(Path("base"), vocab_size=49152, remedy="download the tokenizer again")
-text.tokenizer, text.end_token_ids, text.notes       # None, (2,), () for a model without a tokenizer
+Models name their end tokens in up to three places, often differently in each: generation_config.json, config.json and
+the tokenizer. As users of vLLM and transformers' chat pipelines expect, all of them count. `convert` and `build` record
+them, so that an engine keeps those of its base's config.json.
+
+    text = text_side(Path("base"), vocab_size=49152, remedy="download the tokenizer again")
+    text.tokenizer, text.end_token_ids, text.notes       # None, (2,), () for a model without a tokenizer
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.base_models.end_tokens import end_tokens
-from trtllm_redrafter.base_models.tokenizer import has_tokenizer
-from trtllm_redrafter.base_models.tokenizer_loading import library_errors
+from trtllm_redrafter.base_models.tokenizer import has_tokenizer, library_errors
 from trtllm_redrafter.base_models.vocabulary import tokenizer_for, unusable_note
+from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.fsio import read_json
+
+_FILES = ("generation_config.json", "config.json")
+_KEY = "eos_token_id"
 
 
 @dataclass(frozen=True)
@@ -38,3 +46,49 @@ def text_side(folder: Path | None, *, vocab_size: int, remedy: str, recorded: ob
         ends = end_tokens(folder, tokenizer, vocab_size=vocab_size, recorded=recorded)
         unusable = None if tokenizer is None else unusable_note(tokenizer, vocab_size)
     return TextSide(tokenizer, ends.ids, ends.notes if unusable is None else (*ends.notes, unusable))
+
+
+@dataclass(frozen=True)
+class EndTokens:
+    """`ids` in the order found, distinct and inside the vocabulary; `notes` name those outside."""
+
+    ids: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+def end_tokens(folder: Path | None, tokenizer: Any, *, vocab_size: int, recorded: object = ()) -> EndTokens:
+    """The end tokens of the model or tokenizer in `folder`, plus those that an earlier step recorded.
+
+    `tokenizer` is a transformers tokenizer, or None. `InputError` for values that are no token ids.
+    """
+    ids: list[int] = []
+    notes: list[str] = []
+    for source, token in _stated(folder, tokenizer, recorded):
+        if not 0 <= token < vocab_size:
+            notes.append(f"the end token {token} of {source} is never written: the vocabulary has {vocab_size} tokens")
+        elif token not in ids:
+            ids.append(token)
+    return EndTokens(tuple(ids), tuple(dict.fromkeys(notes)))
+
+
+def _stated(folder: Path | None, tokenizer: Any, recorded: object) -> Iterator[tuple[str, int]]:
+    for name in _FILES if folder is not None else ():
+        assert folder is not None
+        if (folder / name).is_file():
+            yield from _ids(name, read_json(folder / name).get(_KEY), folder / name)
+    if tokenizer is not None:
+        yield from _ids("the tokenizer", tokenizer.eos_token_id, folder)
+    yield from _ids("the manifest", recorded, folder)
+
+
+def _ids(source: str, value: object, where: Path | None) -> Iterator[tuple[str, int]]:
+    values: Iterable[object] = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    for token in values:
+        if type(token) is not int:
+            raise InputError(
+                f"{_KEY} is {value!r}",
+                where=where,
+                why=f"{source} must name a token id, a list of them, or null",
+                remedy="correct the file, or download it again",
+            )
+        yield source, token

@@ -1,10 +1,19 @@
-"""The tokenizer files of a model directory, and the hash that identifies a tokenizer."""
+"""The tokenizer of a model: its files, the hash that identifies it, and the only place where transformers loads one.
+
+Directories written by transformers 4 and 5 can be read with either version. Code in a directory is never run, there is
+no prompt for it either, and whatever the libraries raise becomes one message with a remedy.
+
+    tokenizer = load_tokenizer(Path("engine/tokenizer"), remedy="build the engine again with --tokenizer DIR")
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.errors import InputError, RedrafterError
 from trtllm_redrafter.fsio import read_json, sha256_file
 
 GENERATION_CONFIG = "generation_config.json"
@@ -25,8 +34,11 @@ TOKENIZER_FILES = (
 IDENTITY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """The first of these that exists identifies the tokenizer."""
 
-
 MODEL_CONFIG = "config.json"
+SETTINGS = "tokenizer_config.json"
+FAST_FILE = "tokenizer.json"
+_SHOWN = 300
+"""Characters of a library's message to show."""
 
 
 def tokenizer_files(path: Path) -> list[Path]:
@@ -60,3 +72,102 @@ def tokenizer_sha256(path: Path) -> str | None:
         if (path / name).is_file():
             return sha256_file(path / name)
     return None
+
+
+def load_tokenizer(folder: Path, *, remedy: str) -> Any:
+    """The transformers tokenizer in `folder`; `InputError` with `remedy` if it cannot be loaded."""
+    if not has_tokenizer(folder):
+        why = f"it has none of {', '.join(IDENTITY_FILES)}"
+        raise InputError("there is no tokenizer here", where=folder, why=why, remedy=remedy)
+    with library_errors("the tokenizer cannot be loaded", where=folder, remedy=remedy):
+        try:
+            return _load(folder, remedy)
+        except Exception:
+            _check_fast_file(folder)  # its own error; transformers goes on to other files and misses those
+            raise
+
+
+@contextmanager
+def library_errors(what: str, *, where: str | Path, remedy: str) -> Iterator[None]:
+    """Turn whatever a library raises into an `InputError`, except our own errors and interrupts."""
+    try:
+        yield
+    except (RedrafterError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the Rust tokenizers
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:_SHOWN]
+        better = f"install the package it names, or {remedy}" if isinstance(error, ImportError) else remedy
+        raise InputError(what, where=where, why=why, remedy=better) from error
+
+
+def _check_fast_file(folder: Path) -> None:
+    """Raise the `tokenizers` library's own error for tokenizer.json, if there is one."""
+    from tokenizers import Tokenizer
+
+    if (folder / FAST_FILE).is_file():
+        Tokenizer.from_file(str(folder / FAST_FILE))
+
+
+def _load(folder: Path, remedy: str) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, **_translated(settings)}
+    if _is_known(settings.get("tokenizer_class")):
+        return AutoTokenizer.from_pretrained(str(folder), **options)
+    if settings.get("auto_map"):
+        raise InputError(
+            "the tokenizer needs Python code of its own, which is not run",
+            where=folder / SETTINGS,
+            why=f"tokenizer_class is {settings.get('tokenizer_class')!r} with an auto_map",
+            remedy=f"save it as a plain tokenizer.json (transformers' PreTrainedTokenizerFast), or {remedy}",
+        )
+    if not (folder / FAST_FILE).is_file():
+        return AutoTokenizer.from_pretrained(str(folder), **options)  # by config.json's model_type, if it is there
+    with _without_warnings():  # of a class name that this transformers does not know
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
+
+
+def _is_known(name: object) -> bool:
+    """Does the installed transformers have a tokenizer class of this name? (5 writes some that 4 lacks.)"""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    if not isinstance(name, str) or not name:
+        return False
+    return any(tokenizer_class_from_name(each) is not None for each in (name, f"{name}Fast"))
+
+
+def _translated(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides of the file's settings, so that both versions of transformers read those of transformers 5.
+
+    There `extra_special_tokens` is a list, what 4 calls `additional_special_tokens`; in 4 it is an object of other
+    meaning. Tokens written as objects go in as their text: how they match stands in tokenizer.json.
+    """
+    import transformers
+
+    extra = settings.get("extra_special_tokens")
+    if not isinstance(extra, list):
+        return {}
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return {"extra_special_tokens": [_content(token) for token in extra]}
+    older = settings.get("additional_special_tokens")
+    tokens = [_content(token) for token in [*extra, *(older if isinstance(older, list) else [])]]
+    return {"extra_special_tokens": {}, "additional_special_tokens": list(dict.fromkeys(tokens))}
+
+
+def _content(token: Any) -> str:
+    return str(token["content"]) if isinstance(token, dict) and "content" in token else str(token)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trtllm_redrafter.base_models.hf_config import find_family
 from trtllm_redrafter.base_models.hf_fields import one_form
-from trtllm_redrafter.base_models.tokenizer_loading import library_errors
+from trtllm_redrafter.base_models.tokenizer import library_errors
 from trtllm_redrafter.errors import InputError, raise_together
 from trtllm_redrafter.fsio import read_json
 

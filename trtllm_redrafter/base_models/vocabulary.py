@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.base_models.tokenizer_loading import library_errors, load_tokenizer
+from trtllm_redrafter.base_models.tokenizer import library_errors, load_tokenizer
 from trtllm_redrafter.errors import InputError, Problem, raise_together
 
 _SHOWN = 8

@@ -4,7 +4,7 @@ Accepts the files of TensorRT-LLM's own converters, of ModelOpt's fallback write
 `attn_bias`, `tie_word_embeddings`) and our own; unknown keys are kept and written back. Whatever a reader would
 otherwise have to guess (bias? q/k norm? head size?) is an attribute here:
 
-    config = CheckpointConfig.from_dict(read_json(path / "config.json"), where=path / "config.json")
+    config = read_checkpoint_config(Path("checkpoint"))        # config.json alone: no weights, no torch
     config.head_size, config.attn_bias, config.drafter, config.draft_shape
 """
 
@@ -15,45 +15,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from trtllm_redrafter.checkpoint.families import FAMILIES, REDRAFTER_ARCHITECTURES
 from trtllm_redrafter.checkpoint.fields import FieldReader
 from trtllm_redrafter.errors import InputError, Problem, raise_together
+from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 
 DTYPES = ("float16", "bfloat16", "float32")
 
 MAX_RANKS = 1024
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a checkpoint's architecture name implies."""
-
-    family: str
-    qwen_type: str | None
-    redrafter: str
-    attn_bias: bool
-    """`attn_bias` if the file does not say."""
-
-
-_LLAMA = Architecture("llama", None, "ReDrafterForLLaMALM", attn_bias=False)
-_QWEN2 = Architecture("qwen", "qwen2", "ReDrafterForQWenLM", attn_bias=True)
-_QWEN3 = Architecture("qwen", "qwen3", "ReDrafterForQWenLM", attn_bias=False)
-
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "LlamaForCausalLM": _LLAMA,
-    "MistralForCausalLM": _LLAMA,
-    "Qwen2ForCausalLM": _QWEN2,
-    "Qwen3ForCausalLM": _QWEN3,
-}
-"""Architectures without a drafter, by their name in checkpoints."""
-
-REDRAFTER_ARCHITECTURES: Mapping[str, str] = {
-    "ReDrafterForLLaMALM": "LlamaForCausalLM",
-    "ReDrafterForQWenLM": "Qwen2ForCausalLM",
-}
-"""ReDrafter architectures, with the base architecture if `base_model_architecture` is missing."""
-
-QWEN_TYPES: Mapping[str, str] = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 @dataclass(frozen=True)
@@ -96,16 +66,16 @@ class CheckpointConfig:
     @property
     def family(self) -> str:
         """`llama` or `qwen`: which of TensorRT-LLM's two model classes loads it."""
-        return ARCHITECTURES[self.base_architecture].family
+        return FAMILIES[self.base_architecture].model_class
 
     @property
     def qwen_type(self) -> str | None:
-        return ARCHITECTURES[self.base_architecture].qwen_type
+        return FAMILIES[self.base_architecture].qwen_type
 
     @property
     def has_qk_norm(self) -> bool:
-        """RMSNorm over each head of q and k, before RoPE (Qwen3)."""
-        return self.qwen_type == "qwen3"
+        """RMSNorm over each head of q and k, before RoPE."""
+        return FAMILIES[self.base_architecture].qk_norm
 
     @property
     def dense_bias(self) -> bool:
@@ -134,6 +104,11 @@ class CheckpointConfig:
             f"vocabulary {self.vocab_size}"
         )
 
+    def with_drafter(self, drafter: DrafterConfig, shape: DraftShape, *, greedy: bool) -> CheckpointConfig:
+        """The config of this base model's checkpoint with a drafter."""
+        architecture = FAMILIES[self.base_architecture].redrafter
+        return replace(self, architecture=architecture, drafter=drafter, draft_shape=shape, greedy=greedy)
+
     @classmethod
     def from_dict(
         cls, values: Mapping[str, Any], *, where: str | Path, tensor_names: Collection[str] | None = None
@@ -156,12 +131,13 @@ def _base_architecture(fields: FieldReader) -> str:
     if name in REDRAFTER_ARCHITECTURES:
         name = fields.text("base_model_architecture", REDRAFTER_ARCHITECTURES[name])
     qwen_type = str(fields.values.get("qwen_type"))
-    if name in ("QWenForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM") and qwen_type in QWEN_TYPES:
-        name = QWEN_TYPES[qwen_type]
-    if name not in ARCHITECTURES:
+    by_type = {f.qwen_type: architecture for architecture, f in FAMILIES.items() if f.qwen_type is not None}
+    if name in ("QWenForCausalLM", *by_type.values()) and qwen_type in by_type:
+        name = by_type[qwen_type]
+    if name not in FAMILIES:
         fields.problem(
             f"the architecture {name!r} is not supported",
-            why=f"known are {', '.join([*ARCHITECTURES, *REDRAFTER_ARCHITECTURES])}",
+            why=f"known are {', '.join([*FAMILIES, *REDRAFTER_ARCHITECTURES])}",
             remedy="use a checkpoint of a supported model"
             + ("; convert this one again, its class was removed from TensorRT-LLM" if "ReDrafter" in name else ""),
         )
@@ -172,7 +148,6 @@ def _read(fields: FieldReader, base: str, tensor_names: Collection[str] | None) 
     def found(suffix: str, default: bool) -> bool:
         return default if tensor_names is None else any(n.endswith(suffix) for n in tensor_names)
 
-    known = ARCHITECTURES[base]
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     mapping = fields.mapping("mapping")
     rope = fields.values.get("rotary_scaling")
@@ -195,7 +170,7 @@ def _read(fields: FieldReader, base: str, tensor_names: Collection[str] | None) 
         max_position_embeddings=fields.size("max_position_embeddings"),
         rotary_base=fields.number("rotary_base", 10000.0),
         rotary_scaling=None if rope is None else fields.mapping("rotary_scaling"),
-        attn_bias=fields.flag("attn_bias", found("attention.qkv.bias", known.attn_bias)),
+        attn_bias=fields.flag("attn_bias", found("attention.qkv.bias", FAMILIES[base].attn_bias is True)),
         mlp_bias=fields.flag("mlp_bias", found("mlp.fc.bias", False)),
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         sliding_window=fields.optional_size("sliding_window"),
@@ -236,3 +211,31 @@ def _rank_count(mapping: Mapping[str, Any], key: str, fields: FieldReader) -> in
         fields.problem(f"mapping.{key} is {repr(value)[:60]}", remedy=remedy)
         return 1
     return value
+
+
+def read_raw_config(path: Path) -> dict[str, Any]:
+    """The config JSON of a checkpoint directory; `InputError` if it is missing or of something else."""
+    if not path.is_dir():
+        raise InputError("the checkpoint directory does not exist", where=path, remedy="check the path")
+    raw = read_json(path / "config.json")
+    if "architecture" not in raw:
+        raise _not_a_checkpoint(path, raw)
+    return raw
+
+
+def read_checkpoint_config(path: Path) -> CheckpointConfig:
+    """The parsed config of a checkpoint directory."""
+    return CheckpointConfig.from_dict(read_raw_config(path), where=path / "config.json")
+
+
+def _not_a_checkpoint(path: Path, raw: Mapping[str, object]) -> InputError:
+    if "build_config" in raw:
+        what, remedy = "this is an engine, not a checkpoint", "pass the checkpoint it was built from"
+    elif "exit_dim" in raw:
+        what, remedy = "this is a drafter, not a checkpoint", "run `trtllm-redrafter convert --base … --drafter` on it"
+    elif "architectures" in raw or "model_type" in raw:
+        what, remedy = "this is a Hugging Face model, not a checkpoint", "run `trtllm-redrafter convert --base` on it"
+    else:
+        what, remedy = "this is not a TensorRT-LLM checkpoint", "check the path"
+    why = f"its config.json has no `architecture` such as {next(iter(REDRAFTER_ARCHITECTURES))}"
+    return InputError(what, where=path, why=why, remedy=remedy)

@@ -14,16 +14,13 @@ from torch import Tensor
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
 from trtllm_redrafter.errors import InputError, Problem
 
-DRAFT_VOCAB_FILE = "draft_vocab.safetensors"
-
 
 def read_draft_vocab(path: Path, vocab_size: int) -> Tensor:
     """`token_ids` [n] int64: distinct and inside the vocabulary, else `InputError`."""
-    file = SafetensorsFile.open(path)
-    info = file.header.get("token_ids")
-    if info is None or info.dtype != "I32" or len(info.shape) != 1 or info.shape[0] == 0:
+    stored = SafetensorsFile.open(path).get("token_ids")
+    if stored is None or stored.dtype != "I32" or len(stored.shape) != 1 or stored.shape[0] == 0:
         raise _refusal("the file has no int32 list `token_ids`", path)
-    ids = file.load("token_ids").to(torch.int64)
+    ids = stored.load().to(torch.int64)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         why = f"they run from {low} to {high}, the vocabulary has {vocab_size}"

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from trtllm_redrafter.checkpoint.names import DRAFTER
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.errors import Problem
 
@@ -36,10 +37,10 @@ def non_finite_count(tensor: Tensor) -> int:
 def finite_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     """A problem for every stored tensor with values that are not finite. Reads all weights, in chunks."""
     for file in checkpoint.ranks:
-        for name in file.header:
-            count = non_finite_count(file.load(name))
+        for name, tensor in file.items():
+            count = non_finite_count(tensor.load())
             if count:
-                role = "drafter" if name.startswith("drafter.") else "base model"
+                role = "drafter" if name.startswith(DRAFTER) else "base model"
                 what = f"tensor {name!r} has {count} value(s) that are not finite (NaN or infinite)"
                 yield Problem(what, str(file.path), f"the {role} it was made from has them, or the file is damaged",
                               f"use an intact {role} and convert again")  # fmt: skip

@@ -16,13 +16,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.checkpoint.names import DRAFTER, EMBEDDING, LM_HEAD, LN_F, layer_prefix
 from trtllm_redrafter.checkpoint.quantization import KV_CACHE_SCALES, MODEL_DTYPE, SCHEMES, QuantTensor, is_excluded
 from trtllm_redrafter.errors import Problem
 
-EMBEDDING = "transformer.vocab_embedding.weight"
-LM_HEAD = "lm_head.weight"
-LN_F = "transformer.ln_f.weight"
-DRAFTER = "drafter."
 DTYPE_NAMES: Mapping[str, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 """`dtype` of config.json → safetensors."""
 
@@ -73,7 +70,7 @@ def tensor_specs(config: CheckpointConfig) -> dict[str, TensorSpec]:
     """Every tensor of the checkpoint, drafter included, by name."""
     specs = [*_top(config)]
     for i in range(config.num_hidden_layers):
-        specs += _layer(config, f"transformer.layers.{i}.")
+        specs += _layer(config, layer_prefix(i))
     specs += _drafter(config)
     return {spec.name: spec for spec in specs}
 

@@ -23,23 +23,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from trtllm_redrafter.checkpoint.names import MANIFEST, RECORDED, TOKENIZER_DIRECTORY
 from trtllm_redrafter.checkpoint.validation import Schema, validated
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.fsio import CREATOR, read_json, safe_join, sample_sha256, sha256_file, write_json
 from trtllm_redrafter.version import __version__
 
-MANIFEST = "manifest.json"
 OWN_HASH = "manifest_sha256"
 _RANK_FILE = re.compile(r"rank\d+\.(safetensors|engine)")
-TOKENIZER_DIRECTORY = "tokenizer"
-"""Of a checkpoint or an engine: what reads its texts."""
-
 _TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-RECORDED = "eos_token_ids"
-"""The key under which manifests of checkpoints and configs of engines keep the tokens that end a text."""
-
-DRAFTER_WEIGHTS = "model.safetensors"
-"""The file whose hash identifies a drafter."""
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from trtllm_redrafter.checkpoint.layout import EMBEDDING, LM_HEAD, Split, TensorSpec, rank_slice
+from trtllm_redrafter.checkpoint.layout import Split, TensorSpec, rank_slice
+from trtllm_redrafter.checkpoint.names import EMBEDDING, LM_HEAD
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, TensorInfo
-from trtllm_redrafter.errors import InputError, Problem
-from trtllm_redrafter.paths import open_regular
+from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor
+from trtllm_redrafter.errors import Problem
 
 SAMPLES = 16
 SAMPLE_BYTES = 4096
@@ -38,7 +38,7 @@ def rank_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     ranks = checkpoint.ranks
     if len(ranks) == 1:
         return
-    specs = [spec for spec in checkpoint.specs.values() if all(spec.name in file.header for file in ranks)]
+    specs = [spec for spec in checkpoint.specs.values() if all(spec.name in file for file in ranks)]
     yield from _replicated(checkpoint, [s for s in specs if s.split is Split.COPY and len(s.shape) < 2])
     yield from _doubled(checkpoint, [spec for spec in specs if spec.split is not Split.COPY])
     for spec in specs:
@@ -49,17 +49,12 @@ def rank_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     yield from _tied_head(checkpoint)
 
 
-def sample(file: SafetensorsFile, info: TensorInfo) -> bytes:
-    """Evenly spaced bytes of a stored tensor."""
-    return _read(file.path, info.begin, info.end)
-
-
 def _replicated(checkpoint: Checkpoint, specs: list[TensorSpec]) -> Iterator[Problem]:
     first = checkpoint.ranks[0]
     for spec in specs:
-        expected = sample(first, first.header[spec.name])
+        expected = _sample(first[spec.name])
         for file in checkpoint.ranks[1:]:
-            if sample(file, file.header[spec.name]) != expected:
+            if _sample(file[spec.name]) != expected:
                 what = f"tensor {spec.name!r} is not the same as in {first.path.name}"
                 why = "every rank holds a copy of it: the files are of different checkpoints"
                 yield Problem(what, str(file.path), why, _REMEDY)
@@ -69,7 +64,7 @@ def _doubled(checkpoint: Checkpoint, specs: list[TensorSpec]) -> Iterator[Proble
     """Two ranks with the same parts of all split tensors. Constant tensors, such as all zeros, tell nothing."""
     seen: dict[tuple[bytes, ...], Path] = {}
     for file in checkpoint.ranks:
-        parts = tuple(sample(file, file.header[spec.name]) for spec in specs)
+        parts = tuple(_sample(file[spec.name]) for spec in specs)
         if not any(len(set(part)) > 4 for part in parts):
             return
         if parts in seen:
@@ -89,8 +84,8 @@ def _shared_heads(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Problem]
         rows = 2 * spec.shape[0] // (config.num_attention_heads + 2 * config.num_key_value_heads)
         ends = []
         for each in (leader, file):
-            info = each.header[spec.name]
-            ends.append(_read(each.path, info.end - rows * (info.nbytes // info.shape[0]), info.end))
+            stored = each[spec.name]
+            ends.append(_sample(stored.rows(stored.shape[0] - rows, stored.shape[0])))
         if ends[0] != ends[1]:
             what = f"tensor {spec.name!r} does not share its KV head with {leader.path.name}"
             why = f"{config.num_key_value_heads} KV heads on {config.tp_size} ranks are repeated on consecutive ranks"
@@ -100,8 +95,8 @@ def _shared_heads(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Problem]
 def _padding(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Problem]:
     for rank, file in enumerate(checkpoint.ranks):
         zero_rows = rank_slice(spec, checkpoint.config, rank).zero_rows
-        info = file.header[spec.name]
-        if zero_rows and any(_read(file.path, info.end - zero_rows * (info.nbytes // info.shape[0]), info.end)):
+        stored = file[spec.name]
+        if zero_rows and any(_sample(stored.rows(stored.shape[0] - zero_rows, stored.shape[0]))):
             what = f"tensor {spec.name!r} has values where the vocabulary's padding should be"
             yield Problem(what, str(file.path), "the file is another rank's, or of another checkpoint", _REMEDY)
 
@@ -109,39 +104,27 @@ def _padding(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Problem]:
 def _tied_head(checkpoint: Checkpoint) -> Iterator[Problem]:
     """A tied LM head whose parts are on the wrong ranks."""
     head, embedding = checkpoint.specs.get(LM_HEAD), checkpoint.specs[EMBEDDING]
-    first = checkpoint.ranks[0].header
+    first = checkpoint.ranks[0]
     whole = embedding.split is Split.COPY and LM_HEAD in first and EMBEDDING in first
     if head is None or not whole or not head.checked or first[LM_HEAD].dtype != first[EMBEDDING].dtype:
         return
     rows = [rank_slice(head, checkpoint.config, rank).rows[0] for rank in range(len(checkpoint.ranks))]
-    info = first[EMBEDDING]
-    row_bytes = info.nbytes // info.shape[0]
-    expected = [
-        _read(checkpoint.ranks[0].path, info.begin + start * row_bytes, info.begin + stop * row_bytes)
-        for start, stop in rows
-    ]
+    expected = [_sample(first[EMBEDDING].rows(start, stop)) for start, stop in rows]
     for rank, (file, (start, stop)) in enumerate(zip(checkpoint.ranks, rows, strict=True)):
-        begin = file.header[LM_HEAD].begin
-        found = _read(file.path, begin, begin + (stop - start) * row_bytes)
+        found = _sample(file[LM_HEAD].rows(0, stop - start))
         if found != expected[rank] and found in expected:
             what = f"{LM_HEAD!r} is the part of rank {expected.index(found)}, not of rank {rank}"
             yield Problem(what, str(file.path), "rank files have been exchanged", _REMEDY)
 
 
-def _read(path: Path, begin: int, end: int) -> bytes:
-    """Evenly spaced pages of [begin, end), or all of it if that is less."""
-    size = end - begin
-    with open_regular(path) as file:
-        if size <= SAMPLES * SAMPLE_BYTES:
-            places = [(begin, size)]
-        else:
-            step = (size - SAMPLE_BYTES) / (SAMPLES - 1)
-            places = [(begin + int(i * step), SAMPLE_BYTES) for i in range(SAMPLES)]
-        parts = []
-        for at, count in places:
-            file.seek(at)
-            part = file.read(count)
-            if len(part) != count:
-                raise InputError("the file became shorter while it was read", where=path, remedy="try again")
-            parts.append(part)
+def _sample(tensor: StoredTensor) -> bytes:
+    """Evenly spaced pages of a tensor, or all of it if that is less."""
+    if tensor.nbytes <= SAMPLES * SAMPLE_BYTES:
+        places = [(0, tensor.nbytes)]
+    else:
+        step = (tensor.nbytes - SAMPLE_BYTES) / (SAMPLES - 1)
+        places = [(int(i * step), SAMPLE_BYTES) for i in range(SAMPLES)]
+    parts = [bytearray(count) for _, count in places]
+    for part, (offset, _) in zip(parts, places, strict=True):
+        tensor.read_into(memoryview(part), offset)
     return b"".join(parts)

@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.config_reader import read_raw_config
-from trtllm_redrafter.checkpoint.layout import EMBEDDING, LM_HEAD, TensorSpec, rank_slice, tensor_specs
+from trtllm_redrafter.checkpoint.config import CheckpointConfig, read_raw_config
+from trtllm_redrafter.checkpoint.layout import TensorSpec, rank_slice, tensor_specs
 from trtllm_redrafter.checkpoint.manifest import Manifest
-from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, TensorInfo
+from trtllm_redrafter.checkpoint.names import EMBEDDING, LM_HEAD, rank_file
+from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
+from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor
 from trtllm_redrafter.errors import BackendError, InputError
 
 FP8_SCALE = "weights_scaling_factor"
@@ -51,7 +52,7 @@ class Checkpoint:
         world_size = mapping.get("world_size", 1) if isinstance(mapping, dict) else 1
         count = world_size if type(world_size) is int and world_size >= 1 else 1
         ranks = [SafetensorsFile.open(rank_file(path, rank)) for rank in range(count)]
-        names = {name for rank in ranks for name in rank.header}
+        names = {name for rank in ranks for name in rank}
         config = CheckpointConfig.from_dict(raw, where=path / "config.json", tensor_names=names)
         if config.pp_size != 1 or config.tp_size != count:
             raise InputError(
@@ -64,13 +65,13 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted; a tied LM head is listed even if it is not stored."""
-        names = set(self.ranks[0].header)
+        names = set(self.ranks[0])
         if self.config.tie_word_embeddings:
             names.add(LM_HEAD)
         return sorted(names)
 
     def __contains__(self, name: str) -> bool:
-        return self._stored(name) in self.ranks[0].header
+        return self._stored(name) in self.ranks[0]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Joined shape, as stored (4-bit weights are packed)."""
@@ -89,10 +90,10 @@ class Checkpoint:
             return tensor
         dtype: torch.dtype = getattr(torch, self.config.dtype)
         if info.dtype in _FLOATING:
-            self._refuse_if(self._sibling(name, "prequant_scaling_factor") in self.ranks[0].header, name)
+            self._refuse_if(self._sibling(name, "prequant_scaling_factor") in self.ranks[0], name)
             return tensor.to(dtype)
         scale_name = self._sibling(name, FP8_SCALE)
-        scale = self.load_stored(scale_name) if scale_name in self.ranks[0].header else None
+        scale = self.load_stored(scale_name) if scale_name in self.ranks[0] else None
         self._refuse_if(info.dtype != "F8_E4M3" or scale is None or scale.numel() != 1, name)
         assert scale is not None
         return (tensor.to(torch.float32) * scale.to(torch.float32).reshape(())).to(dtype)
@@ -100,8 +101,7 @@ class Checkpoint:
     def load_stored(self, name: str) -> Tensor:
         """The whole tensor in the dtype it is stored in, ranks joined."""
         if len(self.ranks) == 1:
-            self._info(name)
-            return self.ranks[0].load(name)
+            return self._info(name).load()
         spec = self._spec(name)
         info = self._info(name)
         joined = torch.empty(spec.shape, dtype=info.torch_dtype)
@@ -112,7 +112,7 @@ class Checkpoint:
     def _copy_part(self, joined: Tensor, spec: TensorSpec, rank: int, file: SafetensorsFile) -> None:
         part = rank_slice(spec, self.config, rank)
         expected = part.shape(spec.shape)
-        info = file.header.get(spec.name)
+        info = file.get(spec.name)
         if info is None or info.shape != expected or info.torch_dtype != joined.dtype:
             found = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
             raise InputError(
@@ -121,7 +121,7 @@ class Checkpoint:
                 why=f"it is {found}, {list(expected)} is needed",
                 remedy="write the checkpoint again",
             )
-        source = file.load(spec.name)
+        source = info.load()
         if not spec.shape:
             joined.copy_(source)
             return
@@ -133,13 +133,13 @@ class Checkpoint:
 
     def _stored(self, name: str) -> str:
         """A tied LM head may be left out of the file; like TensorRT-LLM, we then use the embedding."""
-        header = self.ranks[0].header
+        header = self.ranks[0]
         if name == LM_HEAD and name not in header and self.config.tie_word_embeddings and EMBEDDING in header:
             return EMBEDDING
         return name
 
-    def _info(self, name: str) -> TensorInfo:
-        info = self.ranks[0].header.get(name)
+    def _info(self, name: str) -> StoredTensor:
+        info = self.ranks[0].get(name)
         if info is None:
             raise InputError(
                 f"the checkpoint has no tensor {name!r}",
@@ -170,7 +170,3 @@ class Checkpoint:
                 why=f"{name!r} needs TensorRT-LLM's kernels; only FP8 with one scale per tensor is read as numbers",
                 remedy="build with --backend tensorrt-llm, or convert the unquantized base model",
             )
-
-
-def rank_file(path: Path, rank: int) -> Path:
-    return path / f"rank{rank}.safetensors"

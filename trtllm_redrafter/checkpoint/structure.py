@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, LM_HEAD, divisibility_problems, rank_slice
+from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, divisibility_problems, rank_slice
+from trtllm_redrafter.checkpoint.names import LM_HEAD
 from trtllm_redrafter.checkpoint.quantization import DRAFTER_EXCLUDE, is_excluded
 from trtllm_redrafter.checkpoint.ranks import rank_problems
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.checkpoint.safetensors_io import TensorInfo
+from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor
 from trtllm_redrafter.errors import InputError, Problem, limited, raise_together
 
 REMEDY = "convert again, or restore the file from an intact copy"
@@ -50,7 +51,7 @@ def _rank_problems(checkpoint: Checkpoint, rank: int) -> Iterator[Problem]:
     file = checkpoint.ranks[rank]
     where = str(file.path)
     for name, spec in checkpoint.specs.items():
-        info = file.header.get(name)
+        info = file.get(name)
         if info is None:
             if not spec.optional:
                 why = "TensorRT-LLM's loader does not notice" if name.endswith("." + LM_HEAD) else None
@@ -66,12 +67,12 @@ def _surplus_problems(checkpoint: Checkpoint, rank: int) -> Iterator[Problem]:
     file = checkpoint.ranks[rank]
     where = str(file.path)
     if all(spec.checked for spec in checkpoint.specs.values()):
-        for name in sorted(set(file.header) - set(checkpoint.specs)):
+        for name in sorted(set(file) - set(checkpoint.specs)):
             why = "TensorRT-LLM would ignore it"
             yield Problem(f"tensor {name!r} does not belong into this checkpoint", where, why, REMEDY)
 
 
-def _tensor_problems(info: TensorInfo, dtype: str, shape: tuple[int, ...], where: str) -> Iterator[Problem]:
+def _tensor_problems(info: StoredTensor, dtype: str, shape: tuple[int, ...], where: str) -> Iterator[Problem]:
     fp8_as_int8 = dtype == "F8_E4M3" and info.dtype == "I8"
     if info.dtype != dtype and not fp8_as_int8:
         why = f"it is {info.dtype}, config.json implies {dtype}; TensorRT-LLM only logs this and fails later"

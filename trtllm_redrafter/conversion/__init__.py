@@ -6,6 +6,7 @@ name would replace the function.
 
 from trtllm_redrafter.conversion.execute import convert
 from trtllm_redrafter.conversion.options import ConvertOptions
-from trtllm_redrafter.conversion.plan import ConversionPlan, plan_conversion
+from trtllm_redrafter.conversion.plan import plan_conversion
+from trtllm_redrafter.conversion.planned import ConversionPlan
 
 __all__ = ["ConversionPlan", "ConvertOptions", "convert", "plan_conversion"]

@@ -3,42 +3,39 @@
 Both become the same thing: a config for the wanted ranks, and for each rank the tensors and where their bytes come
 from. An existing checkpoint (FP8, AWQ, ...) passes through byte for byte; only the drafter is added to it.
 
-    base = open_base(options, OpenFiles())
+    base = open_base(options)
     base.config.tp_size, base.rank_tensors(0)["lm_head.weight"]
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from trtllm_redrafter.base_models.end_tokens import end_tokens
-from trtllm_redrafter.base_models.families import tensor_sources
-from trtllm_redrafter.base_models.hf_model import HFModel
-from trtllm_redrafter.base_models.text_side import text_side
+from trtllm_redrafter.base_models.hf_model import HFModel, tensor_sources, weights_sample
+from trtllm_redrafter.base_models.text_side import end_tokens, text_side
 from trtllm_redrafter.base_models.tokenizer import tokenizer_files, tokenizer_sha256
-from trtllm_redrafter.base_models.weights_identity import weights_sample
 from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
-from trtllm_redrafter.checkpoint.layout import EMBEDDING, LM_HEAD, TensorSpec, tensor_specs
-from trtllm_redrafter.checkpoint.reader import Checkpoint, rank_file
+from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, tensor_specs
+from trtllm_redrafter.checkpoint.names import EMBEDDING, LM_HEAD, QUANT_CFG, TOKENIZER_DIRECTORY, rank_file
+from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.structure import structure_problems
 from trtllm_redrafter.conversion.head import chosen_head
 from trtllm_redrafter.conversion.options import AUTO_DTYPE, ConvertOptions
-from trtllm_redrafter.conversion.shards import TensorPlan, plan_tensor, whole
-from trtllm_redrafter.conversion.sources import FileSource, OpenFiles, Source, stacked
+from trtllm_redrafter.conversion.shards import RankTensor, copied, rank_tensor
+from trtllm_redrafter.conversion.sources import Source, row_count
 from trtllm_redrafter.errors import InputError, Problem, limited
 from trtllm_redrafter.fsio import read_json
-
-QUANT_CFG = "quant_cfg.json"
 
 
 @dataclass(frozen=True)
 class Base:
-    """What both kinds of base offer. `head` is the joined LM head, for drafters that borrow it.
+    """What both kinds of base offer. `rank_tensors` gives every base tensor of one rank, by name.
 
-    `eos_token_ids` are complete after `with_text`. `problems` are those of a readable base that does not fit the
-    options.
+    `head` is the LM head, for drafters that borrow it; empty when it cannot be read as numbers. `eos_token_ids` are
+    complete after `with_text`. `problems` are those of a readable base that does not fit the options.
     """
 
     path: Path
@@ -49,46 +46,35 @@ class Base:
     tokenizer: tuple[Path, ...]
     eos_token_ids: tuple[int, ...]
     notes: tuple[str, ...]
-    head: Source | None
+    head: tuple[Source, ...]
+    rank_tensors: Callable[[int], dict[str, RankTensor]]
     problems: tuple[Problem, ...]
     weights_sample: str | None
-    """See `base_models.weights_identity`; None for a checkpoint as base."""
-    _specs: Mapping[str, TensorSpec]
-    _sources: Mapping[str, Source]
-    _ranks: tuple[Mapping[str, TensorPlan], ...]
+    """See `base_models.hf_model.weights_sample`; None for a checkpoint as base."""
 
     @property
     def tokenizer_sha256(self) -> str | None:
         """The tokenizer's identity; None without tokenizer files."""
         return tokenizer_sha256(self.tokenizer[0].parent) if self.tokenizer else None
 
-    def rank_tensors(self, rank: int) -> dict[str, TensorPlan]:
-        """Every base tensor of one rank. The specs follow `config`, so a changed config gives changed ranks."""
-        if self._ranks:
-            return dict(self._ranks[rank])
-        return {
-            name: plan_tensor(self._specs[name], source, self.config, rank) for name, source in self._sources.items()
-        }
 
-
-def open_base(options: ConvertOptions, files: OpenFiles) -> Base:
+def open_base(options: ConvertOptions) -> Base:
     """Open `options.base`, whichever kind it is; `InputError` when it cannot be used at all."""
     path = options.base
     if not path.is_dir():
         what = "the base model is not a directory" if path.exists() else "the base model directory does not exist"
         raise InputError(what, where=path, remedy="check --base")
     if "architecture" in read_json(path / "config.json"):
-        return _from_checkpoint(options, files)
+        return _from_checkpoint(options)
     model = HFModel.open(path)
-    headed, notes = chosen_head(model, options.lm_head, files)
+    headed, notes = chosen_head(model, options.lm_head)
     config = replace(
         headed,
         dtype=options.dtype if options.dtype in DTYPES else headed.dtype,
         tp_size=options.tp_size,
         use_parallel_embedding=options.parallel_embedding,
     )
-    base = from_huggingface(model, config, files)
-    return replace(base, notes=(*base.notes, *notes), weights_sample=weights_sample(model.tensors))
+    return _from_huggingface(model, config, notes)
 
 
 def with_text(base: Base) -> Base:
@@ -99,51 +85,47 @@ def with_text(base: Base) -> Base:
     return replace(base, eos_token_ids=text.end_token_ids, notes=(*base.notes, *text.notes))
 
 
-def from_huggingface(model: HFModel, config: CheckpointConfig, files: OpenFiles) -> Base:
-    """A Hugging Face model, to be divided and cast as `config` says."""
-    located = {name: FileSource(tensor.path, tensor.info, files) for name, tensor in model.tensors.items()}
-    sources = {name: stacked([located[s] for s in names]) for name, names in tensor_sources(config).items()}
-    plain = replace(config, drafter=None, quantization={})
+def huggingface_rank(model: HFModel, config: CheckpointConfig, rank: int) -> dict[str, RankTensor]:
+    """A Hugging Face model's tensors on one rank, divided and cast as `config` says."""
+    specs = tensor_specs(config)
+    return {
+        name: rank_tensor(specs[name], [model.tensors[source] for source in sources], config, rank)
+        for name, sources in tensor_sources(config).items()
+    }
+
+
+def _from_huggingface(model: HFModel, config: CheckpointConfig, notes: tuple[str, ...]) -> Base:
     return Base(
         path=model.path,
         kind="huggingface",
-        config=plain,
+        config=config,
         files=model.files,
         copied=(),
         tokenizer=tuple(tokenizer_files(model.path)),
         eos_token_ids=(),
-        notes=(*model.notes, *_cast_notes(model, plain)),
-        head=sources[LM_HEAD],
+        notes=(*model.notes, *_cast_notes(model, config), *notes),
+        head=tuple(model.tensors[source] for source in tensor_sources(config)[LM_HEAD]),
+        rank_tensors=partial(huggingface_rank, model, config),
         problems=(),
-        weights_sample=None,
-        _specs=tensor_specs(plain),
-        _sources=sources,
-        _ranks=(),
+        weights_sample=weights_sample(model.tensors),
     )
 
 
 def _cast_notes(model: HFModel, config: CheckpointConfig) -> list[str]:
-    stored = sorted({t.info.dtype for t in model.tensors.values()})
-    return [f"weights stored as {', '.join(stored)} are cast to {config.dtype}"] if _casts(stored, config) else []
+    stored = sorted({tensor.dtype for tensor in model.tensors.values()})
+    casts = stored != [DTYPE_NAMES[config.dtype]]
+    return [f"weights stored as {', '.join(stored)} are cast to {config.dtype}"] if casts else []
 
 
-def _casts(stored: list[str], config: CheckpointConfig) -> bool:
-    return stored != [{"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[config.dtype]]
-
-
-def _from_checkpoint(options: ConvertOptions, files: OpenFiles) -> Base:
+def _from_checkpoint(options: ConvertOptions) -> Base:
     """An existing checkpoint: its ranks, dtype and embedding layout are given and must be what is asked for."""
     checkpoint = Checkpoint.open(options.base)
     config, path = checkpoint.config, options.base
-    ranks = tuple(
-        {name: whole(name, FileSource(file.path, info, files)) for name, info in file.header.items()}
-        for file in checkpoint.ranks
-    )
     notes = [f"the base is a TensorRT-LLM checkpoint ({config.quant_algo or 'not quantized'}): its tensors are copied"]
     if config.use_parallel_embedding != options.parallel_embedding:
         held = "divided over ranks" if config.use_parallel_embedding else "whole on every rank"
         notes.append(f"the embedding stays as it is in the base checkpoint: {held}")
-    tokenizer = tuple(tokenizer_files(path / "tokenizer") or tokenizer_files(path))
+    tokenizer = tuple(tokenizer_files(path / TOKENIZER_DIRECTORY) or tokenizer_files(path))
     return Base(
         path=path,
         kind="checkpoint",
@@ -153,12 +135,10 @@ def _from_checkpoint(options: ConvertOptions, files: OpenFiles) -> Base:
         tokenizer=tokenizer,
         eos_token_ids=_recorded(checkpoint),
         notes=tuple(notes),
-        head=checkpoint_head(checkpoint, files),
+        head=checkpoint_head(checkpoint),
+        rank_tensors=lambda rank: {name: copied(tensor) for name, tensor in checkpoint.ranks[rank].items()},
         problems=tuple(_checkpoint_problems(checkpoint, options)),
         weights_sample=None,
-        _specs={},
-        _sources={},
-        _ranks=ranks,
     )
 
 
@@ -186,14 +166,14 @@ def _checkpoint_problems(checkpoint: Checkpoint, options: ConvertOptions) -> lis
     return problems + limited(structure_problems(checkpoint))
 
 
-def checkpoint_head(checkpoint: Checkpoint, files: OpenFiles) -> Source | None:
-    """The LM head's rank shards as one source; None when it cannot be read as numbers."""
+def checkpoint_head(checkpoint: Checkpoint) -> tuple[Source, ...]:
+    """The LM head, one part per rank; empty when it cannot be read as numbers."""
     config = checkpoint.config
-    has_head = LM_HEAD in checkpoint.ranks[0].header
+    has_head = LM_HEAD in checkpoint.ranks[0]
     name = LM_HEAD if has_head else EMBEDDING
     divided = has_head or config.use_parallel_embedding
     ranks = checkpoint.ranks if divided else checkpoint.ranks[:1]
-    found: list[Source] = [FileSource(file.path, file.header[name], files) for file in ranks if name in file.header]
-    head = stacked(found) if len(found) == len(ranks) else None
-    whole_shape = (config.vocab_size, config.hidden_size)
-    return head if head is not None and head.shape == whole_shape and head.dtype in ("F16", "BF16", "F32") else None
+    parts = [file[name] for file in ranks if name in file]
+    is_head = all(part.dtype in DTYPE_NAMES.values() and part.shape[1:] == (config.hidden_size,) for part in parts)
+    complete = len(parts) == len(ranks) and is_head and row_count(parts) == config.vocab_size
+    return tuple(parts) if complete else ()

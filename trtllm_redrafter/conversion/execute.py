@@ -16,8 +16,8 @@ from typing import Any
 
 from trtllm_redrafter.checkpoint.config_writer import config_dict
 from trtllm_redrafter.checkpoint.manifest import FileRecord, Manifest
-from trtllm_redrafter.checkpoint.reader import rank_file
-from trtllm_redrafter.conversion.plan import ConversionPlan
+from trtllm_redrafter.checkpoint.names import rank_file
+from trtllm_redrafter.conversion.planned import ConversionPlan
 from trtllm_redrafter.conversion.writer import Cancelled, Meter, hash_inputs, write_rank
 from trtllm_redrafter.fsio import atomic_directory, write_json
 from trtllm_redrafter.progress import Progress
@@ -26,19 +26,16 @@ from trtllm_redrafter.progress import Progress
 def convert(plan: ConversionPlan, progress: Progress, *, on_complete: Callable[[Path], None] | None = None) -> Path:
     """Write the checkpoint; returns its path. All or nothing. `on_complete`: see `atomic_directory`."""
     output = plan.options.output
-    try:
-        with atomic_directory(output, overwrite=plan.options.overwrite, on_complete=on_complete) as work:
-            ranks, inputs = _write_ranks(plan, work, progress)
-            records = {rank_file(work, rank).name: record for rank, record in ranks.items()}
-            write_json(work / "config.json", config_dict(plan.config))
-            records["config.json"] = FileRecord.of(work / "config.json")
-            for source, name in plan.copies:
-                (work / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source, work / name)
-                records[name] = FileRecord.of(work / name)
-            _manifest(plan, records, inputs).write(work)
-    finally:
-        plan.files.close()
+    with atomic_directory(output, overwrite=plan.options.overwrite, on_complete=on_complete) as work:
+        ranks, inputs = _write_ranks(plan, work, progress)
+        records = {rank_file(work, rank).name: record for rank, record in ranks.items()}
+        write_json(work / "config.json", config_dict(plan.config))
+        records["config.json"] = FileRecord.of(work / "config.json")
+        for source, name in plan.copies:
+            (work / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, work / name)
+            records[name] = FileRecord.of(work / name)
+        _manifest(plan, records, inputs).write(work)
     return output
 
 
@@ -52,10 +49,7 @@ def _write_ranks(
     workers = min(plan.options.workers, len(plan.ranks))
     with ThreadPoolExecutor(workers + 1, thread_name_prefix="convert") as pool:
         inputs = pool.submit(hash_inputs, plan.inputs, hashed)
-        ranks = {
-            rank.rank: pool.submit(write_rank, rank, rank_file(work, rank.rank), plan.files, written)
-            for rank in plan.ranks
-        }
+        ranks = {rank.rank: pool.submit(write_rank, rank, rank_file(work, rank.rank), written) for rank in plan.ranks}
         try:
             _wait_for([inputs, *ranks.values()])
         except BaseException:

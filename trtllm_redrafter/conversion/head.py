@@ -4,7 +4,7 @@
 the same: transformers 4 drops it, transformers 5 takes it. By default the config decides, and the conversion says so;
 `--lm-head file` takes the trained one.
 
-    config, notes = chosen_head(model, "auto", files)
+    config, notes = chosen_head(model, "auto")
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from dataclasses import replace
 
 import torch
 
-from trtllm_redrafter.base_models.families import HF_EMBEDDING, HF_LM_HEAD
 from trtllm_redrafter.base_models.hf_model import HFModel, check_tensors
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.names import EMBEDDING, LM_HEAD, hf_names
+from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor
 from trtllm_redrafter.conversion.options import EMBEDDING_HEAD, FILE_HEAD
-from trtllm_redrafter.conversion.sources import FileSource, OpenFiles
 from trtllm_redrafter.errors import InputError, MismatchError, raise_together
 
+HF_EMBEDDING, HF_LM_HEAD = hf_names(EMBEDDING)[0], hf_names(LM_HEAD)[0]
 _ROWS = 1024
 """Rows compared at a time."""
 
 
-def chosen_head(model: HFModel, choice: str, files: OpenFiles) -> tuple[CheckpointConfig, tuple[str, ...]]:
+def chosen_head(model: HFModel, choice: str) -> tuple[CheckpointConfig, tuple[str, ...]]:
     """The model's config with the head that was chosen, and what people should know."""
     config = model.config
     if choice == FILE_HEAD and config.tie_word_embeddings:
@@ -40,8 +41,7 @@ def chosen_head(model: HFModel, choice: str, files: OpenFiles) -> tuple[Checkpoi
     stored = model.tensors.get(HF_LM_HEAD)
     if choice == EMBEDDING_HEAD or not config.tie_word_embeddings or stored is None:
         return config, ()
-    embedding = model.tensors[HF_EMBEDDING]
-    if _same(FileSource(embedding.path, embedding.info, files), FileSource(stored.path, stored.info, files)):
+    if _same(model.tensors[HF_EMBEDDING], stored):
         return config, ()
     return config, (
         f"config.json ties the LM head to the embedding, but the file has another {HF_LM_HEAD}: the embedding is used, "
@@ -55,7 +55,7 @@ def takes_file_head(manifest: Manifest | None) -> bool:
     return manifest is not None and manifest.options.get("lm_head") == FILE_HEAD
 
 
-def _same(embedding: FileSource, head: FileSource) -> bool:
+def _same(embedding: StoredTensor, head: StoredTensor) -> bool:
     if embedding.shape != head.shape:
         return False
     rows = embedding.shape[0]

@@ -6,6 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trtllm_redrafter.checkpoint.config import DTYPES
+from trtllm_redrafter.errors import Problem, RedrafterError, UsageError
+from trtllm_redrafter.fsio import overlaps
+
 AUTO_DTYPE = "auto"
 AUTO_HEAD, EMBEDDING_HEAD, FILE_HEAD = LM_HEADS = ("auto", "embedding", "file")
 
@@ -34,3 +38,28 @@ class ConvertOptions:
 
     def as_dict(self) -> dict[str, Any]:
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+
+def option_problems(options: ConvertOptions) -> tuple[type[RedrafterError], list[Problem]]:
+    """Options that cannot be meant, whatever the files say."""
+    found = []
+    if options.tp_size < 1:
+        found.append(Problem(f"tp_size is {options.tp_size}", "--tp-size", None, "use 1 or more"))
+    if options.workers < 1:
+        found.append(Problem(f"workers is {options.workers}", "--workers", None, "use 1 or more"))
+    if options.dtype not in (AUTO_DTYPE, *DTYPES):
+        remedy = f"use {AUTO_DTYPE}, {', '.join(DTYPES)}"
+        found.append(Problem(f"dtype is {options.dtype!r}", "--dtype", None, remedy))
+    if options.lm_head not in LM_HEADS:
+        found.append(Problem(f"lm_head is {options.lm_head!r}", "--lm-head", None, f"use {', '.join(LM_HEADS)}"))
+    if options.drafter is None:
+        for flag, value in (("--num-beams", options.num_beams), ("--draft-len", options.draft_len)):
+            if value is not None:
+                why = "without a drafter nothing is drafted"
+                found.append(Problem(f"{flag} {value} has no meaning here", flag, why, "pass --drafter, or drop it"))
+    for role, path in (("base", options.base), ("drafter", options.drafter)):
+        if path is not None and overlaps(options.output, path):
+            what = f"the output overlaps the {role} directory"
+            why = "replacing the output would delete the input, or mix with it"
+            found.append(Problem(what, str(options.output), why, "choose another --output"))
+    return UsageError, found

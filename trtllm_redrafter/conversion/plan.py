@@ -9,65 +9,23 @@ All problems of base, drafter, options and disk are collected and raised as one 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from trtllm_redrafter.checkpoint.config import ARCHITECTURES, CheckpointConfig
-from trtllm_redrafter.checkpoint.config_writer import config_dict
-from trtllm_redrafter.checkpoint.layout import DRAFTER, divisibility_problems, tensor_specs
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.checkpoint.layout import divisibility_problems, tensor_specs
+from trtllm_redrafter.checkpoint.names import DRAFTER, TOKENIZER_DIRECTORY
 from trtllm_redrafter.conversion.base import Base, open_base, with_text
-from trtllm_redrafter.conversion.draft_shape import ResolvedShape, resolve_shape
-from trtllm_redrafter.conversion.drafter_checks import LM_HEAD
-from trtllm_redrafter.conversion.drafter_files import DrafterFiles
-from trtllm_redrafter.conversion.options import ConvertOptions
-from trtllm_redrafter.conversion.shards import RankPlan, plan_tensor
-from trtllm_redrafter.conversion.sources import Folded, OpenFiles, Source
-from trtllm_redrafter.conversion.validate import option_problems, pair_problems
+from trtllm_redrafter.conversion.drafter import DrafterFiles, draft_shape
+from trtllm_redrafter.conversion.options import ConvertOptions, option_problems
+from trtllm_redrafter.conversion.planned import ConversionPlan
+from trtllm_redrafter.conversion.shards import RankFile, rank_tensor
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, RedrafterError
 from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.paths import check_place
+from trtllm_redrafter.redrafter.config import DraftShape
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ConversionPlan:
-    """Everything a conversion will do. `ranks` hold the content of every rank file, block by block."""
-
-    options: ConvertOptions
-    config: CheckpointConfig
-    base: Base
-    drafter: DrafterFiles | None
-    shape: ResolvedShape | None
-    ranks: tuple[RankPlan, ...]
-    copies: tuple[tuple[Path, str], ...]
-    """(source, name below the output) of files that are copied as they are."""
-    notes: tuple[str, ...]
-    files: OpenFiles
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(rank.layout.file_size for rank in self.ranks)
-
-    @property
-    def inputs(self) -> tuple[Path, ...]:
-        """Files whose hashes go into the manifest."""
-        return (*self.base.files, *(self.drafter.files if self.drafter else ()))
-
-    @cached_property
-    def derived(self) -> dict[str, Any]:
-        """Values that follow from inputs and options."""
-        return derived_values(self)
-
-    def render(self) -> str:
-        """The plan for people."""
-        return _render(self)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The plan for programs."""
-        return _as_dict(self)
 
 
 class _Collector:
@@ -100,25 +58,26 @@ class _Collector:
 
 def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     """Check everything that can be known before the first byte, and plan every file."""
-    found, files = _Collector(), OpenFiles()
+    found = _Collector()
     found.add(*option_problems(options))
     found.run(lambda: check_replaceable(options.output, overwrite=options.overwrite))
-    base = found.run(lambda: open_base(options, files))
+    base = found.run(lambda: open_base(options))
     if base is not None:
         opened = base
         base = found.run(lambda: with_text(opened)) or base
-    drafter, shape = _open_drafter(options, files, found)
+    drafter, shape, shape_notes = _open_drafter(options, found)
     config = None
     if base is not None:
         config = _target_config(base.config, drafter, shape, options)
-        found.add(MismatchError, [*base.problems, *(pair_problems(base, drafter) if drafter else ())])
+        found.add(MismatchError, [*base.problems, *(_pair_problems(base, drafter) if drafter else ())])
         if options.tp_size >= 1:
             found.add(MismatchError, divisibility_problems(config, str(options.base)))
     found.raise_all(options.base)
     assert base is not None and config is not None
     ranks = tuple(_rank(base, drafter, config, rank) for rank in range(config.tp_size))
-    copies, notes = _copies(base, drafter), _notes(base, drafter, shape, options)
-    plan = ConversionPlan(options, config, base, drafter, shape, ranks, copies, notes, files)
+    copies = _copies(base, drafter)
+    notes = (*base.notes, *shape_notes, *_notes(base, drafter, options))
+    plan = ConversionPlan(options, config, base, drafter, ranks, copies, notes)
     needed = plan.weight_bytes + sum(path.stat().st_size for path, _ in copies)
     found.run(lambda: check_place(options.output, needed))
     found.raise_all(options.output)
@@ -126,64 +85,49 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
 
 
 def _open_drafter(
-    options: ConvertOptions, files: OpenFiles, found: _Collector
-) -> tuple[DrafterFiles | None, ResolvedShape | None]:
+    options: ConvertOptions, found: _Collector
+) -> tuple[DrafterFiles | None, DraftShape | None, list[str]]:
+    """The drafter, the shape of its drafts, and where the shape comes from."""
     if options.drafter is None:
-        return None, None
+        return None, None, []
     directory = options.drafter
-    drafter = found.run(lambda: DrafterFiles.open(directory, files))
+    drafter = found.run(lambda: DrafterFiles.open(directory))
     if drafter is None:
-        return None, None
+        return None, None, []
     found.add(InputError, list(drafter.problems))
-    shape, problems = resolve_shape(options, drafter)
+    shape, notes, problems = draft_shape(options, drafter)
     found.add(MismatchError, problems)
-    return drafter, shape
+    return drafter, shape, notes
 
 
 def _target_config(
-    base: CheckpointConfig, drafter: DrafterFiles | None, shape: ResolvedShape | None, options: ConvertOptions
+    base: CheckpointConfig, drafter: DrafterFiles | None, shape: DraftShape | None, options: ConvertOptions
 ) -> CheckpointConfig:
     if drafter is None or shape is None:
         return base
-    return replace(
-        base,
-        architecture=ARCHITECTURES[base.base_architecture].redrafter,
-        drafter=drafter.config,
-        draft_shape=shape.shape,
-        greedy=options.greedy,
-    )
+    return base.with_drafter(drafter.config, shape, greedy=options.greedy)
 
 
-def _rank(base: Base, drafter: DrafterFiles | None, config: CheckpointConfig, rank: int) -> RankPlan:
+def _rank(base: Base, drafter: DrafterFiles | None, config: CheckpointConfig, rank: int) -> RankFile:
     tensors = base.rank_tensors(rank)
     if drafter is not None:
         specs = tensor_specs(config)
-        for name, source in drafter_sources(drafter, base.head).items():
-            tensors[DRAFTER + name] = plan_tensor(specs[DRAFTER + name], source, config, rank)
-    return RankPlan.of(rank, tensors)
-
-
-def drafter_sources(drafter: DrafterFiles, head: Source | None) -> dict[str, Source]:
-    """The drafter's tensors; a tied LM head is the base's, or the base's times the factor."""
-    sources = dict(drafter.tensors)
-    if drafter.tie_lm_head:
-        assert head is not None
-        sources[LM_HEAD] = head if drafter.factor is None else Folded(head, drafter.factor)
-    return sources
+        for name, sources in drafter.sources(base.head).items():
+            tensors[DRAFTER + name] = rank_tensor(specs[DRAFTER + name], sources, config, rank)
+    return RankFile.of(rank, tensors)
 
 
 def _copies(base: Base, drafter: DrafterFiles | None) -> tuple[tuple[Path, str], ...]:
-    copies = [(path, f"tokenizer/{path.name}") for path in base.tokenizer]
+    copies = [(path, f"{TOKENIZER_DIRECTORY}/{path.name}") for path in base.tokenizer]
     copies += [(path, path.name) for path in base.copied]
     if drafter is not None and drafter.draft_vocab is not None:
         copies.append((drafter.draft_vocab, drafter.draft_vocab.name))
     return tuple(copies)
 
 
-def _notes(
-    base: Base, drafter: DrafterFiles | None, shape: ResolvedShape | None, options: ConvertOptions
-) -> tuple[str, ...]:
-    notes = [*base.notes, *(shape.notes if shape else ())]
+def _notes(base: Base, drafter: DrafterFiles | None, options: ConvertOptions) -> list[str]:
+    """What people should know of the two together."""
+    notes = []
     if base.tokenizer_sha256 is None:
         notes.append("the base has no tokenizer files; pass --tokenizer to build")
     if drafter is not None:
@@ -201,90 +145,28 @@ def _notes(
             notes.append(
                 "TensorRT-LLM's sampling rule for drafted tokens changes the distribution of the text; greedy does not"
             )
-    return tuple(notes)
+    return notes
 
 
-def derived_values(plan: ConversionPlan) -> dict[str, Any]:
-    """Everything that follows from inputs and options, for the plan's text and the manifest."""
-    config = plan.config
-    values: dict[str, Any] = {
-        "architecture": config.architecture,
-        "base_model_architecture": config.base_architecture,
-        "base_kind": plan.base.kind,
-        "dtype": config.dtype,
-        "tp_size": config.tp_size,
-        "vocab_size": config.vocab_size,
-        "padded_vocab_size": config.padded_vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "use_parallel_embedding": config.use_parallel_embedding,
-        "quant_algo": config.quant_algo,
-        "weight_bytes": plan.weight_bytes,
-        "tokenizer_sha256": plan.base.tokenizer_sha256,
-        "eos_token_ids": list(plan.base.eos_token_ids),
-    }
-    if plan.shape is not None and plan.drafter is not None:
-        values |= {
-            "num_beams": plan.shape.shape.num_beams,
-            "draft_len": plan.shape.shape.draft_len,
-            "max_tree_tokens": plan.shape.shape.max_tree_tokens,
-            "trained_draft_len": plan.drafter.horizon,
-            "tied_drafter_head": plan.drafter.tie_lm_head,
-        }
-    return values
+def _pair_problems(base: Base, drafter: DrafterFiles) -> list[Problem]:
+    """What does not fit between the base model and the drafter."""
+    found = []
+    where = str(drafter.path)
+    retrain = "train a drafter for this base, or pass the base it was trained on"
+    if drafter.config.hidden_size != base.config.hidden_size:
+        what = f"the drafter's hidden size is {drafter.config.hidden_size}, the base's {base.config.hidden_size}"
+        found.append(Problem(what, where, "the drafter reads the base's hidden states", retrain))
+    if drafter.config.vocab_size != base.config.vocab_size:
+        what = f"the drafter's vocabulary is {drafter.config.vocab_size}, the base's {base.config.vocab_size}"
+        found.append(Problem(what, where, _vocabulary_reason(base, drafter), retrain))
+    if drafter.tie_lm_head and not base.head:
+        why = "the base checkpoint's LM head is quantized, or divided by columns"
+        found.append(Problem("the drafter borrows the base's LM head, which cannot be read", where, why, retrain))
+    return found
 
 
-def _human_bytes(count: int) -> str:
-    """`269.1 MB`; powers of ten, as disks are sold."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    raise AssertionError
-
-
-def _render(plan: ConversionPlan) -> str:
-    """Reads, writes, derived values, notes."""
-    options = plan.options
-    read = sum(path.stat().st_size for path in plan.inputs)
-    lines = [
-        f"convert to {options.output}",
-        f"  base      {options.base} ({plan.base.kind}): {plan.config.parameters_hint}",
-    ]
-    if plan.drafter is not None:
-        d = plan.drafter.config
-        kind = "RNN" if d.rnn else "no RNN"
-        lines.append(
-            f"  drafter   {plan.drafter.path}: {d.num_layers} layers, exit_dim {d.exit_dim}, {kind}"
-            + (", LM head from the base" if plan.drafter.tie_lm_head else "")
-        )
-    lines.append(f"  reads     {len(plan.inputs)} files, {_human_bytes(read)}")
-    lines += [
-        f"  writes    rank{rank.rank}.safetensors, {len(rank.tensors)} tensors, {_human_bytes(rank.layout.file_size)}"
-        for rank in plan.ranks
-    ]
-    lines += [f"  copies    {target}" for _, target in plan.copies]
-    lines.append("  derived")
-    width = max(len(key) for key in plan.derived)
-    lines += [f"    {key:<{width}}  {value}" for key, value in plan.derived.items()]
-    lines += [f"  note      {note}" for note in plan.notes]
-    return "\n".join(lines)
-
-
-def _as_dict(plan: ConversionPlan) -> dict[str, Any]:
-    return {
-        "options": plan.options.as_dict(),
-        "reads": [_file(path) for path in plan.inputs],
-        "writes": [
-            {"file": f"rank{r.rank}.safetensors", "tensors": len(r.tensors), "bytes": r.layout.file_size}
-            for r in plan.ranks
-        ],
-        "copies": [{"from": str(source), "to": target} for source, target in plan.copies],
-        "config": config_dict(plan.config),
-        "derived": plan.derived,
-        "notes": list(plan.notes),
-    }
-
-
-def _file(path: Path) -> dict[str, Any]:
-    return {"file": str(path), "bytes": path.stat().st_size}
+def _vocabulary_reason(base: Base, drafter: DrafterFiles) -> str:
+    algo = base.config.quant_algo or ""
+    if "AWQ" in algo and base.config.vocab_size == -(-drafter.config.vocab_size // 64) * 64:
+        return f"NVIDIA's exporter pads the vocabulary to a multiple of 64 for {algo}; drafts must stay inside it"
+    return "drafted tokens are the base's tokens"

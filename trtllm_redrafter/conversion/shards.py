@@ -1,28 +1,29 @@
 """Which bytes go into which rank file: the plan of one rank, and the blocks that carry it out.
 
-A rank file is planned tensor by tensor as pieces of sources (rows, columns, zero rows for padding). `blocks` walks
-such a plan and yields the file's content in order, a few megabytes at a time; writing it and checking a file
-against it are the same walk.
+A rank file is planned tensor by tensor: which rows and columns of which sources, and rows of zeros for padding.
+`blocks` walks such a plan and yields the tensor's content in order, a few megabytes at a time; writing a file and
+checking a file against its plan are the same walk.
 
-    plan = shard_base(config, sources, rank=0)
-    for block in blocks(plan.tensors["lm_head.weight"]): ...
+    tensor = rank_tensor(specs["lm_head.weight"], (head,), config, rank=0)
+    for block in blocks(tensor): ...
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.finite import non_finite_count
-from trtllm_redrafter.checkpoint.layout import TensorSpec, rank_slice
-from trtllm_redrafter.checkpoint.safetensors_io import TORCH_DTYPES, Layout
-from trtllm_redrafter.conversion.sources import Source
+from trtllm_redrafter.checkpoint.layout import RankSlice, TensorSpec, rank_slice
+from trtllm_redrafter.checkpoint.names import rank_file_name
+from trtllm_redrafter.checkpoint.safetensors_io import new_header
+from trtllm_redrafter.checkpoint.stored_tensor import TORCH_DTYPES, StoredTensor
+from trtllm_redrafter.conversion.sources import Source, row_ranges
 from trtllm_redrafter.errors import InputError, MismatchError
 
 BLOCK_BYTES = 2 * 2**20
@@ -30,23 +31,14 @@ BLOCK_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows, and maybe only some columns, of a source; without a source, rows of zeros."""
-
-    source: Source | None
-    start: int
-    stop: int
-    cols: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """One tensor of a rank file and the pieces it is stacked from."""
+class RankTensor:
+    """One tensor of a rank file: a part of the rows of `sources`, taken one after the other, cast to `dtype`."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    sources: tuple[Source, ...]
+    part: RankSlice
 
     @property
     def nbytes(self) -> int:
@@ -54,100 +46,97 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
-class RankPlan:
-    """All tensors of one rank file, and the file's layout."""
+class RankFile:
+    """One rank's file: its header, and its tensors in the order of their data."""
 
     rank: int
-    tensors: Mapping[str, TensorPlan]
-    layout: Layout
+    header: bytes
+    tensors: tuple[RankTensor, ...]
 
     @classmethod
-    def of(cls, rank: int, tensors: Mapping[str, TensorPlan]) -> RankPlan:
-        return cls(rank, tensors, Layout.of((t.name, t.dtype, t.shape) for t in tensors.values()))
+    def of(cls, rank: int, tensors: Mapping[str, RankTensor]) -> RankFile:
+        header, names = new_header((t.name, t.dtype, t.shape) for t in tensors.values())
+        return cls(rank, header, tuple(tensors[name] for name in names))
+
+    @property
+    def name(self) -> str:
+        return rank_file_name(self.rank)
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
 
 
-@dataclass(frozen=True)
-class Extent:
-    """Bytes that lie in a file exactly as they are needed."""
-
-    path: Path
-    begin: int
-    end: int
+Block = StoredTensor | Tensor
+"""What `blocks` yields: rows to copy as they lie in a file, or a computed tensor."""
 
 
-Block = Extent | Tensor
-"""What `blocks` yields: bytes to copy from a file, or a computed tensor."""
-
-
-def plan_tensor(spec: TensorSpec, source: Source, config: CheckpointConfig, rank: int) -> TensorPlan:
-    """The part of a joined source that rank `rank` holds."""
+def rank_tensor(spec: TensorSpec, sources: Sequence[Source], config: CheckpointConfig, rank: int) -> RankTensor:
+    """The part of a whole tensor that rank `rank` holds."""
     part = rank_slice(spec, config, rank)
-    pieces = [Piece(source, start, stop, part.cols) for start, stop in part.rows if stop > start]
-    if part.zero_rows:
-        pieces.append(Piece(None, 0, part.zero_rows))
-    return TensorPlan(spec.name, spec.dtype, part.shape(spec.shape), tuple(pieces))
+    return RankTensor(spec.name, spec.dtype, part.shape(spec.shape), tuple(sources), part)
 
 
-def whole(name: str, source: Source) -> TensorPlan:
+def copied(tensor: StoredTensor) -> RankTensor:
     """A tensor that passes through as it is."""
-    rows = source.shape[0] if source.shape else 1
-    return TensorPlan(name, source.dtype, source.shape, (Piece(source, 0, rows),))
+    rows = tensor.shape[0] if tensor.shape else 1
+    return RankTensor(tensor.name, tensor.dtype, tensor.shape, (tensor,), RankSlice(((0, rows),), None, 0))
 
 
-def blocks(plan: TensorPlan) -> Iterator[Block]:
+def blocks(tensor: RankTensor) -> Iterator[Block]:
     """The content of a planned tensor, in order, cast to its dtype."""
-    row_shape = plan.shape[1:]
-    for piece in plan.pieces:
-        if piece.source is None:
-            yield from _zeros(plan, piece.stop - piece.start)
-            continue
-        extents = piece.source.extents(piece.start, piece.stop)
-        if extents is not None and piece.cols is None and piece.source.dtype == plan.dtype:
-            yield from (Extent(path, begin, end) for path, begin, end in extents)
-            continue
-        source_row = math.prod(piece.source.shape[1:]) * TORCH_DTYPES[piece.source.dtype].itemsize
-        step = max(1, BLOCK_BYTES // max(source_row, math.prod(row_shape) * 4, 1))
-        for start in range(piece.start, piece.stop, step):
-            yield _computed(plan, piece, start, min(start + step, piece.stop))
+    for start, stop in tensor.part.rows:
+        for source, first, last in row_ranges(tensor.sources, start, stop):
+            if isinstance(source, StoredTensor) and tensor.part.cols is None and source.dtype == tensor.dtype:
+                yield source.rows(first, last)
+            else:
+                yield from _cast(tensor, source, first, last)
+    yield from _zeros(tensor)
 
 
-def _zeros(plan: TensorPlan, rows: int) -> Iterator[Tensor]:
-    width = plan.shape[1:]
+def _cast(tensor: RankTensor, source: Source, start: int, stop: int) -> Iterator[Tensor]:
+    row_bytes = math.prod(source.shape[1:]) * TORCH_DTYPES[source.dtype].itemsize
+    step = max(1, BLOCK_BYTES // max(row_bytes, math.prod(tensor.shape[1:]) * 4, 1))
+    for first in range(start, stop, step):
+        yield _computed(tensor, source, first, min(first + step, stop))
+
+
+def _zeros(tensor: RankTensor) -> Iterator[Tensor]:
+    rows, width = tensor.part.zero_rows, tensor.shape[1:]
     step = max(1, BLOCK_BYTES // max(math.prod(width) * 4, 1))
     for start in range(0, rows, step):
-        yield torch.zeros((min(step, rows - start), *width), dtype=TORCH_DTYPES[plan.dtype])
+        yield torch.zeros((min(step, rows - start), *width), dtype=TORCH_DTYPES[tensor.dtype])
 
 
-def _computed(plan: TensorPlan, piece: Piece, start: int, stop: int) -> Tensor:
-    assert piece.source is not None
-    values = piece.source.read(start, stop)
-    if piece.cols is not None:
-        values = values[:, piece.cols[0] : piece.cols[1]]
-    _check_finite(values, plan, piece.source)
-    cast = values.to(TORCH_DTYPES[plan.dtype]).contiguous()
-    if plan.dtype == "F16" and piece.source.dtype != "F16":
-        _check_range(values, cast, plan, piece.source)
+def _computed(tensor: RankTensor, source: Source, start: int, stop: int) -> Tensor:
+    values = source.read(start, stop)
+    if tensor.part.cols is not None:
+        values = values[:, tensor.part.cols[0] : tensor.part.cols[1]]
+    _check_finite(values, tensor, source)
+    cast = values.to(TORCH_DTYPES[tensor.dtype]).contiguous()
+    if tensor.dtype == "F16" and source.dtype != "F16":
+        _check_range(values, cast, tensor, source)
     return cast
 
 
-def _check_finite(values: Tensor, plan: TensorPlan, source: Source) -> None:
+def _check_finite(values: Tensor, tensor: RankTensor, source: Source) -> None:
     """What is computed is looked at; bytes that are copied as they are, `build` and `verify` look at."""
     count = non_finite_count(values.contiguous())
     if count:
         raise InputError(
-            f"{plan.name!r} would have {count} or more values that are not finite (NaN or infinite)",
+            f"{tensor.name!r} would have {count} or more values that are not finite (NaN or infinite)",
             where=source.where,
             why="the model's own weights have them: every answer would be nonsense",
             remedy="download the model again, or use an intact one",
         )
 
 
-def _check_range(values: Tensor, cast: Tensor, plan: TensorPlan, source: Source) -> None:
+def _check_range(values: Tensor, cast: Tensor, tensor: RankTensor, source: Source) -> None:
     """float16 ends at 65504; a larger weight would become infinite without a word."""
     lost = (torch.isinf(cast) & torch.isfinite(values)).sum().item()
     if lost:
         raise MismatchError(
-            f"{lost} value(s) of {plan.name!r} do not fit float16",
+            f"{lost} value(s) of {tensor.name!r} do not fit float16",
             where=source.where,
             why=f"the largest is {values[torch.isfinite(values)].abs().max().item():.6g}, float16 ends at 65504",
             remedy="convert with --dtype bfloat16",

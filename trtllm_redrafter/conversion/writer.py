@@ -1,9 +1,9 @@
 """Write a rank file: reading, writing and hashing overlap, and memory stays at a few blocks.
 
 SHA-256 is the slowest of the three, so it has a thread of its own. The file's space is reserved first: a disk that
-is too small says so before a byte is written, and the file system does not search for room in between.
+is too small says so before a byte is written, and the file system does not search for space in between.
 
-    record = write_rank(plan, Path("rank0.safetensors"), files, meter)     # FileRecord(size, sha256)
+    record = write_rank(plan, Path("rank0.safetensors"), meter)     # FileRecord(size, sha256)
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trtllm_redrafter.checkpoint.manifest import FileRecord
-from trtllm_redrafter.checkpoint.safetensors_io import tensor_bytes
-from trtllm_redrafter.conversion.shards import Block, Extent, RankPlan, blocks
-from trtllm_redrafter.conversion.sources import OpenFiles
+from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor, tensor_bytes
+from trtllm_redrafter.conversion.shards import Block, RankFile, blocks
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.paths import open_regular
 from trtllm_redrafter.progress import Progress
@@ -97,18 +96,18 @@ class Hasher:
             self._free.put(buffer)
 
 
-def write_rank(plan: RankPlan, path: Path, files: OpenFiles, meter: Meter) -> FileRecord:
+def write_rank(plan: RankFile, path: Path, meter: Meter) -> FileRecord:
     """Write one rank file from its plan and return its size and hash."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     hasher = Hasher()
     try:
-        reserve(fd, plan.layout.file_size)
-        at = _write_data(fd, memoryview(plan.layout.header_bytes), 0, hasher, meter)
-        for entry in plan.layout.entries:
-            assert entry.begin == at
-            for block in blocks(plan.tensors[entry.name]):
-                at += _write_block(fd, block, at, files, hasher, meter)
-            assert entry.end == at
+        reserve(fd, plan.size)
+        at = _write_data(fd, memoryview(plan.header), 0, hasher, meter)
+        for tensor in plan.tensors:
+            end = at + tensor.nbytes
+            for block in blocks(tensor):
+                at += _write_block(fd, block, at, hasher, meter)
+            assert end == at
     finally:
         digest = hasher.finish()
         os.close(fd)
@@ -124,21 +123,20 @@ def reserve(fd: int, size: int) -> None:
             raise
 
 
-def _write_block(fd: int, block: Block, at: int, files: OpenFiles, hasher: Hasher, meter: Meter) -> int:
+def _write_block(fd: int, block: Block, at: int, hasher: Hasher, meter: Meter) -> int:
     """Write a block at its place and return its size."""
-    if isinstance(block, Extent):
-        return _write_extent(fd, block, at, files, hasher, meter)
+    if isinstance(block, StoredTensor):
+        return _write_stored(fd, block, at, hasher, meter)
     return _write_data(fd, tensor_bytes(block), at, hasher, meter)
 
 
-def _write_extent(fd: int, extent: Extent, at: int, files: OpenFiles, hasher: Hasher, meter: Meter) -> int:
-    size = extent.end - extent.begin
-    for done in range(0, size, CHUNK_BYTES):
-        count = min(CHUNK_BYTES, size - done)
+def _write_stored(fd: int, tensor: StoredTensor, at: int, hasher: Hasher, meter: Meter) -> int:
+    for done in range(0, tensor.nbytes, CHUNK_BYTES):
+        count = min(CHUNK_BYTES, tensor.nbytes - done)
         buffer = hasher.take()
-        files.read_into(extent.path, memoryview(buffer)[:count], extent.begin + done)
+        tensor.read_into(memoryview(buffer)[:count], done)
         _write_chunk(fd, buffer, count, at + done, hasher, meter)
-    return size
+    return tensor.nbytes
 
 
 def _write_data(fd: int, data: memoryview, at: int, hasher: Hasher, meter: Meter) -> int:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.base_models.hf_config import parse_hf_config
-from trtllm_redrafter.checkpoint.config import ARCHITECTURES, CheckpointConfig
-from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
+from trtllm_redrafter.checkpoint.config import CheckpointConfig, read_checkpoint_config
 from trtllm_redrafter.checkpoint.quantization import complete_excludes
 from trtllm_redrafter.errors import InputError, MismatchError, raise_together
 from trtllm_redrafter.fsio import read_json
@@ -71,14 +70,7 @@ def planned_model(source: ModelSource) -> PlannedModel:
     quantization = dict(config.quantization)
     if quantization.get("quant_algo"):
         quantization["exclude_modules"] = complete_excludes(quantization.get("exclude_modules"))
-    config = replace(
-        config,
-        architecture=ARCHITECTURES[config.base_architecture].redrafter,
-        drafter=drafter,
-        draft_shape=shape,
-        greedy=source.greedy,
-        quantization=quantization,
-    )
+    config = replace(config.with_drafter(drafter, shape, greedy=source.greedy), quantization=quantization)
     return PlannedModel(config, (*notes, *drafter_notes))
 
 

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.layout import DRAFTER, EMBEDDING, LM_HEAD, TensorSpec, rank_slice, tensor_specs
+from trtllm_redrafter.checkpoint.layout import TensorSpec, rank_slice, tensor_specs
+from trtllm_redrafter.checkpoint.names import DRAFTER, EMBEDDING, LM_HEAD
 
 STORED_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
 _UNKNOWN_SCHEME_BYTES: Mapping[str, float] = {"W8A16": 1, "W4A16": 0.5, "MIXED_PRECISION": 1}

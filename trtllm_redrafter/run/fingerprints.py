@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trtllm_redrafter.checkpoint.manifest import MANIFEST
-from trtllm_redrafter.conversion.drafter_files import HORIZON_IN_NAME
+from trtllm_redrafter.checkpoint.names import MANIFEST
+from trtllm_redrafter.conversion.drafter import HORIZON_IN_NAME
 from trtllm_redrafter.run.stage_cache import Fingerprint, HashCache, manifest_hashes
 from trtllm_redrafter.settings.layers import Resolved, plain
 from trtllm_redrafter.settings.schema import SECTIONS

@@ -12,7 +12,8 @@ from typing import Any
 
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.tensorrt_llm.build_plan import BACKEND, TensorRTPlan, plan_for
-from trtllm_redrafter.checkpoint.manifest import DRAFTER_WEIGHTS, Manifest
+from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.names import DRAFTER_WEIGHTS
 from trtllm_redrafter.doctor import Needs
 from trtllm_redrafter.errors import MismatchError, Problem, UsageError, raise_together
 from trtllm_redrafter.planning.acceptance import MeasuredAcceptance, read_acceptance

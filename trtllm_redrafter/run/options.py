@@ -139,7 +139,7 @@ def tensorrt_options(resolved: Resolved) -> TensorRTOptions:
 
 def with_checkpoint_limits(resolved: Resolved) -> Resolved:
     """Fill in an engine's lengths from the checkpoint, which is opened only when they are needed."""
-    from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
+    from trtllm_redrafter.checkpoint.config import read_checkpoint_config
 
     recipe = resolved.recipe
     if recipe.checkpoint is None or None not in (recipe.build.max_seq_len, recipe.build.max_input_len):

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import EngineInfo
-from trtllm_redrafter.checkpoint.manifest import MANIFEST, Manifest
+from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.names import MANIFEST
 from trtllm_redrafter.errors import InputError, OutputError
 from trtllm_redrafter.fsio import as_output_error
 from trtllm_redrafter.locks import exclusive

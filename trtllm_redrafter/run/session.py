@@ -6,8 +6,9 @@ from pathlib import Path
 
 from trtllm_redrafter.backends import load_backend, torch_device
 from trtllm_redrafter.backends.base import Runner
-from trtllm_redrafter.backends.engine_config import ENGINE_CHECKPOINT, engine_backend, read_engine_config
+from trtllm_redrafter.backends.engine_config import engine_backend, read_engine_config
 from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT
 from trtllm_redrafter.errors import UsageError
 from trtllm_redrafter.prompts.messages import Prompt
 from trtllm_redrafter.redrafter.config import DraftShape

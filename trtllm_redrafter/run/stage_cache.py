@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.checkpoint.manifest import MANIFEST, Manifest, now
+from trtllm_redrafter.checkpoint.manifest import Manifest, now
+from trtllm_redrafter.checkpoint.names import MANIFEST
 from trtllm_redrafter.errors import InputError, RedrafterError
 from trtllm_redrafter.fsio import as_output_error, read_json, replace_json, sha256_file
 

@@ -6,14 +6,13 @@ Names, `.pt` files and horizons are `convert`'s business (`DrafterFiles`); here 
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.conversion.drafter_files import DrafterFiles
-from trtllm_redrafter.conversion.sources import OpenFiles, Source
+from trtllm_redrafter.conversion.drafter import DrafterFiles
+from trtllm_redrafter.conversion.sources import Source
 from trtllm_redrafter.errors import InputError, raise_together
 from trtllm_redrafter.training.export import load_weights, weight_names
 from trtllm_redrafter.training.model import DrafterSpec, HeadKind, TrainableDrafter
@@ -24,13 +23,12 @@ HEADS = {"lm_head.weight": "full_head.weight", "lm_head_factor.weight": "factor.
 
 def read_drafter(folder: Path, longest: int) -> TrainableDrafter:
     """The drafter in float32. One that does not say how far ahead it was trained is taken to reach `longest`."""
-    with closing(OpenFiles()) as files:
-        drafter = DrafterFiles.open(folder, files)
-        raise_together(InputError, drafter.problems, "the drafter cannot be evaluated", where=folder)
-        sources = dict(drafter.tensors)
-        if drafter.factor is not None:
-            sources["lm_head_factor.weight"] = drafter.factor
-        found = {HEADS.get(name, f"core.{name}"): _read(source) for name, source in sources.items()}
+    drafter = DrafterFiles.open(folder)
+    raise_together(InputError, drafter.problems, "the drafter cannot be evaluated", where=folder)
+    sources = dict(drafter.tensors)
+    if drafter.factor is not None:
+        sources["lm_head_factor.weight"] = drafter.factor
+    found = {HEADS.get(name, f"core.{name}"): _read(source) for name, source in sources.items()}
     spec = DrafterSpec(drafter.config, _head(drafter), drafter.horizon or longest)
     return load_weights(spec, {name: found[path] for name, path in weight_names(spec).items()})
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from trtllm_redrafter.checkpoint.draft_vocab import DRAFT_VOCAB_FILE, read_draft_vocab
+from trtllm_redrafter.checkpoint.draft_vocab import read_draft_vocab
 from trtllm_redrafter.checkpoint.fields import FieldReader
-from trtllm_redrafter.checkpoint.manifest import DRAFTER_WEIGHTS
+from trtllm_redrafter.checkpoint.names import DRAFT_VOCAB_FILE, DRAFTER_WEIGHTS
 from trtllm_redrafter.errors import InputError, Problem, UsageError, raise_together
 from trtllm_redrafter.fsio import CREATOR, atomic_directory, check_replaceable, read_json, sha256_file, write_json
 from trtllm_redrafter.progress import Progress

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
+from trtllm_redrafter.checkpoint.names import DRAFT_VOCAB_FILE
 from trtllm_redrafter.checkpoint.safetensors_io import save_tensors
 from trtllm_redrafter.fsio import atomic_directory, write_json
 from trtllm_redrafter.training.model import DrafterSpec, HeadKind, TrainableDrafter
@@ -35,7 +36,7 @@ class BaseIdentity:
     vocab_size: int
     tokenizer_sha256: str | None
     weights_sample: str | None = None
-    """See `base_models.weights_identity`; None where the weights are not safetensors."""
+    """See `base_models.hf_model.weights_sample`; None where the weights are not safetensors."""
 
 
 def weight_names(spec: DrafterSpec) -> dict[str, str]:
@@ -117,6 +118,6 @@ def write_drafter(
         write_json(work / "metrics.json", metrics)
         save_tensors(work / "model.safetensors", export_weights(model, dtype), {"format": "pt"})
         if draft_vocab is not None:
-            save_tensors(work / "draft_vocab.safetensors", {"token_ids": draft_vocab}, {"format": "pt"})
+            save_tensors(work / DRAFT_VOCAB_FILE, {"token_ids": draft_vocab}, {"format": "pt"})
         inputs, files = {"base": asdict(base)}, record_tree(work)
         Manifest("drafter", inputs=inputs, options=provenance, derived={}, files=files).write(work)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.base_models.hf_fields import one_form
+from trtllm_redrafter.base_models.hf_model import sample_of
 from trtllm_redrafter.base_models.text_side import TextSide, text_side
 from trtllm_redrafter.base_models.tokenizer import tokenizer_sha256
 from trtllm_redrafter.base_models.transformers_model import load_model
-from trtllm_redrafter.base_models.weights_identity import sample_of
 from trtllm_redrafter.errors import BackendError, InputError, not_finite, raise_together
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.training.export import BaseIdentity

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.backends.engine_config import ENGINE_CHECKPOINT
 from trtllm_redrafter.checkpoint.finite import finite_problems
-from trtllm_redrafter.checkpoint.manifest import MANIFEST, Manifest
+from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT, MANIFEST, rank_file
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.structure import structure_problems
 from trtllm_redrafter.errors import InputError, Problem, RedrafterError, VerificationError, limited
@@ -100,7 +100,7 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
             return VerifyReport(path, tuple(checks), tuple(problems), tuple(notes))
         checkpoint = Checkpoint.open(checkpoint_directory(path))
         problems += structure_problems(checkpoint)
-        count = sum(len(rank.header) for rank in checkpoint.ranks)
+        count = sum(len(rank) for rank in checkpoint.ranks)
         checks.append(f"name, shape and dtype of {count} tensors in {len(checkpoint.ranks)} rank file(s)")
         if hashes:
             problems += limited(list(finite_problems(checkpoint)))
@@ -134,7 +134,7 @@ def _refuse_others(path: Path) -> None:
     try:
         config = read_json(path / "config.json")
     except InputError:
-        if not (path / MANIFEST).exists() and not (path / "rank0.safetensors").exists():
+        if not (path / MANIFEST).exists() and not rank_file(path, 0).exists():
             raise
         return
     if not {"architecture", "backend", "build_config", "pretrained_config"} & set(config):

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_redrafter.backends import torch_device
 from trtllm_redrafter.backends.engine_config import engine_backend
-from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
+from trtllm_redrafter.checkpoint.config import read_checkpoint_config
 from trtllm_redrafter.planning.sizes import weight_bytes
 from trtllm_redrafter.verify.gate_acceptance import (
     SINGLE_STEPS,

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from trtllm_redrafter.backends.torch.drafting import frequent_rows, load_drafter
 from trtllm_redrafter.backends.torch.weights import DTYPES
-from trtllm_redrafter.checkpoint.layout import EMBEDDING
+from trtllm_redrafter.checkpoint.names import EMBEDDING
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.redrafter.beam_search import Beams, DraftHead, draft_head

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trtllm_redrafter.backends.engine_config import ENGINE_CHECKPOINT, engine_backend, read_engine_config
-from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
+from trtllm_redrafter.backends.engine_config import engine_backend, read_engine_config
+from trtllm_redrafter.checkpoint.config import read_checkpoint_config
 from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT
 from trtllm_redrafter.errors import MismatchError, Problem
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.progress import no_progress

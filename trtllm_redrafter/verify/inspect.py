@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.backends.engine_config import ENGINE_CHECKPOINT
-from trtllm_redrafter.checkpoint.manifest import MANIFEST, Manifest
-from trtllm_redrafter.checkpoint.safetensors_io import read_header
+from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT, MANIFEST
+from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
 from trtllm_redrafter.errors import InputError, RedrafterError
 from trtllm_redrafter.fsio import read_json
 
@@ -100,7 +100,8 @@ class Inspection:
 def inspect(path: Path) -> Inspection:
     """Recognise and describe `path`; `InputError` if it is of no known kind."""
     if path.is_file() and path.suffix == ".safetensors":
-        return Inspection(path, "safetensors file", read_header(path).metadata, tuple(_rows(path, path.name)), {}, ())
+        file = SafetensorsFile.open(path)
+        return Inspection(path, "safetensors file", file.metadata, tuple(_rows(file, path.name)), {}, ())
     if not path.is_dir():
         raise InputError("there is no such directory or safetensors file", where=path, remedy="check the path")
     config = read_json(path / "config.json")
@@ -112,13 +113,13 @@ def inspect(path: Path) -> Inspection:
     files = sorted(weights.glob("*.safetensors"))
     if kind == "drafter" and not files:
         notes.append("its weights are a pickle, which is not read here; `convert` reads it with weights_only")
-    rows = tuple(row for file in files for row in _rows(file, file.relative_to(path).as_posix()))
+    rows = tuple(row for file in files for row in _rows(SafetensorsFile.open(file), file.relative_to(path).as_posix()))
     return Inspection(path, kind, facts, rows, _provenance(manifest, config), tuple(notes))
 
 
 def _end_tokens(path: Path, config: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
     """The end tokens of a model, checkpoint or engine, which keep them elsewhere than in config.json."""
-    from trtllm_redrafter.checkpoint.manifest import RECORDED
+    from trtllm_redrafter.checkpoint.names import RECORDED
 
     if "pretrained_config" in config and (path / _TENSORRT_NOTES).is_file():
         return {RECORDED: read_json(path / _TENSORRT_NOTES).get(RECORDED, [])}
@@ -157,9 +158,9 @@ def _recognise(path: Path, config: Mapping[str, Any]) -> tuple[str, tuple[str, .
     )
 
 
-def _rows(file: Path, name: str) -> Iterator[TensorRow]:
-    for info in read_header(file).values():
-        yield TensorRow(name, info.name, info.dtype, info.shape, info.nbytes)
+def _rows(file: SafetensorsFile, name: str) -> Iterator[TensorRow]:
+    for tensor in file.values():
+        yield TensorRow(name, tensor.name, tensor.dtype, tensor.shape, tensor.nbytes)
 
 
 def _provenance(manifest: Manifest | None, config: Mapping[str, Any]) -> dict[str, Any]:

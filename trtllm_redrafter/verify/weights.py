@@ -16,15 +16,14 @@ from pathlib import Path
 
 from trtllm_redrafter.base_models.hf_model import HFModel
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.layout import DRAFTER
+from trtllm_redrafter.checkpoint.names import DRAFTER
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile, TensorInfo, tensor_bytes
-from trtllm_redrafter.conversion.base import checkpoint_head, from_huggingface
-from trtllm_redrafter.conversion.drafter_files import DrafterFiles
+from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
+from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor, tensor_bytes
+from trtllm_redrafter.conversion.base import checkpoint_head, huggingface_rank
+from trtllm_redrafter.conversion.drafter import DrafterFiles
 from trtllm_redrafter.conversion.head import takes_file_head
-from trtllm_redrafter.conversion.plan import drafter_sources
-from trtllm_redrafter.conversion.shards import Extent, TensorPlan, blocks, plan_tensor, whole
-from trtllm_redrafter.conversion.sources import FileSource, OpenFiles
+from trtllm_redrafter.conversion.shards import RankTensor, blocks, copied, rank_tensor
 from trtllm_redrafter.errors import MismatchError, Problem, RedrafterError, limited, raise_together
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.progress import Progress
@@ -50,22 +49,19 @@ def verify(
         return report
     if other is None and drafter is None:
         return replace(report, notes=(*report.notes, _not_compared(path)))
-    files = OpenFiles()
     try:
         if is_compiled(path):
             return _compare_compiled(report, other)
         checkpoint = Checkpoint.open(checkpoint_directory(path))
         if other is not None:
-            report = _compare_base(report, checkpoint, other, files, progress)
+            report = _compare_base(report, checkpoint, other, progress)
         if report.ok and checkpoint.config.drafter is not None:
-            report = _compare_drafter(report, checkpoint, drafter, other, files)
+            report = _compare_drafter(report, checkpoint, drafter, other)
         elif drafter is not None and checkpoint.config.drafter is None:
             problem = Problem("there is no drafter here", str(path), None, "leave --drafter out")
             report = replace(report, problems=(*report.problems, problem))
     except RedrafterError as e:
         return replace(report, problems=tuple(e.problems or (e.problem,)))
-    finally:
-        files.close()
     return replace(report, problems=tuple(limited(list(report.problems))))
 
 
@@ -102,7 +98,7 @@ def _compare_compiled(report: VerifyReport, other: HFModel | Checkpoint | None) 
 
 
 def _compare_base(
-    report: VerifyReport, checkpoint: Checkpoint, other: HFModel | Checkpoint, files: OpenFiles, progress: Progress
+    report: VerifyReport, checkpoint: Checkpoint, other: HFModel | Checkpoint, progress: Progress
 ) -> VerifyReport:
     problems = _config_problems(checkpoint.config, other.config, report.path)
     if problems:
@@ -113,14 +109,13 @@ def _compare_base(
         note = f"values are not compared: the checkpoint is quantized as {checkpoint.config.quant_algo}"
         return replace(report, notes=(*report.notes, note))
     else:
-        count, problems = _compare(checkpoint, other, files, progress)
+        count, problems = _compare(checkpoint, other, progress)
     check = f"values of {count} tensors on {len(checkpoint.ranks)} rank(s), bit for bit, against {other.path}"
     return replace(report, checks=(*report.checks, check), problems=tuple(problems))
 
 
 def _compare_drafter(
-    report: VerifyReport, checkpoint: Checkpoint, folder: Path | None, other: HFModel | Checkpoint | None,
-    files: OpenFiles,
+    report: VerifyReport, checkpoint: Checkpoint, folder: Path | None, other: HFModel | Checkpoint | None
 ) -> VerifyReport:  # fmt: skip
     """The drafter's tensors as `convert` writes them; a tied head is the checkpoint's own LM head."""
     if folder is None:
@@ -128,17 +123,17 @@ def _compare_drafter(
             return report  # compared with the rest
         note = "the drafter's values are not in the base model: --drafter DIR compares them, else the hashes alone do"
         return replace(report, notes=(*report.notes, note))
-    drafter = DrafterFiles.open(folder, files)
+    drafter = DrafterFiles.open(folder)
     raise_together(MismatchError, drafter.problems, "the drafter cannot be compared", where=folder)
     if drafter.config != checkpoint.config.drafter:
         what = f"the drafter's sizes are {checkpoint.config.drafter}, {folder} has {drafter.config}"
         return replace(report, problems=(Problem(what, str(report.path), None, "name the drafter it was made from"),))
-    sources = drafter_sources(drafter, checkpoint_head(checkpoint, files))
+    sources = drafter.sources(checkpoint_head(checkpoint))
     problems = []
     for rank, file in enumerate(checkpoint.ranks):
-        for name, source in sources.items():
-            plan = plan_tensor(checkpoint.specs[DRAFTER + name], source, checkpoint.config, rank)
-            if not all(_same(plan, file, file.header[DRAFTER + name], files)):
+        for name, parts in sources.items():
+            expected = rank_tensor(checkpoint.specs[DRAFTER + name], parts, checkpoint.config, rank)
+            if not all(_same(expected, file[DRAFTER + name])):
                 what = f"tensor {DRAFTER + name!r} differs from the drafter's"
                 problems.append(Problem(what, str(file.path), f"{folder} has other values", "convert again"))
     check = (
@@ -156,83 +151,77 @@ def _config_problems(config: CheckpointConfig, expected: CheckpointConfig, path:
     ]
 
 
-def _compare(checkpoint: Checkpoint, model: HFModel, files: OpenFiles, progress: Progress) -> tuple[int, list[Problem]]:
+def _compare(checkpoint: Checkpoint, model: HFModel, progress: Progress) -> tuple[int, list[Problem]]:
     """Number of tensors compared, and a problem for each that differs."""
     config = checkpoint.config
     ties = model.config.tie_word_embeddings and not takes_file_head(checkpoint.manifest)
-    tied = replace(config, tie_word_embeddings=ties)
-    base = from_huggingface(model, tied, files)
-    total = sum(file.header.file_size for file in checkpoint.ranks)
+    base = replace(config, tie_word_embeddings=ties, drafter=None, quantization={})
+    total = sum(file.size for file in checkpoint.ranks)
     done = count = 0
     problems = []
     for rank, file in enumerate(checkpoint.ranks):
-        for name, plan in base.rank_tensors(rank).items():
-            info = file.header.get(name)
-            if info is None:  # a tied LM head that is left out
+        for name, expected in huggingface_rank(model, base, rank).items():
+            found = file.get(name)
+            if found is None:  # a tied LM head that is left out
                 continue
-            if not all(_same(plan, file, info, files)):
+            if not all(_same(expected, found)):
                 what, why = f"tensor {name!r} differs from the model", "the values are not those of a conversion"
                 problems.append(Problem(what, str(file.path), why, "convert again"))
-            count, done = count + 1, done + info.nbytes
+            count, done = count + 1, done + found.nbytes
             progress("compare", done, total, "bytes")
-        drafter = sum(t.nbytes for name, t in file.header.items() if name.startswith(DRAFTER))
-        done += drafter + file.header.file_size - sum(t.nbytes for t in file.header.values())
+        drafter = sum(t.nbytes for name, t in file.items() if name.startswith(DRAFTER))
+        done += drafter + file.size - sum(t.nbytes for t in file.values())
     progress("compare", total, total, "bytes")
     return count, problems
 
 
 def compare_checkpoints(found: Path, expected: Path, progress: Progress) -> tuple[int, list[Problem]]:
     """Compare all tensors of two checkpoints, the drafter's included, bit for bit: how many, and the differences."""
-    files = OpenFiles()
-    try:
-        ours, theirs = Checkpoint.open(found), Checkpoint.open(expected)
-        if len(ours.ranks) != len(theirs.ranks):
-            what = f"there are {len(ours.ranks)} ranks, the other checkpoint has {len(theirs.ranks)}"
-            return 0, [Problem(what, str(found), None, "compare with the checkpoint it was made from")]
-        count, problems = 0, list[Problem]()
-        for rank, other in zip(ours.ranks, theirs.ranks, strict=True):
-            progress("compare", count, sum(len(r.header) for r in ours.ranks), "tensors")
-            problems += _rank_differences(rank, other, files)
-            count += len(rank.header)
-        return count, limited(problems)
-    finally:
-        files.close()
+    ours, theirs = Checkpoint.open(found), Checkpoint.open(expected)
+    if len(ours.ranks) != len(theirs.ranks):
+        what = f"there are {len(ours.ranks)} ranks, the other checkpoint has {len(theirs.ranks)}"
+        return 0, [Problem(what, str(found), None, "compare with the checkpoint it was made from")]
+    count, problems = 0, list[Problem]()
+    for rank, other in zip(ours.ranks, theirs.ranks, strict=True):
+        progress("compare", count, sum(len(r) for r in ours.ranks), "tensors")
+        problems += _rank_differences(rank, other)
+        count += len(rank)
+    return count, limited(problems)
 
 
-def _rank_differences(rank: SafetensorsFile, other: SafetensorsFile, files: OpenFiles) -> Iterator[Problem]:
+def _rank_differences(rank: SafetensorsFile, other: SafetensorsFile) -> Iterator[Problem]:
     if rank.path.samefile(other.path):  # a link, as in engines where the file system allows it
         return
-    for name in sorted({*rank.header, *other.header}):
-        info, expected = rank.header.get(name), other.header.get(name)
-        if info is None or expected is None:
+    for name in sorted({*rank, *other}):
+        found, expected = rank.get(name), other.get(name)
+        if found is None or expected is None:
             yield Problem(f"only one of the two has the tensor {name!r}", str(rank.path), None, "build it again")
-        elif (info.dtype, info.shape) != (expected.dtype, expected.shape):
-            why = f"{info.dtype} {list(info.shape)} and {expected.dtype} {list(expected.shape)}"
+        elif (found.dtype, found.shape) != (expected.dtype, expected.shape):
+            why = f"{found.dtype} {list(found.shape)} and {expected.dtype} {list(expected.shape)}"
             yield Problem(f"tensor {name!r} has another dtype or shape", str(rank.path), why, "build it again")
-        elif not all(_same(whole(name, FileSource(other.path, expected, files)), rank, info, files)):
+        elif not all(_same(copied(expected), found)):
             what = f"tensor {name!r} differs from the checkpoint's"
             yield Problem(what, str(rank.path), f"{other.path} has other values", "build it again from the checkpoint")
 
 
-def _same(plan: TensorPlan, file: SafetensorsFile, info: TensorInfo, files: OpenFiles) -> Iterator[bool]:
+def _same(expected: RankTensor, found: StoredTensor) -> Iterator[bool]:
     """For each chunk of the planned tensor: are the file's bytes the same?"""
-    at = info.begin
-    for block in blocks(plan):
-        if isinstance(block, Extent):
-            for begin in range(block.begin, block.end, CHUNK_BYTES):
-                size = min(CHUNK_BYTES, block.end - begin)
-                expected = bytearray(size)
-                files.read_into(block.path, memoryview(expected), begin)
-                yield _bytes_equal(memoryview(expected), file.path, at, files)
-                at += size
+    at = 0
+    for block in blocks(expected):
+        if isinstance(block, StoredTensor):
+            for begin in range(0, block.nbytes, CHUNK_BYTES):
+                chunk = memoryview(bytearray(min(CHUNK_BYTES, block.nbytes - begin)))
+                block.read_into(chunk, begin)
+                yield _bytes_equal(chunk, found, at)
+                at += len(chunk)
         else:
             data = tensor_bytes(block)
-            yield _bytes_equal(data, file.path, at, files)
+            yield _bytes_equal(data, found, at)
             at += len(data)
-    yield at == info.end
+    yield at == found.nbytes
 
 
-def _bytes_equal(expected: memoryview, path: Path, at: int, files: OpenFiles) -> bool:
+def _bytes_equal(expected: memoryview, tensor: StoredTensor, offset: int) -> bool:
     found = bytearray(len(expected))
-    files.read_into(path, memoryview(found), at)
+    tensor.read_into(memoryview(found), offset)
     return found == expected

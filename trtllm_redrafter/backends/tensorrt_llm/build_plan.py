@@ -16,8 +16,7 @@ from trtllm_redrafter.backends.tensorrt_llm.flag_plan import FlagPlan, plan_flag
 from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
 from trtllm_redrafter.backends.tensorrt_llm.rules import check
 from trtllm_redrafter.base_models.tokenizer import has_model_config, has_tokenizer
-from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.config_reader import read_checkpoint_config
+from trtllm_redrafter.checkpoint.config import CheckpointConfig, read_checkpoint_config
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, UsageError, raise_together
 from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.planning.gpus import Gpu, gpu

@@ -27,7 +27,8 @@ from trtllm_redrafter.backends.tensorrt_llm.failures import build_error
 from trtllm_redrafter.backends.tensorrt_llm.machine import FoundGpu
 from trtllm_redrafter.backends.tensorrt_llm.preflight import BuildHost, check_build_host
 from trtllm_redrafter.base_models.tokenizer import GENERATION_CONFIG, tokenizer_files
-from trtllm_redrafter.checkpoint.manifest import RECORDED, TOKENIZER_DIRECTORY, Manifest, record_tree
+from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
+from trtllm_redrafter.checkpoint.names import RECORDED, TOKENIZER_DIRECTORY
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.structure import require_sound
 from trtllm_redrafter.errors import BackendError, OutputError

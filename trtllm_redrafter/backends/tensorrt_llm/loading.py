@@ -16,7 +16,7 @@ from trtllm_redrafter.backends.tensorrt_llm.options import APIS, Api
 from trtllm_redrafter.backends.tensorrt_llm.remote_client import RemoteClient
 from trtllm_redrafter.backends.tensorrt_llm.runner import TensorRTRunner
 from trtllm_redrafter.backends.tokenizer import engine_text
-from trtllm_redrafter.checkpoint.manifest import RECORDED
+from trtllm_redrafter.checkpoint.names import RECORDED
 from trtllm_redrafter.errors import BackendError, Problem, UsageError, raise_together
 from trtllm_redrafter.redrafter.config import DraftShape
 

@@ -16,7 +16,7 @@ from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
 from trtllm_redrafter.backends.torch.native.library import load_library
 from trtllm_redrafter.backends.torch.rope import SUPPORTED_SCALINGS, scaling_kind
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.manifest import RECORDED
+from trtllm_redrafter.checkpoint.names import RECORDED
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.structure import require_sound
 from trtllm_redrafter.errors import MismatchError, Problem, raise_together
@@ -138,7 +138,7 @@ def _bytes_to_write(checkpoint: Checkpoint, output: Path) -> int:
     """Nothing to speak of where the weights are hard-linked: on the checkpoint's own disk."""
     if existing_parent(output).stat().st_dev == checkpoint.path.stat().st_dev:
         return 0
-    return sum(file.header.file_size for file in checkpoint.ranks)
+    return sum(file.size for file in checkpoint.ranks)
 
 
 def _executor(config: CheckpointConfig) -> tuple[str, str | None, str | None]:

@@ -21,7 +21,8 @@ from trtllm_redrafter.backends.torch.low_rank import LowRankHead
 from trtllm_redrafter.backends.torch.native.drafter import NativeSearch
 from trtllm_redrafter.backends.torch.native.executor import NativeExecutor
 from trtllm_redrafter.backends.torch.search import PlainSearch, Search
-from trtllm_redrafter.checkpoint.draft_vocab import DRAFT_VOCAB_FILE, read_draft_vocab
+from trtllm_redrafter.checkpoint.draft_vocab import read_draft_vocab
+from trtllm_redrafter.checkpoint.names import DRAFT_VOCAB_FILE
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.redrafter.beam_search import DraftHead, draft_head
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape

@@ -64,11 +64,10 @@ def load_factor(folder: Path, base_head: Tensor, exit_dim: int | None = None) ->
     path = folder / FACTOR_FILE
     if not path.exists():
         return None
-    file = SafetensorsFile.open(path)
-    info, hidden = file.header.get("factor"), base_head.shape[1]
+    info, hidden = SafetensorsFile.open(path).get("factor"), base_head.shape[1]
     fits = info is not None and info.dtype == "BF16" and len(info.shape) == 2 and info.shape[0] == hidden
     if info is None or not fits or exit_dim not in (None, info.shape[1]):
         found = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
         why = f"`factor` is {found}, BF16 [{hidden}, {exit_dim or 'exit_dim'}] is needed"
         raise InputError("the factor of the drafter's head does not fit", where=path, why=why, remedy="build it again")
-    return LowRankHead(base_head, file.load("factor").to(base_head.device))
+    return LowRankHead(base_head, info.load().to(base_head.device))
