@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.engines import build_engine, convert_pair, load, write_checkpoint
 from tests.tiny_models import write_base
-from tests.training.conftest import add_tokenizer, fit_options, train_options
+from tests.training.conftest import add_tokenizer, train_options
 from trtllm_redrafter.backends.base import Result
 from trtllm_redrafter.backends.torch import runner as torch_runner
 from trtllm_redrafter.backends.torch.executor import PromptOutput, TreeOutput
@@ -28,9 +28,7 @@ from trtllm_redrafter.redrafter.beam_search import Beams
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.redrafter.token_tree import Tree
 from trtllm_redrafter.training.execute import train
-from trtllm_redrafter.training.model import HeadKind
 from trtllm_redrafter.training.plan import plan_training
-from trtllm_redrafter.training.self_distill import WritingOptions
 from trtllm_redrafter.verify import gate, gate_decode
 from trtllm_redrafter.verify.gate import GateReport, GateRequest, parity_gate
 from trtllm_redrafter.verify.gate_acceptance import AcceptanceCheck, StepCounts
@@ -139,10 +137,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("replay")
     base = add_tokenizer(write_base(folder / "base", "llama", vocab_size=259))
     options = train_options(
-        base, folder, fit=fit_options(max_steps=400, learning_rate=1e-2), held_out=0.0, draft_vocab=0,
-        writing=WritingOptions(max_tokens=40, temperature=0.0, seed=3, batch=8),
-    )  # fmt: skip
-    train(plan_training(replace(options, drafter=replace(options.drafter, head=HeadKind.FACTOR))), no_progress)
+        base, folder, max_steps=400, learning_rate=1e-2, held_out=0.0, draft_vocab=0, max_answer_tokens=40, batch=8
+    )
+    train(plan_training(options), no_progress)
     for dtype in ("float32", "bfloat16"):
         (folder / dtype).mkdir()
         (folder / dtype / "base").symlink_to(base)

@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 from tests.engines import write_tokenizer
 from tests.tiny_models import write_base
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.settings.training import TrainSection
 from trtllm_redrafter.training.fit import FitOptions
 from trtllm_redrafter.training.loss import LossOptions
-from trtllm_redrafter.training.model import HeadKind
-from trtllm_redrafter.training.options import DrafterOptions, TrainOptions
-from trtllm_redrafter.training.self_distill import WritingOptions
+from trtllm_redrafter.training.options import TrainOptions
 
 VOCAB = 259
 EOS = 2
@@ -94,29 +93,17 @@ def fit_options(**changes: Any) -> FitOptions:
 
 
 def train_options(base: Path, folder: Path, **changes: Any) -> TrainOptions:
-    """A run on prompts, whose file is written here."""
+    """A run on prompts, whose file is written here; `changes` are of the options or of the section."""
     prompts = folder / "prompts.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     prompts.write_text("".join(f'{{"prompt": "Number {chr(65 + i)}{i}"}}\n' for i in range(24)))
-    options = TrainOptions(
-        base=base,
-        output=folder / "drafter",
-        work_dir=folder / "work",
-        data=None,
-        prompts=prompts,
-        drafter=DrafterOptions(draft_len=3, num_layers=1, exit_dim=None, rnn=True, head=HeadKind.FACTOR),
-        fit=fit_options(),
-        epochs=None,
-        writing=WritingOptions(max_tokens=24, temperature=0.0, seed=3, batch=7),
-        max_text_tokens=120,
-        held_out=0.25,
-        grid=(DraftShape(1, 3), DraftShape(3, 2)),
-        draft_vocab=64,
-        dtype="float32",
-        device="cpu",
-        batch_tokens=512,
-        save_every=2,
-        resume=False,
-        overwrite=False,
-    )
-    return replace(options, **changes)
+    settings = TrainSection(
+        prompts=prompts, draft_len=3, num_layers=1, max_steps=6, window=16, windows=4, full_windows=4,
+        learning_rate=5e-3, warmup_steps=2, weight_decay=0.0, chunk_windows=2, kd_weight=0.5, ce_weight=0.5,
+        kd_temperature=1.0, position_decay=0.8, log_every=1, max_answer_tokens=24, seed=1, batch=7, max_text_tokens=120,
+        held_out=0.25, draft_vocab=64, batch_tokens=512, save_every=2,
+    )  # fmt: skip
+    resolved: dict[str, Any] = {"grid": (DraftShape(1, 3), DraftShape(3, 2)), "dtype": "float32", "device": "cpu"}
+    resolved |= {name: changes.pop(name) for name in list(changes) if name in TrainOptions.__annotations__}
+    settings = settings.model_copy(update=changes)
+    return TrainOptions(base, folder / "drafter", folder / "work", settings, **resolved)

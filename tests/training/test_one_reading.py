@@ -116,8 +116,8 @@ def test_tokens_without_an_embedding_are_named(base: Path, tmp_path: Path) -> No
     tokenizer.add_special_tokens([AddedToken("[PAD]", special=True, normalized=False)])
     tokenizer.save(str(base / "tokenizer.json"))
     options = train_options(base, tmp_path / "run")
-    assert options.prompts is not None
-    options.prompts.write_text('{"prompt": "fine"}\n\n{"prompt": "a [PAD]"}\n')
+    assert options.settings.prompts is not None
+    options.settings.prompts.write_text('{"prompt": "fine"}\n\n{"prompt": "a [PAD]"}\n')
     message = r"line 3: token \d+ has the id 259 \('\[PAD\]'\), outside the model's vocabulary of 259"
     with pytest.raises(InputError, match=message):
         plan_training(options)

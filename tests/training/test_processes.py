@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.training.conftest import fit_options, train_options
+from tests.training.conftest import train_options
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.training.execute import train
 from trtllm_redrafter.training.plan import plan_training
@@ -22,12 +22,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys
 from pathlib import Path
-from tests.training.conftest import fit_options, train_options
+from tests.training.conftest import train_options
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.training.plan import plan_training
 from trtllm_redrafter.training.execute import train
-fit = fit_options(windows=2, full_windows=2)
-train(plan_training(train_options(Path(sys.argv[1]), Path(sys.argv[2]), fit=fit)), no_progress)
+options = train_options(Path(sys.argv[1]), Path(sys.argv[2]), windows=2, full_windows=2)
+train(plan_training(options), no_progress)
 """
 
 
@@ -49,6 +49,6 @@ def test_two_processes_share_the_windows(counting_base: Path, tmp_path: Path) ->
 
 def weights(base: Path, folder: Path, windows: int) -> dict[str, Tensor]:
     """Of a run in this process alone."""
-    options = train_options(base, folder, fit=fit_options(windows=windows, full_windows=windows))
+    options = train_options(base, folder, windows=windows, full_windows=windows)
     train(plan_training(options), no_progress)
     return load_file(options.output / "model.safetensors")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.engines import convert_pair
-from tests.training.conftest import fit_options, train_options
+from tests.training.conftest import train_options
 from trtllm_redrafter.errors import OutputError, UsageError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.settings.training import EvaluateSection
 from trtllm_redrafter.training.evaluation import evaluate
 from trtllm_redrafter.training.execute import train
 from trtllm_redrafter.training.model import HeadKind
@@ -26,30 +26,18 @@ from trtllm_redrafter.training.plan import plan_training
 
 
 def evaluate_options(options: TrainOptions, **changes: Any) -> EvaluateOptions:
-    assert options.prompts is not None
-    made = EvaluateOptions(
-        base=options.base,
-        drafter=options.output,
-        prompts=options.prompts,
-        grid=(DraftShape(1, 3), DraftShape(2, 2)),
-        writing=options.writing,
-        max_text_tokens=120,
-        use_draft_vocab=False,
-        dtype="float32",
-        device="cpu",
-        batch_tokens=512,
-        batch_rows=64,
-        report=None,
-        min_acceptance=None,
-        overwrite=False,
-    )
-    return replace(made, **changes)
+    prompts = options.settings.prompts
+    assert prompts is not None
+    settings = EvaluateSection(max_tokens=24, batch=7, max_text_tokens=120, batch_tokens=512, batch_rows=64)
+    resolved: dict[str, Any] = {"grid": (DraftShape(1, 3), DraftShape(2, 2)), "dtype": "float32", "device": "cpu"}
+    resolved |= {"base": options.base, "drafter": options.output, "prompts": prompts}
+    resolved |= {name: changes.pop(name) for name in list(changes) if name in EvaluateOptions.__annotations__}
+    return EvaluateOptions(settings=settings.model_copy(update=changes), **resolved)
 
 
 @pytest.mark.parametrize("head", list(HeadKind))
 def test_a_pattern_is_learnt_in_seconds(counting_base: Path, tmp_path: Path, head: HeadKind) -> None:
-    options = train_options(counting_base, tmp_path, fit=fit_options(max_steps=400, learning_rate=1e-2))
-    options = replace(options, drafter=replace(options.drafter, head=head), held_out=0.0)
+    options = train_options(counting_base, tmp_path, max_steps=400, learning_rate=1e-2, head=head.value, held_out=0.0)
     result = train(plan_training(options), no_progress)
     report = evaluate(evaluate_options(options, report=tmp_path / "report", min_acceptance=3.0), no_progress)
     line = report.acceptance[0]
@@ -126,20 +114,19 @@ def test_the_plan_says_what_will_be_written(counting_base: Path, tmp_path: Path)
 
 
 def test_epochs_become_steps(counting_base: Path, tmp_path: Path) -> None:
-    plan = plan_training(train_options(counting_base, tmp_path, epochs=2.0))
+    plan = plan_training(train_options(counting_base, tmp_path, epochs=2.0, max_steps=None))
     assert plan.fit_for(576).max_steps == 2 * math.ceil(math.ceil((576 + 15) / 16) / 4)
 
 
 def test_bad_options_are_refused_together(counting_base: Path, tmp_path: Path) -> None:
-    options = train_options(counting_base, tmp_path)
-    bad = replace(options, data=options.prompts, dtype="int8", held_out=1.0, epochs=-1.0)
+    bad = train_options(counting_base, tmp_path, data=tmp_path, dtype="int8", epochs=2.0, windows=5, accumulation=2)
     with pytest.raises(UsageError) as caught:
         plan_training(bad)
     assert [p.what for p in caught.value.problems] == [
+        "5 windows cannot be split in 2 equal parts",
+        "epochs and max_steps are both given",
         "exactly one of data and prompts is needed",
         "dtype is 'int8'",
-        "held_out is 1.0",
-        "epochs is -1.0",
     ]
 
 

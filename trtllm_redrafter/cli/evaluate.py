@@ -32,5 +32,6 @@ def evaluate(given: list[Layer], overwrite: Overwrite = False, as_json: Json = F
     if as_json:
         emit("evaluate", **found.as_dict())
     if not found.passes:
-        note(f"the best setting brings {found.best.walk:.2f} tokens per step, {options.min_acceptance} were asked for")
+        floor = options.settings.min_acceptance
+        note(f"the best setting brings {found.best.walk:.2f} tokens per step, {floor} were asked for")
         raise typer.Exit(VerificationError.exit_code)

@@ -13,11 +13,10 @@ from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.planning.gpus import gpu
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.run.options import draft_shape, require, tensorrt_options, with_directories, with_limits
-from trtllm_redrafter.run.training_options import within
+from trtllm_redrafter.run.training_options import grid_for
 from trtllm_redrafter.settings.benchmark import parse_batches
 from trtllm_redrafter.settings.layers import Layer, Origin, Resolved, nest
 from trtllm_redrafter.settings.sources import PRESET_KEY, file_layers
-from trtllm_redrafter.settings.training import parse_grid
 
 if TYPE_CHECKING:
     from trtllm_redrafter.benchmark.bench import BenchOptions
@@ -111,7 +110,7 @@ def tune_options(resolved: Resolved, *, name: str, command: tuple[str, ...]) -> 
         drafter=recipe.drafter,
         engine=engine,
         roof=None if section.target == THIS else _roof(resolved, name, section.target),
-        grid=_grid(resolved, recipe.drafter),
+        grid=grid_for(resolved, "tune.grid", recipe.drafter),
         batches=parse_batches(section.batch),
         prompts=section.prompts,
         limit=section.limit,
@@ -139,15 +138,6 @@ def _head_rows(engine: Path) -> int:
     """Frequent tokens that the engine's draft head is cut to."""
     config = read_engine_config(engine)
     return config.draft.head_rows if isinstance(config, TorchEngineConfig) and config.draft is not None else 0
-
-
-def _grid(resolved: Resolved, drafter: Path) -> tuple[DraftShape, ...]:
-    """A default grid keeps to what the drafter was trained for."""
-    grid = parse_grid(resolved.recipe.tune.grid)
-    horizon = read_json(drafter / "config.json").get("draft_len")
-    if resolved.is_default("tune.grid") and isinstance(horizon, int):
-        return within(grid, horizon)
-    return grid
 
 
 def _roof(resolved: Resolved, name: str, target: str) -> Roof:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
@@ -21,6 +22,8 @@ def _path(path: Path) -> Path:
     except RuntimeError as error:  # ~nobody
         raise ValueError(str(error)) from error
 
+
+T = TypeVar("T")
 
 Directory = Annotated[Path, Field(strict=False), AfterValidator(_path)]
 Positive = Annotated[int, Field(ge=1, le=MAX_SIZE)]
@@ -40,3 +43,10 @@ class Section(BaseModel):
     """Nothing unknown, nothing converted in silence: "4" is not 4 and true is not 1."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def fill(options: type[T], section: Section, **others: Any) -> T:
+    """A dataclass of a lower layer, which knows no recipe: `others`, and from the section the fields it shares."""
+    fields = {field.name for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    shared = (fields & type(section).model_fields.keys()) - others.keys()
+    return options(**{name: getattr(section, name) for name in shared}, **others)

@@ -15,12 +15,11 @@ from trtllm_redrafter.training.execute import TrainResult, train
 from trtllm_redrafter.training.fit import FitOptions
 from trtllm_redrafter.training.loss import LossOptions
 from trtllm_redrafter.training.model import HeadKind
-from trtllm_redrafter.training.options import DrafterOptions, EvaluateOptions, TrainOptions
+from trtllm_redrafter.training.options import EvaluateOptions, TrainOptions
 from trtllm_redrafter.training.plan import TrainPlan, plan_training
 from trtllm_redrafter.training.self_distill import WritingOptions
 
 __all__ = [
-    "DrafterOptions",
     "EngineWriterOptions",
     "EvaluateOptions",
     "EvaluationReport",

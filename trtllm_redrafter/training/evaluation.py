@@ -54,7 +54,7 @@ class EvaluationReport:
 
     @property
     def passes(self) -> bool:
-        floor = self.options.min_acceptance
+        floor = self.options.settings.min_acceptance
         return floor is None or self.best.walk >= floor
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,10 +64,10 @@ class EvaluationReport:
             "drafter_sha256": self.drafter_sha256,
             "prompts": self.texts,
             "tokens": self.tokens,
-            "max_tokens": self.options.writing.max_tokens,
+            "max_tokens": self.options.settings.max_tokens,
             "dtype": self.options.dtype,
             "drafted_from_tokens": self.drafted_from,
-            "min_acceptance": self.options.min_acceptance,
+            "min_acceptance": self.options.settings.min_acceptance,
             "passes": self.passes,
             "best": f"{self.best.shape.num_beams}x{self.best.shape.draft_len}",
             "acceptance": [a.as_dict() for a in self.acceptance],
@@ -102,22 +102,23 @@ class EvaluationReport:
 def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWriter | None = None) -> EvaluationReport:
     """Measure, and write the report if one is asked for. Refusals come before the base model is loaded."""
     options.check()
-    if options.report is not None:
-        check_replaceable(options.report, overwrite=options.overwrite)
+    settings = options.settings
+    if settings.report is not None:
+        check_replaceable(settings.report, overwrite=options.overwrite)
     drafter = read_drafter(options.drafter, max(shape.draft_len for shape in options.grid))
     check_fits(drafter, options)
     tokenizer, kwargs = load_tokenizer(options.base), options.chat_template_kwargs
-    prompts = read_prompts(options.prompts, tokenizer, max_tokens=options.max_text_tokens, template_kwargs=kwargs)
+    prompts = read_prompts(options.prompts, tokenizer, max_tokens=settings.max_text_tokens, template_kwargs=kwargs)
     check_range(prompts, options.prompts, tokenizer, drafter.spec.config.vocab_size)  # the base's: see check_fits
     base = FrozenBase.load(options.base, device=options.device, dtype=options.dtype)
     answers = _answers(writer or TransformersWriter(base), [p.token_ids for p in prompts], options, progress)
     texts = [TokenizedText.answer(p.token_ids, a) for p, a in zip(prompts, answers, strict=True)]
-    rows = record(base, texts, options.batch_tokens, progress)
+    rows = record(base, texts, settings.batch_tokens, progress)
     tensors = BaseTensors(base.embedding, base.head, torch.arange(base.head.shape[0]))
     drafter = drafter.to(options.device, DTYPES[options.dtype])
-    vocab = draft_vocab(options.drafter) if options.use_draft_vocab else None
+    vocab = draft_vocab(options.drafter) if settings.draft_vocab else None
     head = borrowed_head(drafter, base.head, vocab)
-    batch, categories = options.batch_rows, [p.category for p in prompts]
+    batch, categories = settings.batch_rows, [p.category for p in prompts]
     found = evaluate_grid(
         drafter, tensors, rows, options.grid, head=head, batch=batch, categories=categories, progress=progress
     )
@@ -126,8 +127,8 @@ def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWrit
     weights = options.drafter / DRAFTER_WEIGHTS
     sha256 = sha256_file(weights) if weights.is_file() else None
     report = EvaluationReport(options, len(texts), len(rows), found, accuracy, size, sha256)
-    if options.report is not None:
-        report.write(options.report)
+    if settings.report is not None:
+        report.write(settings.report)
     return report
 
 
@@ -136,7 +137,7 @@ def _answers(
 ) -> list[list[int]]:
     answers: list[list[int]] = []
     while len(answers) < len(prompts):
-        part = prompts[len(answers) : len(answers) + options.writing.batch]
+        part = prompts[len(answers) : len(answers) + options.settings.batch]
         answers += writer.write(part, options.writing, len(answers))
         progress("decode prompts", len(answers), len(prompts), "prompts")
     return answers

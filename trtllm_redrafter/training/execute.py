@@ -76,12 +76,12 @@ def _train(plan: TrainPlan, base: FrozenBase, writer: AnswerWriter, progress: Pr
     options = plan.options
     with first_alone():
         texts = list(plan.texts) or _written_texts(plan, writer, progress)
-        learnt, held_out = split_texts(texts, options.held_out, options.fit.seed)
+        learnt, held_out = split_texts(texts, options.settings.held_out, options.settings.seed)
         cache = _cached(plan, base, learnt, "cache", progress)
     tensors = BaseTensors(base.embedding, base.head, _loss_vocab(plan, cache.rows))
     trainer = make_trainer(plan, cache.rows, tensors)
     started = time.perf_counter()
-    _run(trainer, options.work_dir, options.resume, options.save_every, progress)
+    _run(trainer, options.work_dir, options.resume, options.settings.save_every, progress)
     metrics: dict[str, Any] = {
         "texts": len(learnt),
         "rows": len(cache.rows),
@@ -150,13 +150,13 @@ def _cached(plan: TrainPlan, base: FrozenBase, texts: Sequence[TokenizedText], n
     sized = plan_cache(texts, plan.base.hidden_size, options.dtype)
     key = cache_key(texts, plan.base, weights_fingerprint(options.base), options.dtype)
     folder = options.work_dir / name
-    return open_or_build(folder, texts, base, sized, key, batch_tokens=options.batch_tokens, progress=progress)
+    return open_or_build(folder, texts, base, sized, key, batch_tokens=options.settings.batch_tokens, progress=progress)
 
 
 def _loss_vocab(plan: TrainPlan, rows: TrainingRows) -> torch.Tensor:
     """The tokens most of the loss is restricted to; all of them when no draft vocabulary is asked for."""
     size = plan.base.vocab_size
-    count = min(plan.options.draft_vocab, size) or size
+    count = min(plan.options.settings.draft_vocab, size) or size
     return frequent_tokens(rows.tokens, size, count).long()
 
 
@@ -191,16 +191,16 @@ def _cut_log(log: Path, step: int) -> None:
 
 def _export(plan: TrainPlan, model: TrainableDrafter, base: BaseTensors, metrics: dict[str, Any]) -> None:
     options = plan.options
-    source = options.data or options.prompts
+    source = options.settings.data or options.settings.prompts
     provenance = {
         "trained_on": None if source is None else source.name,
         "written_by_the_base": not plan.exact,
         "rows": metrics["rows"],
         "steps": metrics["steps"],
-        "seed": options.fit.seed,
+        "seed": options.settings.seed,
         "torch": torch.__version__,
     }
-    vocab = base.loss_vocab.to(torch.int32) if options.draft_vocab else None
+    vocab = base.loss_vocab.to(torch.int32) if options.settings.draft_vocab else None
     write_drafter(
         options.output,
         model,

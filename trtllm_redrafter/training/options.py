@@ -1,4 +1,4 @@
-"""What training and evaluation are asked for; every field is resolved (the recipe holds the defaults)."""
+"""One training run and one evaluation: a section of the recipe, and beside it what has been derived or looked up."""
 
 from __future__ import annotations
 
@@ -9,113 +9,99 @@ from typing import Any
 
 from trtllm_redrafter.errors import Problem, UsageError, raise_together
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.settings.base import fill
+from trtllm_redrafter.settings.training import EvaluateSection, TrainSection
 from trtllm_redrafter.training.fit import FitOptions
 from trtllm_redrafter.training.frozen_base import DTYPES
-from trtllm_redrafter.training.model import HeadKind
+from trtllm_redrafter.training.loss import LossOptions
 from trtllm_redrafter.training.self_distill import WritingOptions
 
+EPOCHS = 4.0
+"""Passes over the text when neither epochs nor steps are given."""
 
-@dataclass(frozen=True)
-class DrafterOptions:
-    """The drafter's form. `exit_dim` None: the hidden size for a tied head, twice that otherwise."""
-
-    draft_len: int
-    num_layers: int
-    exit_dim: int | None
-    rnn: bool
-    head: HeadKind
+BETAS = (0.9, 0.98)
+"""AdamW's averages; the second shorter than its usual 0.999, for runs of a few thousand steps."""
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """One training run.
+    """One training run. `settings` say whether texts (`data`) or prompts that the base model answers are learnt from.
 
-    Exactly one of `data` (texts) and `prompts` (the base writes the answers) is given. `work_dir` keeps answers, hidden
-    states, the log and the training state. `epochs` sets `fit.max_steps` from the text's size where it is given. A
-    share `held_out` of the texts is not trained on. `draft_vocab` token ids are listed for fast heads (0: none).
+    `work_dir` keeps answers, hidden states, the log and the training state. `dtype` and `device` have names that torch
+    knows, and `grid` only shapes that the drafter will be able to draft.
     """
 
     base: Path
     output: Path
     work_dir: Path
-    data: Path | None
-    prompts: Path | None
-    drafter: DrafterOptions
-    fit: FitOptions
-    epochs: float | None
-    writing: WritingOptions
-    max_text_tokens: int
-    held_out: float
+    settings: TrainSection
     grid: tuple[DraftShape, ...]
-    draft_vocab: int
     dtype: str
     device: str
-    batch_tokens: int
-    save_every: int
-    resume: bool
-    overwrite: bool
+    resume: bool = False
+    overwrite: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def epochs(self) -> float | None:
+        """None: `settings.max_steps` says how long."""
+        return self.settings.epochs or (None if self.settings.max_steps else EPOCHS)
+
+    @property
+    def writing(self) -> WritingOptions:
+        return fill(WritingOptions, self.settings, max_tokens=self.settings.max_answer_tokens)
+
+    @property
+    def fit(self) -> FitOptions:
+        """The loop's options; where epochs say how long, its `max_steps` follows once the rows are counted."""
+        chosen = self.settings
+        weights = tuple(chosen.position_decay**j for j in range(chosen.draft_len))
+        return fill(
+            FitOptions,
+            chosen,
+            loss=fill(LossOptions, chosen, position_weights=weights),
+            max_steps=chosen.max_steps or 1,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            autocast=self.device.startswith("cuda") if chosen.autocast is None else chosen.autocast,
+        )
 
     def check(self) -> None:
         """Raise `UsageError` with everything that cannot be meant."""
+        chosen = self.settings
         found = [*self.fit.problems(), *self.writing.problems()]
-        if (self.data is None) == (self.prompts is None):
+        if chosen.epochs is not None and chosen.max_steps is not None:
+            found.append(Problem("epochs and max_steps are both given", remedy="give one of them"))
+        if (chosen.data is None) == (chosen.prompts is None):
             found.append(Problem("exactly one of data and prompts is needed", remedy="pass --data or --prompts"))
-        if self.dtype not in DTYPES:
-            found.append(Problem(f"dtype is {self.dtype!r}", remedy=f"use one of {', '.join(DTYPES)}"))
-        if not 0.0 <= self.held_out < 1.0:
-            found.append(Problem(f"held_out is {self.held_out}", remedy="use a share of 0 up to below 1"))
-        if self.epochs is not None and self.epochs <= 0:
-            found.append(Problem(f"epochs is {self.epochs}", remedy="use a positive number"))
-        if len(self.fit.loss.position_weights) != self.drafter.draft_len:
-            found.append(
-                Problem(
-                    f"{len(self.fit.loss.position_weights)} position weights for {self.drafter.draft_len} positions",
-                    remedy="give one per drafted token",
-                )
-            )
-        for name in ("save_every", "batch_tokens", "max_text_tokens"):
-            if getattr(self, name) < 1:
-                found.append(Problem(f"{name} is {getattr(self, name)}", remedy="use 1 or more"))
-        raise_together(UsageError, found, "training cannot start")
+        raise_together(UsageError, [*found, *_dtype_problems(self.dtype)], "training cannot start")
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """One evaluation. `use_draft_vocab` restricts the head as a fast runtime would, if the drafter lists one.
-
-    `min_acceptance` is a floor for the best setting's walk; `report` a directory to write to.
-    """
+    """One evaluation, of the prompts in a file. `grid` holds the shapes to draft with."""
 
     base: Path
     drafter: Path
     prompts: Path
+    settings: EvaluateSection
     grid: tuple[DraftShape, ...]
-    writing: WritingOptions
-    max_text_tokens: int
-    use_draft_vocab: bool
     dtype: str
     device: str
-    batch_tokens: int
-    batch_rows: int
-    report: Path | None
-    min_acceptance: float | None
-    overwrite: bool
+    overwrite: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def writing(self) -> WritingOptions:
+        """Greedy: only then does the text not depend on the drafter."""
+        return fill(WritingOptions, self.settings, temperature=0.0, seed=0)
 
     def check(self) -> None:
         """Raise `UsageError` with everything that cannot be meant."""
         found = [problem for shape in self.grid for problem in shape.problems()] + self.writing.problems()
-        if not self.grid:
-            found.append(Problem("the grid is empty", remedy="name at least one setting, such as 4x4"))
-        if self.writing.temperature != 0:
-            found.append(
-                Problem(
-                    f"temperature is {self.writing.temperature}",
-                    why="only greedy text does not depend on the drafter",
-                    remedy="use 0",
-                )
-            )
-        if self.dtype not in DTYPES:
-            found.append(Problem(f"dtype is {self.dtype!r}", remedy=f"use one of {', '.join(DTYPES)}"))
-        raise_together(UsageError, found, "the evaluation cannot start")
+        raise_together(UsageError, [*found, *_dtype_problems(self.dtype)], "the evaluation cannot start")
+
+
+def _dtype_problems(dtype: str) -> list[Problem]:
+    """A base model's config.json may name one that nothing here computes in."""
+    return [] if dtype in DTYPES else [Problem(f"dtype is {dtype!r}", remedy=f"use one of {', '.join(DTYPES)}")]

@@ -82,7 +82,7 @@ class TrainPlan:
             "num_layers": self.spec.config.num_layers,
             "draft_len": self.spec.draft_len,
             "head": self.spec.head.value,
-            "steps": self.fit_for(round(self.cache.rows * (1 - self.options.held_out))).max_steps,
+            "steps": self.fit_for(round(self.cache.rows * (1 - self.options.settings.held_out))).max_steps,
             "rows_per_step": self.options.fit.windows * self.options.fit.window,
         }
 
@@ -106,6 +106,7 @@ class TrainPlan:
 def plan_training(options: TrainOptions) -> TrainPlan:
     """Check options, read and tokenize the text, size everything; writes nothing."""
     options.check()
+    chosen = options.settings
     check_replaceable(options.output, overwrite=options.overwrite)
     check_place(options.work_dir / "cache")
     identity = base_identity(options.base)
@@ -113,15 +114,15 @@ def plan_training(options: TrainOptions) -> TrainPlan:
     raise_together(UsageError, spec.problems(), "the drafter's sizes do not fit")
     text = base_text(options.base)
     tokenizer, eos = with_tokenizer(text, options.base), text.end_token_ids
-    longest_text, kwargs = options.max_text_tokens, options.chat_template_kwargs
+    longest_text, kwargs = chosen.max_text_tokens, options.chat_template_kwargs
     texts: list[TokenizedText] = []
     prompts: list[Prompt] = []
-    if options.data is not None:
-        texts = read_texts(options.data, tokenizer, max_tokens=longest_text, eos=eos, template_kwargs=kwargs)
-        check_range(texts, options.data, tokenizer, identity.vocab_size)
-    elif options.prompts is not None:
-        prompts = read_prompts(options.prompts, tokenizer, max_tokens=longest_text, template_kwargs=kwargs)
-        check_range(prompts, options.prompts, tokenizer, identity.vocab_size)
+    if chosen.data is not None:
+        texts = read_texts(chosen.data, tokenizer, max_tokens=longest_text, eos=eos, template_kwargs=kwargs)
+        check_range(texts, chosen.data, tokenizer, identity.vocab_size)
+    elif chosen.prompts is not None:
+        prompts = read_prompts(chosen.prompts, tokenizer, max_tokens=longest_text, template_kwargs=kwargs)
+        check_range(prompts, chosen.prompts, tokenizer, identity.vocab_size)
     longest = [TokenizedText.answer(p.token_ids, (0,) * options.writing.max_tokens) for p in prompts]
     cache = plan_cache(texts or longest, identity.hidden_size, options.dtype)
     check_space(options.work_dir, cache)
@@ -129,8 +130,9 @@ def plan_training(options: TrainOptions) -> TrainPlan:
 
 
 def drafter_spec(options: TrainOptions, base: BaseIdentity) -> DrafterSpec:
-    chosen = options.drafter
-    usual = base.hidden_size if chosen.head is HeadKind.TIED else 2 * base.hidden_size
+    chosen = options.settings
+    head = HeadKind(chosen.head)
+    usual = base.hidden_size if head is HeadKind.TIED else 2 * base.hidden_size
     exit_dim = usual if chosen.exit_dim is None else chosen.exit_dim
     config = DrafterConfig(base.vocab_size, base.hidden_size, exit_dim, chosen.num_layers, chosen.rnn)
-    return DrafterSpec(config, chosen.head, chosen.draft_len)
+    return DrafterSpec(config, head, chosen.draft_len)
