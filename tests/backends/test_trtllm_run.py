@@ -16,12 +16,11 @@ from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import FinishReason, Request, Result, Runner, SamplingParams
 from trtllm_redrafter.backends.tensorrt_llm.remote_client import launch_command
 from trtllm_redrafter.benchmark.bench import BenchOptions, bench
-from trtllm_redrafter.benchmark.measure import MeasureOptions
-from trtllm_redrafter.benchmark.statistics import Bootstrap
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.errors import BackendError, RedrafterError, RequestError, UsageError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.settings.benchmark import BenchSection
 
 
 def load(engine: Path, device: str = "auto", shape: DraftShape | None = None) -> Runner:
@@ -71,11 +70,8 @@ def test_two_engines_share_a_gpu(
     plain = build(checkpoints, tmp_path / "plain", "plain")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"prompt {n}"}) + "\n" for n in range(4)))
-    asked = BenchOptions(
-        engine=engine, baseline=plain, device="auto", draft_shape=None, prompts=prompts, limit=None,
-        measure=MeasureOptions(batches=(1, 2), max_tokens=8, repeats=1, warmup=0), bootstrap=Bootstrap(100, 0.95, 1),
-        report=None, overwrite=False, command=(),
-    )  # fmt: skip
+    settings = BenchSection(prompts=prompts, batch="1,2", max_tokens=8, warmup=1, resamples=100)
+    asked = BenchOptions(engine, plain, "auto", None, settings, overwrite=False, command=())
     result = bench(asked, no_progress).result
     assert result.complete and [batch.batch for batch in result.batches] == [1, 2]
     assert all(batch.drafting.records and not batch.differences for batch in result.batches)

@@ -19,7 +19,7 @@ from trtllm_redrafter.backends.engine_config import engine_backend
 from trtllm_redrafter.benchmark import environment
 from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, both_sides
 from trtllm_redrafter.benchmark.plots import require_matplotlib
-from trtllm_redrafter.benchmark.prompts import BUILT_IN, BenchPrompt, built_in_prompts, choose, make_items, read_prompts
+from trtllm_redrafter.benchmark.prompts import BUILT_IN, BenchPrompt, make_items, prompts_of
 from trtllm_redrafter.benchmark.records import BenchResult
 from trtllm_redrafter.benchmark.statistics import Bootstrap
 from trtllm_redrafter.benchmark.summary import BenchSummary, summarize
@@ -28,25 +28,32 @@ from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.prompts.jsonl import dump_line
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.settings.base import fill
+from trtllm_redrafter.settings.benchmark import BenchSection, parse_batches
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """One benchmark, every field resolved (the recipe holds the defaults)."""
+    """One benchmark: the recipe's section, and what has been looked up for it."""
 
     engine: Path
     baseline: Path | None
     """Engine for autoregression; None: the same engine without drafting."""
     device: str
     draft_shape: DraftShape | None
-    prompts: Path | None
-    limit: int | None
-    measure: MeasureOptions
-    bootstrap: Bootstrap
-    report: Path | None
+    settings: BenchSection
     overwrite: bool
     command: tuple[str, ...]
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def measure(self) -> MeasureOptions:
+        return fill(MeasureOptions, self.settings, batches=parse_batches(self.settings.batch))
+
+
+def bootstrap_of(settings: BenchSection) -> Bootstrap:
+    """How every interval of the benchmark package is computed."""
+    return Bootstrap(settings.resamples, settings.confidence, settings.seed)
 
 
 def bench(options: BenchOptions, progress: Progress) -> BenchSummary:
@@ -60,13 +67,13 @@ def bench(options: BenchOptions, progress: Progress) -> BenchSummary:
         options.measure.check(runner, options.engine)
         options.measure.check(baseline, options.baseline or options.engine)
         result = _measure(options, runner, baseline, prompts, progress)
-    return summarize(result, options.bootstrap)
+    return summarize(result, bootstrap_of(options.settings))
 
 
 def _checked(options: BenchOptions) -> list[BenchPrompt]:
     """The prompts, after all checks that need no engine in memory."""
-    if options.report is not None:
-        check_replaceable(options.report, overwrite=options.overwrite)
+    if options.settings.report is not None:
+        check_replaceable(options.settings.report, overwrite=options.overwrite)
         require_matplotlib()
     if engine_backend(options.engine) == "tensorrt-llm" and options.baseline is None:
         raise UsageError(
@@ -76,8 +83,7 @@ def _checked(options: BenchOptions) -> list[BenchPrompt]:
         )
     if options.baseline is not None and not options.baseline.is_dir():
         raise InputError("the baseline engine does not exist", where=options.baseline, remedy="check --baseline")
-    prompts = built_in_prompts() if options.prompts is None else read_prompts(options.prompts)
-    return choose(prompts, options.limit)
+    return prompts_of(options.settings)
 
 
 def _kv_cache_tokens(options: BenchOptions, prompts: list[BenchPrompt]) -> int | None:
@@ -141,7 +147,7 @@ def _measure(
         session.run(progress)
         complete = True
     settings: dict[str, Any] = {
-        "prompts": BUILT_IN if options.prompts is None else options.prompts.name,
+        "prompts": BUILT_IN if options.settings.prompts is None else options.settings.prompts.name,
         "requests": len(items),
         "max_tokens": measure.max_tokens,
         "repeats": measure.repeats,

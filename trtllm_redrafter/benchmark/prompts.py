@@ -23,6 +23,7 @@ from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, RequestError, raise_together
 from trtllm_redrafter.prompts.jsonl import SHOWN, Line, lines_of, raise_problems, read_lines
 from trtllm_redrafter.prompts.messages import Prompt, UnknownKeys, brief, check_asks, own_id, parse_prompt
+from trtllm_redrafter.settings.benchmark import BenchSection, TuneSection
 
 BUILT_IN = "built-in"
 UNNAMED = "other"
@@ -143,6 +144,12 @@ def _encode(runner: Runner, prompt: Prompt, template_kwargs: Mapping[str, Any]) 
         kwargs = {**template_kwargs, **prompt.template_kwargs}
         return runner.encode_prompt(prompt.content, chat=True, template_kwargs=kwargs)
     return runner.encode_prompt(prompt.as_text(), chat=False)
+
+
+def prompts_of(settings: BenchSection | TuneSection) -> list[BenchPrompt]:
+    """The prompts that a recipe's section asks for."""
+    prompts = built_in_prompts() if settings.prompts is None else read_prompts(settings.prompts)
+    return choose(prompts, settings.limit)
 
 
 def choose(prompts: Sequence[BenchPrompt], count: int | None) -> list[BenchPrompt]:

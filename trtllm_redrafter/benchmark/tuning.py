@@ -30,7 +30,7 @@ from trtllm_redrafter.benchmark.prediction import (
     ranked,
     recommend,
 )
-from trtllm_redrafter.benchmark.prompts import BenchPrompt, Item, built_in_prompts, choose, make_items, read_prompts
+from trtllm_redrafter.benchmark.prompts import BenchPrompt, Item, make_items, prompts_of
 from trtllm_redrafter.benchmark.statistics import Bootstrap
 from trtllm_redrafter.benchmark.step_cost import Timing, measured_costs, roofline_costs
 from trtllm_redrafter.benchmark.trajectories import Texts, engine_texts, grid_acceptance, transformers_texts
@@ -40,6 +40,7 @@ from trtllm_redrafter.planning.gpus import Gpu
 from trtllm_redrafter.planning.latency import Assumptions
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.settings.benchmark import TuneSection, parse_batches
 from trtllm_redrafter.training.frozen_base import FrozenBase
 
 THIS = "this"
@@ -66,19 +67,17 @@ class Roof:
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """Options, every field resolved. `roof` None: tune for this machine. `engine`: a torch engine, or None."""
+    """One search: the recipe's section, and what has been looked up for it.
+
+    `roof` None: tune for this machine. `engine`: a torch engine, or None. `grid`: the shapes to compare.
+    """
 
     base: Path
     drafter: Path
     engine: Path | None
     roof: Roof | None
     grid: tuple[DraftShape, ...]
-    batches: tuple[int, ...]
-    prompts: Path | None
-    limit: int | None
-    max_tokens: int
-    steps: int
-    budget: int
+    settings: TuneSection
     head_rows: int
     dtype: str
     device: str
@@ -86,13 +85,17 @@ class TuneOptions:
     command: tuple[str, ...]
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def batches(self) -> tuple[int, ...]:
+        return parse_batches(self.settings.batch)
+
     def check(self) -> None:
         """Raise `UsageError` with all options that contradict each other."""
         found = [problem for shape in self.grid for problem in shape.problems()]
         if self.roof is None and self.engine is None:
             remedy = "run `pipeline` on the recipe first, or name a --target GPU"
             found.append(Problem("tuning for this machine needs the recipe's torch engine", remedy=remedy))
-        if self.roof is not None and self.budget:
+        if self.roof is not None and self.settings.budget:
             remedy = "leave --budget out, and run `bench` on that GPU"
             found.append(Problem("--budget measures on this machine, the target is another", remedy=remedy))
         raise_together(UsageError, found, "tuning cannot start")
@@ -128,7 +131,7 @@ class TuneResult:
 def tune(options: TuneOptions, progress: Progress) -> TuneResult:
     """Record texts, draft along them with every shape, time the steps, predict; measure the best `budget` settings."""
     options.check()
-    prompts = choose(built_in_prompts() if options.prompts is None else read_prompts(options.prompts), options.limit)
+    prompts, max_tokens = prompts_of(options.settings), options.settings.max_tokens
     base = FrozenBase.load(options.base, device=options.device, dtype=options.dtype)
     items: list[Item] = []
     facts: dict[str, Any] = {}
@@ -136,7 +139,7 @@ def tune(options: TuneOptions, progress: Progress) -> TuneResult:
         texts = transformers_texts(
             base,
             prompts,
-            max_tokens=options.max_tokens,
+            max_tokens=max_tokens,
             batch=16,
             progress=progress,
             template_kwargs=options.chat_template_kwargs,
@@ -163,8 +166,8 @@ def tune(options: TuneOptions, progress: Progress) -> TuneResult:
         "texts": len(texts.categories),
         "tokens": len(texts.rows),
         "written_by": texts.written_by,
-        "max_tokens": options.max_tokens,
-        "step_cost": "roofline" if options.roof else f"means of {options.steps} steps",
+        "max_tokens": max_tokens,
+        "step_cost": "roofline" if options.roof else f"means of {options.settings.steps} steps",
     }
     checks: list[PredictionCheck] = []
     target, complete = THIS if options.roof is None else options.roof.gpu.name, False
@@ -202,13 +205,14 @@ def _load(engine: Path, device: str, shape: DraftShape | None) -> TorchRunner:
 def _recorded(
     runner: TorchRunner, prompts: Sequence[BenchPrompt], options: TuneOptions, progress: Progress
 ) -> tuple[list[Item], Texts]:
+    max_tokens = options.settings.max_tokens
     if options.roof is None:
-        MeasureOptions(options.batches, options.max_tokens, CHECK_REPEATS, 1).check(runner, runner.info.path)
+        MeasureOptions(options.batches, max_tokens, CHECK_REPEATS, 1).check(runner, runner.info.path)
     kwargs = options.chat_template_kwargs
-    items = make_items(runner, prompts, max_tokens=options.max_tokens, template_kwargs=kwargs)
-    if options.budget:
+    items = make_items(runner, prompts, max_tokens=max_tokens, template_kwargs=kwargs)
+    if options.settings.budget:
         check_enough(items, options.batches)
-    return items, engine_texts(runner, items, max_tokens=options.max_tokens, progress=progress)
+    return items, engine_texts(runner, items, max_tokens=max_tokens, progress=progress)
 
 
 def _predict(
@@ -222,7 +226,7 @@ def _predict(
     else:
         assert options.engine is not None and texts.prompt_seconds is not None
         load: Callable[[DraftShape], Runner] = partial(_load, options.engine, options.device)
-        costs = measured_costs(load, options.grid, items, Timing(options.batches, options.steps), progress)
+        costs = measured_costs(load, options.grid, items, Timing(options.batches, options.settings.steps), progress)
         size = TextSize(texts.prompt_seconds, texts.mean_tokens)
     return [predict(accepted[cost.shape], cost, size) for cost in costs]
 
@@ -231,11 +235,11 @@ def _checks(
     options: TuneOptions, predictions: Sequence[Prediction], items: Sequence[Item], progress: Progress
 ) -> Iterator[PredictionCheck]:
     """Measure the best `budget` settings of every batch size as `bench` does."""
-    for batch in options.batches if options.budget else ():
-        for prediction in ranked(predictions, batch)[: options.budget]:
+    for batch in options.batches if options.settings.budget else ():
+        for prediction in ranked(predictions, batch)[: options.settings.budget]:
             assert options.engine is not None
             with both_sides(_load(options.engine, options.device, prediction.shape)) as (runner, plain_runner):
-                measure = MeasureOptions((batch,), options.max_tokens, CHECK_REPEATS, warmup=1)
+                measure = MeasureOptions((batch,), options.settings.max_tokens, CHECK_REPEATS, warmup=1)
                 session = Session(runner, plain_runner, items, measure)
                 session.run(progress)
             figures = batch_figures(session.batches[0], options.bootstrap)

@@ -58,9 +58,9 @@ def bench(
     with progress_bar() as progress:
         summary = run_bench(options, progress)
     say(render_text(summary))  # before anything can go wrong with files
-    if options.report is not None:
-        write_report(summary, options.report, overwrite=overwrite)
-        note(f"report written to {options.report / 'report.html'}")
+    if options.settings.report is not None:
+        write_report(summary, options.settings.report, overwrite=overwrite)
+        note(f"report written to {options.settings.report / 'report.html'}")
     if as_json:
         emit("bench", **summary.as_dict())
     if not summary.result.complete:
@@ -68,12 +68,13 @@ def bench(
 
 
 def _compare(paths: list[Path], resolved: Resolved, *, as_json: bool) -> None:
+    from trtllm_redrafter.benchmark.bench import bootstrap_of
     from trtllm_redrafter.benchmark.compare import compare
     from trtllm_redrafter.benchmark.records import read_result
-    from trtllm_redrafter.run.benchmark_options import bootstrap
 
     results = [(str(path), read_result(path)) for path in paths]
-    found = compare(results, bootstrap(resolved), tolerance=resolved.recipe.bench.tolerance)
+    section = resolved.recipe.bench
+    found = compare(results, bootstrap_of(section), tolerance=section.tolerance)
     say(found.render())
     if as_json:
         emit("bench compare", **found.as_dict())

@@ -13,12 +13,13 @@ An argument left None takes the recipe's default, the same one the command has. 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from trtllm_redrafter.backends import load_backend
-from trtllm_redrafter.backends.base import EngineInfo, Request, Result, Runner, Update
+from trtllm_redrafter.backends.base import EngineInfo, Request, Result, Runner, SamplingParams, Update
 from trtllm_redrafter.conversion import convert as run_conversion
 from trtllm_redrafter.conversion import plan_conversion
 from trtllm_redrafter.errors import RequestError
@@ -130,9 +131,9 @@ class Engine:
     ) -> list[Result]:
         """Answer prompts (texts, or lists of messages) as one batch, in their order.
 
-        `sampling` takes the fields of `SamplingParams`: max_tokens, temperature, top_k, top_p, seed, stop,
-        stop_token_ids, skip_special_tokens, ignore_eos. `chat_template_kwargs` are further arguments of the chat
-        template, as {"enable_thinking": False}. A prompt that is refused keeps all from running, and nothing queued.
+        `sampling` takes the fields of `SamplingParams`, as max_tokens or temperature; the others are the recipe's
+        defaults. `chat_template_kwargs` are arguments of the chat template, as {"enable_thinking": False}.
+        A prompt that is refused keeps all from running, and nothing queued.
         """
         return self.runner.generate([self._request(p, draft, chat, chat_template_kwargs, sampling) for p in prompts])
 
@@ -163,10 +164,7 @@ class Engine:
             changes = {k: tuple(v or ()) if k in lists else v for k, v in sampling.items()}
             params = sampling_params(self._resolved, changes)
         except TypeError as e:
-            remedy = (
-                "use max_tokens, temperature, top_k, top_p, seed, stop, stop_token_ids, skip_special_tokens "
-                "or ignore_eos"
-            )
+            remedy = f"use {', '.join(field.name for field in fields(SamplingParams))}"
             raise RequestError("unknown sampling parameter", why=str(e), remedy=remedy) from e
         messages, defaults = not isinstance(prompt, str), defaults_for(self._resolved, self.runner)
         through_template = (defaults.prompt.chat if chat is None else chat) or messages

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trtllm_redrafter.backends import torch_device
 from trtllm_redrafter.backends.engine_config import TorchEngineConfig, engine_backend, read_engine_config
 from trtllm_redrafter.base_models.hf_config import stated_dtype
 from trtllm_redrafter.errors import InputError
@@ -14,13 +15,11 @@ from trtllm_redrafter.planning.gpus import gpu
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.run.options import draft_shape, require, tensorrt_options, with_directories, with_limits
 from trtllm_redrafter.run.training_options import grid_for
-from trtllm_redrafter.settings.benchmark import parse_batches
 from trtllm_redrafter.settings.layers import Layer, Origin, Resolved, nest
 from trtllm_redrafter.settings.sources import PRESET_KEY, file_layers
 
 if TYPE_CHECKING:
     from trtllm_redrafter.benchmark.bench import BenchOptions
-    from trtllm_redrafter.benchmark.statistics import Bootstrap
     from trtllm_redrafter.benchmark.tuning import Roof, TuneOptions
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
@@ -50,20 +49,14 @@ def bench_options(
     resolved: Resolved, *, name: str, baseline: Path | None, overwrite: bool, command: tuple[str, ...]
 ) -> BenchOptions:
     from trtllm_redrafter.benchmark.bench import BenchOptions
-    from trtllm_redrafter.benchmark.measure import MeasureOptions
 
     engine = engine_of(resolved, name)
-    section = resolved.recipe.bench
     return BenchOptions(
         engine=engine,
         baseline=baseline,
-        device=device_of(resolved),
-        draft_shape=_shape(resolved, engine),
-        prompts=section.prompts,
-        limit=section.limit,
-        measure=MeasureOptions(parse_batches(section.batch), section.max_tokens, section.repeats, section.warmup),
-        bootstrap=bootstrap(resolved),
-        report=section.report,
+        device=torch_device(resolved.recipe.run.device),
+        draft_shape=draft_shape(resolved, read_engine_config(engine).draft_shape),
+        settings=resolved.recipe.bench,
         overwrite=overwrite,
         command=command,
         chat_template_kwargs=resolved.recipe.chat_template_kwargs,
@@ -79,26 +72,9 @@ def engine_of(resolved: Resolved, name: str) -> Path:
     return engine
 
 
-def device_of(resolved: Resolved) -> str:
-    from trtllm_redrafter.backends import torch_device
-
-    asked = resolved.recipe.run.device
-    return torch_device(asked)
-
-
-def _shape(resolved: Resolved, engine: Path) -> DraftShape | None:
-    return draft_shape(resolved, read_engine_config(engine).draft_shape)
-
-
-def bootstrap(resolved: Resolved) -> Bootstrap:
-    from trtllm_redrafter.benchmark.statistics import Bootstrap
-
-    section = resolved.recipe.bench
-    return Bootstrap(section.resamples, section.confidence, section.seed)
-
-
 def tune_options(resolved: Resolved, *, name: str, command: tuple[str, ...]) -> TuneOptions:
     """A target that is not `this` needs no engine; one of the torch backend is used where there is one."""
+    from trtllm_redrafter.benchmark.bench import bootstrap_of
     from trtllm_redrafter.benchmark.tuning import THIS, TuneOptions
 
     require(resolved, {"base": "base", "drafter": "drafter"}, "tuning")
@@ -111,16 +87,11 @@ def tune_options(resolved: Resolved, *, name: str, command: tuple[str, ...]) -> 
         engine=engine,
         roof=None if section.target == THIS else _roof(resolved, name, section.target),
         grid=grid_for(resolved, "tune.grid", recipe.drafter),
-        batches=parse_batches(section.batch),
-        prompts=section.prompts,
-        limit=section.limit,
-        max_tokens=section.max_tokens,
-        steps=section.steps,
-        budget=section.budget,
+        settings=section,
         head_rows=0 if engine is None else _head_rows(engine),
         dtype=stated_dtype(read_json(recipe.base / "config.json")) or "float32",
-        device=device_of(resolved),
-        bootstrap=bootstrap(resolved),
+        device=torch_device(recipe.run.device),
+        bootstrap=bootstrap_of(recipe.bench),
         command=command,
         chat_template_kwargs=recipe.chat_template_kwargs,
     )
@@ -144,29 +115,27 @@ def _roof(resolved: Resolved, name: str, target: str) -> Roof:
     """The latency plan's assumptions for the recipe's model on that GPU, and what engines it can hold."""
     from trtllm_redrafter.backends.tensorrt_llm.flag_plan import plan_flags
     from trtllm_redrafter.benchmark.tuning import EngineSize, Roof
-    from trtllm_redrafter.planning.latency import Assumptions
     from trtllm_redrafter.planning.memory import memory_plan
     from trtllm_redrafter.planning.model import planned_model
-    from trtllm_redrafter.run.hardware_plan import build_options, model_source
+    from trtllm_redrafter.run.hardware_plan import assumptions, build_options, model_source
 
     row = gpu(target)
     resolved = with_directories(resolved, name=name)
     config = planned_model(model_source(resolved)).config
     resolved = with_limits(resolved, config.max_position_embeddings)
-    section, limits = resolved.recipe.plan, resolved.recipe.build
-    assert limits.max_seq_len is not None
-    context = section.context_len or max(1, limits.max_seq_len // 2)
-    assumed = Assumptions(context, section.bandwidth_efficiency, section.compute_efficiency, section.kernel_us)
+    assert resolved.recipe.build.max_seq_len is not None
+    assumed = assumptions(resolved, resolved.recipe.build.max_seq_len)
     options, settings = build_options(resolved), tensorrt_options(resolved)
 
     def size_of(shape: DraftShape, batch: int) -> EngineSize:
         model = replace(config, draft_shape=shape)
         flags = plan_flags(model, replace(options, max_batch_size=batch), settings)
         memory = memory_plan(model, flags.limits, row, kv_cache_fraction=settings.runtime.kv_cache_fraction)
-        needed = batch * (context + shape.max_tree_tokens)
+        needed = batch * (assumed.context_len + shape.max_tree_tokens)
         refusal = "; ".join(problem.render() for problem in memory.problems()) or None
         if refusal is None and memory.kv_tokens < needed:
-            refusal = f"its KV cache holds {memory.kv_tokens} tokens, {batch} requests of {context} need {needed}"
+            asked = f"{batch} requests of {assumed.context_len} need {needed}"
+            refusal = f"its KV cache holds {memory.kv_tokens} tokens, {asked}"
         return EngineSize(flags.limits.max_num_tokens, refusal)
 
     return Roof(row, config, assumed, size_of)

@@ -22,6 +22,7 @@ from trtllm_redrafter.planning.model import ModelSource, PlannedModel, planned_m
 from trtllm_redrafter.planning.sizes import weight_bytes
 from trtllm_redrafter.redrafter.config import NVIDIA_DRAFT_LEN, NVIDIA_NUM_BEAMS, DraftShape
 from trtllm_redrafter.run.options import complete_build_options, tensorrt_options, with_directories, with_limits
+from trtllm_redrafter.settings.base import fill
 from trtllm_redrafter.settings.layers import Resolved
 
 
@@ -61,18 +62,11 @@ def plan_recipe(resolved: Resolved, *, name: str) -> RecipePlan:
     resolved = with_limits(resolved, model.config.max_position_embeddings)
     build = plan_for(model.config, build_options(resolved))
     accepted, measured, notes = _acceptance(resolved, model)
-    recipe, limits = resolved.recipe, build.flags.limits
-    section = recipe.plan
-    assumptions = Assumptions(
-        context_len=section.context_len or max(1, limits.max_seq_len // 2),
-        bandwidth_efficiency=section.bandwidth_efficiency,
-        compute_efficiency=section.compute_efficiency,
-        kernel_us=section.kernel_us,
-    )
+    limits = build.flags.limits
     latency = latency_plan(
         model.config,
         build.target,
-        assumptions,
+        assumptions(resolved, limits.max_seq_len),
         max_batch_size=limits.max_batch_size,
         acceptance_length=accepted,
     )
@@ -137,19 +131,20 @@ def _same_drafter(measured: str | None, drafter: Path | None) -> bool | None:
 def model_source(resolved: Resolved) -> ModelSource:
     """Where a plan reads the recipe's model from."""
     recipe = resolved.recipe
-    convert = recipe.convert
-    return ModelSource(
+    return fill(
+        ModelSource,
+        recipe.convert,
         base=recipe.base,
         drafter=recipe.drafter,
         checkpoint=None if recipe.base is not None else recipe.checkpoint,
-        dtype=convert.dtype,
-        tp_size=convert.tp_size,
-        num_beams=convert.num_beams,
-        draft_len=convert.draft_len,
-        greedy=convert.greedy,
-        parallel_embedding=convert.parallel_embedding,
         fallback_shape=DraftShape(NVIDIA_NUM_BEAMS, NVIDIA_DRAFT_LEN),
     )
+
+
+def assumptions(resolved: Resolved, max_seq_len: int) -> Assumptions:
+    """What the latency plan takes as given; `max_seq_len` is the engine's, in tokens."""
+    section = resolved.recipe.plan
+    return fill(Assumptions, section, context_len=section.context_len or max(1, max_seq_len // 2))
 
 
 def build_options(resolved: Resolved) -> BuildOptions:

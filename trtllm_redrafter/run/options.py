@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from trtllm_redrafter.errors import Problem, UsageError, raise_together
 from trtllm_redrafter.fsio import overlaps
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.settings.base import fill
 from trtllm_redrafter.settings.layers import Resolved
 from trtllm_redrafter.settings.schema import MAX_SEQ_LEN
 
@@ -72,19 +73,13 @@ def convert_options(resolved: Resolved, *, overwrite: bool) -> ConvertOptions:
     require(resolved, {"base": "--base", "checkpoint": "--output"}, "a conversion")
     recipe = resolved.recipe
     assert recipe.base is not None and recipe.checkpoint is not None
-    return ConvertOptions(
+    return fill(
+        ConvertOptions,
+        recipe.convert,
         base=recipe.base,
         drafter=recipe.drafter,
         output=recipe.checkpoint,
-        dtype=recipe.convert.dtype,
-        tp_size=recipe.convert.tp_size,
-        num_beams=recipe.convert.num_beams,
-        draft_len=recipe.convert.draft_len,
-        greedy=recipe.convert.greedy,
-        parallel_embedding=recipe.convert.parallel_embedding,
-        workers=recipe.convert.workers,
         overwrite=overwrite,
-        lm_head=recipe.convert.lm_head,
     )
 
 
@@ -109,14 +104,12 @@ def complete_build_options(
     build = recipe.build
     assert recipe.checkpoint is not None and recipe.engine is not None
     assert build.max_seq_len is not None and build.max_input_len is not None
-    return BuildOptions(
+    return fill(
+        BuildOptions,
+        build,
         checkpoint=recipe.checkpoint,
         output=recipe.engine,
         backend=backend,
-        tokenizer=build.tokenizer,
-        max_batch_size=build.max_batch_size,
-        max_input_len=build.max_input_len,
-        max_seq_len=build.max_seq_len,
         overwrite=overwrite,
         tensorrt_llm=settings,
     )
@@ -124,17 +117,13 @@ def complete_build_options(
 
 def tensorrt_options(resolved: Resolved) -> TensorRTOptions:
     """The `tensorrt_llm` section, with the origin of every value its plan shows."""
-    from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions, TensorRTOptions
+    from trtllm_redrafter.backends.tensorrt_llm.options import APIS, RuntimeOptions, TensorRTOptions
 
     section = resolved.recipe.tensorrt_llm
-    names = ("version", "gpu", "gemm_plugin", "max_num_tokens", "opt_batch_size", "allow_sampling", "flags", "workers",
-             "cache", "cache_dir")  # fmt: skip
     origins = {key.rpartition(".")[2]: origin.render() for key, origin in resolved.origins.items()
                if key.startswith(("build.", "tensorrt_llm."))}  # fmt: skip
-    runtime = RuntimeOptions(
-        section.kv_cache_fraction, section.block_reuse, section.multi_block_mode, section.api or "executor"
-    )
-    return TensorRTOptions(**{name: getattr(section, name) for name in names}, runtime=runtime, origins=origins)
+    runtime = fill(RuntimeOptions, section, api=section.api or APIS[0])
+    return fill(TensorRTOptions, section, runtime=runtime, origins=origins)
 
 
 def with_checkpoint_limits(resolved: Resolved) -> Resolved:
@@ -151,9 +140,7 @@ def sampling_params(resolved: Resolved, changes: Mapping[str, Any] | None = None
     """The recipe's `run` section as sampling parameters; `changes` are those of one request."""
     from trtllm_redrafter.backends.base import SamplingParams
 
-    run = resolved.recipe.run
-    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "stop_token_ids", "skip_special_tokens")
-    return SamplingParams(**{**{name: getattr(run, name) for name in names}, **(changes or {})})
+    return fill(SamplingParams, resolved.recipe.run, **(changes or {}))
 
 
 def draft_shape(resolved: Resolved, own: DraftShape | None) -> DraftShape | None:
