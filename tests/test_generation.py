@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.prompts.test_sampling import WithMinP
 from trtllm_redrafter.backends.base import EngineInfo, Request, Result, Runner, SamplingParams, Update
 from trtllm_redrafter.errors import BackendError, InputError, RequestError
 from trtllm_redrafter.prompts.messages import Prompt
@@ -180,6 +181,12 @@ def test_rows_of_earlier_versions_are_still_kept(tmp_path: Path) -> None:
         "74d6a08a3582d2996501bcdb97e8a8e15dfd8602b57ae5eb97762c5e29f9a693",
         "5f2be92643b6c7362975c6a3ab99c30fcbe00d1892b8e56297bd75a4806f24bf",
     ]
+
+
+def test_an_option_that_is_off_is_not_in_the_hash() -> None:
+    [job] = jobs("a")
+    off, on = (replace(job, sampling=WithMinP(**vars(job.sampling), min_p=value)) for value in (0.0, 0.1))
+    assert _request_key(job, "") == _request_key(off, "") != _request_key(on, "")
 
 
 def test_figures() -> None:

@@ -13,9 +13,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 SomeError = TypeVar("SomeError", bound="RedrafterError")
+
+
+def brief(value: Any) -> str:
+    """A value for an error message, shortened if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer with more digits than Python converts
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:40]}… ({len(text)} characters)"
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.prompts.test_sampling import WithMinP
 from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Result, SamplingParams, Update
 from trtllm_redrafter.backends.tensorrt_llm import runner as runner_module
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
+from trtllm_redrafter.backends.tensorrt_llm.requests import request_problems
 from trtllm_redrafter.backends.tensorrt_llm.runner import TensorRTRunner
 from trtllm_redrafter.errors import BackendError, RequestError
 from trtllm_redrafter.redrafter.config import DraftShape
@@ -181,12 +184,25 @@ def test_sampling_is_asked_for_in_so_many_words() -> None:
         runner.submit(Request((5,), SamplingParams(max_tokens=3, temperature=0.7)))
     runner.submit(Request((5,), SamplingParams(max_tokens=3, temperature=0.7, seed=4, top_k=3)))
     runner.submit(Request((5,), SamplingParams(max_tokens=3)))
-    assert [r.top_p for r in script.sent] == [1.0, 1.0, 1.0, None] and [r.top_k for r in script.sent] == [None] * 2 + [
-        3,
-        1,
+    seeds = [r.sampling.pop("seed", None) for r in script.sent]
+    assert [r.sampling for r in script.sent] == [
+        {"temperature": 0.7, "top_p": 1.0},
+        {"temperature": 0.7, "top_p": 1.0},
+        {"temperature": 0.7, "top_p": 1.0, "top_k": 3},
+        {"top_k": 1},
     ]
-    seeds = [r.seed for r in script.sent]
     assert seeds[0] != seeds[1] and None not in seeds[:2] and seeds[2:] == [4, None]
     drafting = Script()
     make(drafting, greedy=False).submit(Request((5,), SamplingParams(max_tokens=3, temperature=0.7, seed=1)))
-    assert drafting.sent[0].top_p is None and drafting.sent[0].temperature == 0.7
+    assert drafting.sent[0].sampling == {"temperature": 0.7, "seed": 1}
+
+
+def test_an_option_that_nobody_passes_on_is_refused() -> None:
+    """One that is added to `SamplingParams` and not here must not change nothing in silence."""
+    asked = Request((5,), WithMinP(max_tokens=3, temperature=0.7, min_p=0.1))
+    for shape, why in ((None, "not passed on"), (DraftShape(2, 2), "ReDrafter decoder ignores it")):
+        info = replace(make(Script(), None).info, draft_shape=shape)
+        [problem] = request_problems(asked, info, greedy=False, has_tokenizer=True)
+        assert problem.what == "min_p is 0.1" and why in str(problem.why)
+        off = replace(asked, sampling=replace(asked.sampling, min_p=0.0))
+        assert not request_problems(off, info, greedy=False, has_tokenizer=True)

@@ -363,7 +363,7 @@ def test_the_client_uses_documented_names_only(host: Host, checkpoints: Path, tm
     assert {ENGINE_API, LLM_API} <= set(tables)
     host.monkeypatch.setenv("TLLM_WORKER_USE_SINGLE_PROCESS", "1")
     client = LlmClient(build(checkpoints, tmp_path), runtime=RUNTIME, tp_size=1)
-    request = ClientRequest(4, [5, 6], 6, 2, [[3]], 0.5, 3, 0.9, 1)
+    request = ClientRequest(4, [5, 6], 6, 2, [[3]], {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 1})
     client.submit(request)
     events: list[Event] = []
     while not events or not events[-1].final:

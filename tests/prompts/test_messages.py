@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from trtllm_redrafter.errors import InputError
-from trtllm_redrafter.prompts.messages import Prompt, UnknownKeys, brief, check_asks, conversation, parse_prompt
+from trtllm_redrafter.errors import InputError, brief
+from trtllm_redrafter.prompts.messages import Prompt, UnknownKeys, check_asks, conversation, parse_prompt
 
 USER = {"role": "user", "content": "hello world"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}

@@ -19,13 +19,13 @@ from trtllm_redrafter.backends.requests import (
     FinishReason,
     Request,
     Result,
-    SamplingParams,
     Update,
     acceptance_length,
 )
 from trtllm_redrafter.errors import NumericalError, Problem, RequestError, raise_together
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.prompts.messages import Prompt, normalise
+from trtllm_redrafter.prompts.sampling import SamplingParams
 from trtllm_redrafter.redrafter.config import DraftShape
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ __all__ = [
     "Along", "Backend", "BuildOptions", "BuildPlan", "EngineInfo", "FinishReason", "Request", "Result", "Runner",
     "SamplingParams", "Update", "acceptance_length",
 ]  # fmt: skip
-"""Requests and results are defined in `requests`."""
+"""Requests and results are defined in `requests`, options of decoding in `prompts.sampling`."""
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,14 @@ Request(token_ids, SamplingParams(max_tokens=64))  ->  Update, Update, ... , the
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.base_models.vocabulary import beyond_message, first_beyond
-from trtllm_redrafter.errors import Problem, RedrafterError
-from trtllm_redrafter.prompts.messages import brief
+from trtllm_redrafter.errors import Problem, RedrafterError, brief
+from trtllm_redrafter.prompts.sampling import SamplingParams
 from trtllm_redrafter.redrafter.config import DraftShape
-
-MAX_TEMPERATURE = 1e38
-"""Far beyond what flattens any distribution; float32 ends soon after."""
 
 
 class FinishReason(str, enum.Enum):
@@ -27,56 +23,6 @@ class FinishReason(str, enum.Enum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch the filters off.
-
-    The order is temperature, then top-k, then top-p on what is left, as in transformers and vLLM. `seed`
-    fixes one uniform number per output position, so that the same seed gives the same text with and without
-    drafting. `stop` strings end the text before their first occurrence, wherever token borders fall, and may have
-    special tokens in them; `stop_token_ids` end it like end tokens, `ignore_eos` or not. `skip_special_tokens` False
-    leaves special tokens in the text.
-    """
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    skip_special_tokens: bool = True
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    def problems(self) -> list[Problem]:
-        """Everything that is of a wrong type or out of range, for one message."""
-        found = []
-
-        def check(name: str, types: tuple[type, ...], remedy: str, allowed: Callable[[Any], bool]) -> None:
-            value = getattr(self, name)
-            good = isinstance(value, types) and not isinstance(value, bool)
-            if not good or not allowed(value):
-                found.append(Problem(f"{name} is {brief(value)}", remedy=remedy))
-
-        whole, real = (int,), (int, float)
-        check("max_tokens", whole, "ask for at least one token", lambda v: v >= 1)
-        check("temperature", real, "use 0 for greedy, or a positive number", lambda v: 0.0 <= v <= MAX_TEMPERATURE)
-        check("top_k", whole, "use 0 to switch it off, or a number below 2**31", lambda v: 0 <= v < 2**31)
-        check("top_p", real, "use a number above 0 and up to 1", lambda v: 0.0 < v <= 1.0)
-        if self.seed is not None:
-            check("seed", whole, "use 0 <= seed < 2**63", lambda v: 0 <= v < 2**63)
-        if any(not isinstance(s, str) or not s for s in self.stop):
-            found.append(Problem("a stop string is empty", remedy="leave it out"))
-        if any(type(token) is not int or token < 0 for token in self.stop_token_ids):
-            ids = brief(self.stop_token_ids)
-            found.append(Problem(f"stop_token_ids are {ids}", remedy="give token ids, whole numbers from 0"))
-        return found
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
-from trtllm_redrafter.backends.requests import Result, SamplingParams
+from trtllm_redrafter.backends.requests import Result
+from trtllm_redrafter.prompts.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from trtllm_redrafter.backends.tokenizer import EngineTokenizer

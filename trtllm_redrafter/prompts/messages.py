@@ -16,23 +16,21 @@ import difflib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.errors import InputError, brief
+from trtllm_redrafter.prompts.sampling import SamplingParams
 
 Message = Mapping[str, Any]
 
 FORMS = ("prompt", "messages", "conversations", "turns")
 """A prompt has exactly one of these keys."""
 
-SAMPLING_KEYS = (
-    "max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "stop_token_ids", "skip_special_tokens",
-    "ignore_eos", "draft",
-)  # fmt: skip
 KEYS = (
-    *FORMS, "text", "id", "question_id", "category", "system", "tools", "chat", "chat_template_kwargs", *SAMPLING_KEYS,
+    *FORMS, "text", "id", "question_id", "category", "system", "tools", "chat", "chat_template_kwargs", "draft",
+    *(option.name for option in fields(SamplingParams)),
 )  # fmt: skip
 """All keys that any command reads. Each command ignores those of the others, so that one file works for all."""
 
@@ -208,15 +206,6 @@ def own_id(values: Mapping[str, Any]) -> str | None:
     """A line's own id as text, or None."""
     value = values.get("id", values.get("question_id"))
     return value if value is None or isinstance(value, str) else brief(value)
-
-
-def brief(value: Any) -> str:
-    """A value for an error message, shortened if it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer with more digits than Python converts
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else f"{text[:40]}… ({len(text)} characters)"
 
 
 def _system(values: Mapping[str, Any]) -> tuple[Message, ...]:

@@ -14,18 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.backends.base import Result, SamplingParams
-from trtllm_redrafter.errors import InputError, RedrafterError
+from trtllm_redrafter.backends.base import Result
+from trtllm_redrafter.errors import InputError, RedrafterError, brief
 from trtllm_redrafter.prompts.jsonl import read_lines
-from trtllm_redrafter.prompts.messages import Prompt, UnknownKeys, brief, own_id, parse_prompt
-
-_NUMBERS: dict[str, tuple[type, ...]] = {
-    "max_tokens": (int,),
-    "temperature": (int, float),
-    "top_k": (int,),
-    "top_p": (int, float),
-    "seed": (int, type(None)),
-}
+from trtllm_redrafter.prompts.messages import Prompt, UnknownKeys, own_id, parse_prompt
+from trtllm_redrafter.prompts.sampling import SamplingParams, sampling_values
 
 
 @dataclass
@@ -91,35 +84,9 @@ def _with_values(job: Job, values: Mapping[str, Any]) -> Job:
         job,
         job_id=own_id(values) or job.job_id,
         prompt=replace(prompt, chat=chat, template_kwargs=template_kwargs),
-        sampling=replace(job.sampling, **_sampling_changes(values)),
+        sampling=replace(job.sampling, **sampling_values(values)),
         draft=_flag(values, "draft", job.draft),
     )
-
-
-def _sampling_changes(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The line's own sampling values, checked for type; their range is the engine's to check."""
-    changes: dict[str, Any] = {}
-    for key, types in _NUMBERS.items():
-        if key in values:
-            if isinstance(values[key], bool) or not isinstance(values[key], types):
-                remedy = f"give a {'' if float in types else 'whole '}number"
-                raise InputError(f"`{key}` is {brief(values[key])}", remedy=remedy)
-            changes[key] = values[key]
-    if values.get("stop") is not None:
-        stop = [values["stop"]] if isinstance(values["stop"], str) else values["stop"]
-        if not isinstance(stop, list) or not all(isinstance(s, str) for s in stop):
-            remedy = 'write {"stop": ["…"]}'
-            raise InputError("`stop` is neither a string nor a list of strings", remedy=remedy)
-        changes["stop"] = tuple(stop)
-    if values.get("stop_token_ids") is not None:
-        ids = values["stop_token_ids"]
-        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-            raise InputError("`stop_token_ids` is not a list of token ids", remedy='write {"stop_token_ids": [2]}')
-        changes["stop_token_ids"] = tuple(ids)
-    for key in ("ignore_eos", "skip_special_tokens"):
-        if key in values:
-            changes[key] = _flag(values, key, False)
-    return changes
 
 
 def _flag(values: Mapping[str, Any], key: str, default: bool) -> bool:

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +148,23 @@ def _alone(target: Path, path: Path) -> Iterator[None]:
         yield
 
 
+_ALWAYS_HASHED = (
+    "max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "ignore_eos", "stop_token_ids", "skip_special_tokens"
+)  # fmt: skip
+"""Options of the first version that wrote hashes. Later ones are left out while off: earlier rows stay right."""
+
+
 def _request_key(job: Job, engine: str) -> str:
     """The hash of everything a job's result follows from."""
-    prompt = asdict(job.prompt)
+    prompt, sampling = asdict(job.prompt), asdict(job.sampling)
+    for option in fields(job.sampling):
+        if option.name not in _ALWAYS_HASHED and sampling[option.name] == option.default:
+            del sampling[option.name]
     request = {
         "prompt": prompt["content"],
         "chat": prompt["chat"],
         "template_kwargs": prompt["template_kwargs"],
-        "sampling": asdict(job.sampling),
+        "sampling": sampling,
         "draft": job.draft,
     }
     text = json.dumps([engine, request], sort_keys=True, default=str)

@@ -12,17 +12,17 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class ClientRequest:
-    """One request as the executor takes it; None: not set. `number` is ours, not the executor's."""
+    """One request as the executor takes it. `number` is ours, not the executor's.
+
+    `sampling` has TensorRT-LLM's names, which the executor's SamplingConfig and the LLM API's SamplingParams share.
+    """
 
     number: int
     token_ids: list[int]
     max_tokens: int
     end_id: int | None
     stop_words: list[list[int]]
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    seed: int | None
+    sampling: dict[str, float | int]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -79,8 +79,7 @@ class ExecutorClient:
 
     def submit(self, request: ClientRequest) -> None:
         b = self._bindings
-        chosen = {name: getattr(request, name) for name in ("temperature", "top_k", "top_p", "seed")}
-        sampling = b.SamplingConfig(beam_width=1, **{k: v for k, v in chosen.items() if v is not None})
+        sampling = b.SamplingConfig(beam_width=1, **request.sampling)
         made = b.Request(
             input_token_ids=request.token_ids,
             max_tokens=request.max_tokens,

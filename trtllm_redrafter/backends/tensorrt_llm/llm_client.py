@@ -118,7 +118,6 @@ class LlmClient:
 
     def _sampling_params(self, request: ClientRequest) -> Any:
         """End tokens are kept in the output, as the bindings do; the runner decides what belongs to the text."""
-        chosen = {name: getattr(request, name) for name in ("temperature", "top_k", "top_p", "seed")}
         end_less = request.end_id is None
         return self._api.SamplingParams(
             end_id=_NO_TOKEN if end_less else request.end_id,
@@ -129,7 +128,7 @@ class LlmClient:
             include_stop_str_in_output=True,
             detokenize=False,
             return_perf_metrics=True,
-            **{name: value for name, value in chosen.items() if value is not None},
+            **request.sampling,
         )
 
     async def _follow(self, number: int, result: Any) -> None:

@@ -8,19 +8,38 @@ sampled and is not is worse than an error.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
+from dataclasses import fields
 
-from trtllm_redrafter.backends.base import EngineInfo, Request
+from trtllm_redrafter.backends.base import EngineInfo, Request, SamplingParams
 from trtllm_redrafter.backends.requests import limit_problems
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest
 from trtllm_redrafter.errors import Problem
 
-_IGNORES = "TensorRT-LLM's ReDrafter decoder ignores it"
+_HEEDED = (
+    "max_tokens", "temperature", "seed", "stop", "stop_token_ids", "ignore_eos", "skip_special_tokens"
+)  # fmt: skip
+"""Options that every engine does as it is asked."""
+
+_FILTERS = ("top_k", "top_p")
+"""Options that only an engine without a drafter does. All others, a new one too, are refused."""
 
 
 def request_problems(request: Request, info: EngineInfo, *, greedy: bool, has_tokenizer: bool) -> list[Problem]:
     """Everything that keeps a request from running as it was meant."""
     found = limit_problems(request, info, has_tokenizer=has_tokenizer)
-    return found + (_drafting_problems(request, greedy) if info.draft_shape is not None else [])
+    if info.draft_shape is None:
+        return found + _ignored(request.sampling, (*_HEEDED, *_FILTERS), "it is not passed on to TensorRT-LLM")
+    found += _drafting_problems(request, greedy)
+    return found + _ignored(request.sampling, _HEEDED, "TensorRT-LLM's ReDrafter decoder ignores it")
+
+
+def _ignored(sampling: SamplingParams, heeded: Sequence[str], why: str) -> list[Problem]:
+    """Options that are on and would change nothing."""
+    values = {o.name: getattr(sampling, o.name) for o in fields(sampling) if getattr(sampling, o.name) != o.default}
+    return [
+        Problem(f"{name} is {value}", None, why, "leave it out") for name, value in values.items() if name not in heeded
+    ]
 
 
 def _drafting_problems(request: Request, greedy: bool) -> list[Problem]:
@@ -35,10 +54,6 @@ def _drafting_problems(request: Request, greedy: bool) -> list[Problem]:
     if not greedy and sampling.greedy:
         why = "the engine samples, and its decoder divides by the temperature"
         found.append(Problem("temperature is 0", None, why, "convert with --greedy for greedy texts"))
-    if sampling.top_k:
-        found.append(Problem(f"top_k is {sampling.top_k}", None, _IGNORES, "leave it out"))
-    if sampling.top_p < 1.0:
-        found.append(Problem(f"top_p is {sampling.top_p}", None, _IGNORES, "leave it out"))
     return found
 
 
@@ -47,17 +62,22 @@ def client_request(number: int, request: Request, info: EngineInfo, eos: frozens
     sampling = request.sampling
     ends = [] if sampling.ignore_eos else sorted(eos)
     stops = [*ends[1:], *(token for token in dict.fromkeys(sampling.stop_token_ids) if token not in ends)]
-    plain_greedy = info.draft_shape is None and sampling.greedy
-    sampled = not sampling.greedy
     return ClientRequest(
         number=number,
         token_ids=list(request.token_ids),
         max_tokens=sampling.max_tokens,
         end_id=ends[0] if ends else None,
         stop_words=[[token] for token in stops],
-        temperature=sampling.temperature if sampled else None,
-        top_k=1 if plain_greedy else (sampling.top_k or None),
-        # TensorRT-LLM decodes greedily where neither top-k nor top-p is given, so "all of the mass" must be said
-        top_p=sampling.top_p if sampled and info.draft_shape is None else None,
-        seed=(secrets.randbits(63) if sampling.seed is None else sampling.seed) if sampled else None,  # its own is 0
+        sampling=_sampling(sampling, has_drafter=info.draft_shape is not None),
     )
+
+
+def _sampling(asked: SamplingParams, *, has_drafter: bool) -> dict[str, float | int]:
+    """TensorRT-LLM's names and values; what is not set is its own default."""
+    if asked.greedy:
+        return {} if has_drafter else {"top_k": 1}
+    values = {"temperature": asked.temperature, "seed": secrets.randbits(63) if asked.seed is None else asked.seed}
+    if has_drafter:  # which ignores the filters
+        return values
+    # TensorRT-LLM decodes greedily where neither top-k nor top-p is given, so "all of the mass" must be said
+    return values | {"top_p": asked.top_p} | ({"top_k": asked.top_k} if asked.top_k else {})
