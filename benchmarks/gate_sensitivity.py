@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.backends.base import Request, SamplingParams
+from trtllm_redrafter.backends.engine_config import read_engine_config
 from trtllm_redrafter.backends.torch.backend import TorchBackend, _make_executor
 from trtllm_redrafter.backends.torch.drafting import frequent_rows, load_drafter, make_search
 from trtllm_redrafter.backends.torch.low_rank import load_factor
@@ -32,7 +33,6 @@ from trtllm_redrafter.backends.torch.weights import ModelWeights, load_weights
 from trtllm_redrafter.benchmark.environment import describe
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.run import api
 from trtllm_redrafter.verify.distributions import measure
 from trtllm_redrafter.verify.gate_decode import LOGITS, probe_texts
@@ -149,8 +149,8 @@ class Bench:
         self.token = own[0].tokens[3]
         states = [found.states for found in map(self._along, self.texts)]
         self.contexts, self.roots = pick_contexts([s for s in states if s is not None], self.texts)
-        config = read_json(engine / "config.json")
-        self.limits, self.head_rows = config["build_config"], int(config["draft"]["head_rows"])
+        config = read_engine_config(engine)
+        self.limits, self.head_rows = config.limits, config.head_rows
 
     def _along(self, text: Text) -> Any:
         return self.runner.along(text.prompt, text.tokens)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.cli.tiny import write_models
+from trtllm_redrafter.backends.engine_config import read_engine_config
 from trtllm_redrafter.errors import InputError, OutputError, RedrafterError, UsageError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.run.fingerprints import fingerprint
@@ -75,7 +76,8 @@ def test_a_change_of_the_checkpoint_reaches_the_engine(place: Path) -> None:
     planned = plan("convert.num_beams=2")
     assert "convert.num_beams was null, is 2" in reasons(planned, "convert")
     assert run("convert.num_beams=2") == {"convert": "miss", "build": "miss"}
-    assert json.loads((place / "runs/demo/engine/config.json").read_text())["draft"]["num_beams"] == 2
+    shape = read_engine_config(place / "runs/demo/engine").draft_shape
+    assert shape is not None and shape.num_beams == 2
 
 
 def test_an_equal_checkpoint_written_again_needs_no_new_engine(place: Path) -> None:

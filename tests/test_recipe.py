@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from trtllm_redrafter.settings import (
     resolve,
     set_layer,
 )
-from trtllm_redrafter.settings.schema import Recipe, keys
+from trtllm_redrafter.settings.base import fill
+from trtllm_redrafter.settings.schema import ConvertSection, Recipe, keys
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -245,3 +247,16 @@ def test_sizes_and_paths_beyond_reason(setting: str) -> None:
 def test_a_recipe_is_a_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "demo.yaml")
     assert "cannot read the recipe" in message(file_layers, tmp_path / "demo.yaml")
+
+
+def test_fill_copies_what_is_shared() -> None:
+    @dataclass
+    class Options:
+        tp_size: int
+        dtype: str
+        output: str
+        note: str = "own"
+
+    assert fill(Options, ConvertSection(tp_size=2), dtype="float16", output="here") == Options(2, "float16", "here")
+    with pytest.raises(TypeError, match="output"):
+        fill(Options, ConvertSection())

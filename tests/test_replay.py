@@ -18,11 +18,11 @@ from tests.engines import build_engine, convert_pair, load, write_checkpoint
 from tests.tiny_models import write_base
 from tests.training.conftest import add_tokenizer, train_options
 from trtllm_redrafter.backends.base import Result
+from trtllm_redrafter.backends.engine_config import parse_engine_config
 from trtllm_redrafter.backends.torch import runner as torch_runner
 from trtllm_redrafter.backends.torch.executor import PromptOutput, TreeOutput
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.errors import MismatchError
-from trtllm_redrafter.fsio import write_json
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.beam_search import Beams
 from trtllm_redrafter.redrafter.config import DraftShape
@@ -264,9 +264,10 @@ def test_an_engine_and_a_checkpoint_of_which_one_has_no_drafter_are_refused(mode
 
 def test_a_tensorrt_llm_engine_is_replayed_with_its_own_search(models: Path, tmp_path: Path) -> None:
     """Scores in the model's dtype over the whole head; few steps of correct texts are decided by ties."""
-    write_json(tmp_path / "config.json", {"pretrained_config": {}, "build_config": {}})
+    limits = {"max_batch_size": 4, "max_input_len": 64, "max_seq_len": 128}
+    engine = parse_engine_config({"pretrained_config": {"vocab_size": 259}, "build_config": limits}, {}, tmp_path)
     runner = load(models / "bfloat16" / "engine")
-    replayed = load_replay(tmp_path, models / "bfloat16" / "checkpoint", runner, DraftShape(2, 3), "cpu", greedy=True)
+    replayed = load_replay(engine, models / "bfloat16" / "checkpoint", runner, DraftShape(2, 3), "cpu", greedy=True)
     assert replayed._search.score_dtype is None and replayed._search.head.rows is None
     report = parity_gate(request(models, "bfloat16"))
     prompts = [runner.encode_prompt(text, chat=True) for text in PROMPTS]

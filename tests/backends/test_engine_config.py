@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,25 +15,19 @@ import torch
 from safetensors.torch import load_file
 
 from tests.engines import build_engine, load, write_checkpoint
-from trtllm_redrafter.backends.engine_config import parse_engine_config
+from trtllm_redrafter.backends.engine_config import parse_engine_config, read_engine_config
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.safetensors_io import save_tensors
 from trtllm_redrafter.errors import BackendError, InputError, RedrafterError
+from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.verify.files import verify_files
 
-WHERE = Path("engine/config.json")
+WHERE = Path("engine")
 LIMITS = {"max_batch_size": 2, "max_input_len": 40, "max_seq_len": 64}
-TORCH = {
-    "format": 1,
-    "backend": "torch",
-    "build_config": LIMITS,
-    "draft": {"num_beams": 2, "draft_len": 3, "head_rows": 9},
-}
-TENSORRT = {
-    "version": "1.2.1",
-    "pretrained_config": {"vocab_size": 96, "redrafter_num_beams": 2, "redrafter_draft_len_per_beam": 3},
-    "build_config": LIMITS,
-}
+MODEL = {"vocab_size": 96, "redrafter_num_beams": 2, "redrafter_draft_len_per_beam": 3}
+TORCH = {"format": 2, "backend": "torch", "build_config": LIMITS, "draft_head_rows": 9}
+FIRST = TORCH | {"format": 1, "draft": {"num_beams": 2, "draft_len": 3, "head_rows": 9}}
+TENSORRT = {"version": "1.2.1", "pretrained_config": MODEL, "build_config": LIMITS}
 
 
 def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -54,10 +50,9 @@ def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         (TORCH, "build_config.max_batch_size", "2"),
         (TORCH, "build_config.max_seq_len", 2**40),
         (TORCH, "build_config", 5),
-        (TORCH, "draft.head_rows", KeyError),
-        (TORCH, "draft.draft_len", 1_000_000),
-        (TORCH, "draft.num_beams", 51),
-        (TORCH, "draft", KeyError),
+        (TORCH, "draft_head_rows", -1),
+        (FIRST, "draft.head_rows", KeyError),
+        (FIRST, "draft", 5),
         (TENSORRT, "pretrained_config.vocab_size", KeyError),
         (TENSORRT, "pretrained_config.mapping", {"world_size": 10**9}),
         (TENSORRT, "pretrained_config.redrafter_draft_len_per_beam", 2**63),
@@ -66,15 +61,54 @@ def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     ],
 )
 def test_configs_that_are_refused(config: dict[str, Any], path: str, value: Any) -> None:
-    assert parse_engine_config(config, WHERE).draft_shape is not None
+    found = parse_engine_config(config, MODEL, WHERE)
+    assert found.draft_shape == DraftShape(2, 3) and found.head_rows == (0 if config is TENSORRT else 9)
     with pytest.raises(InputError) as e:
-        parse_engine_config(changed(config, path, value), WHERE)
+        parse_engine_config(changed(config, path, value), MODEL, WHERE)
     assert path.rpartition(".")[2].removeprefix("redrafter_").removesuffix("_per_beam") in str(e.value)
 
 
 def test_another_format() -> None:
-    with pytest.raises(BackendError, match="format 2, this version reads 1"):
-        parse_engine_config(TORCH | {"format": 2}, WHERE)
+    with pytest.raises(BackendError, match="format 3, this version reads 2"):
+        parse_engine_config(TORCH | {"format": 3}, MODEL, WHERE)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("redrafter_num_beams", 51), ("redrafter_draft_len_per_beam", 1_000_000), ("vocab_size", "9")]
+)
+def test_models_that_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(InputError, match=key.removeprefix("redrafter_").removesuffix("_per_beam")) as e:
+        parse_engine_config(TORCH, MODEL | {key: value}, WHERE)
+    assert e.value.problem.where == str(Path("engine/checkpoint/config.json"))
+
+
+def test_an_engine_of_the_first_format_still_runs(tmp_path: Path) -> None:
+    """Its config.json repeats the draft shape of its checkpoint, and holds the head's rows in the same section."""
+    engine = build_engine(write_checkpoint(tmp_path), tmp_path / "engine")
+    config = json.loads((engine / "config.json").read_text())
+    assert "num_beams" not in json.dumps(config)
+    del config["draft_head_rows"]
+    config |= {"format": 1, "draft": {"num_beams": 4, "draft_len": 3, "head_rows": 64}, "built_on": {"machine": "x"}}
+    (engine / "config.json").write_text(json.dumps(config))
+    Manifest("engine", {}, {}, {}, record_tree(engine)).write(engine)
+    found = read_engine_config(engine)
+    assert found.draft_shape == DraftShape(4, 3) and found.head_rows == 64
+    assert load(engine).info.draft_shape == DraftShape(4, 3)
+
+
+def test_the_config_is_opened_once(tmp_path: Path) -> None:
+    """From the recipe's checks to the loaded engine."""
+    engine = build_engine(write_checkpoint(tmp_path), tmp_path / "engine")
+    program = """if True:
+        import sys
+        from trtllm_redrafter import load_engine
+        opened = []
+        sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+        load_engine(sys.argv[1], num_beams=2, device="cpu").close()
+        print(opened.count(sys.argv[1] + "/config.json"))
+    """
+    done = subprocess.run([sys.executable, "-c", program, str(engine)], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
 
 
 def resize(name: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:

@@ -62,9 +62,11 @@ def test_an_engine_is_complete(host: Host, checkpoint: Path, tmp_path: Path) -> 
     assert {"config.json", "rank0.engine", "rank1.engine", "redrafter.json", "manifest.json", "build.log"} < names
     assert (engine / "tokenizer" / "tokenizer.json").is_file()
     found = read_engine(engine, verify_hashes=True)
-    assert found.world_size == 2 and found.max_seq_len == 200 and found.greedy and found.version == "1.2.1"
+    assert found.world_size == 2 and found.greedy
+    assert found.config.max_seq_len == 200 and found.config.version == "1.2.1"
     assert found.draft_shape is not None and found.draft_shape.num_beams == 3 and found.runtime.block_reuse is False
-    assert found.build["max_seq_len"] == 209 and found.build["max_draft_len"] == 9
+    built = json.loads((engine / "config.json").read_text())["build_config"]
+    assert built["max_seq_len"] == 209 and built["max_draft_len"] == 9
     manifest = Manifest.read(engine)
     assert manifest.derived["versions"] == {"tensorrt_llm": "1.2.1", "tensorrt": "10.14.1.48.post1"} | {
         k: v for k, v in manifest.derived["versions"].items() if k == "cuda"

@@ -11,6 +11,7 @@ from tests.engines import make_runner
 from trtllm_redrafter.backends.base import EngineInfo
 from trtllm_redrafter.benchmark import environment
 from trtllm_redrafter.benchmark.report import _clock
+from trtllm_redrafter.checkpoint.config import read_checkpoint_config
 from trtllm_redrafter.planning.gpus import gpu
 from trtllm_redrafter.planning.sizes import weight_bytes
 
@@ -28,8 +29,11 @@ def test_this_machine(tmp_path: Path) -> None:
     after = environment.afterwards(runner.info)
     assert after["memory"]["peak_resident_bytes"] > 50e6
     roof = environment.roof(runner.info)
-    assert roof["weight_bytes"] == weight_bytes(environment.engine_config(runner.info.path)).streamed
+    assert roof["weight_bytes"] == weight_bytes(read_checkpoint_config(runner.info.path / "checkpoint")).streamed
     assert roof["bandwidth"] > 1e8 and roof["bandwidth_from"] == "measured on this machine"
+
+
+LIMITS = {"max_batch_size": 4, "max_input_len": 64, "max_seq_len": 128}
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "4 x NVIDIA H100 80GB HBM3"])
@@ -38,7 +42,7 @@ def test_a_gpu_of_the_table(tmp_path: Path, device: str) -> None:
     config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
     engine = tmp_path / "trt"
     engine.mkdir()
-    (engine / "config.json").write_text(json.dumps({"pretrained_config": config, "build_config": {}}))
+    (engine / "config.json").write_text(json.dumps({"pretrained_config": config, "build_config": LIMITS}))
     roof = environment.roof(gpu_engine(engine, device))
     assert roof["bandwidth"] == gpu("h100-80gb").bandwidth and "data sheet" in roof["bandwidth_from"]
     assert environment.roof(gpu_engine(engine, "NVIDIA Nothing"))["bandwidth"] is None

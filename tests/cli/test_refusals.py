@@ -111,7 +111,9 @@ def test_everything_wrong_with_a_recipe_comes_in_one_message(here: Path, program
 
 def test_a_tensorrt_engine_of_another_program(here: Path, program: Program) -> None:
     Path("engine").mkdir()
-    Path("engine/config.json").write_text(json.dumps({"pretrained_config": {}, "build_config": {}}))
+    limits = {"max_batch_size": 4, "max_input_len": 64, "max_seq_len": 128}
+    config = {"pretrained_config": {"vocab_size": 96}, "build_config": limits}
+    Path("engine/config.json").write_text(json.dumps(config))
     assert program("run", "--engine", "engine", "--prompt", "x") == 3
     assert "not built by this program" in program.err and "build --backend tensorrt-llm" in program.err
 

@@ -8,6 +8,7 @@ memory, and none starts in a process where MPI is initialised already. Models an
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -113,8 +114,9 @@ def test_the_builder_did_what_the_plan_said(models: Path) -> None:
     engine = build(models)
     assert not Manifest.read(engine).notes, "the builder changed a value that the plan did not foresee"
     found = read_engine(engine, verify_hashes=True)
-    assert found.version == VERSION and found.build["max_draft_len"] == 9
-    assert found.build["speculative_decoding_mode"] == 16
+    built = json.loads((engine / "config.json").read_text())["build_config"]
+    assert found.config.version == VERSION and built["max_draft_len"] == 9
+    assert built["speculative_decoding_mode"] == 16
 
 
 @pytest.mark.parametrize("api", APIS)

@@ -31,6 +31,7 @@ from trtllm_redrafter.redrafter.config import DraftShape
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trtllm_redrafter.backends.engine_config import EngineConfig
     from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
     from trtllm_redrafter.backends.tokenizer import EngineTokenizer
     from trtllm_redrafter.redrafter.beam_search import Beams
@@ -236,7 +237,7 @@ class Backend(Protocol):
 
     def load(
         self,
-        engine: Path,
+        engine: Path | EngineConfig,
         *,
         device: str,
         verify_hashes: bool,

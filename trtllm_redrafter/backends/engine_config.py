@@ -1,29 +1,39 @@
-"""The schema of an engine's config.json, for both backends: what loading relies on, checked when it is read.
+"""An engine's config.json, for both backends: read once, checked, and passed on to whatever loads the engine.
 
 An engine directory may come from another version or another program, or have been edited: a batch size of 0 or a
 missing key must end in a message here, not in an endless loop or a KeyError in the middle of loading.
 
-    read_engine_config(Path("engine")).draft_shape      # DraftShape(4, 4), or None without a drafter
+What an engine drafts is stored where TensorRT-LLM stores it, in its model's config: a section of a TensorRT engine's
+config.json, the config.json of the checkpoint inside a torch engine. It is parsed here alone.
+
+    config = read_engine_config(Path("engine"))
+    config.backend, config.draft_shape          # "torch", DraftShape(4, 4); None without a drafter
+    load_backend(config.backend).load(config, device="cpu", verify_hashes=False)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from trtllm_redrafter.checkpoint.config import MAX_RANKS
+from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT
 from trtllm_redrafter.checkpoint.validation import Schema, Size, validated
 from trtllm_redrafter.errors import BackendError, InputError, raise_together
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.version import __version__
 
-TORCH_ENGINE_FORMAT = 1
-"""`format` of engines of the torch backend."""
+TORCH, TENSORRT = "torch", "tensorrt-llm"
 
+TORCH_ENGINE_FORMAT = 2
+"""`format` of engines of the torch backend. Format 1, which is still read, repeated the draft shape."""
+
+_WHAT = "the engine's config.json is not usable"
 _REMEDY = "build the engine again"
 
 
@@ -35,31 +45,13 @@ class Limits(Schema):
     max_seq_len: Size
 
 
-class DraftSettings(Schema):
-    num_beams: Size
-    draft_len: Size
-    head_rows: Annotated[int, Field(ge=0)]
-
-
-class TorchEngineConfig(Schema):
-    """config.json of an engine of the torch backend."""
-
-    backend: Literal["torch"]
-    build_config: Limits
-    draft: DraftSettings | None
-    eos_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
-    """None: an engine of a version that did not record them."""
-
-    @property
-    def draft_shape(self) -> DraftShape | None:
-        return None if self.draft is None else DraftShape(self.draft.num_beams, self.draft.draft_len)
-
-
 class RankMapping(Schema):
     world_size: Annotated[int, Field(ge=1, le=MAX_RANKS)] = 1
 
 
-class PretrainedConfig(Schema):
+class ModelConfig(Schema):
+    """What running an engine needs of its model's config, in TensorRT-LLM's names."""
+
     vocab_size: Size
     dtype: str = ""
     mapping: RankMapping = RankMapping()
@@ -67,71 +59,150 @@ class PretrainedConfig(Schema):
     redrafter_draft_len_per_beam: Size | None = None
     redrafter_greedy_search: bool = True
 
-
-class TensorRTEngineConfig(Schema):
-    """config.json of a TensorRT-LLM engine."""
-
-    version: str = ""
-    pretrained_config: PretrainedConfig
-    build_config: Limits
-
     @property
     def draft_shape(self) -> DraftShape | None:
-        beams, length = self.pretrained_config.redrafter_num_beams, self.pretrained_config.redrafter_draft_len_per_beam
+        beams, length = self.redrafter_num_beams, self.redrafter_draft_len_per_beam
         return None if beams is None or length is None else DraftShape(beams, length)
 
 
-EngineConfig = TorchEngineConfig | TensorRTEngineConfig
+HeadRows = Annotated[int, Field(ge=0)]
 
 
-def read_engine_config(engine: Path) -> EngineConfig:
-    """The checked config.json of an engine directory.
+class _Format1(Schema):
+    head_rows: HeadRows
 
-    `InputError` lists every key that is wrong, `BackendError` an engine of another version's format.
+
+class _TorchFile(Schema):
+    """config.json of an engine of the torch backend."""
+
+    backend: Literal["torch"]
+    version: str = ""
+    build_config: Limits
+    draft_head_rows: HeadRows = 0
+    draft: _Format1 | None = None
+    eos_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
+
+
+class _TensorRTFile(Schema):
+    """config.json of a TensorRT-LLM engine."""
+
+    version: str = ""
+    pretrained_config: ModelConfig
+    build_config: Limits
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """A checked config.json. `version` is that of what built the engine: TensorRT-LLM, or this program."""
+
+    path: Path
+    backend: str
+    version: str
+    limits: Limits
+    model: ModelConfig
+    model_values: Mapping[str, Any]
+    """The whole of the model's config, as it is in the file `model_file`."""
+    model_file: Path
+    head_rows: int = 0
+    """Of the most frequent tokens, how many drafts are taken from; 0: all tokens."""
+    eos_token_ids: tuple[int, ...] | None = None
+    """None: they are recorded elsewhere."""
+
+    @property
+    def draft_shape(self) -> DraftShape | None:
+        return self.model.draft_shape
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of prompt and answer together."""
+        shape = self.draft_shape if self.backend == TENSORRT else None
+        return self.limits.max_seq_len - (0 if shape is None else shape.drafted_tokens)
+
+
+def read_engine_config(engine: Path | EngineConfig, *, backend: str | None = None) -> EngineConfig:
+    """The checked config of an engine directory, or the one that has been read already.
+
+    `InputError` lists every key that is wrong. `BackendError`: an engine of another version's format, or built for
+    another backend than `backend`.
     """
-    path = engine / "config.json"
-    return parse_engine_config(read_json(path), path)
+    if isinstance(engine, EngineConfig):
+        _check_backend(engine.backend, backend, engine.path)
+        return engine
+    values = _read(engine)
+    found = _backend_of(values, engine)
+    _check_backend(found, backend, engine)
+    model = read_json(engine / ENGINE_CHECKPOINT / "config.json") if found == TORCH else {}
+    return parse_engine_config(values, model, engine)
 
 
-def parse_engine_config(values: Mapping[str, Any], where: Path) -> EngineConfig:
-    """The same for JSON that has been read."""
-    what = "the engine's config.json is not usable"
-    found: EngineConfig
-    if "pretrained_config" in values:
-        found = validated(TensorRTEngineConfig, values, where=where, what=what, remedy=_REMEDY)
+def parse_engine_config(values: Mapping[str, Any], model: Mapping[str, Any], engine: Path) -> EngineConfig:
+    """The same for JSON that has been read. `model` is the config of a torch engine's checkpoint."""
+    where = engine / "config.json"
+    if _backend_of(values, engine) == TENSORRT:
+        found = _tensorrt(values, engine, where)
     else:
-        _check_format(values, where)
-        found = validated(TorchEngineConfig, values, where=where, what=what, remedy=_REMEDY)
+        found = _torch(values, model, engine, where)
     shape = found.draft_shape
     if shape is not None:
-        raise_together(InputError, shape.problems(), what, where=where, remedy=_REMEDY)
-        drafted = shape.drafted_tokens if isinstance(found, TensorRTEngineConfig) else 0
-        if found.build_config.max_seq_len <= drafted:
-            why = f"{drafted} drafted tokens are part of it"
-            what = f"build_config.max_seq_len is {found.build_config.max_seq_len}"
-            raise InputError(what, where=where, why=why, remedy=_REMEDY)
+        raise_together(InputError, shape.problems(), _WHAT, where=found.model_file, remedy=_REMEDY)
+    if found.max_seq_len < 1 and shape is not None:
+        why = f"{shape.drafted_tokens} drafted tokens are part of it"
+        what = f"build_config.max_seq_len is {found.limits.max_seq_len}"
+        raise InputError(what, where=where, why=why, remedy=_REMEDY)
     return found
 
 
-def _check_format(values: Mapping[str, Any], where: Path) -> None:
-    if values.get("format") != TORCH_ENGINE_FORMAT:
+def _tensorrt(values: Mapping[str, Any], engine: Path, where: Path) -> EngineConfig:
+    file = validated(_TensorRTFile, values, where=where, what=_WHAT, remedy=_REMEDY)
+    model = file.pretrained_config
+    return EngineConfig(
+        engine, TENSORRT, file.version, file.build_config, model, values["pretrained_config"], where
+    )  # fmt: skip
+
+
+def _torch(values: Mapping[str, Any], model: Mapping[str, Any], engine: Path, where: Path) -> EngineConfig:
+    if values.get("format") not in (1, TORCH_ENGINE_FORMAT):
         raise BackendError(
             f"the engine has format {values.get('format')!r}, this version reads {TORCH_ENGINE_FORMAT}",
-            where=where.parent,
+            where=engine,
             why=f"it was built by version {values.get('version')!r}, this is {__version__}",
             remedy="build it again",
+        )
+    file = validated(_TorchFile, values, where=where, what=_WHAT, remedy=_REMEDY)
+    inside = engine / ENGINE_CHECKPOINT / "config.json"
+    known = validated(ModelConfig, model, where=inside, what=_WHAT, remedy=_REMEDY)
+    return EngineConfig(
+        engine, TORCH, file.version, file.build_config, known, model, inside,
+        head_rows=file.draft_head_rows if file.draft is None else file.draft.head_rows,
+        eos_token_ids=None if file.eos_token_ids is None else tuple(file.eos_token_ids),
+    )  # fmt: skip
+
+
+def _check_backend(found: str, wanted: str | None, engine: Path) -> None:
+    if wanted not in (None, found):
+        raise BackendError(
+            f"the engine was built for the {found} backend",
+            where=engine,
+            remedy=f"load it with that backend, or build the checkpoint again with --backend {wanted}",
         )
 
 
 def engine_backend(engine: Path) -> str:
     """Name of the backend that an engine directory was built for; `InputError` when it is no engine."""
+    return _backend_of(_read(engine), engine)
+
+
+def _read(engine: Path) -> dict[str, Any]:
     if not engine.is_dir():
         raise InputError("the engine directory does not exist", where=engine, remedy="check the path, or run `build`")
-    config = read_json(engine / "config.json")
+    return read_json(engine / "config.json")
+
+
+def _backend_of(config: Mapping[str, Any], engine: Path) -> str:
     if "backend" in config:
         return str(config["backend"])
     if "pretrained_config" in config and "build_config" in config:
-        return "tensorrt-llm"
+        return TENSORRT
     if "architecture" in config:
         raise InputError(
             "this is a checkpoint, not an engine",

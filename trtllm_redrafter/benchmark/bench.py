@@ -15,7 +15,7 @@ from typing import Any
 
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import Runner
-from trtllm_redrafter.backends.engine_config import engine_backend
+from trtllm_redrafter.backends.engine_config import TENSORRT, engine_backend, read_engine_config
 from trtllm_redrafter.benchmark import environment
 from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, both_sides
 from trtllm_redrafter.benchmark.plots import require_matplotlib
@@ -75,7 +75,7 @@ def _checked(options: BenchOptions) -> list[BenchPrompt]:
     if options.settings.report is not None:
         check_replaceable(options.settings.report, overwrite=options.overwrite)
         require_matplotlib()
-    if engine_backend(options.engine) == "tensorrt-llm" and options.baseline is None:
+    if engine_backend(options.engine) == TENSORRT and options.baseline is None:
         raise UsageError(
             "a TensorRT-LLM engine with a drafter always drafts",
             where=options.engine,
@@ -109,8 +109,9 @@ _REQUEST_SLACK = 2048
 
 
 def _load(engine: Path, device: str, shape: DraftShape | None, kv_cache_tokens: int | None) -> Runner:
-    return load_backend(engine_backend(engine)).load(
-        engine, device=device, verify_hashes=False, draft_shape=shape, kv_cache_tokens=kv_cache_tokens
+    config = read_engine_config(engine)
+    return load_backend(config.backend).load(
+        config, device=device, verify_hashes=False, draft_shape=shape, kv_cache_tokens=kv_cache_tokens
     )
 
 

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import EngineInfo
+from trtllm_redrafter.backends.engine_config import read_engine_config
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.errors import InputError
-from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.planning.gpus import gpu_by_driver_name
 from trtllm_redrafter.planning.sizes import weight_bytes
 from trtllm_redrafter.version import __version__
@@ -156,25 +155,14 @@ def memory(info: EngineInfo) -> dict[str, int]:
 
 def roof(info: EngineInfo) -> dict[str, Any]:
     """Bytes of base weights that a step reads, and the bandwidth of their memory in bytes per second."""
-    nbytes = weight_bytes(engine_config(info.path)).streamed
+    config = read_engine_config(info.path)
+    nbytes = weight_bytes(CheckpointConfig.from_dict(config.model_values, where=config.model_file)).streamed
     name = _gpu_name(info)
     if name is None:
         return {"weight_bytes": nbytes, "bandwidth": _bandwidth(nbytes), "bandwidth_from": "measured on this machine"}
     row = gpu_by_driver_name(name)
     source = None if row is None else f"data sheet of {row.title}"
     return {"weight_bytes": nbytes, "bandwidth": None if row is None else row.bandwidth, "bandwidth_from": source}
-
-
-def engine_config(engine: Path) -> CheckpointConfig:
-    """The checkpoint config inside an engine of either backend."""
-    inner = engine / "checkpoint" / "config.json"
-    if inner.exists():
-        return CheckpointConfig.from_dict(read_json(inner), where=inner)
-    where = engine / "config.json"
-    pretrained = read_json(where).get("pretrained_config")
-    if not isinstance(pretrained, dict):
-        raise InputError("this is not a TensorRT-LLM engine", where=where, remedy="check the path")
-    return CheckpointConfig.from_dict(pretrained, where=where)
 
 
 def _bandwidth(nbytes: int) -> float:

@@ -76,10 +76,10 @@ def _gate(
     as_json: bool,
 ) -> None:  # fmt: skip
     from trtllm_redrafter.backends import torch_device
-    from trtllm_redrafter.backends.engine_config import engine_backend
+    from trtllm_redrafter.backends.engine_config import TORCH, engine_backend
     from trtllm_redrafter.verify.gate import PROMPTS, GateRequest, parity_gate
 
-    device = torch_device() if engine_backend(engine) == "torch" else device
+    device = torch_device() if engine_backend(engine) == TORCH else device
     with working("running the engine and its reference"):
         report = parity_gate(GateRequest(engine, reference, prompts or PROMPTS, max_tokens, floor, device))
     (say if report.ok else note)(report.render())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_redrafter.backends import torch_device
-from trtllm_redrafter.backends.engine_config import TorchEngineConfig, engine_backend, read_engine_config
+from trtllm_redrafter.backends.engine_config import TORCH, EngineConfig, engine_backend, read_engine_config
 from trtllm_redrafter.base_models.hf_config import stated_dtype
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import read_json
@@ -84,11 +84,11 @@ def tune_options(resolved: Resolved, *, name: str, command: tuple[str, ...]) -> 
     return TuneOptions(
         base=recipe.base,
         drafter=recipe.drafter,
-        engine=engine,
+        engine=None if engine is None else engine.path,
         roof=None if section.target == THIS else _roof(resolved, name, section.target),
         grid=grid_for(resolved, "tune.grid", recipe.drafter),
         settings=section,
-        head_rows=0 if engine is None else _head_rows(engine),
+        head_rows=0 if engine is None else engine.head_rows,
         dtype=stated_dtype(read_json(recipe.base / "config.json")) or "float32",
         device=torch_device(recipe.run.device),
         bootstrap=bootstrap_of(recipe.bench),
@@ -97,18 +97,13 @@ def tune_options(resolved: Resolved, *, name: str, command: tuple[str, ...]) -> 
     )
 
 
-def _torch_engine(resolved: Resolved, name: str) -> Path | None:
+def _torch_engine(resolved: Resolved, name: str) -> EngineConfig | None:
     """The recipe's engine, if it is one that shows its hidden states and has a drafter."""
     engine = with_directories(resolved, name=name).recipe.engine
-    if engine is None or not engine.is_dir() or engine_backend(engine) != "torch":
+    if engine is None or not engine.is_dir() or engine_backend(engine) != TORCH:
         return None
-    return engine if read_engine_config(engine).draft_shape is not None else None
-
-
-def _head_rows(engine: Path) -> int:
-    """Frequent tokens that the engine's draft head is cut to."""
     config = read_engine_config(engine)
-    return config.draft.head_rows if isinstance(config, TorchEngineConfig) and config.draft is not None else 0
+    return None if config.draft_shape is None else config
 
 
 def _roof(resolved: Resolved, name: str, target: str) -> Roof:

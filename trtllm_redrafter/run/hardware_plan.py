@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import BuildOptions
-from trtllm_redrafter.backends.tensorrt_llm.build_plan import BACKEND, TensorRTPlan, plan_for
+from trtllm_redrafter.backends.engine_config import TENSORRT
+from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan, plan_for
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import DRAFTER_WEIGHTS
 from trtllm_redrafter.doctor import Needs
@@ -149,7 +150,7 @@ def assumptions(resolved: Resolved, max_seq_len: int) -> Assumptions:
 
 def build_options(resolved: Resolved) -> BuildOptions:
     """For TensorRT-LLM, whatever backend the recipe names."""
-    return complete_build_options(resolved, BACKEND, tensorrt_options(resolved), overwrite=False)
+    return complete_build_options(resolved, TENSORRT, tensorrt_options(resolved), overwrite=False)
 
 
 def machine_needs(resolved: Resolved, *, name: str) -> Needs:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trtllm_redrafter.backends import load_backend, torch_device
 from trtllm_redrafter.backends.base import Runner
-from trtllm_redrafter.backends.engine_config import engine_backend, read_engine_config
+from trtllm_redrafter.backends.engine_config import TORCH, read_engine_config
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT
 from trtllm_redrafter.errors import UsageError
@@ -22,7 +22,8 @@ def open_runner(resolved: Resolved, *, verify_hashes: bool) -> Runner:
     require(resolved, {"engine": "--engine"}, "a run")
     engine, run = resolved.recipe.engine, resolved.recipe.run
     assert engine is not None
-    backend = engine_backend(engine)
+    config = read_engine_config(engine)
+    backend = config.backend
     if not resolved.is_default("backend") and resolved.recipe.backend != backend:
         raise UsageError(
             f"the engine was built for the {backend} backend",
@@ -30,20 +31,19 @@ def open_runner(resolved: Resolved, *, verify_hashes: bool) -> Runner:
             why=f"{resolved.recipe.backend} was asked for ({resolved.origins['backend'].render()})",
             remedy=f"use --backend {backend}, or build an engine for {resolved.recipe.backend}",
         )
-    asks = run.num_beams is not None or run.draft_len is not None
-    shape = draft_shape(resolved, read_engine_config(engine).draft_shape) if asks else None
+    shape = draft_shape(resolved, config.draft_shape)
     if shape is not None:
         _check_horizon(engine, shape)
-    device = torch_device(run.device) if backend == "torch" else run.device  # a TensorRT engine finds its GPUs itself
+    device = torch_device(run.device) if backend == TORCH else run.device  # a TensorRT engine finds its GPUs itself
     return load_backend(backend).load(
-        engine, device=device, verify_hashes=verify_hashes, draft_shape=shape, api=_chosen_api(resolved, backend)
+        config, device=device, verify_hashes=verify_hashes, draft_shape=shape, api=_chosen_api(resolved, backend)
     )
 
 
 def _chosen_api(resolved: Resolved, backend: str) -> str | None:
     """None: as the engine was built. A recipe's section for the other backend is no mistake, a flag is."""
     is_flag = resolved.origins["tensorrt_llm.api"].kind == "flag"
-    return resolved.recipe.tensorrt_llm.api if is_flag or backend != "torch" else None
+    return resolved.recipe.tensorrt_llm.api if is_flag or backend != TORCH else None
 
 
 def defaults_for(resolved: Resolved, runner: Runner) -> Job:

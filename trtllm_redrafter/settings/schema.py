@@ -1,8 +1,9 @@
-"""Every setting of the pipeline, its type, its bounds and its default: the only place that has defaults.
+"""Every setting of the pipeline: its type, its bounds, its default and its help text, each in this package alone.
 
 YAML recipes, `--set key=value` and the flags of the commands all fill this one schema, under the same dotted names
-(`convert.num_beams`); packages receive the resolved values in their own option classes and never choose one
-themselves. None means "derived": from the drafter, the checkpoint or the recipe's name, and shown before it is used.
+(`convert.num_beams`). Packages above this one take sections as they are; for those below, `base.fill` copies fields of
+the same names into their own option classes. None means "derived": from the drafter, the checkpoint or the recipe's
+name, and shown before it is used.
 """
 
 from __future__ import annotations

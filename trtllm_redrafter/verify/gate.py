@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtllm_redrafter.backends import torch_device
-from trtllm_redrafter.backends.engine_config import engine_backend
+from trtllm_redrafter.backends.engine_config import TENSORRT, TORCH
 from trtllm_redrafter.checkpoint.config import read_checkpoint_config
 from trtllm_redrafter.planning.sizes import weight_bytes
 from trtllm_redrafter.verify.gate_acceptance import (
@@ -55,10 +55,9 @@ REFERENCE_SHARE = 1.3
 
 def parity_gate(request: GateRequest) -> GateReport:
     """Decode with the engine, close it, then compute the reference, so that never both are in memory."""
-    engine_backend(request.engine)  # raises if this is no engine, and says what it is
-    differing = check_pair(request.engine, request.reference)
+    differing = check_pair(request.config, request.reference)  # raises if this is no engine, and says what it is
     _check_reference(request.reference)
-    weights = check_weights(request.engine, request.reference)
+    weights = check_weights(request.config, request.reference)
     sampled = _samples(request)
     decoded = decode(request, sampled=sampled)
     device = reference_device(request.reference)  # once, so that replay and reference are on the same device
@@ -96,13 +95,13 @@ def _check_reference(path: Path) -> None:
 def _samples(request: GateRequest) -> bool:
     """Does the engine sample? TensorRT-LLM compiles this into engines with a drafter; elsewhere requests decide."""
     config = read_checkpoint_config(request.reference)
-    return engine_backend(request.engine) == "tensorrt-llm" and config.drafter is not None and not config.greedy
+    return request.config.backend == TENSORRT and config.drafter is not None and not config.greedy
 
 
 def _rounds_otherwise(request: GateRequest) -> bool:
     """Does the engine quantize activations, as the reference does not? The torch backend dequantizes FP8 weights."""
     quantized = read_checkpoint_config(request.reference).quant_algo is not None
-    return quantized and engine_backend(request.engine) != "torch"
+    return quantized and request.config.backend != TORCH
 
 
 def _pair(request: GateRequest, decoded: Decoded, device: str) -> Pair:
@@ -110,7 +109,7 @@ def _pair(request: GateRequest, decoded: Decoded, device: str) -> Pair:
     from trtllm_redrafter.verify.reference import compute_pair, tensorrt_qk_epsilon
 
     checkpoint = Checkpoint.open(request.reference)
-    epsilon = tensorrt_qk_epsilon(checkpoint.config) if engine_backend(request.engine) == "tensorrt-llm" else None
+    epsilon = tensorrt_qk_epsilon(checkpoint.config) if request.config.backend == TENSORRT else None
     return compute_pair(checkpoint, decoded.texts, device, qk_epsilon=epsilon)
 
 
@@ -127,12 +126,11 @@ def _distributions(decoded: Decoded, pair: Pair) -> Distributions | None:
 def _drafts(request: GateRequest, decoded: Decoded) -> Drafts | None:
     from trtllm_redrafter.checkpoint.reader import Checkpoint
     from trtllm_redrafter.verify.gate_drafter import judge_drafts
-    from trtllm_redrafter.verify.replay import head_rows
 
     if decoded.drafted is None:
         return None
     checkpoint = Checkpoint.open(request.reference)
-    return judge_drafts(*decoded.drafted, checkpoint, head_rows=head_rows(request.engine))
+    return judge_drafts(*decoded.drafted, checkpoint, head_rows=request.config.head_rows)
 
 
 def _steps(
@@ -145,7 +143,7 @@ def _steps(
     with _reference_runner(request, decoded.prompts, device) as reference:
         dtype = reference.info.dtype
         allowed = tolerance(dtype, quantized=quantized, sampled=sampled)
-        replay = load_replay(request.engine, request.reference, reference, shape, device, greedy=not sampled)
+        replay = load_replay(request.config, request.reference, reference, shape, device, greedy=not sampled)
         pairs = zip(decoded.prompts, decoded.results, strict=True)
         texts = [replay.steps(prompt, result.token_ids) for prompt, result in pairs]
     found, expected = StepCounts.of_results(decoded.results), StepCounts.of_replay(texts, shape.draft_len)

@@ -15,7 +15,7 @@ import numpy as np
 
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import Along, Request, Result, Runner, SamplingParams
-from trtllm_redrafter.backends.engine_config import engine_backend
+from trtllm_redrafter.backends.engine_config import TENSORRT
 from trtllm_redrafter.errors import BackendError
 from trtllm_redrafter.verify.gate_report import GateRequest
 
@@ -62,8 +62,7 @@ def decode(request: GateRequest, *, sampled: bool) -> Decoded:
     """Load the engine, decode the prompts, ask for logits and drafts along the texts, close it."""
     from trtllm_redrafter.verify.reference import Text
 
-    name = engine_backend(request.engine)
-    runner = load_backend(name).load(request.engine, device=request.device, verify_hashes=False)
+    runner = load_backend(request.config.backend).load(request.config, device=request.device, verify_hashes=False)
     refusal = None
     try:
         prompts = [_encode(runner, text, request.max_tokens) for text in request.prompts]
@@ -79,7 +78,7 @@ def decode(request: GateRequest, *, sampled: bool) -> Decoded:
     finally:
         runner.close()
     logits = [one.logits.cpu() for one in along]
-    if not along and name == "tensorrt-llm":
+    if not along and request.config.backend == TENSORRT:
         logits, refusal = _compiled_logits(request, texts, runner.info.max_input_len)
     return Decoded(
         tuple(prompts), tuple(results), tuple(accepted), runner.info.draft_shape,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trtllm_redrafter.backends.engine_config import engine_backend, read_engine_config
+from trtllm_redrafter.backends.engine_config import TENSORRT, TORCH, EngineConfig
 from trtllm_redrafter.checkpoint.config import read_checkpoint_config
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT
@@ -40,12 +40,12 @@ class WeightsCheck:
     problems: tuple[Problem, ...]
 
 
-def check_pair(engine: Path, reference: Path) -> list[Problem]:
+def check_pair(engine: EngineConfig, reference: Path) -> list[Problem]:
     """Differing fields of the two config files. `MismatchError` if they are of different models."""
-    config, found = read_checkpoint_config(reference), _engine_config(engine)
+    config, found, where = read_checkpoint_config(reference), engine.model_values, str(engine.path)
     remedy = "pass the checkpoint that the engine's manifest names"
     why = None
-    if (read_engine_config(engine).draft_shape is None) != (config.drafter is None):
+    if (engine.draft_shape is None) != (config.drafter is None):
         why = f"only {'the checkpoint' if config.drafter is not None else 'the engine'} has a drafter"
     differ = [key for key in SIZES if found.get(key) != getattr(config, key)]
     if why is None and differ:
@@ -55,23 +55,16 @@ def check_pair(engine: Path, reference: Path) -> list[Problem]:
     expected = read_json(reference / "config.json")
     both = [key for key in MEANINGS if key in found and key in expected and found[key] != expected[key]]
     return [
-        Problem(
-            f"{key} is {found[key]!r} in the engine, {expected[key]!r} in the checkpoint", str(engine), None, remedy
-        )
+        Problem(f"{key} is {found[key]!r} in the engine, {expected[key]!r} in the checkpoint", where, None, remedy)
         for key in both
     ]
 
 
-def _engine_config(engine: Path) -> dict[str, Any]:
-    pretrained = read_json(engine / "config.json").get("pretrained_config")
-    return pretrained if isinstance(pretrained, dict) else read_json(engine / ENGINE_CHECKPOINT / "config.json")
-
-
-def check_weights(engine: Path, reference: Path) -> WeightsCheck:
+def check_weights(engine: EngineConfig, reference: Path) -> WeightsCheck:
     """Every tensor of a torch engine against the checkpoint's, bit for bit."""
-    if engine_backend(engine) != "torch":
+    if engine.backend != TORCH:
         return WeightsCheck(None, ())
-    count, problems = compare_checkpoints(engine / ENGINE_CHECKPOINT, reference, no_progress)
+    count, problems = compare_checkpoints(engine.path / ENGINE_CHECKPOINT, reference, no_progress)
     return WeightsCheck(count, tuple(problems))
 
 
@@ -83,7 +76,7 @@ def not_seen(
     from trtllm_redrafter.verify.reference import tensorrt_qk_epsilon
 
     found = []
-    compiled = engine_backend(request.engine) == "tensorrt-llm"
+    compiled = request.config.backend == TENSORRT
     if compiled:
         found.append("weights: they are compiled into the engine; a single wrong one shows only if its effect does")
     if distributions is None:

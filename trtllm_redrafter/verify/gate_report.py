@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trtllm_redrafter.backends.engine_config import EngineConfig, read_engine_config
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.verify.gate_acceptance import AcceptanceCheck
 from trtllm_redrafter.verify.gate_checks import TokenCheck
@@ -33,6 +35,11 @@ class GateRequest:
     max_tokens: int
     min_acceptance: float | None
     device: str
+
+    @cached_property
+    def config(self) -> EngineConfig:
+        """The engine's, read once. `InputError` where `engine` is none."""
+        return read_engine_config(self.engine)
 
 
 @dataclass(frozen=True)

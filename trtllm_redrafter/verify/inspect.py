@@ -37,7 +37,7 @@ _CHECKPOINT_FACTS = (
     "mapping", "quantization", "redrafter_num_layers", "redrafter_exit_dim", "redrafter_is_rnn",
     "redrafter_num_beams", "redrafter_draft_len_per_beam", "redrafter_greedy_search",
 )  # fmt: skip
-_ENGINE_FACTS = ("backend", "version", "build_config", "draft", "eos_token_ids", "built_on")
+_ENGINE_FACTS = ("backend", "version", "build_config", "draft", "draft_head_rows", "eos_token_ids")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.backends.engine_config import TorchEngineConfig, engine_backend, read_engine_config
+from trtllm_redrafter.backends.engine_config import TORCH, EngineConfig
 from trtllm_redrafter.backends.torch.drafting import frequent_rows, load_drafter
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.redrafter.beam_search import Beams, DraftHead, beam_search, draft_head
@@ -108,7 +108,7 @@ class Replay:
 
 
 def load_replay(
-    engine: Path, reference: Path, runner: TorchRunner, shape: DraftShape, device: str, *, greedy: bool
+    engine: EngineConfig, reference: Path, runner: TorchRunner, shape: DraftShape, device: str, *, greedy: bool
 ) -> Replay:
     """`runner` runs the checkpoint `reference`; its drafter is read again here, in the dtype it is stored in."""
     checkpoint = Checkpoint.open(reference)
@@ -116,20 +116,11 @@ def load_replay(
     assert config is not None
     place = torch.device(device)
     drafter = load_drafter(checkpoint, config, place)
-    rows = frequent_rows(reference, head_rows(engine), checkpoint.config.vocab_size)
-    score_dtype = torch.float32 if engine_backend(engine) == "torch" else None
+    rows = frequent_rows(reference, engine.head_rows, checkpoint.config.vocab_size)
+    score_dtype = torch.float32 if engine.backend == TORCH else None
     embedding = checkpoint.load(_EMBEDDING).to(place)
     search = ReplaySearch(drafter, embedding, draft_head(drafter, rows), shape, score_dtype)
     return Replay(runner, search, greedy=greedy)
-
-
-def head_rows(engine: Path) -> int:
-    """From how many of the most frequent tokens the engine drafts; 0: from all (`frequent_rows`)."""
-    if engine_backend(engine) != "torch":
-        return 0
-    built = read_engine_config(engine)
-    assert isinstance(built, TorchEngineConfig)
-    return 0 if built.draft is None else built.draft.head_rows
 
 
 def _rule_output(beams: Beams, logits: Tensor) -> VerifyOutput:

@@ -21,7 +21,7 @@ import numpy as np
 
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
-from trtllm_redrafter.backends.engine_config import engine_backend
+from trtllm_redrafter.backends.engine_config import TORCH
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.conversion.head import takes_file_head
 from trtllm_redrafter.errors import Problem
@@ -112,8 +112,7 @@ def _prompt(length: int, vocab_size: int) -> tuple[int, ...]:
 def _runner(path: Path) -> Iterator[Runner]:
     """The engine at `path`, or a temporary one built from the checkpoint there."""
     if "backend" in read_json(path / "config.json"):
-        engine_backend(path)
-        runner = load_backend("torch").load(path, device="cpu", verify_hashes=False)
+        runner = load_backend(TORCH).load(path, device="cpu", verify_hashes=False)
         try:
             yield runner
         finally:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trtllm_redrafter.backends.base import BuildOptions, BuildPlan, Runner
-from trtllm_redrafter.backends.tensorrt_llm.build_plan import BACKEND, TensorRTPlan, plan_build
+from trtllm_redrafter.backends.engine_config import TENSORRT, EngineConfig
+from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan, plan_build
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.redrafter.config import DraftShape
 
@@ -14,7 +15,7 @@ from trtllm_redrafter.redrafter.config import DraftShape
 class TensorRTBackend:
     """Builds with `trtllm-build` in a child process, runs through the executor's Python bindings or the LLM API."""
 
-    name = BACKEND
+    name = TENSORRT
 
     def plan(self, options: BuildOptions) -> TensorRTPlan:
         """Flags, memory, warnings; every refusal at once. Needs neither TensorRT-LLM nor a GPU."""
@@ -29,7 +30,7 @@ class TensorRTBackend:
 
     def load(
         self,
-        engine: Path,
+        engine: Path | EngineConfig,
         *,
         device: str,
         verify_hashes: bool,

@@ -12,6 +12,7 @@ from typing import Any
 
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.build_text import tokenizer_source
+from trtllm_redrafter.backends.engine_config import TENSORRT
 from trtllm_redrafter.backends.tensorrt_llm.flag_plan import FlagPlan, plan_flags
 from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
 from trtllm_redrafter.backends.tensorrt_llm.rules import check
@@ -21,8 +22,6 @@ from trtllm_redrafter.errors import InputError, MismatchError, Problem, UsageErr
 from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.planning.gpus import Gpu, gpu
 from trtllm_redrafter.planning.memory import MemoryPlan, memory_plan
-
-BACKEND = "tensorrt-llm"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class TensorRTPlan:
     def as_dict(self) -> dict[str, Any]:
         shape = self.config.draft_shape
         return {
-            "backend": BACKEND,
+            "backend": TENSORRT,
             "checkpoint": str(self.options.checkpoint),
             "output": str(self.options.output),
             "tensorrt_llm": self.settings.version,

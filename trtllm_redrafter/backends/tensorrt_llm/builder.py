@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.build_text import BuildText, build_text
+from trtllm_redrafter.backends.engine_config import TENSORRT
 from trtllm_redrafter.backends.tensorrt_llm.build_log import BuildProgress, warnings_in
-from trtllm_redrafter.backends.tensorrt_llm.build_plan import BACKEND, TensorRTPlan
+from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan
 from trtllm_redrafter.backends.tensorrt_llm.child import run_logged
 from trtllm_redrafter.backends.tensorrt_llm.engine_cache import BuildIdentity, EngineCache
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import (
@@ -159,7 +160,7 @@ def _complete(plan: TensorRTPlan, text: BuildText, gpu: FoundGpu, work: Path) ->
             shutil.copyfile(generation, work / GENERATION_CONFIG)
     values = {
         "format": ENGINE_FORMAT,
-        "backend": BACKEND,
+        "backend": TENSORRT,
         "version": __version__,
         "tensorrt_llm": str(config.get("version", "")),
         "gpu": {"name": gpu.name, "compute_capability": list(gpu.compute_capability)},
@@ -181,7 +182,7 @@ def _manifest(
         inputs={"checkpoint": origin},
         options={flag.name: flag.value for flag in plan.flags.flags},
         derived={
-            "backend": BACKEND,
+            "backend": TENSORRT,
             "versions": dict(host.versions),
             "driver": host.gpu.driver,
             "gpu": host.gpu.name,

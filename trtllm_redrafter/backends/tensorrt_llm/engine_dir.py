@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.backends.engine_config import parse_engine_config
+from trtllm_redrafter.backends.engine_config import TENSORRT, EngineConfig, read_engine_config
 from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import MANIFEST
@@ -34,37 +34,27 @@ ENGINE_FORMAT = 1
 class EngineDirectory:
     """A checked engine directory; nothing of it is loaded."""
 
-    path: Path
-    version: str
-    pretrained: Mapping[str, Any]
-    build: Mapping[str, Any]
+    config: EngineConfig
     notes: Mapping[str, Any]
     tensorrt: str | None
     """TensorRT's version that compiled it, as the manifest says."""
 
     @property
-    def world_size(self) -> int:
-        mapping = self.pretrained.get("mapping")
-        return int(mapping.get("world_size", 1)) if isinstance(mapping, dict) else 1
+    def path(self) -> Path:
+        return self.config.path
 
     @property
     def draft_shape(self) -> DraftShape | None:
-        if "redrafter_num_beams" not in self.pretrained:
-            return None
-        return DraftShape(
-            int(self.pretrained["redrafter_num_beams"]), int(self.pretrained["redrafter_draft_len_per_beam"])
-        )
+        return self.config.draft_shape
+
+    @property
+    def world_size(self) -> int:
+        return self.config.model.mapping.world_size
 
     @property
     def greedy(self) -> bool:
         """Without a drafter, the executor samples as it is asked to."""
-        return bool(self.pretrained.get("redrafter_greedy_search", True)) and self.draft_shape is not None
-
-    @property
-    def max_seq_len(self) -> int:
-        """Prompt and answer together; the builder's figure includes the tree."""
-        shape = self.draft_shape
-        return int(self.build["max_seq_len"]) - (0 if shape is None else shape.drafted_tokens)
+        return self.config.model.redrafter_greedy_search and self.draft_shape is not None
 
     @property
     def runtime(self) -> RuntimeOptions:
@@ -98,12 +88,10 @@ class _Notes(Schema):
     gpu: _Gpu = _Gpu()
 
 
-def read_engine(path: Path, *, verify_hashes: bool) -> EngineDirectory:
+def read_engine(engine: Path | EngineConfig, *, verify_hashes: bool) -> EngineDirectory:
     """Open and check; every problem at once."""
-    config = read_json(path / "config.json")
-    pretrained, build = config.get("pretrained_config"), config.get("build_config")
-    if not isinstance(pretrained, dict) or not isinstance(build, dict):
-        raise InputError("this is not a TensorRT-LLM engine", where=path, remedy="check the path")
+    config = read_engine_config(engine, backend=TENSORRT)
+    path = config.path
     if not (path / NOTES_FILE).is_file() or not (path / MANIFEST).is_file():
         raise InputError(
             "the engine was not built by this program",
@@ -115,16 +103,15 @@ def read_engine(path: Path, *, verify_hashes: bool) -> EngineDirectory:
     if notes.get("format") != ENGINE_FORMAT:
         what = f"the engine has format {notes.get('format')!r}, this version reads {ENGINE_FORMAT}"
         raise BackendError(what, where=path, remedy="build it again")
-    parse_engine_config(config, path / "config.json")
     validated(_Notes, notes, where=path / NOTES_FILE, what=f"{NOTES_FILE} is not usable", remedy="build it again")
     manifest = Manifest.read(path)
     versions = manifest.derived.get("versions")
     compiler = versions.get("tensorrt") if isinstance(versions, dict) else None
-    engine = EngineDirectory(path, str(config.get("version", "")), pretrained, build, notes, compiler)
-    problems = [*rank_problems(path, engine.world_size)]
+    found = EngineDirectory(config, notes, compiler)
+    problems = [*rank_problems(path, found.world_size)]
     problems = problems or manifest.check_files(path, hashes=verify_hashes) or manifest.check_tokenizer(path)
     raise_together(InputError, problems, "the engine is not whole", where=path, remedy="build it again")
-    return engine
+    return found
 
 
 def rank_problems(path: Path, ranks: int) -> list[Problem]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from trtllm_redrafter.backends.base import EngineInfo
-from trtllm_redrafter.backends.tensorrt_llm.build_plan import BACKEND
+from trtllm_redrafter.backends.engine_config import TENSORRT, EngineConfig
 from trtllm_redrafter.backends.tensorrt_llm.client import EngineClient
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import EngineDirectory, read_engine
 from trtllm_redrafter.backends.tensorrt_llm.executor_client import ExecutorClient
@@ -22,7 +22,7 @@ from trtllm_redrafter.redrafter.config import DraftShape
 
 
 def load_runner(
-    engine: Path,
+    engine: Path | EngineConfig,
     *,
     device: str,
     verify_hashes: bool,
@@ -36,9 +36,9 @@ def load_runner(
     index = _device_index(device, found)
     gpus = find_gpus()
     problems = [*_api_problems(chosen), *_shape_problems(found, draft_shape), *_machine_problems(found, gpus, index)]
-    raise_together(BackendError, problems, "the engine cannot run here", where=engine)
+    raise_together(BackendError, problems, "the engine cannot run here", where=found.path)
     info = _info(found, gpus[index or 0])
-    tokenizer, ends = engine_text(engine, vocab_size=info.vocab_size, recorded=found.notes.get(RECORDED, ()))
+    tokenizer, ends = engine_text(found.path, vocab_size=info.vocab_size, recorded=found.notes.get(RECORDED, ()))
     client = _client(found, cast(Api, chosen), index, kv_cache_tokens)  # last: nothing may fail while it holds GPUs
     return TensorRTRunner(info, client, tokenizer, ends, greedy=found.greedy)
 
@@ -57,16 +57,17 @@ def _client(engine: EngineDirectory, api: Api, device: int | None, kv_cache_toke
 
 
 def _info(engine: EngineDirectory, gpu: FoundGpu) -> EngineInfo:
+    config = engine.config
     count = f"{engine.world_size} x " if engine.world_size > 1 else ""
     return EngineInfo(
         path=engine.path,
-        backend=BACKEND,
+        backend=TENSORRT,
         device=f"{count}{gpu.name}",
-        dtype=str(engine.pretrained.get("dtype", "")),
-        vocab_size=int(engine.pretrained["vocab_size"]),
-        max_batch_size=int(engine.build["max_batch_size"]),
-        max_input_len=int(engine.build["max_input_len"]),
-        max_seq_len=engine.max_seq_len,
+        dtype=config.model.dtype,
+        vocab_size=config.model.vocab_size,
+        max_batch_size=config.limits.max_batch_size,
+        max_input_len=config.limits.max_input_len,
+        max_seq_len=config.max_seq_len,
         draft_shape=engine.draft_shape,
     )
 
@@ -105,11 +106,11 @@ def _machine_problems(engine: EngineDirectory, gpus: list[FoundGpu], index: int 
     found, built_on = [], engine.notes.get("gpu", {})
     installed = installed_version("tensorrt_llm")
     if installed is None:
-        found.append(Problem("tensorrt_llm is not installed", None, None, f"use release {engine.version}"))
-    elif installed.split("+")[0] != engine.version.split("+")[0]:
+        found.append(Problem("tensorrt_llm is not installed", None, None, f"use release {engine.config.version}"))
+    elif installed.split("+")[0] != engine.config.version.split("+")[0]:
         why = "a TensorRT engine runs with the release that built it only"
-        remedy = f"install {engine.version}, or build the engine again"
-        found.append(Problem(f"the engine is of {engine.version}, installed is {installed}", None, why, remedy))
+        remedy = f"install {engine.config.version}, or build the engine again"
+        found.append(Problem(f"the engine is of {engine.config.version}, installed is {installed}", None, why, remedy))
     tensorrt, built_with = installed_version("tensorrt"), engine.tensorrt
     if None not in (tensorrt, built_with) and tensorrt != built_with:
         what = f"the engine was compiled by TensorRT {built_with}, installed is {tensorrt}"

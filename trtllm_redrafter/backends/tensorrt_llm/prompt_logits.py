@@ -52,7 +52,7 @@ def prompt_logits(engine: Path, prompts: Sequence[Sequence[int]]) -> Tensor:
     except Exception as error:  # C++ raises RuntimeError and others
         raise run_error(error) from error
     try:
-        return _ask(bindings, executor, prompts)[:, : int(found.pretrained["vocab_size"])]
+        return _ask(bindings, executor, prompts)[:, : found.config.model.vocab_size]
     except BackendError:
         raise
     except Exception as error:  # as above

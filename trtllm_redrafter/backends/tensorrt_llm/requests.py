@@ -16,30 +16,30 @@ from trtllm_redrafter.backends.requests import limit_problems
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest
 from trtllm_redrafter.errors import Problem
 
-_HEEDED = (
+_SUPPORTED = (
     "max_tokens", "temperature", "seed", "stop", "stop_token_ids", "ignore_eos", "skip_special_tokens"
 )  # fmt: skip
-"""Options that every engine does as it is asked."""
+"""Options that every engine supports."""
 
 _FILTERS = ("top_k", "top_p")
-"""Options that only an engine without a drafter does. All others, a new one too, are refused."""
+"""Options that only an engine without a drafter supports. All others, new ones included, are refused."""
 
 
 def request_problems(request: Request, info: EngineInfo, *, greedy: bool, has_tokenizer: bool) -> list[Problem]:
     """Everything that keeps a request from running as it was meant."""
     found = limit_problems(request, info, has_tokenizer=has_tokenizer)
     if info.draft_shape is None:
-        return found + _ignored(request.sampling, (*_HEEDED, *_FILTERS), "it is not passed on to TensorRT-LLM")
+        return found + _ignored(request.sampling, (*_SUPPORTED, *_FILTERS), "it is not passed on to TensorRT-LLM")
     found += _drafting_problems(request, greedy)
-    return found + _ignored(request.sampling, _HEEDED, "TensorRT-LLM's ReDrafter decoder ignores it")
+    return found + _ignored(request.sampling, _SUPPORTED, "TensorRT-LLM's ReDrafter decoder ignores it")
 
 
-def _ignored(sampling: SamplingParams, heeded: Sequence[str], why: str) -> list[Problem]:
-    """Options that are on and would change nothing."""
-    values = {o.name: getattr(sampling, o.name) for o in fields(sampling) if getattr(sampling, o.name) != o.default}
-    return [
-        Problem(f"{name} is {value}", None, why, "leave it out") for name, value in values.items() if name not in heeded
-    ]
+def _ignored(sampling: SamplingParams, supported: Sequence[str], why: str) -> list[Problem]:
+    """A problem for each option that is set and would have no effect."""
+    options = [option for option in fields(sampling) if option.name not in supported]
+    values = {option.name: getattr(sampling, option.name) for option in options}
+    given = [option.name for option in options if values[option.name] != option.default]
+    return [Problem(f"{name} is {values[name]}", None, why, "leave it out") for name in given]
 
 
 def _drafting_problems(request: Request, greedy: bool) -> list[Problem]:

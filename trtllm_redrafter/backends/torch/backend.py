@@ -4,7 +4,7 @@ An engine is the checkpoint itself, hard-linked where the file system allows, be
 was built for. Nothing in it depends on the machine; what does (the compiled kernels) is made in the user's cache.
 
     engine/
-      config.json       backend, limits, drafting settings, end-of-text tokens
+      config.json       backend, limits, rows of the draft head, end-of-text tokens
       manifest.json     what made it, from what, hashes
       tokenizer/        tokenizer, chat template, generation_config.json
       checkpoint/       config.json, rank{N}.safetensors, draft_vocab.safetensors
@@ -20,13 +20,13 @@ import torch
 
 from trtllm_redrafter.backends.base import BuildOptions, BuildPlan, EngineInfo
 from trtllm_redrafter.backends.engine_config import (
+    TORCH,
+    EngineConfig,
     Limits,
-    TorchEngineConfig,
-    engine_backend,
     read_engine_config,
 )
 from trtllm_redrafter.backends.tokenizer import engine_text
-from trtllm_redrafter.backends.torch.build_plan import BACKEND, TorchBuildPlan, kv_cache_bytes, plan_build
+from trtllm_redrafter.backends.torch.build_plan import TorchBuildPlan, kv_cache_bytes, plan_build
 from trtllm_redrafter.backends.torch.cuda.executor import CudaExecutor, cuda_unavailable
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimits
 from trtllm_redrafter.backends.torch.drafting import frequent_rows, load_drafter, make_search
@@ -59,7 +59,7 @@ from trtllm_redrafter.redrafter.config import DraftShape
 class TorchBackend:
     """The embedded backend: PyTorch on any machine, compiled kernels for bfloat16 on a CPU."""
 
-    name = BACKEND
+    name = TORCH
 
     def plan(self, options: BuildOptions) -> TorchBuildPlan:
         """Check everything a build could fail on."""
@@ -93,7 +93,7 @@ class TorchBackend:
 
     def load(
         self,
-        engine: Path,
+        engine: Path | EngineConfig,
         *,
         device: str,
         verify_hashes: bool,
@@ -102,15 +102,17 @@ class TorchBackend:
         kv_cache_tokens: int | None = None,
     ) -> TorchRunner:
         """Load an engine on `device` ("cpu", "cuda", "cuda:1"). Sizes of all files are checked, hashes on request."""
+        config = read_engine_config(engine, backend=TORCH)
+        engine, limits = config.path, config.limits
         if api is not None:
             remedy = "leave --api out"
             raise UsageError("only TensorRT-LLM engines have a choice of interface", where=engine, remedy=remedy)
         del kv_cache_tokens  # the cache has the size the engine was built with
-        config = _read_engine(engine, verify_hashes)
+        _check_whole(engine, verify_hashes)
         checkpoint = Checkpoint.open(engine / ENGINE_CHECKPOINT)
         require_sound(checkpoint)
-        _check_limits(config.build_config, checkpoint, engine)
-        shape = _draft_shape(checkpoint.config, config, draft_shape, engine)
+        _check_limits(limits, checkpoint, engine)
+        shape = _draft_shape(checkpoint.config, draft_shape, engine)
         target = _device(device)
         tokenizer, ends = engine_text(
             engine,
@@ -119,23 +121,22 @@ class TorchBackend:
         )
         with memory_for("the weights", why=str(target), remedy="use a device with more, or end what else runs on it"):
             weights = load_weights(checkpoint, target)
-        limits = config.build_config
         executor, note = _make_executor(checkpoint.config, weights, limits, shape)
-        drafting, built = None, config.draft
-        if shape is not None and built is not None and checkpoint.config.drafter is not None:
+        drafting = None
+        if shape is not None and checkpoint.config.drafter is not None:
             with memory_for("the drafter", why=str(target), remedy="build with a smaller --max-batch-size"):
                 drafting = make_search(
                     load_drafter(checkpoint, checkpoint.config.drafter, target),
                     executor,
                     weights.embedding,
                     shape,
-                    rows=frequent_rows(checkpoint.path, built.head_rows, checkpoint.config.vocab_size),
+                    rows=frequent_rows(checkpoint.path, config.head_rows, checkpoint.config.vocab_size),
                     max_batch_size=limits.max_batch_size,
                     low_rank=load_factor(engine, weights.head, checkpoint.config.drafter.exit_dim),
                 )
         info = EngineInfo(
             path=engine,
-            backend=BACKEND,
+            backend=TORCH,
             device=f"{target} ({executor.name}: {executor.detail})",
             dtype=checkpoint.config.dtype,
             vocab_size=checkpoint.config.vocab_size,
@@ -172,7 +173,7 @@ def _manifest(plan: TorchBuildPlan, work: Path) -> Manifest:
             }
         },
         options=dict(config["build_config"]),
-        derived={k: v for k, v in config.items() if k not in ("build_config", "format")},
+        derived={},
         files=record_tree(work),
     )
 
@@ -194,21 +195,11 @@ def _recorded(checkpoint: Checkpoint) -> object:
     return () if checkpoint.manifest is None else checkpoint.manifest.end_tokens
 
 
-def _read_engine(engine: Path, verify_hashes: bool) -> TorchEngineConfig:
-    """The engine's config, after a check of what it is and whether its files are whole."""
-    backend = engine_backend(engine)
-    if backend != BACKEND:
-        raise BackendError(
-            f"the engine was built for the {backend} backend",
-            where=engine,
-            remedy="load it with that backend, or build the checkpoint again with --backend torch",
-        )
-    config = read_engine_config(engine)
-    assert isinstance(config, TorchEngineConfig)
+def _check_whole(engine: Path, verify_hashes: bool) -> None:
+    """Are the engine's files those that were built?"""
     manifest = Manifest.read(engine)
     problems = manifest.check_files(engine, hashes=verify_hashes) or manifest.check_tokenizer(engine)
     raise_together(InputError, problems, "the engine's files have changed since it was built", where=engine)
-    return config
 
 
 def _check_limits(limits: Limits, checkpoint: Checkpoint, engine: Path) -> None:
@@ -222,10 +213,8 @@ def _check_limits(limits: Limits, checkpoint: Checkpoint, engine: Path) -> None:
         raise InputError("the engine's limits do not fit its model", where=engine, why=why, remedy="build it again")
 
 
-def _draft_shape(
-    config: CheckpointConfig, engine: TorchEngineConfig, asked: DraftShape | None, where: Path
-) -> DraftShape | None:
-    if config.drafter is None or engine.draft is None:
+def _draft_shape(config: CheckpointConfig, asked: DraftShape | None, where: Path) -> DraftShape | None:
+    if config.draft_shape is None:
         if asked is not None:
             raise UsageError(
                 "the engine has no drafter, so there is nothing to set beams or draft length for",
@@ -233,7 +222,7 @@ def _draft_shape(
                 remedy="leave --num-beams and --draft-len out, or convert with --drafter",
             )
         return None
-    shape = asked or DraftShape(engine.draft.num_beams, engine.draft.draft_len)
+    shape = asked or config.draft_shape
     shape.check()
     return shape
 

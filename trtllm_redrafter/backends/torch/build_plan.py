@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.build_text import BuildText, build_text
-from trtllm_redrafter.backends.engine_config import TORCH_ENGINE_FORMAT
+from trtllm_redrafter.backends.engine_config import TORCH, TORCH_ENGINE_FORMAT
 from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
 from trtllm_redrafter.backends.torch.native.library import load_library
 from trtllm_redrafter.backends.torch.rope import SUPPORTED_SCALINGS, scaling_kind
@@ -23,8 +20,6 @@ from trtllm_redrafter.errors import MismatchError, Problem, raise_together
 from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.paths import check_place, existing_parent
 from trtllm_redrafter.version import __version__
-
-BACKEND = "torch"
 
 DRAFT_HEAD_ROWS = 8192
 """Rows of the drafter's LM head that are computed, where the checkpoint says which are the most frequent."""
@@ -58,28 +53,24 @@ class TorchBuildPlan:
         return sum(file.path.stat().st_size for file in self.checkpoint.ranks)
 
     def engine_config(self) -> dict[str, Any]:
-        config, options = self.checkpoint.config, self.options
-        shape = config.draft_shape
+        options = self.options
         return {
             "format": TORCH_ENGINE_FORMAT,
-            "backend": BACKEND,
+            "backend": TORCH,
             "version": __version__,
             "build_config": {
                 "max_batch_size": options.max_batch_size,
                 "max_input_len": options.max_input_len,
                 "max_seq_len": options.max_seq_len,
             },
-            "draft": None
-            if shape is None
-            else {"num_beams": shape.num_beams, "draft_len": shape.draft_len, "head_rows": DRAFT_HEAD_ROWS},
+            "draft_head_rows": 0 if self.checkpoint.config.draft_shape is None else DRAFT_HEAD_ROWS,
             RECORDED: list(self.text.end_token_ids),
-            "built_on": {"machine": platform.machine(), "system": platform.system(), "torch": torch.__version__},
         }
 
     def as_dict(self) -> dict[str, Any]:
-        config = self.checkpoint.config
+        config, shape = self.checkpoint.config, self.checkpoint.config.draft_shape
         return {
-            "backend": BACKEND,
+            "backend": TORCH,
             "checkpoint": str(self.options.checkpoint),
             "output": str(self.options.output),
             "architecture": config.architecture,
@@ -94,7 +85,7 @@ class TorchBuildPlan:
             RECORDED: list(self.text.end_token_ids),
             "notes": list(self.text.notes),
             **self.engine_config()["build_config"],
-            "draft": self.engine_config()["draft"],
+            "draft": None if shape is None else {**asdict(shape), "head_rows": DRAFT_HEAD_ROWS},
         }
 
     def render(self) -> str:
