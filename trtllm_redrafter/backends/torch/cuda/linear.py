@@ -98,7 +98,9 @@ class Linear:
         }  # fmt: skip
         if self.packed.dtype == torch.float16:
             constants["DTYPE_HALF"] = None
-        kernel = compiled("linear.cu", "linear", constants, rows=size // row_teams, shared_bytes=stages * stage + _SLACK)
+        kernel = compiled(
+            "linear.cu", "linear", constants, rows=size // row_teams, shared_bytes=stages * stage + _SLACK
+        )
         work = _Work(self._groups, self.parts, self.k_tiles, self.splits, self.passes, rows, self.width)
         values, places = (None, None) if best is None else best
         kernel.launch(
