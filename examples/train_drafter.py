@@ -130,7 +130,7 @@ def main() -> None:
         steps = sum(result.steps for result in results)
         brought = 1 + sum(result.accepted_tokens for result in results) / steps
         print(f"\nengine at {shape.num_beams}x{shape.draft_len}: {brought:.2f} tokens per step")
-        print(f"evaluate said:  {report.best.walk:.2f}")
+        print(f"evaluate said:  {report.best.acceptance_length:.2f}")
 
 
 if __name__ == "__main__":

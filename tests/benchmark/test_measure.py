@@ -43,8 +43,8 @@ def test_both_sides_are_measured_on_the_same(runner: TorchRunner) -> None:
         for key, mine in keys[0].items():
             plain = keys[1][key]
             assert (mine.output, mine.tokens) == (plain.output, plain.tokens)
-            assert mine.tokens == 1 + mine.steps + mine.accepted and plain.steps == plain.tokens - 1
-            assert mine.drafted > 0 and plain.drafted == 0
+            assert mine.tokens == 1 + mine.steps + mine.accepted_tokens and plain.steps == plain.tokens - 1
+            assert mine.drafted_tokens > 0 and plain.drafted_tokens == 0
             assert 0 < mine.first_token_seconds <= mine.seconds
             assert mine.step_seconds <= mine.decode_seconds < mine.seconds
         plain_arm = batch.autoregression

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from trtllm_redrafter.backends.requests import SpecDecodingStats
 from trtllm_redrafter.benchmark.records import AUTOREGRESSION, DRAFTING, ArmRecords, BatchRecords
 from trtllm_redrafter.benchmark.statistics import Bootstrap, Estimate, Table, divide, percentiles, speedup
 
@@ -33,20 +34,21 @@ class ArmFigures:
     step_seconds: float
     steps: int
     acceptance_length: float | None
-    accepted_share: tuple[float, ...]
-    """Share of steps that accepted at least 1, 2, ... drafts."""
+    """This and the rates are those of drafted steps; None, and no rates, without any."""
+    acceptance_rate: float | None
+    acceptance_rate_per_position: list[float]
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "accepted_share": list(self.accepted_share)}
+        return dict(vars(self))
 
 
 def arm_figures(arm: ArmRecords) -> ArmFigures:
-    records, steps = arm.records, sum(r.steps for r in arm.records)
+    records, stats = arm.records, SpecDecodingStats()
+    for record in records:
+        stats.add(record)
+    drafted = stats.drafted_tokens > 0
     decoded = sum(r.tokens - 1 for r in records)
     decode_seconds = sum(r.decode_seconds for r in records)
-    positions = max((len(r.accepted_at) for r in records), default=0)
-    shares = [sum(r.accepted_at[j] for r in records if j < len(r.accepted_at)) for j in range(positions)]
-    drafted = any(r.drafted for r in records)
     return ArmFigures(
         requests=len(records),
         tokens=arm.tokens,
@@ -57,10 +59,11 @@ def arm_figures(arm: ArmRecords) -> ArmFigures:
         first_token_seconds=percentiles([r.first_token_seconds for r in records]),
         gap_seconds=percentiles(arm.gaps),
         seconds_per_token=divide(decode_seconds, decoded),
-        step_seconds=divide(sum(r.step_seconds for r in records), steps),
-        steps=steps,
-        acceptance_length=1 + sum(r.accepted for r in records) / steps if steps and drafted else None,
-        accepted_share=tuple(s / steps for s in shares) if steps and drafted else (),
+        step_seconds=divide(sum(r.step_seconds for r in records), stats.steps),
+        steps=stats.steps,
+        acceptance_length=stats.acceptance_length if drafted else None,
+        acceptance_rate=stats.acceptance_rate,
+        acceptance_rate_per_position=stats.acceptance_rate_per_position if drafted else [],
     )
 
 
@@ -119,7 +122,7 @@ class BatchFigures:
             "decode_speedup": self.decode_speedup.as_dict(),
             "total_speedup": self.total_speedup,
             "step_time_ratio": self.step_time_ratio,
-            "break_even_acceptance": self.step_time_ratio,
+            "break_even_acceptance_length": self.step_time_ratio,
             "categories": {name: c.as_dict() for name, c in self.categories.items()},
         }
 

@@ -149,9 +149,9 @@ def _record(request: _Open, result: Result, repeat: int) -> Record:
         decode_seconds=max(0.0, seconds - until_decoding),
         step_seconds=result.decode_seconds,
         steps=result.steps,
-        drafted=result.drafted_tokens,
-        accepted=result.accepted_tokens,
-        accepted_at=tuple(result.accepted_at),
+        drafted_tokens=result.drafted_tokens,
+        accepted_tokens=result.accepted_tokens,
+        accepted_per_position=list(result.accepted_per_position),
         gaps=len(request.gaps),
         output=hashlib.sha256(repr(result.token_ids).encode()).hexdigest()[:16],
     )

@@ -33,5 +33,5 @@ def evaluate(given: list[Layer], overwrite: Overwrite = False, as_json: Json = F
         emit("evaluate", **found.as_dict())
     if not found.passes:
         floor = options.settings.min_acceptance
-        note(f"the best setting brings {found.best.walk:.2f} tokens per step, {floor} were asked for")
+        note(f"the best setting's acceptance length is {found.best.acceptance_length:.2f}, {floor} was asked for")
         raise typer.Exit(VerificationError.exit_code)

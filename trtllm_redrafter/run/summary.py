@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from trtllm_redrafter.backends.base import acceptance_length
+from trtllm_redrafter.backends.requests import SpecDecodingStats
 from trtllm_redrafter.run.jobs import Job
 
 
 @dataclass
-class Summary:
+class RunSummary(SpecDecodingStats):
     """Figures over all finished jobs. `decode_tokens_per_second` is one request's own speed, averaged by time."""
 
     wall_seconds: float = 0.0
@@ -19,10 +19,6 @@ class Summary:
     failed: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    steps: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    accepted_at: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decoded_tokens: int = 0
@@ -30,7 +26,7 @@ class Summary:
     """0 while every prompt has a result, else that of the first failure."""
     _start: float = field(default_factory=time.perf_counter, repr=False)
 
-    def add(self, job: Job) -> None:
+    def add_job(self, job: Job) -> None:
         self.prompts += 1
         self.wall_seconds = time.perf_counter() - self._start
         if job.error is not None:
@@ -42,23 +38,9 @@ class Summary:
         self.prompt_tokens += result.prompt_tokens
         self.completion_tokens += len(result.token_ids)
         self.decoded_tokens += max(0, len(result.token_ids) - 1)
-        self.steps += result.steps
-        self.drafted_tokens += result.drafted_tokens
-        self.accepted_tokens += result.accepted_tokens
+        self.add(result)
         self.prefill_seconds += result.prefill_seconds
         self.decode_seconds += result.decode_seconds
-        longer = len(result.accepted_at) - len(self.accepted_at)
-        self.accepted_at += [0] * max(0, longer)
-        for j, count in enumerate(result.accepted_at):
-            self.accepted_at[j] += count
-
-    @property
-    def acceptance_length(self) -> float | None:
-        return acceptance_length(self.steps, self.accepted_tokens)
-
-    @property
-    def acceptance_rate(self) -> float | None:
-        return None if self.drafted_tokens == 0 else self.accepted_tokens / self.drafted_tokens
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -69,11 +51,6 @@ class Summary:
     def decode_tokens_per_second(self) -> float | None:
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds > 0 else None
 
-    @property
-    def accepted_share(self) -> list[float]:
-        """Share of steps in which at least j + 1 drafts were accepted."""
-        return [count / self.steps for count in self.accepted_at] if self.steps else []
-
     def as_dict(self) -> dict[str, Any]:
         return {
             "prompts": self.prompts,
@@ -83,7 +60,7 @@ class Summary:
             "steps": self.steps,
             "acceptance_length": self.acceptance_length,
             "acceptance_rate": self.acceptance_rate,
-            "accepted_share": self.accepted_share,
+            "acceptance_rate_per_position": self.acceptance_rate_per_position,
             "drafted_tokens": self.drafted_tokens,
             "accepted_tokens": self.accepted_tokens,
             "wall_seconds": self.wall_seconds,

@@ -50,12 +50,12 @@ class EvaluationReport:
 
     @property
     def best(self) -> Acceptance:
-        return max(self.acceptance, key=lambda a: a.walk)
+        return max(self.acceptance, key=lambda a: a.acceptance_length)
 
     @property
     def passes(self) -> bool:
         floor = self.options.settings.min_acceptance
-        return floor is None or self.best.walk >= floor
+        return floor is None or self.best.acceptance_length >= floor
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -77,17 +77,16 @@ class EvaluationReport:
     def render(self) -> str:
         """A Markdown table and what it means."""
         lines = [
-            f"{self.texts} prompts, {self.tokens} tokens, greedy, {self.options.dtype}; tokens per base-model step",
+            f"{self.texts} prompts, {self.tokens} tokens, greedy, {self.options.dtype}",
             "",
-            "| beams x length | walked | 95 % interval | every position | accepted at least 1, 2, ... drafts |",
+            "| beams x length | acceptance length | 95 % interval | mean over rows | acceptance rate per position |",
             "|---|---|---|---|---|",
         ]
         for a in self.acceptance:
-            shares = " ".join(f"{share:.2f}" for share in a.at_least)
+            rates = " ".join(f"{rate:.2f}" for rate in a.acceptance_rate_per_position)
             setting = f"{a.shape.num_beams}x{a.shape.draft_len}"
-            lines.append(
-                f"| {setting} | {a.walk:.2f} | {a.walk_low:.2f}–{a.walk_high:.2f} | {a.smooth:.2f} | {shares} |"
-            )
+            length = f"{a.acceptance_length:.2f} | {a.low:.2f}–{a.high:.2f} | {a.mean_over_rows:.2f}"
+            lines.append(f"| {setting} | {length} | {rates} |")
         top1 = " ".join(f"{a['top1']:.3f}" for a in self.accuracy)
         top5 = " ".join(f"{a['top5']:.3f}" for a in self.accuracy)
         return "\n".join([*lines, "", f"right token per position: top-1 {top1}; top-5 {top5}"])

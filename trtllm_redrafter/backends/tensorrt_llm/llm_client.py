@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
-from trtllm_redrafter.backends.tensorrt_llm.library import import_library, load_error, speculation
+from trtllm_redrafter.backends.tensorrt_llm.library import drafted_tokens, import_library, load_error
 from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions
 
 ENGINE_API = "tensorrt_llm._tensorrt_engine"
@@ -161,15 +161,13 @@ def _event(number: int, step: Any, taken: int) -> Event:
     """The API collects a request's tokens; what is new is counted here."""
     output, final = step.outputs[0], bool(step.finished)
     iterations = getattr(step, "decoding_iter", None)
-    drafted, accepted = speculation(output) if final else (None, None)
     return Event(
         number=number,
         token_ids=tuple(int(token) for token in output.token_ids[taken:]),
         final=final,
         finish=_finish(output) if final else None,
         decoding_iter=int(iterations) if iterations else None,
-        drafted=drafted,
-        accepted=accepted,
+        drafted_tokens=drafted_tokens(output) if final else None,
     )
 
 

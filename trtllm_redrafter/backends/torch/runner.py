@@ -161,7 +161,7 @@ class TorchRunner(Runner):
         sequence.base, sequence.context = len(request.token_ids), output.hidden
         result.queue_seconds = start - sequence.since
         if self._drafting is not None:
-            result.accepted_at = [0] * self._drafting.shape.draft_len
+            result.accepted_per_position = [0] * self._drafting.shape.draft_len
         self._active.append(sequence)
         self._settings = None
         result.prefill_seconds = time.perf_counter() - start
@@ -180,7 +180,9 @@ class TorchRunner(Runner):
         for sequence in batch:
             sequence.result.decode_seconds += elapsed
         return [
-            self._emit(sequence, tokens) if tokens else self._retry_or_fail(sequence, drafted=len(tree) > 1)
+            self._emit(sequence, tokens, drafted=max(tree.depths))
+            if tokens
+            else self._retry_or_fail(sequence, drafted=len(tree) > 1)
             for sequence, tokens, tree in zip(batch, emitted, trees, strict=True)
         ]
 
@@ -220,8 +222,6 @@ class TorchRunner(Runner):
                 self.executor.commit(sequence.slot, sequence.base, path)
                 sequence.root = own[path[-1]]
                 sequence.context = output.hidden[first + path[-1]]
-                sequence.result.steps += 1
-                sequence.result.drafted_tokens += max(tree.depths)
             if NOT_FINITE in own:
                 self.executor.clear(sequence.slot, sequence.base + kept, sequence.base + len(tree))
             sequence.base += kept
@@ -229,14 +229,14 @@ class TorchRunner(Runner):
             first += len(tree)
         return gained
 
-    def _emit(self, sequence: _Sequence, tokens: list[int]) -> Update:
-        """Hand out tokens until one ends the request; what a step accepted beyond that is dropped."""
-        result = sequence.result
+    def _emit(self, sequence: _Sequence, tokens: list[int], *, drafted: int | None = None) -> Update:
+        """Hand out tokens until one ends the request; what a step accepted beyond that is dropped.
+
+        `drafted`: how many of them the step could have accepted; None for the prompt's token, which is no step.
+        """
         count, reason = sequence.add(tokens, self._eos)
-        if result.steps:
-            result.accepted_tokens += count - 1
-            for depth in range(count - 1):
-                result.accepted_at[depth] += 1
+        if drafted is not None:
+            sequence.result.add_step(drafted=drafted, accepted=count - 1)
         if reason is not None:
             self._finish(sequence, reason)
         return sequence.update(tokens[:count])
