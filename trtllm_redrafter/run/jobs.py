@@ -16,8 +16,9 @@ from typing import Any
 
 from trtllm_redrafter.backends.base import Result
 from trtllm_redrafter.errors import InputError, RedrafterError, brief
+from trtllm_redrafter.prompts.files import parse_lines
 from trtllm_redrafter.prompts.jsonl import read_lines
-from trtllm_redrafter.prompts.messages import Prompt, UnknownKeys, own_id, parse_prompt
+from trtllm_redrafter.prompts.messages import Prompt, own_id, parse_prompt
 from trtllm_redrafter.prompts.sampling import SamplingParams, sampling_values
 
 
@@ -60,16 +61,15 @@ def prompt_jobs(prompts: Sequence[str], defaults: Job) -> list[Job]:
 
 def read_jobs(path: Path, defaults: Job) -> Iterator[Job]:
     """Jobs of a JSON Lines file or stream, line by line; a line that is none becomes a job with its error."""
-    unknown = UnknownKeys(path)
-    for line in read_lines(path):
-        job = replace(defaults, job_id=f"line-{line.number}", where=f"{path}, line {line.number}")
-        try:
-            if line.error is not None:
-                raise line.error
-            unknown.note(line.values, line.number)
-            yield _with_values(job, line.values)
-        except InputError as error:
-            yield job.failed(error)
+
+    def line_job(number: int) -> Job:
+        return replace(defaults, job_id=f"line-{number}", where=f"{path}, line {number}")
+
+    def parse(number: int, values: Mapping[str, Any]) -> Job:
+        return _with_values(line_job(number), values)
+
+    for number, found in parse_lines(read_lines(path), path, parse):
+        yield found if isinstance(found, Job) else line_job(number).failed(found)
 
 
 def _with_values(job: Job, values: Mapping[str, Any]) -> Job:
