@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import shutil
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -377,6 +379,9 @@ def test_the_client_uses_documented_names_only(host: Host, checkpoints: Path, tm
         client.submit(replace(request, stop_words=[[3, 4]]))
     client.close()
     client.close()
+    client.cancel(4)  # of an engine that is gone: nothing to do
+    with pytest.raises(BackendError, match="has been closed"):
+        client.submit(request)
 
 
 def test_ranks_are_ended_whatever_became_of_the_requests(
@@ -389,5 +394,10 @@ def test_ranks_are_ended_whatever_became_of_the_requests(
     monkeypatch.setattr(llm_client, "_CLOSE_SECONDS", 0.2)
     client = llm_client.LlmClient(build(checkpoints, tmp_path), runtime=RUNTIME, tp_size=1)
     client._loop.call_soon_threadsafe(time.sleep, 1.0)
-    client.close()
-    assert not client._llm._open
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        client.close()
+        assert not client._llm._open
+        client._thread.join(10)
+        gc.collect()
+    assert client._loop.is_closed() and not [w for w in found if "never awaited" in str(w.message)]
