@@ -13,12 +13,10 @@ from tests.engines import make_runner
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.search import PlainSearch
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
-from trtllm_redrafter.benchmark.differences import examine
-from trtllm_redrafter.benchmark.figures import batch_figures
-from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, _rounds, _warm_up, run_round
+from trtllm_redrafter.benchmark.figures import NO_GO, batch_figures, judge
+from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, _rounds, _warm_up, examine, run_round
 from trtllm_redrafter.benchmark.prompts import Item
 from trtllm_redrafter.benchmark.statistics import Bootstrap
-from trtllm_redrafter.benchmark.verdict import NO_GO, judge
 from trtllm_redrafter.errors import NumericalError, UsageError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.token_tree import Tree

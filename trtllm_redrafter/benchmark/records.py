@@ -66,9 +66,12 @@ class ArmRecords:
         return found
 
 
+TIE, FAULT, UNEXAMINED = "tie", "fault", "unexamined"
+
+
 @dataclass(frozen=True)
 class Difference:
-    """Where drafting changed a text. `kind` is tie, fault or unexamined; `gap` is in logits, None if not known."""
+    """Where drafting changed a text. `kind` is one of the three above; `gap` is in logits, None if not known."""
 
     item: str
     batch: int

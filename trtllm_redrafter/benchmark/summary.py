@@ -10,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trtllm_redrafter.benchmark.differences import FAULT, TIE, UNEXAMINED
-from trtllm_redrafter.benchmark.figures import BatchFigures, arm_figures, batch_figures
+from trtllm_redrafter.benchmark.figures import BatchFigures, Verdict, arm_figures, batch_figures, judge
 from trtllm_redrafter.benchmark.prompts import question_of
-from trtllm_redrafter.benchmark.records import BatchRecords, BenchResult, Record
+from trtllm_redrafter.benchmark.records import FAULT, TIE, UNEXAMINED, BatchRecords, BenchResult, Record
 from trtllm_redrafter.benchmark.statistics import Bootstrap, divide
-from trtllm_redrafter.benchmark.verdict import Verdict, judge
 from trtllm_redrafter.fsio import without_nan
 
 MULTI_TURN = "multi-turn conversation"

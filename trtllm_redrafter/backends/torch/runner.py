@@ -59,6 +59,7 @@ class TorchRunner(Runner):
         self.info = info
         self.notes = notes
         self.executor = executor
+        self.row_invariant = executor.row_invariant
         self._drafting = drafting
         self._tokenizer = tokenizer
         self._eos = eos_token_ids
