@@ -23,8 +23,7 @@ from trtllm_redrafter.training.data import read_prompts
 from trtllm_redrafter.training.evaluation import evaluate
 from trtllm_redrafter.training.execute import train
 from trtllm_redrafter.training.frozen_base import load_tokenizer
-from trtllm_redrafter.training.options import TrainOptions
-from trtllm_redrafter.training.plan import plan_training
+from trtllm_redrafter.training.plan import TrainOptions, plan_training
 from trtllm_redrafter.training.rows import TrainingRows
 
 GRID = (DraftShape(1, 1), DraftShape(1, 3), DraftShape(3, 2), DraftShape(3, 3), DraftShape(6, 3))

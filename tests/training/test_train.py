@@ -18,11 +18,10 @@ from trtllm_redrafter.errors import OutputError, UsageError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.settings.training import EvaluateSection
-from trtllm_redrafter.training.evaluation import evaluate
+from trtllm_redrafter.training.evaluation import EvaluateOptions, evaluate
 from trtllm_redrafter.training.execute import train
 from trtllm_redrafter.training.model import HeadKind
-from trtllm_redrafter.training.options import EvaluateOptions, TrainOptions
-from trtllm_redrafter.training.plan import plan_training
+from trtllm_redrafter.training.plan import TrainOptions, plan_training
 
 
 def evaluate_options(options: TrainOptions, **changes: Any) -> EvaluateOptions:

@@ -40,12 +40,12 @@ from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_any
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid
-from trtllm_redrafter.training.drafter_reader import read_drafter
+from trtllm_redrafter.training.answers import TransformersWriter, WritingOptions
+from trtllm_redrafter.training.drafter_files import read_drafter
 from trtllm_redrafter.training.evaluation import draft_vocab
-from trtllm_redrafter.training.fit import BaseTensors
 from trtllm_redrafter.training.frozen_base import FrozenBase, load_tokenizer
 from trtllm_redrafter.training.rows import TrainingRows
-from trtllm_redrafter.training.self_distill import TransformersWriter, WritingOptions
+from trtllm_redrafter.training.trainer import BaseTensors
 
 ROWS_AT_ONCE = 256
 """Positions to draft from at once; bounds the size of the [rows, beams, vocabulary] array."""

@@ -26,9 +26,9 @@ from trtllm_redrafter.errors import not_finite
 from trtllm_redrafter.progress import Progress, no_progress
 from trtllm_redrafter.redrafter.beam_search import DraftHead, search_rounds
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.training.fit import BaseTensors
 from trtllm_redrafter.training.model import TrainableDrafter
 from trtllm_redrafter.training.rows import TrainingRows, cut_windows
+from trtllm_redrafter.training.trainer import BaseTensors
 
 
 @dataclass(frozen=True)
