@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trtllm_redrafter import build, convert, load_engine
 from trtllm_redrafter.progress import no_progress
-from trtllm_redrafter.run.training_options import evaluate_options, train_options
+from trtllm_redrafter.run.options import evaluate_options, train_options
 from trtllm_redrafter.settings import flag_layers, resolve
 from trtllm_redrafter.training import evaluate, plan_training, train
 

@@ -12,10 +12,9 @@ from tests.prompts.test_sampling import WithMinP
 from trtllm_redrafter.backends.base import EngineInfo, Request, Result, Runner, SamplingParams, Update
 from trtllm_redrafter.errors import BackendError, InputError, RequestError
 from trtllm_redrafter.prompts.messages import Prompt
-from trtllm_redrafter.run.batch import run_jobs
-from trtllm_redrafter.run.jobs import Job, prompt_jobs, read_jobs
+from trtllm_redrafter.run.jobs import Job, RunSummary, prompt_jobs, read_jobs
 from trtllm_redrafter.run.results import _request_key
-from trtllm_redrafter.run.summary import RunSummary
+from trtllm_redrafter.run.session import run_jobs
 
 DEFAULTS = Job("", "", Prompt("", chat=False), SamplingParams(max_tokens=2))
 

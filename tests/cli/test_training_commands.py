@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.tiny import Program
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.run.training_options import within
+from trtllm_redrafter.run.options import within
 from trtllm_redrafter.settings import resolve
 from trtllm_redrafter.settings.training import parse_grid
 

@@ -21,7 +21,7 @@ from trtllm_redrafter.settings import Layer, resolve
 )  # fmt: skip
 def evaluate(given: list[Layer], overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Measure a drafter's acceptance for every setting of a grid."""
-    from trtllm_redrafter.run.training_options import evaluate_options
+    from trtllm_redrafter.run.options import evaluate_options
     from trtllm_redrafter.training import evaluate as run_evaluation
 
     resolved = resolve(given)

@@ -14,11 +14,9 @@ from trtllm_redrafter.cli.console import note, progress_bar, say, say_generated,
 from trtllm_redrafter.errors import OutputError, RedrafterError, RequestError, UsageError
 from trtllm_redrafter.paths import check_place
 from trtllm_redrafter.prompts.jsonl import check_source
-from trtllm_redrafter.run.batch import run_jobs
-from trtllm_redrafter.run.jobs import Job, prompt_jobs, read_jobs
+from trtllm_redrafter.run.jobs import Job, RunSummary, prompt_jobs, read_jobs
 from trtllm_redrafter.run.results import ResultsFile
-from trtllm_redrafter.run.session import defaults_for, open_runner
-from trtllm_redrafter.run.summary import RunSummary
+from trtllm_redrafter.run.session import defaults_for, open_runner, run_jobs
 from trtllm_redrafter.settings import Resolved
 from trtllm_redrafter.settings.schema import RunSection
 
