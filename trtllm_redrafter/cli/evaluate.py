@@ -21,7 +21,7 @@ from trtllm_redrafter.settings import Layer, resolve
 )  # fmt: skip
 def evaluate(given: list[Layer], overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Measure a drafter's acceptance for every setting of a grid."""
-    from trtllm_redrafter.run.training_options import evaluate_options
+    from trtllm_redrafter.run.options import evaluate_options
     from trtllm_redrafter.training import evaluate as run_evaluation
 
     resolved = resolve(given)
@@ -33,5 +33,5 @@ def evaluate(given: list[Layer], overwrite: Overwrite = False, as_json: Json = F
         emit("evaluate", **found.as_dict())
     if not found.passes:
         floor = options.settings.min_acceptance
-        note(f"the best setting brings {found.best.walk:.2f} tokens per step, {floor} were asked for")
+        note(f"the best setting's acceptance length is {found.best.acceptance_length:.2f}, {floor} was asked for")
         raise typer.Exit(VerificationError.exit_code)

@@ -30,11 +30,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a drafter for a base model, which stays as it is."""
-    from trtllm_redrafter.run.training_options import train_options
+    from trtllm_redrafter.run.options import train_options
     from trtllm_redrafter.training import plan_training
     from trtllm_redrafter.training import train as run_training
-    from trtllm_redrafter.training.engine_writer import answer_writer
-    from trtllm_redrafter.training.execute import work_lock
+    from trtllm_redrafter.training.execute import answer_writer, work_lock
 
     resolved = resolve(given)
     plan = plan_training(train_options(resolved, resume=resume, overwrite=overwrite))

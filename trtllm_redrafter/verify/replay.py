@@ -47,7 +47,7 @@ class Steps:
     diverged: int
     """Steps in which the rule, on the reference's logits, does not follow the text: numeric ties, or faults."""
 
-    def accepted_at(self, draft_len: int) -> list[int]:
+    def accepted_per_position(self, draft_len: int) -> list[int]:
         """[j]: number of steps in which at least j + 1 drafts were accepted, as in `Result`."""
         return [sum(count > j for count in self.accepted) for j in range(draft_len)]
 
