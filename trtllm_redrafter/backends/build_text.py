@@ -57,7 +57,7 @@ def build_text(options: BuildOptions, config: CheckpointConfig, manifest: Manife
     recorded = () if manifest is None else manifest.end_tokens
     text = text_side(source, vocab_size=config.vocab_size, remedy=remedy, recorded=recorded)
     notes = list(text.notes)
-    known = None if manifest is None else manifest.derived.get("tokenizer_sha256")
+    known = None if manifest is None else manifest.tokenizer_sha256
     if given and source is not None and known is not None and known != tokenizer_sha256(source):
         notes.append(f"{source} is not the tokenizer the base model came with: check that the two agree")
     return BuildText(source, text.tokenizer is not None, text.end_token_ids, tuple(notes))

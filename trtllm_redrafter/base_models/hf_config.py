@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.base_models.hf_fields import one_form
-from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
-from trtllm_redrafter.checkpoint.config_writer import QWEN_DEFAULT_SEQ_LENGTH
+from trtllm_redrafter.checkpoint.config import DTYPES, QWEN_DEFAULT_SEQ_LENGTH, CheckpointConfig
 from trtllm_redrafter.checkpoint.families import FAMILIES, Family, family_of_type
 from trtllm_redrafter.checkpoint.fields import FieldReader
 from trtllm_redrafter.errors import Problem

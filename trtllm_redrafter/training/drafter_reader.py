@@ -1,6 +1,6 @@
 """Load any drafter directory that conversion reads, ours or another trainer's, for evaluation.
 
-Names, `.pt` files and horizons are `convert`'s business (`DrafterFiles`); here its tensors go to their places in a
+Names, `.pt` files and config.json are `convert`'s business (`DrafterFiles`); here its tensors go to their places in a
 `TrainableDrafter`.
 """
 
@@ -29,7 +29,7 @@ def read_drafter(folder: Path, longest: int) -> TrainableDrafter:
     if drafter.factor is not None:
         sources["lm_head_factor.weight"] = drafter.factor
     found = {HEADS.get(name, f"core.{name}"): _read(source) for name, source in sources.items()}
-    spec = DrafterSpec(drafter.config, _head(drafter), drafter.horizon or longest)
+    spec = DrafterSpec(drafter.config, _head(drafter), drafter.trained_draft_len or longest)
     return load_weights(spec, {name: found[path] for name, path in weight_names(spec).items()})
 
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtllm_redrafter.backends.torch.temporary import temporary_directory, temporary_runner
-from trtllm_redrafter.conversion import ConvertOptions, convert, plan_conversion
+from trtllm_redrafter.conversion.options import ConvertOptions
+from trtllm_redrafter.conversion.plan import plan_conversion
+from trtllm_redrafter.conversion.writer import convert
 from trtllm_redrafter.fsio import made_parents
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.training.plan import TrainPlan

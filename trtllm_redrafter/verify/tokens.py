@@ -23,7 +23,7 @@ from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
 from trtllm_redrafter.backends.engine_config import TORCH
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.conversion.head import takes_file_head
+from trtllm_redrafter.conversion.base import takes_file_head
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.verify.files import checkpoint_directory
