@@ -31,7 +31,7 @@ from trtllm_redrafter.backends.torch.weights import DTYPES, LayerWeights, ModelW
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.planning.gpus import gpu
 from trtllm_redrafter.planning.latency import Assumptions, latency_plan
-from trtllm_redrafter.planning.sizes import base_parameters, weight_bytes
+from trtllm_redrafter.planning.memory import base_parameters, weight_bytes
 from trtllm_redrafter.redrafter.beam_search import draft_head
 from trtllm_redrafter.redrafter.drafter import Drafter
 from trtllm_redrafter.redrafter.token_tree import Tree

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from tests.engines import write_tokenizer
 from trtllm_redrafter.base_models.text_side import TextSide, end_tokens, text_side
-from trtllm_redrafter.base_models.vocabulary import first_beyond
+from trtllm_redrafter.base_models.tokenizer import first_beyond
 from trtllm_redrafter.errors import InputError
 
 VOCAB = 259

@@ -13,7 +13,7 @@ from trtllm_redrafter.benchmark import environment
 from trtllm_redrafter.benchmark.report import _clock
 from trtllm_redrafter.checkpoint.config import read_checkpoint_config
 from trtllm_redrafter.planning.gpus import gpu
-from trtllm_redrafter.planning.sizes import weight_bytes
+from trtllm_redrafter.planning.memory import weight_bytes
 
 
 def gpu_engine(path: Path, device: str) -> EngineInfo:

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.base_models.tokenizer import has_tokenizer, library_errors
-from trtllm_redrafter.base_models.vocabulary import tokenizer_for, unusable_note
+from trtllm_redrafter.base_models.tokenizer import has_tokenizer, library_errors, tokenizer_for, unusable_note
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import read_json
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from trtllm_redrafter.backends.base import Runner
 from trtllm_redrafter.benchmark.prompts import Item
 from trtllm_redrafter.benchmark.records import Difference
-from trtllm_redrafter.verify.ties import gap, tie_bound
+from trtllm_redrafter.verify.token_checks import gap, tie_bound
 
 TIE, FAULT, UNEXAMINED = "tie", "fault", "unexamined"
 

@@ -22,7 +22,7 @@ from trtllm_redrafter.backends.base import EngineInfo
 from trtllm_redrafter.backends.engine_config import read_engine_config
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.planning.gpus import gpu_by_driver_name
-from trtllm_redrafter.planning.sizes import weight_bytes
+from trtllm_redrafter.planning.memory import weight_bytes
 from trtllm_redrafter.version import __version__
 
 _PACKAGES = ("torch", "transformers", "numpy", "tensorrt_llm", "tensorrt")

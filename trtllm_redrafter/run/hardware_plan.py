@@ -19,8 +19,8 @@ from trtllm_redrafter.doctor import Needs
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, UsageError, raise_together
 from trtllm_redrafter.planning.acceptance import MeasuredAcceptance, read_acceptance
 from trtllm_redrafter.planning.latency import Assumptions, LatencyPlan, latency_plan
+from trtllm_redrafter.planning.memory import weight_bytes
 from trtllm_redrafter.planning.model import PlannedModel, checkpoint_model, planned_model
-from trtllm_redrafter.planning.sizes import weight_bytes
 from trtllm_redrafter.run.options import (
     complete_build_options,
     convert_options,

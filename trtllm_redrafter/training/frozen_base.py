@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.base_models.hf_fields import one_form
+from trtllm_redrafter.base_models.hf_config import one_form
 from trtllm_redrafter.base_models.hf_model import sample_of
 from trtllm_redrafter.base_models.text_side import TextSide, text_side
 from trtllm_redrafter.base_models.tokenizer import tokenizer_sha256
