@@ -190,7 +190,7 @@ def add_plan(report: dict[str, Any]) -> None:
             row["planned"] = {**asdict(planned.rows[-1]), "break_even": planned.rows[-1].break_even}
             row["break_even"] = (row["verify_ms"] + row["draft_ms"]) / row["plain_ms"]
             row["break_even_wall"] = (row["verify_wall_ms"] + row["draft_wall_ms"]) / row["plain_wall_ms"]
-        reading = weight_bytes(config).streamed / (target.bandwidth * plan.bandwidth_efficiency)
+        reading = weight_bytes(config).base / (target.bandwidth * plan.bandwidth_efficiency)
         for row in model.get("products", []):
             rate = target.flops(fp8=False) * plan.compute_efficiency
             computing = 2 * row["rows"] * base_parameters(config) / rate
@@ -208,7 +208,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
         assert shape is not None
         report["models"][name] = {
             "draft": [shape.num_beams, shape.draft_len],
-            "streamed_bytes": sizes.streamed,
+            "streamed_bytes": sizes.base,
             "drafter_bytes": sizes.drafter,
             "rows": measure(config, args.context, [int(b) for b in args.batches.split(",")]) if args.batches else [],
             "products": measure_products(config),

@@ -29,7 +29,7 @@ def test_this_machine(tmp_path: Path) -> None:
     after = environment.afterwards(runner.info)
     assert after["memory"]["peak_resident_bytes"] > 50e6
     roof = environment.roof(runner.info)
-    assert roof["weight_bytes"] == weight_bytes(read_checkpoint_config(runner.info.path / "checkpoint")).streamed
+    assert roof["weight_bytes"] == weight_bytes(read_checkpoint_config(runner.info.path / "checkpoint")).base
     assert roof["bandwidth"] > 1e8 and roof["bandwidth_from"] == "measured on this machine"
 
 

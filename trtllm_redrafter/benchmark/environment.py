@@ -156,7 +156,7 @@ def memory(info: EngineInfo) -> dict[str, int]:
 def roof(info: EngineInfo) -> dict[str, Any]:
     """Bytes of base weights that a step reads, and the bandwidth of their memory in bytes per second."""
     config = read_engine_config(info.path)
-    nbytes = weight_bytes(CheckpointConfig.from_dict(config.model_values, where=config.model_file)).streamed
+    nbytes = weight_bytes(CheckpointConfig.from_dict(config.model_values, where=config.model_file)).base
     name = _gpu_name(info)
     if name is None:
         return {"weight_bytes": nbytes, "bandwidth": _bandwidth(nbytes), "bandwidth_from": "measured on this machine"}
