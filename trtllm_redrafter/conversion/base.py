@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from trtllm_redrafter.base_models.hf_model import HFModel, check_tensors, tensor_sources, weights_sample
-from trtllm_redrafter.base_models.text_side import end_tokens, text_side
 from trtllm_redrafter.base_models.tokenizer import tokenizer_files, tokenizer_sha256
+from trtllm_redrafter.base_models.tokenizer_setup import end_tokens, tokenizer_setup
 from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
 from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, tensor_specs
 from trtllm_redrafter.checkpoint.manifest import Manifest
@@ -45,7 +45,7 @@ class Base:
     """What both kinds of base offer. `rank_tensors` gives every base tensor of one rank, by name.
 
     `head` is the LM head, for drafters that borrow it; empty when it cannot be read as numbers. `eos_token_ids` are
-    complete after `with_text`. `problems` are those of a readable base that does not fit the options.
+    complete after `with_tokenizer`. `problems` are those of a readable base that does not fit the options.
     """
 
     path: Path
@@ -81,11 +81,11 @@ def open_base(options: ConvertOptions) -> Base:
     return _from_huggingface(model, options.applied_to(config), notes)
 
 
-def with_text(base: Base) -> Base:
+def with_tokenizer(base: Base) -> Base:
     """The base with its tokenizer checked and its end tokens known; `InputError` when the tokenizer is not usable."""
     folder = base.tokenizer[0].parent if base.tokenizer else base.path
     remedy = "download the base's tokenizer files again, or take them away and pass --tokenizer to build"
-    text = text_side(folder, vocab_size=base.config.vocab_size, remedy=remedy, recorded=base.eos_token_ids)
+    text = tokenizer_setup(folder, vocab_size=base.config.vocab_size, remedy=remedy, recorded=base.eos_token_ids)
     return replace(base, eos_token_ids=text.end_token_ids, notes=(*base.notes, *text.notes))
 
 

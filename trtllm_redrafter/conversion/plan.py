@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from trtllm_redrafter.checkpoint.config import CheckpointConfig, config_dict
 from trtllm_redrafter.checkpoint.layout import divisibility_problems, tensor_specs
 from trtllm_redrafter.checkpoint.names import DRAFTER, TOKENIZER_DIRECTORY
-from trtllm_redrafter.conversion.base import Base, open_base, with_text
+from trtllm_redrafter.conversion.base import Base, open_base, with_tokenizer
 from trtllm_redrafter.conversion.drafter import DrafterFiles
 from trtllm_redrafter.conversion.drafter_config import RETRAIN, draft_shape, size_problems
 from trtllm_redrafter.conversion.options import ConvertOptions, option_problems
@@ -172,7 +172,7 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     base = found.run(lambda: open_base(options))
     if base is not None:
         opened = base
-        base = found.run(lambda: with_text(opened)) or base
+        base = found.run(lambda: with_tokenizer(opened)) or base
     drafter, shape, shape_notes = _open_drafter(options, found)
     config = None
     if base is not None:
