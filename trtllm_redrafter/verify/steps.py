@@ -38,9 +38,9 @@ from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.redrafter.beam_search import Beams, DraftHead, beam_search, draft_head
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
+from trtllm_redrafter.redrafter.reference import RULES, DraftRecord, Step, VerifyOutput, build_tree
 from trtllm_redrafter.redrafter.sampling import SamplingSettings
-from trtllm_redrafter.redrafter.token_tree import Tree, build_tree
-from trtllm_redrafter.redrafter.verification import RULES, DraftRecord, Step, VerifyOutput
+from trtllm_redrafter.redrafter.token_tree import Tree
 
 
 @dataclass(frozen=True)
