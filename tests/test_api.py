@@ -77,7 +77,7 @@ def test_options_are_those_of_the_schema() -> None:
 def test_errors_name_the_argument(engine: Path) -> None:
     with pytest.raises(UsageError, match="flag tp_size"):
         api.convert("b", "c", tp_size=0)
-    with pytest.raises(UsageError, match="did you mean 'convert.tp_size'"):
+    with pytest.raises(UsageError, match=r"did you mean 'convert\.tp_size'"):
         api.convert("b", "c", tp_sise=1)  # type: ignore[call-arg]
     with api.load_engine(engine) as loaded:
         with pytest.raises(RequestError, match="unknown sampling parameter"):

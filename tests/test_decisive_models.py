@@ -13,8 +13,8 @@ from tests.engines import build_engine, load
 from trtllm_redrafter.backends.base import Request, Result, SamplingParams
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.verify.gate import GateRequest, parity_gate
-from trtllm_redrafter.verify.gate_checks import TokenCheck, compare
 from trtllm_redrafter.verify.reference import Text, compute_pair
+from trtllm_redrafter.verify.token_checks import TokenCheck, compare
 
 PROMPTS = ((79, 8, 130), (200,), (45, 46, 47, 48, 49, 50, 51), (3, 250, 17, 91))
 LIMITS = {"max_input_len": 100, "max_seq_len": 200}

@@ -23,8 +23,8 @@ from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.verify import reference
 from trtllm_redrafter.verify.distributions import measure
 from trtllm_redrafter.verify.gate import GateReport, GateRequest, parity_gate
-from trtllm_redrafter.verify.gate_acceptance import SingleSteps
 from trtllm_redrafter.verify.reference import Text, compute_pair, tensorrt_qk_epsilon
+from trtllm_redrafter.verify.steps import SingleSteps
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 259, "head_dim": 32}
 PROMPTS = ("one", "a second prompt", "3")

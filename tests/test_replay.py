@@ -22,6 +22,7 @@ from trtllm_redrafter.backends.engine_config import parse_engine_config
 from trtllm_redrafter.backends.torch import runner as torch_runner
 from trtllm_redrafter.backends.torch.executor import PromptOutput, TreeOutput
 from trtllm_redrafter.backends.torch.runner import TorchRunner
+from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.errors import MismatchError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.beam_search import Beams
@@ -31,8 +32,7 @@ from trtllm_redrafter.training.execute import train
 from trtllm_redrafter.training.plan import plan_training
 from trtllm_redrafter.verify import gate, gate_decode
 from trtllm_redrafter.verify.gate import GateReport, GateRequest, parity_gate
-from trtllm_redrafter.verify.gate_acceptance import AcceptanceCheck, StepCounts
-from trtllm_redrafter.verify.replay import Replay, Steps, load_replay
+from trtllm_redrafter.verify.steps import AcceptanceCheck, Replay, StepCounts, Steps, load_replay
 
 PROMPTS = ("Number A0", "Number C2", "Number E4")
 
@@ -267,7 +267,9 @@ def test_a_tensorrt_llm_engine_is_replayed_with_its_own_search(models: Path, tmp
     limits = {"max_batch_size": 4, "max_input_len": 64, "max_seq_len": 128}
     engine = parse_engine_config({"pretrained_config": {"vocab_size": 259}, "build_config": limits}, {}, tmp_path)
     runner = load(models / "bfloat16" / "engine")
-    replayed = load_replay(engine, models / "bfloat16" / "checkpoint", runner, DraftShape(2, 3), "cpu", greedy=True)
+    replayed = load_replay(
+        engine, Checkpoint.open(models / "bfloat16" / "checkpoint"), runner, DraftShape(2, 3), "cpu", greedy=True
+    )
     assert replayed._search.score_dtype is None and replayed._search.head.rows is None
     report = parity_gate(request(models, "bfloat16"))
     prompts = [runner.encode_prompt(text, chat=True) for text in PROMPTS]

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny_models import write_base, write_drafter
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
-from trtllm_redrafter.conversion.execute import convert
 from trtllm_redrafter.conversion.options import ConvertOptions
 from trtllm_redrafter.conversion.plan import plan_conversion
+from trtllm_redrafter.conversion.writer import convert
 from trtllm_redrafter.errors import InputError, VerificationError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.run import api

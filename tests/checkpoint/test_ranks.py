@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tests.engines import build_engine, write_checkpoint
 from trtllm_redrafter.backends.torch.backend import TorchBackend
 from trtllm_redrafter.checkpoint.manifest import Manifest
-from trtllm_redrafter.checkpoint.ranks import rank_problems
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import save_tensors
+from trtllm_redrafter.checkpoint.structure import rank_problems
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.verify.files import verify_files
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.conversion.conftest import Options
 from tests.tiny_models import write_base, write_drafter, write_drafter_config, write_tied_drafter
-from trtllm_redrafter.conversion.execute import convert
 from trtllm_redrafter.conversion.plan import plan_conversion
+from trtllm_redrafter.conversion.writer import convert
 from trtllm_redrafter.errors import InputError, MismatchError, OutputError, RedrafterError, UsageError
 from trtllm_redrafter.progress import no_progress
 

@@ -18,7 +18,7 @@ from trtllm_redrafter.planning.latency import (
     batch_sizes,
     latency_plan,
 )
-from trtllm_redrafter.planning.sizes import base_parameters, kv_bytes_per_token, weight_bytes
+from trtllm_redrafter.planning.memory import base_parameters, kv_bytes_per_token, weight_bytes
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 
 IDEAL = Assumptions(context_len=1000, bandwidth_efficiency=1.0, compute_efficiency=1.0, kernel_us=0.0)

@@ -11,7 +11,7 @@ from trtllm_redrafter.checkpoint.layout import tensor_specs
 from trtllm_redrafter.errors import UsageError
 from trtllm_redrafter.planning import GPUS, Limits, gpu, memory_plan
 from trtllm_redrafter.planning.gpus import gpu_by_driver_name
-from trtllm_redrafter.planning.sizes import base_parameters, drafter_parameters, kv_bytes_per_token, weight_bytes
+from trtllm_redrafter.planning.memory import base_parameters, drafter_parameters, kv_bytes_per_token, weight_bytes
 from trtllm_redrafter.redrafter.config import DraftShape
 
 LIMITS = Limits(8, 1024, 2048, 1115)

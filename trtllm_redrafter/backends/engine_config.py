@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from trtllm_redrafter.checkpoint.config import MAX_RANKS
+from trtllm_redrafter.checkpoint.fields import Schema, Size, validated
 from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT
-from trtllm_redrafter.checkpoint.validation import Schema, Size, validated
 from trtllm_redrafter.errors import BackendError, InputError, raise_together
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.redrafter.config import DraftShape

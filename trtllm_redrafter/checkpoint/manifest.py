@@ -4,7 +4,7 @@ Checkpoints, engines and drafters have one. It tells months later which drafter 
 `verify` find a flipped bit or an incomplete upload:
 
     manifest = Manifest.read(path)
-    manifest.inputs["base"]["path"], manifest.derived["max_tree_tokens"]
+    manifest.inputs["base"]["path"], manifest.trained_draft_len
     problems = manifest.check_files(path, hashes=True)      # [] if there are none
 """
 
@@ -23,8 +23,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from trtllm_redrafter.checkpoint.names import MANIFEST, RECORDED, TOKENIZER_DIRECTORY
-from trtllm_redrafter.checkpoint.validation import Schema, validated
+from trtllm_redrafter.checkpoint.fields import Schema, validated
+from trtllm_redrafter.checkpoint.names import MANIFEST, RECORDED, TOKENIZER_DIRECTORY, TRAINED_DRAFT_LEN
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.fsio import CREATOR, read_json, safe_join, sample_sha256, sha256_file, write_json
 from trtllm_redrafter.version import __version__
@@ -169,6 +169,18 @@ class Manifest:
     def end_tokens(self) -> object:
         """The end tokens that are recorded, as they stand in the file; () where none are."""
         return self.derived.get(RECORDED, ())
+
+    @property
+    def trained_draft_len(self) -> int | None:
+        """How many tokens ahead a checkpoint's drafter was trained; None where nothing says so."""
+        found = self.derived.get(TRAINED_DRAFT_LEN)
+        return found if isinstance(found, int) else None
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """Identity of the tokenizer of the base model that a checkpoint was made from."""
+        base = self.inputs.get("base")
+        return base.get("tokenizer_sha256") if isinstance(base, dict) else None
 
     def check_tokenizer(self, directory: Path) -> list[Problem]:
         """Files of the tokenizer that are not what was written, those included that were not written at all.

@@ -45,6 +45,14 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 
 STORED_DTYPES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
+_EXPONENTS: dict[torch.dtype, tuple[torch.dtype, int]] = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
+}
+_CHUNK = 2**20
+"""Values compared at a time."""
+
 DAMAGED = "download or copy the file again"
 """The remedy for a file that is not what it was written as."""
 
@@ -172,3 +180,17 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     if flat.numel() == 0:
         return memoryview(b"")
     return memoryview(flat.view(torch.uint8).numpy().data)
+
+
+def non_finite_count(tensor: Tensor) -> int:
+    """Number of NaN or infinite values in a contiguous tensor; 0 for dtypes without such values.
+
+    A 16- or 32-bit float is finite unless all bits of its exponent are set; comparing integers is as fast as reading.
+    """
+    if tensor.dtype not in _EXPONENTS or tensor.numel() == 0:
+        return 0
+    integer, exponent = _EXPONENTS[tensor.dtype]
+    found = 0
+    for part in torch.split(tensor.reshape(-1).view(integer), _CHUNK):
+        found += int(part.bitwise_and(exponent).eq_(exponent).sum())
+    return found

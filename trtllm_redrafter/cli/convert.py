@@ -15,8 +15,8 @@ from trtllm_redrafter.settings import Layer, resolve
 )
 def convert(given: list[Layer], dry_run: DryRun = False, overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Convert a Hugging Face base model and a ReDrafter drafter into a TensorRT-LLM checkpoint."""
-    from trtllm_redrafter.conversion import convert as run_conversion
-    from trtllm_redrafter.conversion import plan_conversion
+    from trtllm_redrafter.conversion.plan import plan_conversion
+    from trtllm_redrafter.conversion.writer import convert as run_conversion
     from trtllm_redrafter.run.options import convert_options
 
     resolved = resolve(given)

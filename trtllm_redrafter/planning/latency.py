@@ -19,7 +19,7 @@ from typing import Any
 
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.planning.gpus import Gpu
-from trtllm_redrafter.planning.sizes import (
+from trtllm_redrafter.planning.memory import (
     base_parameters,
     drafter_parameters,
     dtype_bytes,
@@ -168,7 +168,7 @@ class _Roof:
         """One forward pass of the base model over `rows` tokens of each of `batch` requests."""
         config, tp = self._config, self._config.tp_size
         arithmetic = 2 * batch * rows * base_parameters(config) / tp / self._base_rate
-        weights = _overlapped(self._weights.streamed / self._bandwidth, arithmetic)
+        weights = _overlapped(self._weights.base / self._bandwidth, arithmetic)
         cache = batch * self._context * kv_bytes_per_token(config) / self._bandwidth
         width = config.num_attention_heads * config.head_size // tp
         scores = 4 * batch * rows * self._context * width * config.num_hidden_layers / self._dense_rate

@@ -110,12 +110,11 @@ def _roof(resolved: Resolved, name: str, target: str) -> Roof:
     from trtllm_redrafter.backends.tensorrt_llm.flag_plan import plan_flags
     from trtllm_redrafter.benchmark.tuning import EngineSize, Roof
     from trtllm_redrafter.planning.memory import memory_plan
-    from trtllm_redrafter.planning.model import planned_model
-    from trtllm_redrafter.run.hardware_plan import assumptions, build_options, model_source
+    from trtllm_redrafter.run.hardware_plan import assumptions, build_options, recipe_model
 
     row = gpu(target)
     resolved = with_directories(resolved, name=name)
-    config = planned_model(model_source(resolved)).config
+    config = recipe_model(resolved).config
     resolved = with_limits(resolved, config.max_position_embeddings)
     assert resolved.recipe.build.max_seq_len is not None
     assumed = assumptions(resolved, resolved.recipe.build.max_seq_len)

@@ -22,7 +22,7 @@ from trtllm_redrafter.settings.training import parse_grid
 if TYPE_CHECKING:
     from trtllm_redrafter.backends.base import BuildOptions, SamplingParams
     from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
-    from trtllm_redrafter.conversion import ConvertOptions
+    from trtllm_redrafter.conversion.options import ConvertOptions
     from trtllm_redrafter.training import EvaluateOptions, TrainOptions
 
 
@@ -71,7 +71,7 @@ def with_limits(resolved: Resolved, context: int) -> Resolved:
 
 
 def convert_options(resolved: Resolved, *, overwrite: bool) -> ConvertOptions:
-    from trtllm_redrafter.conversion import ConvertOptions
+    from trtllm_redrafter.conversion.options import ConvertOptions
 
     require(resolved, {"base": "--base", "checkpoint": "--output"}, "a conversion")
     recipe = resolved.recipe

@@ -19,7 +19,8 @@ from typing import Any
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.base_models.hf_config import parse_hf_config
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.conversion import convert, plan_conversion
+from trtllm_redrafter.conversion.plan import plan_conversion
+from trtllm_redrafter.conversion.writer import convert
 from trtllm_redrafter.errors import InputError, OutputError, UsageError, raise_together
 from trtllm_redrafter.fsio import read_json, restore
 from trtllm_redrafter.locks import exclusive

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.checkpoint.finite import finite_problems
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT, MANIFEST, rank_file
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.checkpoint.structure import structure_problems
+from trtllm_redrafter.checkpoint.structure import finite_problems, structure_problems
 from trtllm_redrafter.errors import InputError, Problem, RedrafterError, VerificationError, limited
 from trtllm_redrafter.fsio import read_json
 

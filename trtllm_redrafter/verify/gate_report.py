@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trtllm_redrafter.backends.engine_config import EngineConfig, read_engine_config
+from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.errors import Problem
-from trtllm_redrafter.verify.gate_acceptance import AcceptanceCheck
-from trtllm_redrafter.verify.gate_checks import TokenCheck
-
-if TYPE_CHECKING:
-    from trtllm_redrafter.verify.distributions import Distributions
-    from trtllm_redrafter.verify.gate_drafter import Drafts
+from trtllm_redrafter.verify.distributions import Distributions
+from trtllm_redrafter.verify.gate_drafter import Drafts
+from trtllm_redrafter.verify.steps import AcceptanceCheck
+from trtllm_redrafter.verify.token_checks import TokenCheck
 
 PROMPTS = (
     "Why is the sky blue? Answer in three sentences.",
@@ -40,6 +39,11 @@ class GateRequest:
     def config(self) -> EngineConfig:
         """The engine's, read once. `InputError` where `engine` is none."""
         return read_engine_config(self.engine)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The reference, opened once."""
+        return Checkpoint.open(self.reference)
 
 
 @dataclass(frozen=True)

@@ -127,10 +127,10 @@ def _end_tokens(path: Path, config: Mapping[str, Any], manifest: Manifest | None
         return {} if manifest is None else {RECORDED: manifest.end_tokens}
     if not {"architectures", "model_type"} & set(config) or type(config.get("vocab_size")) is not int:
         return {}
-    from trtllm_redrafter.base_models.text_side import text_side
+    from trtllm_redrafter.base_models.tokenizer_setup import tokenizer_setup
 
     try:
-        text = text_side(path, vocab_size=config["vocab_size"], remedy="download the tokenizer again")
+        text = tokenizer_setup(path, vocab_size=config["vocab_size"], remedy="download the tokenizer again")
     except RedrafterError as error:
         return {RECORDED: f"not known: {error.problem.what}"}
     return {RECORDED: list(text.end_token_ids)}

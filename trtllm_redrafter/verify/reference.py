@@ -24,7 +24,7 @@ from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import DTYPES, load_weights
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.planning.sizes import weight_bytes
+from trtllm_redrafter.planning.memory import weight_bytes
 
 EXACT = {"float16": torch.float32, "bfloat16": torch.float32, "float32": torch.float64}
 """The dtype that counts as exact for each: at least 2^13 times finer."""

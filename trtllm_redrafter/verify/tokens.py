@@ -23,7 +23,7 @@ from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
 from trtllm_redrafter.backends.engine_config import TORCH
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.conversion.head import takes_file_head
+from trtllm_redrafter.conversion.base import takes_file_head
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.verify.files import checkpoint_directory
@@ -31,8 +31,8 @@ from trtllm_redrafter.verify.weights import is_checkpoint
 
 if TYPE_CHECKING:
     from trtllm_redrafter.verify.distributions import Distributions
-    from trtllm_redrafter.verify.gate_checks import TokenCheck
     from trtllm_redrafter.verify.reference import Pair, Stored, Text
+    from trtllm_redrafter.verify.token_checks import TokenCheck
 
 PROMPT_LENGTHS = (3, 17, 40, 64)
 TOKENS = 32
@@ -82,9 +82,9 @@ def can_compare(path: Path, against: Path) -> str | None:
 def greedy_parity(path: Path, against: Path) -> ParityReport:
     """Decode with the torch backend on the CPU and compare with transformers."""
     from trtllm_redrafter.verify.distributions import measure
-    from trtllm_redrafter.verify.gate_checks import compare
     from trtllm_redrafter.verify.gate_decode import probe_texts
     from trtllm_redrafter.verify.reference import Text
+    from trtllm_redrafter.verify.token_checks import compare
 
     with _runner(path) as runner:
         longest = runner.info.max_seq_len - TOKENS

@@ -20,10 +20,9 @@ from trtllm_redrafter.checkpoint.names import DRAFTER
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
 from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor, tensor_bytes
-from trtllm_redrafter.conversion.base import checkpoint_head, huggingface_rank
+from trtllm_redrafter.conversion.base import checkpoint_head, huggingface_rank, takes_file_head
 from trtllm_redrafter.conversion.drafter import DrafterFiles
-from trtllm_redrafter.conversion.head import takes_file_head
-from trtllm_redrafter.conversion.shards import RankTensor, blocks, copied, rank_tensor
+from trtllm_redrafter.conversion.sources import RankTensor, blocks, copied, rank_tensor
 from trtllm_redrafter.errors import MismatchError, Problem, RedrafterError, limited, raise_together
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.progress import Progress

@@ -21,7 +21,10 @@ from trtllm_redrafter.backends.base import Result
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.verify.distributions import rounding_unit
 from trtllm_redrafter.verify.reference import Pair
-from trtllm_redrafter.verify.ties import gap
+
+ROUNDING = {"float32": 2.0**-14, "float16": 2.0**-8, "bfloat16": 2.0**-5}
+"""How far equal computations may differ, relative to the largest logit: a few units in the last place. A rule of thumb
+for `bench`, which has one engine and no reference; the gate measures the rounding error at each position."""
 
 FP8_ROUNDING = 2.0**-3
 """Widest tie relative to the largest logit, with quantized activations, which the reference does not have."""
@@ -38,6 +41,17 @@ UNLIKELY = 6.0
 """Standard errors by which a sampled text may be less likely than text drawn from these distributions."""
 
 REMEDY = "do not serve this engine; build it again, and compare release and checkpoint"
+
+
+def gap(logits: Tensor, token: int, other: int | None = None) -> float:
+    """How far a token's logit is below the largest of [V], or below another token's (negative if above)."""
+    best = logits.max() if other is None else logits[other]
+    return float(best - logits[token])
+
+
+def tie_bound(logits: Tensor, dtype: str) -> float:
+    """The widest gap in [V] logits that rounding usually explains."""
+    return ROUNDING[dtype] * float(logits.abs().max())
 
 
 @dataclass(frozen=True)
