@@ -116,7 +116,7 @@ class EngineConfig:
     def max_seq_len(self) -> int:
         """Tokens of prompt and answer together."""
         shape = self.draft_shape if self.backend == TENSORRT else None
-        return self.limits.max_seq_len - (0 if shape is None else shape.drafted_tokens)
+        return self.limits.max_seq_len - (0 if shape is None else shape.max_draft_tokens)
 
 
 def read_engine_config(engine: Path | EngineConfig, *, backend: str | None = None) -> EngineConfig:
@@ -146,7 +146,7 @@ def parse_engine_config(values: Mapping[str, Any], model: Mapping[str, Any], eng
     if shape is not None:
         raise_together(InputError, shape.problems(), _WHAT, where=found.model_file, remedy=_REMEDY)
     if found.max_seq_len < 1 and shape is not None:
-        why = f"{shape.drafted_tokens} drafted tokens are part of it"
+        why = f"{shape.max_draft_tokens} drafted tokens are part of it"
         what = f"build_config.max_seq_len is {found.limits.max_seq_len}"
         raise InputError(what, where=where, why=why, remedy=_REMEDY)
     return found

@@ -23,7 +23,7 @@ from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, RequestError, brief, raise_together
 from trtllm_redrafter.prompts.jsonl import SHOWN, Line, lines_of, raise_problems, read_lines
 from trtllm_redrafter.prompts.messages import Prompt, UnknownKeys, check_asks, own_id, parse_prompt
-from trtllm_redrafter.settings.benchmark import BenchSection, TuneSection
+from trtllm_redrafter.settings.schema import BenchSection, TuneSection
 
 BUILT_IN = "built-in"
 UNNAMED = "other"

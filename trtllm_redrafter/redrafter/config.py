@@ -66,13 +66,14 @@ class DraftShape:
     draft_len: int
 
     @property
-    def drafted_tokens(self) -> int:
+    def max_draft_tokens(self) -> int:
+        """Drafted tokens of all beams together: TensorRT-LLM's `max_draft_tokens`."""
         return self.num_beams * self.draft_len
 
     @property
     def max_tree_tokens(self) -> int:
         """Root (the guaranteed token) plus every drafted token, when no prefix is shared."""
-        return 1 + self.drafted_tokens
+        return 1 + self.max_draft_tokens
 
     def problems(self) -> list[Problem]:
         """Why this shape cannot be drafted, all reasons together."""

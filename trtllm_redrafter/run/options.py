@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from trtllm_redrafter.errors import Problem, UsageError, raise_together
 from trtllm_redrafter.fsio import overlaps
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.settings.base import fill
 from trtllm_redrafter.settings.layers import Resolved
 from trtllm_redrafter.settings.schema import MAX_SEQ_LEN
+from trtllm_redrafter.settings.values import fill
 
 if TYPE_CHECKING:
     from trtllm_redrafter.backends.base import BuildOptions, SamplingParams

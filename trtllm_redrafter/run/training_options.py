@@ -10,7 +10,7 @@ from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.run.options import require
 from trtllm_redrafter.settings.layers import Resolved
-from trtllm_redrafter.settings.training import parse_grid
+from trtllm_redrafter.settings.values import parse_grid
 
 if TYPE_CHECKING:
     from trtllm_redrafter.training import EvaluateOptions, TrainOptions

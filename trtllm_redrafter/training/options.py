@@ -9,8 +9,8 @@ from typing import Any
 
 from trtllm_redrafter.errors import Problem, UsageError, raise_together
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.settings.base import fill
-from trtllm_redrafter.settings.training import EvaluateSection, TrainSection
+from trtllm_redrafter.settings.schema import EvaluateSection, TrainSection
+from trtllm_redrafter.settings.values import fill
 from trtllm_redrafter.training.fit import FitOptions
 from trtllm_redrafter.training.frozen_base import DTYPES
 from trtllm_redrafter.training.loss import LossOptions

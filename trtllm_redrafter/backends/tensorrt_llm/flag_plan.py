@@ -240,7 +240,7 @@ def _expected(config: CheckpointConfig, options: BuildOptions, passed: Mapping[s
     A step holds at most every request at full length, at least one KV block, and at least every request's tree.
     """
     shape = config.draft_shape
-    drafted = 0 if shape is None else shape.drafted_tokens
+    drafted = 0 if shape is None else shape.max_draft_tokens
     block = int(passed.get("tokens_per_block", TOKENS_PER_BLOCK))
     capped = max(min(int(passed["max_num_tokens"]), options.max_batch_size * options.max_seq_len), block)
     fmha = passed["context_fmha"] == "enable"
