@@ -24,8 +24,8 @@ from trtllm_redrafter.settings import (
     resolve,
     set_layer,
 )
-from trtllm_redrafter.settings.base import fill
 from trtllm_redrafter.settings.schema import ConvertSection, Recipe, keys
+from trtllm_redrafter.settings.values import fill
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -28,8 +28,8 @@ from trtllm_redrafter.run.options import (
     with_directories,
     with_limits,
 )
-from trtllm_redrafter.settings.base import fill
 from trtllm_redrafter.settings.layers import Resolved
+from trtllm_redrafter.settings.values import fill
 
 
 @dataclass(frozen=True)
