@@ -30,7 +30,7 @@ from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimi
 from trtllm_redrafter.backends.torch.weights import DTYPES, LayerWeights, ModelWeights
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.planning.gpus import gpu
-from trtllm_redrafter.planning.latency import Assumptions, latency_plan
+from trtllm_redrafter.planning.latency import Assumptions, estimate_latency
 from trtllm_redrafter.planning.memory import base_parameters, weight_bytes
 from trtllm_redrafter.redrafter.beam_search import draft_head
 from trtllm_redrafter.redrafter.drafter import Drafter
@@ -186,7 +186,7 @@ def add_plan(report: dict[str, Any]) -> None:
         config, plan = planned_config(name)
         assumptions = Assumptions(context, plan.bandwidth_efficiency, plan.compute_efficiency, plan.kernel_us)
         for row in model["rows"]:
-            planned = latency_plan(config, target, assumptions, max_batch_size=row["batch"], acceptance_length=None)
+            planned = estimate_latency(config, target, assumptions, max_batch_size=row["batch"], acceptance_length=None)
             row["planned"] = {**asdict(planned.rows[-1]), "break_even": planned.rows[-1].break_even}
             row["break_even"] = (row["verify_ms"] + row["draft_ms"]) / row["plain_ms"]
             row["break_even_wall"] = (row["verify_wall_ms"] + row["draft_wall_ms"]) / row["plain_wall_ms"]

@@ -6,7 +6,7 @@ until the rows of a whole batch take longer to compute than the weights take to 
 drafter's LM head is read once per drafted position. The ratio of the two step times is the break-even acceptance
 length, above which drafting pays:
 
-    plan = latency_plan(config, gpu("h100-80gb"), assumptions, batch_sizes=(1, 8), max_batch_size=8)
+    plan = estimate_latency(config, gpu("h100-80gb"), assumptions, batch_sizes=(1, 8), max_batch_size=8)
     plan.rows[0].break_even            # 1.77 tokens per step
     plan.rows[0].speedup(2.9)          # 1.64
 """
@@ -74,7 +74,7 @@ class LatencyRow:
 
 
 @dataclass(frozen=True)
-class LatencyPlan:
+class LatencyEstimate:
     """Step times by batch size."""
 
     gpu: Gpu
@@ -123,14 +123,14 @@ def batch_sizes(limit: int) -> tuple[int, ...]:
     return (*powers, limit)
 
 
-def latency_plan(
+def estimate_latency(
     config: CheckpointConfig,
     target: Gpu,
     assumptions: Assumptions,
     *,
     max_batch_size: int,
     acceptance_length: float | None,
-) -> LatencyPlan:
+) -> LatencyEstimate:
     """Plan step times for batch sizes up to `max_batch_size`."""
     roof = _Roof(config, target, assumptions)
     shape = config.draft_shape
@@ -141,7 +141,7 @@ def latency_plan(
         draft = 0.0 if shape is None else roof.drafting(batch)
         rows.append(LatencyRow(batch, 1e3 * plain, 1e3 * verify, 1e3 * draft))
     limit = 1 if shape is None else shape.draft_len + 1
-    return LatencyPlan(target, config.tp_size, tuple(rows), assumptions, acceptance_length, limit)
+    return LatencyEstimate(target, config.tp_size, tuple(rows), assumptions, acceptance_length, limit)
 
 
 def _overlapped(reading: float, computing: float) -> float:

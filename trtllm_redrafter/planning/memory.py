@@ -6,7 +6,7 @@ can be checked by hand; docs/planning.md explains them. Weights are counted by t
 layout, so there are no formulas per model family. Activations and the reserve are estimates and labelled so.
 
     weights = weight_bytes(config)        # of the largest rank: weights.base, weights.drafter
-    plan = memory_plan(config, Limits(8, 2047, 2048, 2229), gpu("h100-80gb"), kv_cache_fraction=0.9)
+    plan = estimate_memory(config, BuildLimits(8, 2047, 2048, 2229), gpu("h100-80gb"), kv_cache_fraction=0.9)
     print(plan.render())
 """
 
@@ -107,7 +107,7 @@ COMPILED_WITH = ("base weights", "embedding", "drafter weights", "activations")
 
 
 @dataclass(frozen=True)
-class Limits:
+class BuildLimits:
     """The sizes an engine is built for. `max_num_tokens` limits the tokens of one step, over all requests."""
 
     max_batch_size: int
@@ -117,7 +117,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Line:
+class MemoryItem:
     """One consumer of memory, and how its size is calculated."""
 
     name: str
@@ -126,13 +126,13 @@ class Line:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemoryEstimate:
     """The memory of one rank on one GPU."""
 
     gpu: Gpu
-    limits: Limits
+    limits: BuildLimits
     ranks: int
-    lines: tuple[Line, ...]
+    lines: tuple[MemoryItem, ...]
     kv_cache_fraction: float
     kv_bytes_per_token: int
     tree_tokens: int
@@ -227,20 +227,26 @@ class MemoryPlan:
         }
 
 
-def memory_plan(config: CheckpointConfig, limits: Limits, target: Gpu, *, kv_cache_fraction: float) -> MemoryPlan:
+def estimate_memory(
+    config: CheckpointConfig, limits: BuildLimits, target: Gpu, *, kv_cache_fraction: float
+) -> MemoryEstimate:
     """Plan one rank's memory."""
     weights = weight_bytes(config)
     lines = [
-        Line("base weights", weights.base, "layers and LM head of this rank"),
-        Line("embedding", weights.embedding, "whole on every rank" if not config.use_parallel_embedding else "shared"),
+        MemoryItem("base weights", weights.base, "layers and LM head of this rank"),
+        MemoryItem(
+            "embedding", weights.embedding, "whole on every rank" if not config.use_parallel_embedding else "shared"
+        ),
     ]
     if config.drafter is not None:
-        lines.append(Line("drafter weights", weights.drafter, f"of this rank, its LM head {_gb(weights.draft_head)}"))
+        lines.append(
+            MemoryItem("drafter weights", weights.drafter, f"of this rank, its LM head {_gb(weights.draft_head)}")
+        )
         lines += _drafting(config, limits.max_batch_size)
     lines.append(_activations(config, limits.max_num_tokens))
-    lines.append(Line("reserve", RESERVE, "estimate: CUDA, cuBLAS, NCCL, TensorRT"))
+    lines.append(MemoryItem("reserve", RESERVE, "estimate: CUDA, cuBLAS, NCCL, TensorRT"))
     shape = config.draft_shape
-    return MemoryPlan(
+    return MemoryEstimate(
         gpu=target,
         limits=limits,
         ranks=config.tp_size,
@@ -252,7 +258,7 @@ def memory_plan(config: CheckpointConfig, limits: Limits, target: Gpu, *, kv_cac
     )
 
 
-def _drafting(config: CheckpointConfig, batch: int) -> list[Line]:
+def _drafting(config: CheckpointConfig, batch: int) -> list[MemoryItem]:
     """Buffers that grow with batch x vocabulary. Every rank has them in full, since the heads' outputs are gathered."""
     shape, each, vocab = config.draft_shape, dtype_bytes(config.dtype), config.vocab_size
     assert shape is not None
@@ -261,13 +267,15 @@ def _drafting(config: CheckpointConfig, batch: int) -> list[Line]:
     verification = batch * rows * vocab * each + batch * beams * (length + 1) * vocab * each
     beam_search = 3 * batch * beams * vocab * each
     return [
-        Line("draft probabilities", 2 * probabilities, f"in and out: 2 x {batch} x {beams} x {length} x {vocab}"),
-        Line("verification", verification, f"logits of {batch} x {rows} rows, and {beams} x {length + 1} per request"),
-        Line("beam search", beam_search, f"logits, log-probabilities, scores: 3 x {batch} x {beams} x {vocab}"),
+        MemoryItem("draft probabilities", 2 * probabilities, f"in and out: 2 x {batch} x {beams} x {length} x {vocab}"),
+        MemoryItem(
+            "verification", verification, f"logits of {batch} x {rows} rows, and {beams} x {length + 1} per request"
+        ),
+        MemoryItem("beam search", beam_search, f"logits, log-probabilities, scores: 3 x {batch} x {beams} x {vocab}"),
     ]
 
 
-def _activations(config: CheckpointConfig, tokens: int) -> Line:
+def _activations(config: CheckpointConfig, tokens: int) -> MemoryItem:
     """The widest stage of a layer: the gated MLP or attention, with the hidden states in memory beside it."""
     tp, h = config.tp_size, config.hidden_size
     heads = config.num_attention_heads + 2 * -(-config.num_key_value_heads // tp) * tp
@@ -275,7 +283,7 @@ def _activations(config: CheckpointConfig, tokens: int) -> Line:
     attention = (heads + config.num_attention_heads) * config.head_size // tp
     width = 3 * h + max(mlp, attention)
     nbytes = int(ACTIVATION_COPIES * tokens * width * dtype_bytes(config.dtype))
-    return Line("activations", nbytes, f"estimate: {tokens} tokens x {width} values")
+    return MemoryItem("activations", nbytes, f"estimate: {tokens} tokens x {width} values")
 
 
 def _gb(count: int) -> str:

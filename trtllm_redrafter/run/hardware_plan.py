@@ -18,7 +18,7 @@ from trtllm_redrafter.checkpoint.names import DRAFTER_WEIGHTS
 from trtllm_redrafter.doctor import Needs
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, UsageError, raise_together
 from trtllm_redrafter.planning.acceptance import MeasuredAcceptance, read_acceptance
-from trtllm_redrafter.planning.latency import Assumptions, LatencyPlan, latency_plan
+from trtllm_redrafter.planning.latency import Assumptions, LatencyEstimate, estimate_latency
 from trtllm_redrafter.planning.memory import weight_bytes
 from trtllm_redrafter.planning.model import PlannedModel, checkpoint_model, planned_model
 from trtllm_redrafter.run.options import (
@@ -39,7 +39,7 @@ class RecipePlan:
     resolved: Resolved
     model: PlannedModel
     build: TensorRTPlan
-    latency: LatencyPlan
+    latency: LatencyEstimate
     acceptance: MeasuredAcceptance | None
     """Where the latency plan's acceptance length was read from; None where a number or nothing was given."""
 
@@ -69,7 +69,7 @@ def plan_recipe(resolved: Resolved, *, name: str) -> RecipePlan:
     build = plan_for(model.config, build_options(resolved))
     accepted, measured, notes = _acceptance(resolved, model)
     limits = build.flags.limits
-    latency = latency_plan(
+    latency = estimate_latency(
         model.config,
         build.target,
         assumptions(resolved, limits.max_seq_len),

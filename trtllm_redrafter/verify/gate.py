@@ -38,13 +38,13 @@ from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.planning.memory import weight_bytes
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.verify.distributions import Distributions, measure
+from trtllm_redrafter.verify.distributions import DistributionCheck, check_distributions
 from trtllm_redrafter.verify.gate_decode import Decoded, decode
-from trtllm_redrafter.verify.gate_drafter import Drafts, judge_drafts
+from trtllm_redrafter.verify.gate_drafter import DraftCheck, check_drafts
 from trtllm_redrafter.verify.gate_report import PROMPTS, GateReport, GateRequest
-from trtllm_redrafter.verify.reference import compute_pair, tensorrt_qk_epsilon
+from trtllm_redrafter.verify.reference import reference_logits, tensorrt_qk_epsilon
 from trtllm_redrafter.verify.steps import SINGLE_STEPS, AcceptanceCheck, SingleSteps, StepCounts, load_replay, tolerance
-from trtllm_redrafter.verify.token_checks import TokenCheck, compare, sampled_alarms, token_alarms
+from trtllm_redrafter.verify.token_checks import TokenCheck, check_tokens, sampled_alarms, token_alarms
 from trtllm_redrafter.verify.weights import compare_checkpoints
 
 __all__ = ["PROMPTS", "GateReport", "GateRequest", "parity_gate", "reference_device"]
@@ -67,7 +67,7 @@ MEANINGS = (
 
 def parity_gate(request: GateRequest) -> GateReport:
     """Decode with the engine, close it, then compute the reference, so that never both are in memory."""
-    differing = check_pair(request.config, request.reference)  # raises if this is no engine, and says what it is
+    differing = check_config(request.config, request.reference)  # raises if this is no engine, and says what it is
     require_sound(request.checkpoint)  # a damaged reference proves nothing
     compared, changed = check_weights(request.config, request.reference)
     model, on_torch = request.checkpoint.config, request.config.backend == TORCH
@@ -78,18 +78,18 @@ def parity_gate(request: GateRequest) -> GateReport:
     distributions, drafts = None, None
     if decoded.texts:
         epsilon = None if on_torch else tensorrt_qk_epsilon(model)
-        pair = compute_pair(request.checkpoint, decoded.texts, device, qk_epsilon=epsilon)
+        reference = reference_logits(request.checkpoint, decoded.texts, device, qk_epsilon=epsilon)
         if sampled:
-            exact = (pair.exact.logits(place) for place in range(decoded.own))
+            exact = (reference.exact.logits(place) for place in range(decoded.own))
             alarms += sampled_alarms(request.engine, exact, decoded.results)
         else:  # the torch backend dequantizes FP8 weights, as the reference does
             quantized = model.quant_algo is not None and not on_torch
-            tokens = compare(request.engine, pair, decoded.results, quantized=quantized)
+            tokens = check_tokens(request.engine, reference, decoded.results, quantized=quantized)
         if decoded.logits:
-            rows = ((found, *pair.rows(i, len(found))) for i, found in enumerate(decoded.logits))
-            distributions = measure(rows, pair.dtype)
+            rows = ((found, *reference.rows(i, len(found))) for i, found in enumerate(decoded.logits))
+            distributions = check_distributions(rows, reference.dtype)
         if decoded.drafted is not None:
-            drafts = judge_drafts(*decoded.drafted, request.checkpoint, head_rows=request.config.head_rows)
+            drafts = check_drafts(*decoded.drafted, request.checkpoint, head_rows=request.config.head_rows)
     steps = None if decoded.shape is None else _steps(request, decoded, device, decoded.shape, sampled=sampled)
     alarms += token_alarms(request.engine, decoded.results, tokens)
     for found in (distributions, drafts):
@@ -155,7 +155,7 @@ def _reference_runner(request: GateRequest, prompts: Sequence[tuple[int, ...]], 
             yield runner
 
 
-def check_pair(engine: EngineConfig, reference: Path) -> list[Problem]:
+def check_config(engine: EngineConfig, reference: Path) -> list[Problem]:
     """Differing fields of the two config files. `MismatchError` if they are of different models."""
     config, found, where = read_checkpoint_config(reference), engine.model_values, str(engine.path)
     remedy = "pass the checkpoint that the engine's manifest names"
@@ -183,7 +183,7 @@ def check_weights(engine: EngineConfig, reference: Path) -> tuple[int | None, li
 
 
 def not_seen(
-    request: GateRequest, distributions: Distributions | None, drafts: Drafts | None, refusal: str | None, *,
+    request: GateRequest, distributions: DistributionCheck | None, drafts: DraftCheck | None, refusal: str | None, *,
     has_drafter: bool,
 ) -> tuple[str, ...]:  # fmt: skip
     """What this run of the gate could not compare, and which faults may pass. `refusal`: why there are no logits."""

@@ -10,8 +10,8 @@ from typing import Any
 from trtllm_redrafter.backends.engine_config import EngineConfig, read_engine_config
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.errors import Problem
-from trtllm_redrafter.verify.distributions import Distributions
-from trtllm_redrafter.verify.gate_drafter import Drafts
+from trtllm_redrafter.verify.distributions import DistributionCheck
+from trtllm_redrafter.verify.gate_drafter import DraftCheck
 from trtllm_redrafter.verify.steps import AcceptanceCheck
 from trtllm_redrafter.verify.token_checks import TokenCheck
 
@@ -58,8 +58,8 @@ class GateReport:
     alarms: tuple[Problem, ...]
     steps: AcceptanceCheck | None
     """None: the engine has no drafter."""
-    distributions: Distributions | None
-    drafts: Drafts | None
+    distributions: DistributionCheck | None
+    drafts: DraftCheck | None
     weights: int | None
     """Tensors compared bit for bit."""
     not_seen: tuple[str, ...]
