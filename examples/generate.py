@@ -36,7 +36,7 @@ def stream_one(engine: Engine, prompt: str, max_tokens: int) -> None:
     assert result is not None
     print(f"\n[{len(result.token_ids)} tokens in {result.steps} steps: {result.acceptance_length or 1.0:.2f} per step,")
     print(f" {result.tokens_per_second or 0.0:.0f} tokens/s; steps with at least 1, 2, ... drafts accepted:", end=" ")
-    print(f"{result.accepted_at}]\n")
+    print(f"{result.accepted_per_position}]\n")
 
 
 def sample_a_batch(engine: Engine, prompts: list[str], max_tokens: int) -> None:

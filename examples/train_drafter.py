@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trtllm_redrafter import build, convert, load_engine
 from trtllm_redrafter.progress import no_progress
-from trtllm_redrafter.run.training_options import evaluate_options, train_options
+from trtllm_redrafter.run.options import evaluate_options, train_options
 from trtllm_redrafter.settings import flag_layers, resolve
 from trtllm_redrafter.training import evaluate, plan_training, train
 
@@ -130,7 +130,7 @@ def main() -> None:
         steps = sum(result.steps for result in results)
         brought = 1 + sum(result.accepted_tokens for result in results) / steps
         print(f"\nengine at {shape.num_beams}x{shape.draft_len}: {brought:.2f} tokens per step")
-        print(f"evaluate said:  {report.best.walk:.2f}")
+        print(f"evaluate said:  {report.best.acceptance_length:.2f}")
 
 
 if __name__ == "__main__":

@@ -38,18 +38,17 @@ from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid, token_accuracy
-from trtllm_redrafter.training.export import (
+from trtllm_redrafter.training.drafter_files import (
     BaseIdentity,
     export_weights,
     frequent_tokens,
     load_weights,
     write_drafter,
 )
-from trtllm_redrafter.training.fit import BaseTensors, FitOptions, StepLog
 from trtllm_redrafter.training.loss import LossOptions
 from trtllm_redrafter.training.model import DrafterSpec, HeadKind, InputScales, TrainableDrafter
 from trtllm_redrafter.training.rows import TrainingRows
-from trtllm_redrafter.training.trainer import Trainer
+from trtllm_redrafter.training.trainer import BaseTensors, FitOptions, StepLog, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 256
@@ -216,7 +215,9 @@ def measure(
         )
         accuracy = token_accuracy(model, material.base, chosen.rows, head=head, batch=2048)
         found[name] = {"acceptance": [r.as_dict() for r in results], "accuracy": accuracy, "rows": len(chosen.rows)}
-        say(name + " " + " ".join(f"{r.shape.num_beams}x{r.shape.draft_len}={r.walk:.3f}" for r in results))
+        say(
+            name + " " + " ".join(f"{r.shape.num_beams}x{r.shape.draft_len}={r.acceptance_length:.3f}" for r in results)
+        )
         say(name + " top1 " + " ".join(f"{a['top1']:.3f}" for a in accuracy))
     return found
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from tests.cli.tiny import write_models
 from trtllm_redrafter.errors import RequestError, UsageError
 from trtllm_redrafter.run import api
+from trtllm_redrafter.settings.schema import BuildSection, ConvertSection
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +68,17 @@ def test_another_shape_at_load(engine: Path) -> None:
         assert loaded.info.draft_shape is not None and loaded.info.draft_shape.max_tree_tokens == 3
 
 
+def test_options_are_those_of_the_schema() -> None:
+    """What type checkers are told, and what is accepted."""
+    assert get_type_hints(api.ConvertKeys).keys() == ConvertSection.model_fields.keys()
+    assert get_type_hints(api.BuildKeys).keys() == BuildSection.model_fields.keys()
+
+
 def test_errors_name_the_argument(engine: Path) -> None:
     with pytest.raises(UsageError, match="flag tp_size"):
         api.convert("b", "c", tp_size=0)
+    with pytest.raises(UsageError, match=r"did you mean 'convert\.tp_size'"):
+        api.convert("b", "c", tp_sise=1)  # type: ignore[call-arg]
     with api.load_engine(engine) as loaded:
         with pytest.raises(RequestError, match="unknown sampling parameter"):
             loaded.generate(["one"], temprature=1.0)

@@ -12,10 +12,9 @@ from tests.prompts.test_sampling import WithMinP
 from trtllm_redrafter.backends.base import EngineInfo, Request, Result, Runner, SamplingParams, Update
 from trtllm_redrafter.errors import BackendError, InputError, RequestError
 from trtllm_redrafter.prompts.messages import Prompt
-from trtllm_redrafter.run.batch import run_jobs
-from trtllm_redrafter.run.jobs import Job, prompt_jobs, read_jobs
+from trtllm_redrafter.run.jobs import Job, RunSummary, prompt_jobs, read_jobs
 from trtllm_redrafter.run.results import _request_key
-from trtllm_redrafter.run.summary import Summary
+from trtllm_redrafter.run.session import run_jobs
 
 DEFAULTS = Job("", "", Prompt("", chat=False), SamplingParams(max_tokens=2))
 
@@ -190,25 +189,25 @@ def test_an_option_that_is_off_is_not_in_the_hash() -> None:
 
 
 def test_figures() -> None:
-    summary = Summary()
+    summary = RunSummary()
     one = Result("1", prompt_tokens=5, token_ids=[1] * 7, steps=3, drafted_tokens=12, accepted_tokens=3)
-    one.accepted_at, one.decode_seconds, one.prefill_seconds = [2, 1], 2.0, 0.5
+    one.accepted_per_position, one.decode_seconds, one.prefill_seconds = [2, 1], 2.0, 0.5
     two = Result("2", prompt_tokens=2, token_ids=[1] * 2, steps=1, drafted_tokens=4, accepted_tokens=0)
-    two.accepted_at, two.decode_seconds = [0, 0, 0], 1.0
-    summary.add(replace(DEFAULTS, job_id="1", result=one))
-    summary.add(replace(DEFAULTS, job_id="2", result=two))
+    two.accepted_per_position, two.decode_seconds = [0, 0, 0], 1.0
+    summary.add_job(replace(DEFAULTS, job_id="1", result=one))
+    summary.add_job(replace(DEFAULTS, job_id="2", result=two))
     assert summary.exit_code == 0
-    summary.add(replace(DEFAULTS, job_id="3", error=InputError("no")))
-    summary.add(replace(DEFAULTS, job_id="4", error=RequestError("no")))
+    summary.add_job(replace(DEFAULTS, job_id="3", error=InputError("no")))
+    summary.add_job(replace(DEFAULTS, job_id="4", error=RequestError("no")))
     assert (summary.prompts, summary.failed, summary.exit_code) == (4, 2, 3)
     assert (summary.prompt_tokens, summary.completion_tokens, summary.steps) == (7, 9, 4)
     assert summary.acceptance_length == 1 + 3 / 4 and summary.acceptance_rate == 3 / 16
-    assert summary.accepted_at == [2, 1, 0] and summary.accepted_share == [0.5, 0.25, 0.0]
+    assert summary.accepted_per_position == [2, 1, 0] and summary.acceptance_rate_per_position == [0.5, 0.25, 0.0]
     assert summary.decode_tokens_per_second == pytest.approx((6 + 1) / 3.0)
     assert summary.tokens_per_second == pytest.approx(9 / summary.wall_seconds)
 
 
 def test_figures_of_nothing() -> None:
-    values = Summary().as_dict()
+    values = RunSummary().as_dict()
     assert values["acceptance_length"] is None and values["tokens_per_second"] is None
-    assert values["accepted_share"] == []
+    assert values["acceptance_rate_per_position"] == []

@@ -15,8 +15,7 @@ from tests.cli.tiny import write_models
 from trtllm_redrafter.backends.engine_config import read_engine_config
 from trtllm_redrafter.errors import InputError, OutputError, RedrafterError, UsageError
 from trtllm_redrafter.progress import no_progress
-from trtllm_redrafter.run.fingerprints import fingerprint
-from trtllm_redrafter.run.stage_cache import Fingerprint, HashCache
+from trtllm_redrafter.run.stage_cache import Fingerprint, HashCache, fingerprint
 from trtllm_redrafter.run.stages import PipelinePlan, plan_pipeline, run_pipeline
 from trtllm_redrafter.settings import resolve, set_layer
 

@@ -109,7 +109,7 @@ def test_a_step_ends_where_the_text_does() -> None:
 
 
 def test_counts_by_position() -> None:
-    assert Steps((2, 0, 1, 0), 0).accepted_at(3) == [2, 1, 0]
+    assert Steps((2, 0, 1, 0), 0).accepted_per_position(3) == [2, 1, 0]
 
 
 def test_short_texts_have_no_steps() -> None:
@@ -167,7 +167,7 @@ def test_a_right_engine_takes_the_expected_steps(models: Path, dtype: str) -> No
     report = parity_gate(request(models, dtype))
     assert report.ok and report.steps is not None, report.render()
     found, expected = report.steps.found, report.steps.expected
-    assert found.acceptance_length is not None and found.acceptance_length > 1.5 and found.accepted_at[2] > 5
+    assert found.acceptance_length is not None and found.acceptance_length > 1.5 and found.accepted_per_position[2] > 5
     if dtype == "float32":
         assert found == expected and report.steps.diverged == 0
     assert f"{found.total} steps, {expected.total} expected" in report.render()
@@ -329,8 +329,8 @@ def test_many_diverged_steps() -> None:
 
 
 def test_results_whose_responses_were_merged_have_no_positions() -> None:
-    whole = Result("a", 3, [1] * 9, steps=4, accepted_tokens=4, accepted_at=[3, 1, 0])
+    whole = Result("a", 3, [1] * 9, steps=4, accepted_tokens=4, accepted_per_position=[3, 1, 0])
     merged = Result("b", 3, [1] * 9, steps=6, accepted_tokens=2)
-    empty = Result("c", 3, [], accepted_at=[0, 0, 0])
+    empty = Result("c", 3, [], accepted_per_position=[0, 0, 0])
     assert StepCounts.of_results([whole, empty]) == StepCounts((4, 0), 4, (3, 1, 0))
     assert StepCounts.of_results([whole, merged]) == StepCounts((4, 6), 6, ())

@@ -7,10 +7,10 @@ from itertools import product
 
 import pytest
 
-from trtllm_redrafter.backends.torch.cuda.search_plan import Plan
+from trtllm_redrafter.backends.torch.cuda.search_plan import SearchPlan
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 
-BASE = Plan(DrafterConfig(151936, 1536, 768, 2), DraftShape(5, 5), 1, 32768, 768, 132, half=False)
+BASE = SearchPlan(DrafterConfig(151936, 1536, 768, 2), DraftShape(5, 5), 1, 32768, 768, 132, half=False)
 
 
 def test_boxes_cover_every_row_and_column_and_fit_a_slot() -> None:

@@ -34,9 +34,11 @@ NAN, INF = float("nan"), float("inf")
 Damage = Callable[[dict[str, torch.Tensor]], object]
 
 
-def damaged_engine(folder: Path, dtype: str, base_damage: Damage | None, drafter_damage: Damage | None) -> Path:
+def damaged_engine(
+    folder: Path, dtype: str, base_damage: Damage | None, drafter_damage: Damage | None, **sizes: int
+) -> Path:
     """The same random weights each time, less what is damaged."""
-    write_base(folder / "base", "llama", torch_dtype=dtype, **SIZES)
+    write_base(folder / "base", "llama", torch_dtype=dtype, **SIZES | sizes)
     write_drafter(folder / "drafter", hidden_size=64, exit_dim=128, vocab_size=64)
     for name, damage in (("base", base_damage), ("drafter", drafter_damage)):
         if damage is not None:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtllm_redrafter.backends.base import Result, SamplingParams
-from trtllm_redrafter.backends.text import MAX_HELD, TextStream, ends_text
+from trtllm_redrafter.backends.base import FinishReason, Request, Result, SamplingParams
+from trtllm_redrafter.backends.running import RunningRequest
+from trtllm_redrafter.backends.text import MAX_HELD, TextStream
 
 
 class Bytes:
@@ -173,13 +174,14 @@ def test_text_that_never_becomes_a_character_is_given_out_and_costs_no_more_and_
 def test_what_ends_a_text_and_what_it_leaves() -> None:
     def end(token: int, **changes: object) -> tuple[bool, object, str]:
         sampling = SamplingParams(9, **changes)  # type: ignore[arg-type]
-        result = Result("r", 1)
         text = TextStream(
             WithSpecial(), sampling.stop, special_tokens=SPECIAL, skip_special_tokens=sampling.skip_special_tokens
         )
-        ended = [ends_text(t, text, result, sampling, {256}) for t in (*b"hi", token)][-1]
-        text.finish()
-        return ended, result.stop_reason, text.text
+        running = RunningRequest(Request((1,), sampling), Result("r", 1), text, 0.0)
+        count, reason = running.add((*b"hi", token), {256})
+        assert count == 3
+        running.finish(reason or FinishReason.LENGTH)
+        return reason is FinishReason.STOP, running.result.stop_reason, running.result.text
 
     assert end(256) == (True, None, "hi")
     assert end(256, skip_special_tokens=False) == (True, None, "hi")

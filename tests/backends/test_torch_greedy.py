@@ -42,7 +42,7 @@ def test_greedy_is_transformers(tmp_path: Path, family: str, tp_size: int) -> No
     for result in good:
         assert result.acceptance_length is not None and 1.5 < result.acceptance_length < 4
         assert len(result.token_ids) == 1 + result.steps + result.accepted_tokens
-        assert result.accepted_tokens == sum(result.accepted_at)
+        assert result.accepted_tokens == sum(result.accepted_per_position)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

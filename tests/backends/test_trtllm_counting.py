@@ -68,13 +68,13 @@ def test_the_end_token_may_be_cut_off_kept_or_overrun(last: tuple[int, ...]) -> 
     """One request, three decoders: every figure is the same."""
     result = one(Script(responses(0, (10,), (11, 12), last, finish="end_id")))
     assert result.token_ids == [10, 11, 12, 20, 21, END] and result.finish_reason is FinishReason.STOP
-    assert (result.steps, result.accepted_tokens, result.accepted_at) == (2, 3, [2, 1, 0])
+    assert (result.steps, result.accepted_tokens, result.accepted_per_position) == (2, 3, [2, 1, 0])
     assert result.steps + result.accepted_tokens == len(result.token_ids) - 1 and result.drafted_tokens == 6
 
 
 def test_a_step_that_only_ends_is_a_step() -> None:
     result = one(Script(responses(0, (10,), (11, 12), (), finish="end_id")))
-    assert result.token_ids == [10, 11, 12, END] and (result.steps, result.accepted_at) == (2, [1, 0, 0])
+    assert result.token_ids == [10, 11, 12, END] and (result.steps, result.accepted_per_position) == (2, [1, 0, 0])
     first = one(Script(responses(0, (), finish="end_id")))
     assert first.token_ids == [END] and first.steps == 0 and first.finish_reason is FinishReason.STOP
 
@@ -99,26 +99,26 @@ def test_iterations_are_counted_from_the_prefill() -> None:
             for e in responses(0, (10,), (11, 12), (13,))
         ]
         result = one(Script(script))
-        assert (result.steps, result.accepted_tokens, result.accepted_at) == (2, 1, [1, 0, 0]), offset
+        assert (result.steps, result.accepted_tokens, result.accepted_per_position) == (2, 1, [1, 0, 0]), offset
 
 
 def test_merged_responses_are_told_by_iterations() -> None:
     parts = [Event(0, (10, 11, 12), decoding_iter=2), Event(0, (13, 14, 15, 16, 17), True, "length", 4)]
     result = one(Script(parts))
-    assert (result.steps, result.accepted_tokens, result.drafted_tokens, result.accepted_at) == (3, 4, 9, [])
+    assert (result.steps, result.accepted_tokens, result.drafted_tokens, result.accepted_per_position) == (3, 4, 9, [])
 
 
 @pytest.mark.parametrize("parts", [((10, 11, 12), (13,)), ((10,), (11, 12, 13, 14, 15), (16,))])
 def test_merged_responses_without_iterations_are_not_counted(parts: tuple[tuple[int, ...], ...]) -> None:
     """No figure is better than an acceptance rate above 1."""
     result = one(Script(responses(0, *parts, iterations=False)))
-    assert result.acceptance_length is None and result.acceptance_rate is None and not result.accepted_at
+    assert result.acceptance_length is None and result.acceptance_rate is None and not result.accepted_per_position
     assert len(result.token_ids) == sum(map(len, parts))
 
 
 def test_without_a_drafter() -> None:
     result = one(Script(responses(0, (10,), (11,), (12,))), shape=None)
-    assert (result.steps, result.accepted_tokens, result.drafted_tokens, result.accepted_at) == (2, 0, 0, [])
+    assert (result.steps, result.accepted_tokens, result.drafted_tokens, result.accepted_per_position) == (2, 0, 0, [])
 
 
 def finished(updates: list[Update]) -> dict[str, list[int]]:

@@ -52,7 +52,7 @@ def test_the_end_is_the_same_however_it_is_told(
     (result,) = run(runner, (start,))
     assert result.token_ids == expected((start,), 20) and result.finish_reason is FinishReason.STOP
     assert result.steps + result.accepted_tokens == len(result.token_ids) - 1
-    assert sum(result.accepted_at) == result.accepted_tokens, "the end costs no figure by position"
+    assert sum(result.accepted_per_position) == result.accepted_tokens, "the end costs no figure by position"
 
 
 def test_a_stop_string_in_merged_responses(
@@ -63,7 +63,7 @@ def test_a_stop_string_in_merged_responses(
     (whole,) = run(load(engine), (258,), ignore_eos=True)
     monkeypatch.setenv("STANDIN_RUN", "pairs")
     (stopped,) = run(load(engine), (258,), ignore_eos=True, stop=(whole.text[2:4],))
-    assert stopped.text == whole.text[:2] and stopped.accepted_at == []
+    assert stopped.text == whole.text[:2] and stopped.accepted_per_position == []
     assert stopped.acceptance_rate is None or stopped.acceptance_rate <= 1.0
 
 

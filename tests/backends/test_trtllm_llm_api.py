@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import shutil
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,9 @@ def both(engine: Path, *prompts: tuple[int, ...], **sampling: Any) -> list[Resul
 def test_texts_and_figures_are_the_executors(host: Host, checkpoints: Path, tmp_path: Path) -> None:
     results = both(build(checkpoints, tmp_path), (5, 6), (7,), (100, 3), ignore_eos=True)
     assert [r.token_ids for r in results] == [expected(p, 20, end=-1) for p in ((5, 6), (7,), (100, 3))]
-    assert results[0].steps == 7 and results[0].accepted_at == [5, 4, 2, 1] and results[0].drafted_tokens == 28
+    assert (
+        results[0].steps == 7 and results[0].accepted_per_position == [5, 4, 2, 1] and results[0].drafted_tokens == 28
+    )
 
 
 def test_streaming_gives_steps(host: Host, checkpoints: Path, tmp_path: Path) -> None:
@@ -137,7 +141,7 @@ def test_merged_responses_are_counted_by_iterations(
     monkeypatch.setenv("STANDIN_RUN", "merge")
     (result,) = both(build(checkpoints, tmp_path), (5, 6), ignore_eos=True)
     assert result.steps == 7 and result.accepted_tokens == 12 and result.drafted_tokens == 28
-    assert result.accepted_at == []
+    assert result.accepted_per_position == []
 
 
 def test_without_iterations_steps_are_responses(
@@ -145,7 +149,7 @@ def test_without_iterations_steps_are_responses(
 ) -> None:
     monkeypatch.setenv("STANDIN_RUN", "no-iterations")
     (result,) = both(build(checkpoints, tmp_path), (5, 6), ignore_eos=True)
-    assert result.steps == 7 and sum(result.accepted_at) == result.accepted_tokens == 12
+    assert result.steps == 7 and sum(result.accepted_per_position) == result.accepted_tokens == 12
 
 
 def test_sampling_without_a_drafter(host: Host, checkpoints: Path, tmp_path: Path) -> None:
@@ -370,11 +374,14 @@ def test_the_client_uses_documented_names_only(host: Host, checkpoints: Path, tm
         events += client.poll(5)
     assert [t for e in events for t in e.token_ids] == expected((5, 6), 6) and {e.number for e in events} == {4}
     assert events[-1].final and events[-1].finish == "length" and events[-1].decoding_iter == len(events)
-    assert events[-1].drafted == 4 * (len(events) - 1) and events[-1].accepted == 6 - len(events)
+    assert events[-1].drafted_tokens == 4 * (len(events) - 1)
     with pytest.raises(ValueError, match="too many values"):
         client.submit(replace(request, stop_words=[[3, 4]]))
     client.close()
     client.close()
+    client.cancel(4)  # of an engine that is gone: nothing to do
+    with pytest.raises(BackendError, match="has been closed"):
+        client.submit(request)
 
 
 def test_ranks_are_ended_whatever_became_of_the_requests(
@@ -387,5 +394,10 @@ def test_ranks_are_ended_whatever_became_of_the_requests(
     monkeypatch.setattr(llm_client, "_CLOSE_SECONDS", 0.2)
     client = llm_client.LlmClient(build(checkpoints, tmp_path), runtime=RUNTIME, tp_size=1)
     client._loop.call_soon_threadsafe(time.sleep, 1.0)
-    client.close()
-    assert not client._llm._open
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        client.close()
+        assert not client._llm._open
+        client._thread.join(10)
+        gc.collect()
+    assert client._loop.is_closed() and not [w for w in found if "never awaited" in str(w.message)]

@@ -40,7 +40,7 @@ def test_texts_and_statistics(host: Host, checkpoints: Path, tmp_path: Path) -> 
         # 1 by the prefill, then 3, 4, 5, 1, 2, 3, and 1 of 4 that are left
         assert result.steps == 7 and result.accepted_tokens == 19 - 7 == 12
         assert result.acceptance_length == pytest.approx(19 / 7) and result.drafted_tokens == 7 * 4
-        assert result.accepted_at == [5, 4, 2, 1] and sum(result.accepted_at) == 12
+        assert result.accepted_per_position == [5, 4, 2, 1] and sum(result.accepted_per_position) == 12
         assert result.text and result.decode_seconds > 0 and result.prefill_seconds > 0
     runner.close()
 
@@ -120,7 +120,7 @@ def test_merged_responses_are_counted_by_the_executor(
     runner = load(build(checkpoints, tmp_path))
     (result,) = run(runner, (5, 6), ignore_eos=True)
     assert result.steps == 7 and result.accepted_tokens == 12 and result.drafted_tokens == 28
-    assert result.accepted_at == [], "positions are not known, and not made up"
+    assert result.accepted_per_position == [], "positions are not known, and not made up"
 
 
 def refused(runner: Runner, prompt: tuple[int, ...] = (5,), *, draft: bool = True, **sampling: Any) -> str:

@@ -25,8 +25,8 @@ def record(
     first = 0.1 * seconds
     return Record(
         item=item, category=category, repeat=repeat, tokens=tokens, first_token_seconds=first, seconds=seconds,
-        decode_seconds=seconds - first, step_seconds=step_seconds, steps=steps, drafted=3 * steps, accepted=accepted,
-        accepted_at=(accepted, 0, 0), output="same", gaps=gaps,
+        decode_seconds=seconds - first, step_seconds=step_seconds, steps=steps, drafted_tokens=3 * steps,
+        accepted_tokens=accepted, accepted_per_position=[accepted, 0, 0], output="same", gaps=gaps,
     )  # fmt: skip
 
 

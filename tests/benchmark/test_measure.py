@@ -13,12 +13,10 @@ from tests.engines import make_runner
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.search import PlainSearch
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
-from trtllm_redrafter.benchmark.differences import examine
-from trtllm_redrafter.benchmark.figures import batch_figures
-from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, _rounds, _warm_up, run_round
+from trtllm_redrafter.benchmark.figures import NO_GO, batch_figures, judge
+from trtllm_redrafter.benchmark.measure import MeasureOptions, Session, _rounds, _warm_up, examine, run_round
 from trtllm_redrafter.benchmark.prompts import Item
 from trtllm_redrafter.benchmark.statistics import Bootstrap
-from trtllm_redrafter.benchmark.verdict import NO_GO, judge
 from trtllm_redrafter.errors import NumericalError, UsageError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.token_tree import Tree
@@ -43,8 +41,8 @@ def test_both_sides_are_measured_on_the_same(runner: TorchRunner) -> None:
         for key, mine in keys[0].items():
             plain = keys[1][key]
             assert (mine.output, mine.tokens) == (plain.output, plain.tokens)
-            assert mine.tokens == 1 + mine.steps + mine.accepted and plain.steps == plain.tokens - 1
-            assert mine.drafted > 0 and plain.drafted == 0
+            assert mine.tokens == 1 + mine.steps + mine.accepted_tokens and plain.steps == plain.tokens - 1
+            assert mine.drafted_tokens > 0 and plain.drafted_tokens == 0
             assert 0 < mine.first_token_seconds <= mine.seconds
             assert mine.step_seconds <= mine.decode_seconds < mine.seconds
         plain_arm = batch.autoregression

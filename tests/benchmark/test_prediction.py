@@ -25,9 +25,9 @@ from trtllm_redrafter.benchmark.prediction import (
 )
 from trtllm_redrafter.benchmark.prompts import Item
 from trtllm_redrafter.benchmark.statistics import Estimate
-from trtllm_redrafter.benchmark.step_cost import roofline_costs, time_steps, trimmed_mean
 from trtllm_redrafter.benchmark.tune_report import render_html, render_text, tuned_recipe
 from trtllm_redrafter.benchmark.tuning import TuneResult
+from trtllm_redrafter.benchmark.tuning_inputs import roofline_costs, time_steps, trimmed_mean
 from trtllm_redrafter.checkpoint.config import read_checkpoint_config
 from trtllm_redrafter.errors import UsageError
 from trtllm_redrafter.planning.gpus import gpu

@@ -57,7 +57,7 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
     text = caught.value.render()
     assert all(f"line {n}" in text for n in (2, 3, 4, 5, 6)) and "stands twice" in text and "line 1:" not in text
     file.write_text("\n")
-    with pytest.raises(InputError, match="holds no prompts"):
+    with pytest.raises(InputError, match="has no lines"):
         read_prompts(file)
     with pytest.raises(InputError, match="does not exist"):
         read_prompts(tmp_path / "absent.jsonl")

@@ -85,7 +85,7 @@ def test_figures_of_one_side() -> None:
     assert found.decode_tokens_per_second == pytest.approx(200 / 3.6)  # the first tenth is the prompt's
     assert found.seconds_per_token == pytest.approx(3.6 / 200)
     assert found.step_seconds == pytest.approx(0.03) and found.acceptance_length == pytest.approx(2.0)
-    assert found.accepted_share == pytest.approx((1.0, 0.0, 0.0))
+    assert found.acceptance_rate_per_position == pytest.approx([1.0, 0.0, 0.0])
     assert found.concurrency == pytest.approx(1.0)
     assert found.gap_seconds["p50"] == pytest.approx(0.02) and found.first_token_seconds["p50"] == pytest.approx(0.2)
 
@@ -93,7 +93,7 @@ def test_figures_of_one_side() -> None:
 def test_step_time_ratio_and_categories() -> None:
     figures = batch_figures(batch_records(1.5), BOOTSTRAP)
     assert figures.step_time_ratio == pytest.approx(99 / 50)
-    assert figures.as_dict()["break_even_acceptance"] == figures.step_time_ratio
+    assert figures.as_dict()["break_even_acceptance_length"] == figures.step_time_ratio
     assert {name: c.prompts for name, c in figures.categories.items()} == {"translation": 10, "question answering": 10}
     assert all(c.speedup.value == pytest.approx(1.5) for c in figures.categories.values())
     assert figures.total_speedup == pytest.approx(1.5)

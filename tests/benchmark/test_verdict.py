@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 
 from tests.benchmark.made import batch_records
-from trtllm_redrafter.benchmark.figures import BatchFigures, batch_figures
+from trtllm_redrafter.benchmark.figures import GO, NO_GO, NOT_SIGNIFICANT, BatchFigures, batch_figures, judge
 from trtllm_redrafter.benchmark.records import BatchRecords, Difference
 from trtllm_redrafter.benchmark.statistics import Bootstrap, Estimate
-from trtllm_redrafter.benchmark.verdict import GO, NO_GO, NOT_SIGNIFICANT, judge
 
 BOOTSTRAP = Bootstrap(300, 0.95, 0)
 FIGURES = batch_figures(batch_records(1.5), BOOTSTRAP)

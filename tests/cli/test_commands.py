@@ -109,7 +109,7 @@ def test_run_prints_texts_in_order_and_a_table(program: Program, artefacts: Path
         "--- prompt-2",
         "--- prompt-3",
     ]
-    for word in ("tokens/step", "drafted", "by position", "tokens/s", "2 beams x 3"):
+    for word in ("tokens per step", "drafted", "by position", "tokens/s", "2 beams x 3"):
         assert word in program.out
     assert program(*flags, "--prompt", "one", "--no-draft", "--stats") == 0
     assert "drafts" in program.out and "none" in program.out and "by position" not in program.out

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.tiny import Program
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.run.training_options import within
+from trtllm_redrafter.run.options import within
 from trtllm_redrafter.settings import resolve
 from trtllm_redrafter.settings.values import parse_grid
 
@@ -55,7 +55,7 @@ def test_from_text_to_a_drafter_to_text(program: Program, models: Path, texts: P
     settings = [a["setting"] for a in program.document["acceptance"]]
     assert settings == ["1x3", "2x3"], "the default grid keeps to the drafter's three tokens"
     assert program(*evaluate, "--min-acceptance", 3.9) == 8
-    assert "3.9 were asked for" in program.err
+    assert "3.9 was asked for" in program.err
 
     assert program("convert", "--base", base, "--drafter", drafter, "--output", work / "checkpoint") == 0
     assert program("build", "--checkpoint", work / "checkpoint", "--output", work / "engine") == 0
@@ -71,7 +71,7 @@ def test_prompts_alone_are_answered_by_an_engine_of_the_base(
     def refuse(*_: object) -> None:
         raise AssertionError("transformers was asked to write")
 
-    monkeypatch.setattr("trtllm_redrafter.training.self_distill.TransformersWriter.write", refuse)
+    monkeypatch.setattr("trtllm_redrafter.training.answers.TransformersWriter.write", refuse)
     work = prompts.parent
     train = ["train", "--base", models / "base", "--prompts", prompts, "--output", work / "drafter", *SMALL]
     settings = ["--set", "train.max_answer_tokens=20", "--set", "train.held_out=0", "--work-dir", work / "work"]

@@ -34,7 +34,7 @@ def test_tune_predicts_and_measures(program: Program, recipe: Path, tmp_path: Pa
     }  # fmt: skip
     assert [c["batch"] for c in document["checks"]] == [1, 2]
     for check in document["checks"]:  # the walk along recorded texts is what decoding does, exactly
-        assert check["measured_acceptance"] == pytest.approx(check["predicted_acceptance"], abs=1e-6)
+        assert check["measured_acceptance_length"] == pytest.approx(check["predicted_acceptance_length"], abs=1e-6)
     assert {f.name for f in report.iterdir()} == {"tune.html", "tune.md", "tune.json", "recipe.yaml", "manifest.json"}
     written = yaml.safe_load((report / "recipe.yaml").read_text())
     assert written["base"] == yaml.safe_load(recipe.read_text())["base"]

@@ -82,7 +82,7 @@ def _write_texts(path: Path) -> None:
     (path / "plain.jsonl").write_text("".join(json.dumps(line) + "\n" for line in plain))
     (path / "data.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns}) + "\n")
     (path / "recipe.yaml").write_text(RECIPE)
-    row = {"setting": "2x3", "walk": 2.1, "walk_95": [2.0, 2.2]}
+    row = {"setting": "2x3", "acceptance_length": 2.1, "interval_95": [2.0, 2.2]}
     report = {"base": "base", "drafter": "drafter", "prompts": 4, "tokens": 100, "acceptance": [row]}
     (path / "report.json").write_text(json.dumps(report))
 

@@ -153,7 +153,7 @@ def test_lists_and_graphs_and_more_sequences_than_a_launch_takes() -> None:
     search = SearchKernel(drafter, embedding, head, case.shape, max_batch_size=2)
     contexts, roots = inputs(case, 5)
     expected = [search(contexts[i : i + 1], roots[i : i + 1])[0][0].tolist() for i in range(5)]
-    assert search.search(list(contexts), roots.tolist()) == expected
+    assert search.search(list(contexts), roots.tolist()) == (expected, [True] * 5)
     graph, context, root = torch.cuda.CUDAGraph(), contexts[:1].clone(), roots[:1].clone()
     with torch.cuda.graph(graph):
         tokens, _ = search(context, root)

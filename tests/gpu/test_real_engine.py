@@ -138,7 +138,7 @@ def test_both_interfaces_give_the_same(models: Path, sampling: SamplingParams) -
     executor, llm = (decode(build(models, "one", api), sampling) for api in APIS)
     for one, other in zip(executor, llm, strict=True):
         assert (one.token_ids, one.text, one.finish_reason) == (other.token_ids, other.text, other.finish_reason)
-        assert (one.steps, one.accepted_at) == (other.steps, other.accepted_at)
+        assert (one.steps, one.accepted_per_position) == (other.steps, other.accepted_per_position)
 
 
 @pytest.mark.parametrize("api", APIS)
@@ -162,7 +162,10 @@ def test_the_end_token_ends_the_text(models: Path, api: Api, others: frozenset[i
             runner._eos = others | {tokens[place]}
             (ended,) = runner.generate([Request(prompt, SamplingParams(max_tokens=30))])
             assert ended.token_ids == tokens[: place + 1] and ended.finish_reason is FinishReason.STOP
-            assert ended.steps + ended.accepted_tokens == place and sum(ended.accepted_at) == ended.accepted_tokens
+            assert (
+                ended.steps + ended.accepted_tokens == place
+                and sum(ended.accepted_per_position) == ended.accepted_tokens
+            )
             checked += 1
     finally:
         runner.close()
@@ -180,7 +183,10 @@ def test_statistics_add_up(models: Path, api: Api) -> None:
         for result in runner.generate(requests):
             assert len(result.token_ids) == 50 and result.finish_reason is FinishReason.LENGTH
             assert result.steps + result.accepted_tokens == 49, "every token after the first belongs to one step"
-            assert result.drafted_tokens == 3 * result.steps and sum(result.accepted_at) == result.accepted_tokens
+            assert (
+                result.drafted_tokens == 3 * result.steps
+                and sum(result.accepted_per_position) == result.accepted_tokens
+            )
         updates = list(runner.stream(requests[0]))
         assert sum(len(u.token_ids) for u in updates) == 50 and len(updates) <= 50
         with pytest.raises(RequestError, match="top_k"):

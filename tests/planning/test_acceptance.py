@@ -30,8 +30,8 @@ def program(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
     return Program(capsys)
 
 
-def measured(beams: int, length: int, walk: float) -> Acceptance:
-    return Acceptance(DraftShape(beams, length), walk, walk - 0.1, walk + 0.1, walk, 400, [0.5] * length, {})
+def measured(beams: int, length: int, mean: float) -> Acceptance:
+    return Acceptance(DraftShape(beams, length), mean, mean - 0.1, mean + 0.1, mean, 400, [0.5] * length, {})
 
 
 def report(path: Path, **changes: Any) -> Path:
@@ -55,14 +55,22 @@ def test_the_row_of_the_planned_shape_is_taken(tmp_path: Path) -> None:
 
 def test_the_last_line_of_what_evaluate_prints_will_do(tmp_path: Path) -> None:
     path = report(tmp_path / "out.txt")
-    path.write_text(f"| beams | walked |\n\n{path.read_text()}\n")
+    path.write_text(f"| beams | acceptance length |\n\n{path.read_text()}\n")
     assert read_acceptance(path, DraftShape(5, 5)).acceptance_length == 2.875
 
 
 def test_a_report_without_interval_and_names_will_do(tmp_path: Path) -> None:
     path = tmp_path / "short.json"
-    path.write_text('{"acceptance": [{"setting": "2x3", "walk": 2}]}')
+    path.write_text('{"acceptance": [{"setting": "2x3", "acceptance_length": 2}]}')
     assert read_acceptance(path, DraftShape(2, 3)).render().endswith(f"the 2x3 row of {path}")
+
+
+def test_reports_of_earlier_versions_are_read() -> None:
+    """They call the acceptance length `walk`; the shipped drafter's report is one."""
+    path = Path(__file__).parents[2] / "drafters/smollm2-135m-instruct/evaluation_cpu.json"
+    [row] = [row for row in json.loads(path.read_text())["acceptance"] if row["setting"] == "2x3"]
+    found = read_acceptance(path, DraftShape(2, 3))
+    assert (found.acceptance_length, [found.low, found.high]) == (row["walk"], row["walk_95"])
 
 
 @pytest.mark.parametrize(
@@ -74,10 +82,10 @@ def test_a_report_without_interval_and_names_will_do(tmp_path: Path) -> None:
         ("\x00\xff", "neither the file"),
         ('{"command": "evaluate", "ok": false, "error": {}}', "it has no list `acceptance`"),
         ('{"acceptance": []}', "it has no list `acceptance`"),
-        ('{"acceptance": [{"setting": "5x5"}]}', "lacks `setting` or `walk`"),
-        ('{"acceptance": [{"setting": "5x5", "walk": true}]}', "lacks `setting` or `walk`"),
-        ('{"acceptance": [{"setting": "5x5", "walk": NaN}]}', "lacks `setting` or `walk`"),
-        ('{"acceptance": [{"setting": "5x5", "walk": 6.5}]}', "a step of 5x5 emits 1 to 6 tokens"),
+        ('{"acceptance": [{"setting": "5x5"}]}', "lacks `setting` or `acceptance_length`"),
+        ('{"acceptance": [{"setting": "5x5", "acceptance_length": true}]}', "lacks `setting` or `acceptance_length`"),
+        ('{"acceptance": [{"setting": "5x5", "acceptance_length": NaN}]}', "lacks `setting` or `acceptance_length`"),
+        ('{"acceptance": [{"setting": "5x5", "acceptance_length": 6.5}]}', "a step of 5x5 emits 1 to 6 tokens"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str | None, says: str) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from trtllm_redrafter.errors import InputError, brief
-from trtllm_redrafter.prompts.messages import Prompt, UnknownKeys, check_asks, conversation, parse_prompt
+from trtllm_redrafter.prompts.files import UnknownKeys
+from trtllm_redrafter.prompts.messages import Prompt, check_asks, conversation, parse_prompt
 
 USER = {"role": "user", "content": "hello world"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}

@@ -14,9 +14,9 @@ from tests.engines import write_tokenizer
 from tests.tiny_models import write_base
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.settings.schema import TrainSection
-from trtllm_redrafter.training.fit import FitOptions
 from trtllm_redrafter.training.loss import LossOptions
-from trtllm_redrafter.training.options import TrainOptions
+from trtllm_redrafter.training.plan import TrainOptions
+from trtllm_redrafter.training.trainer import FitOptions
 
 VOCAB = 259
 EOS = 2

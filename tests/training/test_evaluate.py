@@ -13,32 +13,31 @@ from tests.tiny_models import write_drafter
 from tests.training.conftest import VOCAB, train_options
 from tests.training.test_train import evaluate_options
 from trtllm_redrafter.backends.base import Request, Result, SamplingParams
+from trtllm_redrafter.backends.requests import SpecDecodingStats
 from trtllm_redrafter.errors import UsageError
 from trtllm_redrafter.fsio import sha256_file
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.training.acceptance import Walk, summarize, walk_text
+from trtllm_redrafter.training.acceptance import accepted_per_step, summarize
 from trtllm_redrafter.training.data import read_prompts
 from trtllm_redrafter.training.evaluation import evaluate
 from trtllm_redrafter.training.execute import train
 from trtllm_redrafter.training.frozen_base import load_tokenizer
-from trtllm_redrafter.training.options import TrainOptions
-from trtllm_redrafter.training.plan import plan_training
+from trtllm_redrafter.training.plan import TrainOptions, plan_training
 from trtllm_redrafter.training.rows import TrainingRows
 
 GRID = (DraftShape(1, 1), DraftShape(1, 3), DraftShape(3, 2), DraftShape(3, 3), DraftShape(6, 3))
 
 
-def test_a_walk_steps_over_what_it_accepted() -> None:
-    assert walk_text([2, 9, 9, 0, 1, 9, 0]) == Walk([2, 0, 1])
+def test_the_next_step_begins_behind_what_was_accepted() -> None:
     # Seven tokens: the first comes from the prompt; steps emit 3, 1, 2 of the other six.
-    assert walk_text([2, 9, 9, 0, 1, 9, 0]).emitted == 6
+    assert accepted_per_step([2, 9, 9, 0, 1, 9, 0]) == [2, 0, 1]
 
 
-def test_a_walk_does_not_count_beyond_the_text() -> None:
-    assert walk_text([3, 0, 0, 0]) == Walk([2])  # three tokens are left: two drafts and the base model's own
-    assert walk_text([1, 0]) == Walk([0])
-    assert walk_text([5]) == Walk([])
+def test_a_step_does_not_count_beyond_the_text() -> None:
+    assert accepted_per_step([3, 0, 0, 0]) == [2]  # three tokens are left: two drafts and the base model's own
+    assert accepted_per_step([1, 0]) == [0]
+    assert accepted_per_step([5]) == []
 
 
 def test_the_interval_comes_from_the_spread_between_texts() -> None:
@@ -46,11 +45,11 @@ def test_the_interval_comes_from_the_spread_between_texts() -> None:
     accepted = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0, 0])
     found = summarize(accepted, rows, DraftShape(1, 1), ["a", "b"])
     # Text a: 2 steps emit 4; text b: 3 steps emit 3.
-    assert found.walk == pytest.approx(7 / 5) and found.steps == 5
+    assert found.acceptance_length == pytest.approx(7 / 5) and found.steps == 5
     assert found.per_category == {"a": 2.0, "b": 1.0}
-    assert found.at_least == [pytest.approx(2 / 5)]
+    assert found.acceptance_rate_per_position == [pytest.approx(2 / 5)]
     half = 1.96 * ((4 - 1.4 * 2) ** 2 * 2 + (3 - 1.4 * 3) ** 2 * 2) ** 0.5 / 5
-    assert found.walk_high - found.walk == pytest.approx(half)
+    assert found.high - found.acceptance_length == pytest.approx(half)
 
 
 @pytest.fixture(scope="module", params=[0, 64], ids=["whole head", "draft vocabulary"])
@@ -76,9 +75,11 @@ def decode(options: TrainOptions, shape: DraftShape, folder: Path) -> list[Resul
     return runner.generate([Request(p.token_ids, sampling) for p in prompts])
 
 
-def totals(results: Sequence[Result], length: int) -> tuple[int, int, list[int]]:
-    at = [sum(r.accepted_at[j] for r in results) for j in range(length)]
-    return sum(r.steps for r in results), sum(r.accepted_tokens for r in results), at
+def totals(results: Sequence[Result]) -> SpecDecodingStats:
+    found = SpecDecodingStats()
+    for result in results:
+        found.add(result)
+    return found
 
 
 def test_it_agrees_with_real_decoding(trained: TrainOptions, tmp_path: Path) -> None:
@@ -86,11 +87,11 @@ def test_it_agrees_with_real_decoding(trained: TrainOptions, tmp_path: Path) -> 
     assert report.as_dict()["drafter_sha256"] == sha256_file(trained.output / "model.safetensors")
     seen = set()
     for shape, found in zip(GRID, report.acceptance, strict=True):
-        steps, accepted, at = totals(decode(trained, shape, tmp_path / f"{shape}"), shape.draft_len)
-        assert found.steps == steps
-        assert found.walk == pytest.approx(1 + accepted / steps, abs=1e-12)
-        assert found.at_least == pytest.approx([n / steps for n in at], abs=1e-12)
-        seen.add(accepted)
+        decoded = totals(decode(trained, shape, tmp_path / f"{shape}"))
+        assert found.steps == decoded.steps
+        assert found.acceptance_length == pytest.approx(decoded.acceptance_length, abs=1e-12)
+        assert found.acceptance_rate_per_position == pytest.approx(decoded.acceptance_rate_per_position, abs=1e-12)
+        seen.add(decoded.accepted_tokens)
     assert min(seen) > 20 and len(seen) > 2  # the drafter is neither hopeless nor perfect
 
 

@@ -7,7 +7,7 @@ import torch
 
 from trtllm_redrafter.errors import UsageError
 from trtllm_redrafter.redrafter.config import DrafterConfig
-from trtllm_redrafter.training.export import export_weights, load_weights, weight_names
+from trtllm_redrafter.training.drafter_files import export_weights, load_weights, weight_names
 from trtllm_redrafter.training.model import DrafterSpec, HeadKind, InputScales, TrainableDrafter
 
 H, V, L = 8, 20, 3

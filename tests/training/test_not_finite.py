@@ -16,11 +16,11 @@ from tests.training.test_train import evaluate_options
 from tests.training.test_trainer import make, run
 from trtllm_redrafter.errors import NumericalError
 from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.training.answers import TransformersWriter, WritingOptions
 from trtllm_redrafter.training.evaluation import evaluate
 from trtllm_redrafter.training.execute import train
 from trtllm_redrafter.training.frozen_base import FrozenBase
 from trtllm_redrafter.training.plan import plan_training
-from trtllm_redrafter.training.self_distill import TransformersWriter, WritingOptions
 
 
 @pytest.fixture

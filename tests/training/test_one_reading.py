@@ -18,12 +18,11 @@ from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.run import api
-from trtllm_redrafter.training.engine_writer import answer_writer
+from trtllm_redrafter.training.answers import TransformersWriter
 from trtllm_redrafter.training.evaluation import evaluate
-from trtllm_redrafter.training.execute import train
+from trtllm_redrafter.training.execute import answer_writer, train
 from trtllm_redrafter.training.frozen_base import FrozenBase, load_tokenizer
 from trtllm_redrafter.training.plan import plan_training
-from trtllm_redrafter.training.self_distill import TransformersWriter
 from trtllm_redrafter.verify.inspect import inspect
 
 WISHES = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "do_sample": True, "temperature": 0.6, "top_k": 2}

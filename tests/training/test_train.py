@@ -18,11 +18,10 @@ from trtllm_redrafter.errors import OutputError, UsageError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.settings.schema import EvaluateSection
-from trtllm_redrafter.training.evaluation import evaluate
+from trtllm_redrafter.training.evaluation import EvaluateOptions, evaluate
 from trtllm_redrafter.training.execute import train
 from trtllm_redrafter.training.model import HeadKind
-from trtllm_redrafter.training.options import EvaluateOptions, TrainOptions
-from trtllm_redrafter.training.plan import plan_training
+from trtllm_redrafter.training.plan import TrainOptions, plan_training
 
 
 def evaluate_options(options: TrainOptions, **changes: Any) -> EvaluateOptions:
@@ -41,7 +40,9 @@ def test_a_pattern_is_learnt_in_seconds(counting_base: Path, tmp_path: Path, hea
     result = train(plan_training(options), no_progress)
     report = evaluate(evaluate_options(options, report=tmp_path / "report", min_acceptance=3.0), no_progress)
     line = report.acceptance[0]
-    assert (line.walk - 1) / 3 >= 0.95 * (22 / 23) and report.passes  # the last step of a text has less to accept
+    assert (line.acceptance_length - 1) / 3 >= 0.95 * (
+        22 / 23
+    ) and report.passes  # the last step of a text has less to accept
     assert report.accuracy[0]["top1"] >= 0.95
     assert json.loads((tmp_path / "report" / "report.json").read_text())["passes"] is True
     assert "| 1x3 |" in (tmp_path / "report" / "report.md").read_text()

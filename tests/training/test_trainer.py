@@ -12,10 +12,9 @@ from tests.training.conftest import fit_options
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DrafterConfig
-from trtllm_redrafter.training.fit import BaseTensors, FitOptions, StepLog
 from trtllm_redrafter.training.model import DrafterSpec, HeadKind, InputScales, TrainableDrafter
 from trtllm_redrafter.training.rows import TrainingRows
-from trtllm_redrafter.training.trainer import Trainer
+from trtllm_redrafter.training.trainer import BaseTensors, FitOptions, StepLog, Trainer
 
 H, V = 8, 30
 

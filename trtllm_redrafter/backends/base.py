@@ -58,6 +58,8 @@ class Runner(ABC):
     info: EngineInfo
     notes: tuple[str, ...] = ()
     """What a user should know of how the engine runs on this machine."""
+    row_invariant: bool = False
+    """Are the bits of a token's logits independent of what else is in the batch? Then greedy texts are, too."""
     drafter_error: NumericalError | None = None
     """Set once a step went undrafted because the drafter's numbers were not finite; texts are right all the same."""
     _tokenizer: EngineTokenizer | None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,60 @@ class Request:
 
 
 def acceptance_length(steps: int, accepted_tokens: int) -> float | None:
-    """Mean of tokens emitted per decoding step, the guaranteed one included; None without a step."""
+    """Mean number of tokens that a decoding step emits, the guaranteed one included; None without a step."""
     return None if steps == 0 else 1.0 + accepted_tokens / steps
 
 
+@dataclass(kw_only=True)
+class SpecDecodingStats:
+    """Decoding steps of the base model and what they accepted, of one request or of many. The terms are vLLM's.
+
+    The first token of a text comes from the prefill and belongs to no step. `drafted_tokens` counts the positions that
+    a step could accept (the draft length, however many beams propose them), on every backend.
+    """
+
+    steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)
+    """[j]: steps that accepted at least j + 1 drafts. Empty if not known."""
+
+    def add_step(self, *, drafted: int, accepted: int) -> None:
+        self.steps += 1
+        self.drafted_tokens += drafted
+        self.accepted_tokens += accepted
+        for position in range(min(accepted, len(self.accepted_per_position))):
+            self.accepted_per_position[position] += 1
+
+    def add(self, other: SpecDecodingStats) -> None:
+        """Count the steps of another request as well."""
+        self.steps += other.steps
+        self.drafted_tokens += other.drafted_tokens
+        self.accepted_tokens += other.accepted_tokens
+        pairs = zip_longest(self.accepted_per_position, other.accepted_per_position, fillvalue=0)
+        self.accepted_per_position = [mine + theirs for mine, theirs in pairs]
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Mean number of tokens per step; see `acceptance_length`."""
+        return acceptance_length(self.steps, self.accepted_tokens)
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Share of the drafted tokens that were accepted; None if nothing was drafted."""
+        return None if self.drafted_tokens == 0 else self.accepted_tokens / self.drafted_tokens
+
+    @property
+    def acceptance_rate_per_position(self) -> list[float]:
+        """[j]: share of the steps that accepted at least j + 1 drafts."""
+        return [count / self.steps for count in self.accepted_per_position] if self.steps else []
+
+
 @dataclass
-class Result:
+class Result(SpecDecodingStats):
     """A finished request: what was written, and how.
 
-    `acceptance_length` is the mean of tokens emitted per base-model decoding step, the guaranteed one included;
-    the first token comes from the prefill and is not counted. `accepted_at[j]` counts steps in which at
-    least j + 1 drafts were accepted. `drafted_tokens` counts the positions that a step could accept (the draft
-    length, however many beams propose them), on every backend, so `acceptance_rate` is a share of them. Times are
-    seconds; the time of a step that served several requests is
-    given to each of them.
+    Times are seconds; the time of a step that served several requests is given to each of them.
     """
 
     request_id: str
@@ -60,23 +101,11 @@ class Result:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended the text; None: an end token of the model, or no stop at all."""
-    steps: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    accepted_at: list[int] = field(default_factory=list)
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     error: RedrafterError | None = None
     """Why the request ended early (`FinishReason.ERROR`); tokens and text are those from before."""
-
-    @property
-    def acceptance_length(self) -> float | None:
-        return acceptance_length(self.steps, self.accepted_tokens)
-
-    @property
-    def acceptance_rate(self) -> float | None:
-        return None if self.drafted_tokens == 0 else self.accepted_tokens / self.drafted_tokens
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -99,7 +128,7 @@ class Result:
             "acceptance_rate": self.acceptance_rate,
             "drafted_tokens": self.drafted_tokens,
             "accepted_tokens": self.accepted_tokens,
-            "accepted_at": self.accepted_at,
+            "accepted_per_position": self.accepted_per_position,
             "queue_seconds": self.queue_seconds,
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,

@@ -7,11 +7,10 @@ text, but a stop string may be one, contain one or run into one: where that is s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
-from trtllm_redrafter.backends.requests import Result
 from trtllm_redrafter.prompts.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -144,21 +143,6 @@ class TextStream:
                     longest = size
                     break
         return longest
-
-
-def ends_text(token: int, text: TextStream, result: Result, sampling: SamplingParams, eos: Collection[int]) -> bool:
-    """Add a token to a request's text; True when it, or a stop string it completes, ends the text.
-
-    A stop token id leaves no text, whatever it is; why the text ended is noted in `result`.
-    """
-    if token in sampling.stop_token_ids:
-        result.stop_reason = token
-        return True
-    ends = token in eos and not sampling.ignore_eos
-    if text.push(token, ends=ends):
-        result.stop_reason = text.stop_reason
-        return True
-    return ends
 
 
 def _met_by(stops: Sequence[str], special_tokens: Mapping[int, str]) -> dict[int, str]:

@@ -1,16 +1,33 @@
-"""What a batch size's records amount to: speeds, latencies, steps, acceptance, speed-ups, by category too.
+"""What a batch size's records amount to: speeds, latencies, acceptance, speed-ups, by category too; and the verdict.
 
 figures = batch_figures(result.batches[0], bootstrap)
 figures.speedup.low, figures.step_time_ratio, figures.categories["translation"].speedup
+judge(figures, result.batches[0].differences).answer        # "go", "no-go" or "not significant"
+
+The verdict follows from the interval of the speed-up, not from its point estimate. An output that drafting changes by
+more than rounding explains is a no-go at any speed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trtllm_redrafter.benchmark.records import AUTOREGRESSION, DRAFTING, ArmRecords, BatchRecords
-from trtllm_redrafter.benchmark.statistics import Bootstrap, Estimate, Table, divide, percentiles, speedup
+from trtllm_redrafter.backends.requests import SpecDecodingStats
+from trtllm_redrafter.benchmark.records import (
+    AUTOREGRESSION,
+    DRAFTING,
+    FAULT,
+    TIE,
+    UNEXAMINED,
+    ArmRecords,
+    BatchRecords,
+    Difference,
+)
+from trtllm_redrafter.benchmark.statistics import FEWEST, Bootstrap, Estimate, Table, divide, percentiles, speedup
+
+GO, NO_GO, NOT_SIGNIFICANT = "go", "no-go", "not significant"
 
 
 @dataclass(frozen=True)
@@ -33,20 +50,21 @@ class ArmFigures:
     step_seconds: float
     steps: int
     acceptance_length: float | None
-    accepted_share: tuple[float, ...]
-    """Share of steps that accepted at least 1, 2, ... drafts."""
+    """This and the rates are those of drafted steps; None, and no rates, without any."""
+    acceptance_rate: float | None
+    acceptance_rate_per_position: list[float]
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "accepted_share": list(self.accepted_share)}
+        return dict(vars(self))
 
 
 def arm_figures(arm: ArmRecords) -> ArmFigures:
-    records, steps = arm.records, sum(r.steps for r in arm.records)
+    records, stats = arm.records, SpecDecodingStats()
+    for record in records:
+        stats.add(record)
+    drafted = stats.drafted_tokens > 0
     decoded = sum(r.tokens - 1 for r in records)
     decode_seconds = sum(r.decode_seconds for r in records)
-    positions = max((len(r.accepted_at) for r in records), default=0)
-    shares = [sum(r.accepted_at[j] for r in records if j < len(r.accepted_at)) for j in range(positions)]
-    drafted = any(r.drafted for r in records)
     return ArmFigures(
         requests=len(records),
         tokens=arm.tokens,
@@ -57,10 +75,11 @@ def arm_figures(arm: ArmRecords) -> ArmFigures:
         first_token_seconds=percentiles([r.first_token_seconds for r in records]),
         gap_seconds=percentiles(arm.gaps),
         seconds_per_token=divide(decode_seconds, decoded),
-        step_seconds=divide(sum(r.step_seconds for r in records), steps),
-        steps=steps,
-        acceptance_length=1 + sum(r.accepted for r in records) / steps if steps and drafted else None,
-        accepted_share=tuple(s / steps for s in shares) if steps and drafted else (),
+        step_seconds=divide(sum(r.step_seconds for r in records), stats.steps),
+        steps=stats.steps,
+        acceptance_length=stats.acceptance_length if drafted else None,
+        acceptance_rate=stats.acceptance_rate,
+        acceptance_rate_per_position=stats.acceptance_rate_per_position if drafted else [],
     )
 
 
@@ -119,7 +138,7 @@ class BatchFigures:
             "decode_speedup": self.decode_speedup.as_dict(),
             "total_speedup": self.total_speedup,
             "step_time_ratio": self.step_time_ratio,
-            "break_even_acceptance": self.step_time_ratio,
+            "break_even_acceptance_length": self.step_time_ratio,
             "categories": {name: c.as_dict() for name, c in self.categories.items()},
         }
 
@@ -141,3 +160,62 @@ def batch_figures(batch: BatchRecords, bootstrap: Bootstrap) -> BatchFigures:
 def _category(batch: BatchRecords, name: str, part: Table, bootstrap: Bootstrap) -> CategoryFigures:
     mine, plain = (arm_figures(batch.arm(side).of_category(name)) for side in (DRAFTING, AUTOREGRESSION))
     return CategoryFigures(len(part.items), mine, plain, speedup(part, "seconds", bootstrap))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer for one batch size."""
+
+    batch: int
+    answer: str
+    reason: str
+
+    def render(self) -> str:
+        return f"batch {self.batch}: {self.answer}. {self.reason}"
+
+    def as_dict(self) -> dict[str, object]:
+        return {"batch": self.batch, "answer": self.answer, "reason": self.reason}
+
+
+def judge(figures: BatchFigures, differences: Sequence[Difference]) -> Verdict:
+    """Go if the whole interval is above 1, no-go if it is below 1; otherwise not significant."""
+    faults = sum(d.kind == FAULT for d in differences)
+    if faults:
+        reason = f"{faults} output(s) differ from autoregression by more than rounding explains; speed does not matter"
+        return Verdict(figures.batch, NO_GO, reason)
+    speed = figures.speedup
+    few = min(figures.drafting.requests, figures.autoregression.requests) < FEWEST
+    if few or not speed.low <= speed.high:  # also when nothing was measured: NaN compares false
+        return Verdict(figures.batch, NOT_SIGNIFICANT, "too little was measured to say anything")
+    if speed.low > 1.0:
+        answer = GO
+    elif speed.high < 1.0:
+        answer = NO_GO
+    else:
+        answer = NOT_SIGNIFICANT
+    return Verdict(figures.batch, answer, _reason(figures, answer) + _doubts(differences))
+
+
+def _reason(figures: BatchFigures, answer: str) -> str:
+    accepted, needed = figures.drafting.acceptance_length, figures.step_time_ratio
+    middle = f"Answers come {figures.speedup.render()} times as fast with drafting"
+    if accepted is None:
+        return f"{middle}; nothing was drafted."
+    steps = f"a step brings {accepted:.2f} tokens and costs as much as {needed:.2f} plain steps"
+    if answer == GO:
+        return f"{middle}: {steps}."
+    if answer == NO_GO:
+        remedy = "draft less, or train the drafter further" if accepted < needed else "look at time to first token"
+        return f"{middle}: {steps}; {remedy}."
+    return f"{middle}: {steps}. The interval includes 1; measure more prompts or repeats."
+
+
+def _doubts(differences: Sequence[Difference]) -> str:
+    text = ""
+    ties = sum(d.kind == TIE for d in differences)
+    unknown = sum(d.kind == UNEXAMINED for d in differences)
+    if ties:
+        text += f" {ties} output(s) differ by a tie: two tokens closer than rounding."
+    if unknown:
+        text += f" {unknown} output(s) differ, and this backend does not show why."
+    return text

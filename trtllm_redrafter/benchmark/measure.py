@@ -19,11 +19,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trtllm_redrafter.backends.base import Request, Result, Runner, SamplingParams, Update
-from trtllm_redrafter.benchmark.differences import examine
 from trtllm_redrafter.benchmark.prompts import Item
-from trtllm_redrafter.benchmark.records import ARMS, AUTOREGRESSION, DRAFTING, ArmRecords, BatchRecords, Record
+from trtllm_redrafter.benchmark.records import (
+    ARMS,
+    AUTOREGRESSION,
+    DRAFTING,
+    FAULT,
+    TIE,
+    UNEXAMINED,
+    ArmRecords,
+    BatchRecords,
+    Difference,
+    Record,
+)
 from trtllm_redrafter.errors import Problem, UsageError, raise_together
 from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.verify.token_checks import gap, tie_bound
 
 ROUND = 4
 """Requests per round, as a multiple of the batch size: without a queue, a batch would mostly run half empty."""
@@ -149,9 +160,9 @@ def _record(request: _Open, result: Result, repeat: int) -> Record:
         decode_seconds=max(0.0, seconds - until_decoding),
         step_seconds=result.decode_seconds,
         steps=result.steps,
-        drafted=result.drafted_tokens,
-        accepted=result.accepted_tokens,
-        accepted_at=tuple(result.accepted_at),
+        drafted_tokens=result.drafted_tokens,
+        accepted_tokens=result.accepted_tokens,
+        accepted_per_position=list(result.accepted_per_position),
         gaps=len(request.gaps),
         output=hashlib.sha256(repr(result.token_ids).encode()).hexdigest()[:16],
     )
@@ -239,3 +250,25 @@ def _add(arm: ArmRecords, found: RoundResult) -> None:
     arm.records.extend(found.records)
     arm.gaps.extend(found.gaps)
     arm.wall_seconds += found.wall_seconds
+
+
+def examine(
+    runner: Runner, item: Item, drafted: Sequence[int], plain: Sequence[int], batch: int, *, alike: bool
+) -> Difference:
+    """Where two greedy texts differ that should be equal, and whether rounding explains it. The runner must be idle.
+
+    In 16 bits, many rows computed together can round differently from a single row. Two tokens whose logits differ by
+    less than that may swap places, and both texts are greedy texts of the model: a tie. A larger difference is a fault,
+    and so is any difference between texts of one row-invariant executor (`alike`: one wrote both).
+    """
+    position = next((i for i, (a, b) in enumerate(zip(drafted, plain, strict=False)) if a != b), None)
+    if position is None:  # one text ends where the other goes on
+        return Difference(item.item_id, batch, min(len(drafted), len(plain)), FAULT, None, None)
+    found = runner.along((*item.token_ids, *plain[:position]), plain[position : position + 1])
+    if found is None:  # this backend does not show its logits
+        return Difference(item.item_id, batch, position, UNEXAMINED, None, None)
+    logits = found.logits[0]
+    apart = abs(gap(logits, drafted[position], plain[position]))
+    bound = tie_bound(logits, runner.info.dtype)
+    kind = TIE if apart <= bound and not (runner.row_invariant and alike) else FAULT
+    return Difference(item.item_id, batch, position, kind, apart, bound)

@@ -124,7 +124,7 @@ def speedup_by_category(batch: BatchSummary) -> str:
 
 
 def acceptance_by_position(summary: BenchSummary) -> str:
-    shares = summary.batches[0].figures.drafting.accepted_share
+    shares = summary.batches[0].figures.drafting.acceptance_rate_per_position
 
     def paint(figure: Any, axis: Any) -> None:
         bars = axis.bar(range(1, len(shares) + 1), [100 * s for s in shares], color=ACCENT, width=0.6)

@@ -51,7 +51,7 @@ class Prediction:
 
     shape: DraftShape
     batch: int
-    acceptance: Estimate
+    acceptance_length: Estimate
     cost: StepCost
     user_tokens_per_second: float
     plain_tokens_per_second: float
@@ -69,7 +69,7 @@ class Prediction:
         return {
             "setting": self.name,
             "batch": self.batch,
-            "acceptance": self.acceptance.as_dict(),
+            "acceptance_length": self.acceptance_length.as_dict(),
             "step_seconds": self.cost.drafting,
             "plain_step_seconds": self.cost.plain,
             "step_time_ratio": self.cost.ratio,
@@ -91,7 +91,7 @@ def predict(acceptance: Acceptance, cost: StepCost, text: TextSize) -> Predictio
         return cost.batch * text.prompt_seconds + (text.tokens - 1) / accepted * step
 
     plain, slower = seconds(1.0, cost.plain), 1 + 1.96 * cost.error
-    accepted = Estimate(acceptance.walk, max(1.0, acceptance.walk_low), acceptance.walk_high)
+    accepted = Estimate(acceptance.acceptance_length, max(1.0, acceptance.low), acceptance.high)
     speed = plain / seconds(accepted.value, cost.drafting)
     low, high = (
         math.hypot(speed - plain / seconds(a, cost.drafting), speed - plain / seconds(accepted.value, step))
@@ -176,7 +176,7 @@ class PredictionCheck:
     prediction: Prediction
     measured_speedup: Estimate
     measured_tokens_per_second: float
-    measured_acceptance: float | None
+    measured_acceptance_length: float | None
 
     @property
     def speedup_error(self) -> float:
@@ -197,6 +197,6 @@ class PredictionCheck:
             "predicted_tokens_per_second": self.prediction.user_tokens_per_second,
             "measured_tokens_per_second": self.measured_tokens_per_second,
             "speed_error": self.speed_error,
-            "predicted_acceptance": self.prediction.acceptance.value,
-            "measured_acceptance": self.measured_acceptance,
+            "predicted_acceptance_length": self.prediction.acceptance_length.value,
+            "measured_acceptance_length": self.measured_acceptance_length,
         }

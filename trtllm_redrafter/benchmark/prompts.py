@@ -21,8 +21,9 @@ from typing import Any
 
 from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, RequestError, brief, raise_together
-from trtllm_redrafter.prompts.jsonl import SHOWN, Line, lines_of, raise_problems, read_lines
-from trtllm_redrafter.prompts.messages import Prompt, UnknownKeys, check_asks, own_id, parse_prompt
+from trtllm_redrafter.prompts.files import parse_all
+from trtllm_redrafter.prompts.jsonl import SHOWN, NumberedLine, lines_of, read_lines
+from trtllm_redrafter.prompts.messages import Prompt, check_asks, own_id, parse_prompt
 from trtllm_redrafter.settings.schema import BenchSection, TuneSection
 
 BUILT_IN = "built-in"
@@ -60,31 +61,18 @@ def read_prompts(path: Path) -> list[BenchPrompt]:
     return _parse(read_lines(path), path)
 
 
-def _parse(lines: Iterable[Line], source: Path | str) -> list[BenchPrompt]:
-    found: dict[str, BenchPrompt] = {}
-    problems: list[Problem] = []
-    unknown = UnknownKeys(source)
-    for line in lines:
-        try:
-            if line.error is not None:
-                raise line.error
-            unknown.note(line.values, line.number)
-            prompt = _prompt(line.values, f"line-{line.number}")
-            if prompt.prompt_id in found:
-                raise InputError(f"the id {brief(prompt.prompt_id)} stands twice", remedy="give each its own")
-            found[prompt.prompt_id] = prompt
-        except InputError as error:
-            p = error.problem
-            problems.append(Problem(p.what, f"line {line.number}", p.why, p.remedy))
-    raise_problems(problems, "the prompts cannot be used", where=source)
-    if not found:
-        raise InputError("the file holds no prompts", where=source, remedy="write one JSON object per line")
-    return list(found.values())
+def _parse(lines: Iterable[NumberedLine], source: Path | str) -> list[BenchPrompt]:
+    seen: set[str] = set()
 
+    def parse(number: int, values: Mapping[str, Any]) -> BenchPrompt:
+        prompt_id = own_id(values) or f"line-{number}"
+        prompt = BenchPrompt(prompt_id, str(values.get("category", UNNAMED)), check_asks(parse_prompt(values)))
+        if prompt_id in seen:
+            raise InputError(f"the id {brief(prompt_id)} stands twice", remedy="give each its own")
+        seen.add(prompt_id)
+        return prompt
 
-def _prompt(values: Mapping[str, Any], fallback: str) -> BenchPrompt:
-    prompt_id = own_id(values) or fallback
-    return BenchPrompt(prompt_id, str(values.get("category", UNNAMED)), check_asks(parse_prompt(values)))
+    return parse_all(lines, source, parse)
 
 
 def make_items(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trtllm_redrafter.backends.requests import SpecDecodingStats
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import read_json
 
@@ -19,8 +20,8 @@ DRAFTING, AUTOREGRESSION = "drafting", "autoregression"
 ARMS = (DRAFTING, AUTOREGRESSION)
 
 
-@dataclass(frozen=True)
-class Record:
+@dataclass(kw_only=True)
+class Record(SpecDecodingStats):
     """One request. Times are in seconds since its submission; `decode_seconds` since the end of its prompt's pass.
 
     `first_token_seconds` is when a client sees it, which can be a step later: a runner may return both together.
@@ -38,10 +39,6 @@ class Record:
     seconds: float
     decode_seconds: float
     step_seconds: float
-    steps: int
-    drafted: int
-    accepted: int
-    accepted_at: tuple[int, ...]
     output: str
     gaps: int | None = None
 
@@ -69,9 +66,12 @@ class ArmRecords:
         return found
 
 
+TIE, FAULT, UNEXAMINED = "tie", "fault", "unexamined"
+
+
 @dataclass(frozen=True)
 class Difference:
-    """Where drafting changed a text. `kind` is tie, fault or unexamined; `gap` is in logits, None if not known."""
+    """Where drafting changed a text. `kind` is one of the three above; `gap` is in logits, None if not known."""
 
     item: str
     batch: int
@@ -149,6 +149,12 @@ def read_result(path: Path) -> BenchResult:
         raise InputError("the benchmark result is damaged", where=file, why=repr(error), remedy=remedy) from error
 
 
+_FORMER_NAMES = {
+    "drafted": "drafted_tokens", "accepted": "accepted_tokens", "accepted_at": "accepted_per_position",
+}  # fmt: skip
+"""Names of a record's fields in results of earlier versions."""
+
+
 def _read_batch(value: Mapping[str, Any]) -> BatchRecords:
     arms = {name: _read_arm(value[name]) for name in ARMS}
     differences = [Difference(**d) for d in value["differences"]]
@@ -156,7 +162,7 @@ def _read_batch(value: Mapping[str, Any]) -> BatchRecords:
 
 
 def _read_arm(value: Mapping[str, Any]) -> ArmRecords:
-    records = [Record(**{**r, "accepted_at": tuple(r["accepted_at"])}) for r in value["records"]]
+    records = [Record(**{_FORMER_NAMES.get(name, name): v for name, v in r.items()}) for r in value["records"]]
     return ArmRecords(records, float(value["wall_seconds"]), [g / 1e3 for g in _floats(value["gaps_ms"])])
 
 

@@ -21,7 +21,7 @@ DEFINITIONS = (
     "Speeds count emitted token ids. Speed-up is end to end, from submission to the last token, over the same prompts; "
     "the interval is a paired bootstrap over prompts and repeats. Updates are what a stream's reader sees: with "
     "drafting, one brings several tokens. The step-time ratio is a drafting step's time over a plain one's: "
-    "the tokens per step from which drafting pays."
+    "the acceptance length (tokens per step) from which drafting pays."
 )
 
 Rows = list[list[str]]
@@ -34,9 +34,9 @@ def number(value: float | None, form: str = ".1f", scale: float = 1.0) -> str:
 
 SPEED_HEADER = ["batch", "side", "together", "tokens/s", "per user", "decoding", "first token p50, ms", "p95",
                 "update p50, ms", "p95", "p99", "step, ms"]  # fmt: skip
-PAYS_HEADER = ["batch", "speed-up", "interval", "decoding", "all tokens", "tokens/step", "step-time ratio",
+PAYS_HEADER = ["batch", "speed-up", "interval", "decoding", "all tokens", "acceptance length", "step-time ratio",
                "same output", "of roof, plain", "drafting"]  # fmt: skip
-CATEGORY_HEADER = ["kind of prompt", "batch", "prompts", "speed-up", "interval", "tokens/step", "step-time ratio",
+CATEGORY_HEADER = ["kind of prompt", "batch", "prompts", "speed-up", "interval", "acceptance length", "step-time ratio",
                    "per user", "undrafted", "update p95, ms", "undrafted"]  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def spec_bench_lines(summary: BenchSummary) -> list[str]:
         "On these prompts, as Spec-Bench counts (greedy, batch 1, mean over questions and repeats): "
         f"speed-up {row.speedup:.2f}, "
         f"{row.tokens_per_second:.1f} against {row.baseline_tokens_per_second:.1f} tokens/s, "
-        f"{number(row.mean_accepted_tokens, '.2f')} tokens per step. By task: "
+        f"{number(row.acceptance_length, '.2f')} tokens per step. By task: "
         + ", ".join(f"{task} {number(value, '.2f')}" for task, value in row.tasks.items())
         + "."
         for row in found
@@ -147,7 +147,7 @@ def spec_bench_lines(summary: BenchSummary) -> list[str]:
 
 def position_lines(summary: BenchSummary) -> list[str]:
     """Share of steps that accept at least 1, 2, ... drafts."""
-    shares = {b.figures.batch: b.figures.drafting.accepted_share for b in summary.batches}
+    shares = {b.figures.batch: b.figures.drafting.acceptance_rate_per_position for b in summary.batches}
     return [
         f"Drafts accepted at batch {batch}: "
         + ", ".join(f"{j} in {100 * s:.0f} %" for j, s in enumerate(found, start=1))
@@ -236,8 +236,8 @@ def draw_plots(summary: BenchSummary) -> list[Plot]:
         Plot("kinds", "Speed-up by kind of prompt", batch, plots.speedup_by_category(first)),
         Plot("latency", "Time between updates", waits, plots.latency_distribution(first, summary)),
     ]
-    if first.figures.drafting.accepted_share:
-        text = f"{batch}; tokens per step is 1 plus their sum"
+    if first.figures.drafting.acceptance_rate_per_position:
+        text = f"{batch}; the acceptance length is 1 plus their sum"
         found.append(Plot("acceptance", "Acceptance by position", text, plots.acceptance_by_position(summary)))
     roof = plots.roofline(summary)
     if roof is not None:

@@ -10,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trtllm_redrafter.benchmark.differences import FAULT, TIE, UNEXAMINED
-from trtllm_redrafter.benchmark.figures import BatchFigures, batch_figures
+from trtllm_redrafter.benchmark.figures import BatchFigures, Verdict, arm_figures, batch_figures, judge
 from trtllm_redrafter.benchmark.prompts import question_of
-from trtllm_redrafter.benchmark.records import BatchRecords, BenchResult, Record
+from trtllm_redrafter.benchmark.records import FAULT, TIE, UNEXAMINED, BatchRecords, BenchResult, Record
 from trtllm_redrafter.benchmark.statistics import Bootstrap, divide
-from trtllm_redrafter.benchmark.verdict import Verdict, judge
 from trtllm_redrafter.fsio import without_nan
 
 MULTI_TURN = "multi-turn conversation"
@@ -80,7 +78,8 @@ class SpecBench:
 
     tokens_per_second: float
     baseline_tokens_per_second: float
-    mean_accepted_tokens: float | None
+    acceptance_length: float | None
+    """What Spec-Bench calls mean accepted tokens."""
     tasks: Mapping[str, float]
     """Speed-up of each kind of question; Spec-Bench's first eight kinds are one task."""
 
@@ -152,13 +151,11 @@ def spec_bench_row(batch: BatchRecords) -> SpecBench | None:
     sides = [_question_speeds(arm.records) for arm in (batch.drafting, batch.autoregression)]
     if not sides[0] or not sides[1]:
         return None
-    steps = sum(r.steps for r in batch.drafting.records)
-    accepted = 1 + sum(r.accepted for r in batch.drafting.records) / steps if steps else None
     task_of = _spec_bench_tasks({r.category for r in batch.drafting.records})
     means = [_means_by_task(side, task_of) for side in sides]
     tasks = {task: divide(speed, means[1].get(task, 0.0)) for task, speed in sorted(means[0].items())}
     mine, plain = (sum(speed for _, speed in side) / len(side) for side in sides)
-    return SpecBench(mine, plain, accepted, tasks)
+    return SpecBench(mine, plain, arm_figures(batch.drafting).acceptance_length, tasks)
 
 
 def _question_speeds(records: Sequence[Record]) -> list[tuple[str, float]]:

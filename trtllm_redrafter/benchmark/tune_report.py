@@ -18,7 +18,17 @@ from trtllm_redrafter.benchmark.tuning import THIS, TuneResult
 from trtllm_redrafter.fsio import CREATOR, atomic_directory, without_nan, write_json
 
 TITLE = "Draft shapes"
-HEADER = ["batch", "setting", "tokens/step", "interval", "step-time ratio", "speed-up", "interval", "per user", "total"]
+HEADER = [
+    "batch",
+    "setting",
+    "acceptance length",
+    "interval",
+    "step-time ratio",
+    "speed-up",
+    "interval",
+    "per user",
+    "total",
+]
 CHECK_HEADER = [
     "batch",
     "setting",
@@ -42,8 +52,8 @@ def _row(p: Prediction, on_frontier: bool) -> list[str]:
     return [
         str(p.batch),
         p.name + (" *" if on_frontier else ""),
-        f"{p.acceptance.value:.2f}",
-        f"{p.acceptance.low:.2f} to {p.acceptance.high:.2f}",
+        f"{p.acceptance_length.value:.2f}",
+        f"{p.acceptance_length.low:.2f} to {p.acceptance_length.high:.2f}",
         f"{p.cost.ratio:.2f}",
         f"{p.speedup.value:.2f}",
         f"{p.speedup.low:.2f} to {p.speedup.high:.2f}",

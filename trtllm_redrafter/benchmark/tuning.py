@@ -32,8 +32,15 @@ from trtllm_redrafter.benchmark.prediction import (
 )
 from trtllm_redrafter.benchmark.prompts import BenchPrompt, Item, make_items, prompts_of
 from trtllm_redrafter.benchmark.statistics import Bootstrap
-from trtllm_redrafter.benchmark.step_cost import Timing, measured_costs, roofline_costs
-from trtllm_redrafter.benchmark.trajectories import Texts, engine_texts, grid_acceptance, transformers_texts
+from trtllm_redrafter.benchmark.tuning_inputs import (
+    Texts,
+    Timing,
+    engine_texts,
+    grid_acceptance,
+    measured_costs,
+    roofline_costs,
+    transformers_texts,
+)
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.errors import MismatchError, Problem, UsageError, raise_together
 from trtllm_redrafter.planning.gpus import Gpu

@@ -18,11 +18,9 @@ from trtllm_redrafter.cli.options import Json, flag, flags, with_settings
 from trtllm_redrafter.errors import OutputError, RedrafterError, RequestError, UsageError
 from trtllm_redrafter.paths import check_place
 from trtllm_redrafter.prompts.jsonl import check_source
-from trtllm_redrafter.run.batch import run_jobs
-from trtllm_redrafter.run.jobs import Job, prompt_jobs, read_jobs
+from trtllm_redrafter.run.jobs import Job, RunSummary, prompt_jobs, read_jobs
 from trtllm_redrafter.run.results import ResultsFile
-from trtllm_redrafter.run.session import defaults_for, open_runner
-from trtllm_redrafter.run.summary import Summary
+from trtllm_redrafter.run.session import defaults_for, open_runner, run_jobs
 from trtllm_redrafter.settings import Layer, Resolved, resolve
 from trtllm_redrafter.settings.schema import RunSection
 
@@ -78,7 +76,7 @@ class RunReport:
     """What ran, for the JSON document."""
 
     info: EngineInfo
-    summary: Summary
+    summary: RunSummary
     output: Path | None
     kept: int = 0
     """Results of an earlier run that the output had already."""
@@ -122,7 +120,7 @@ def run_prompts(
         stack.callback(runner.close)
         for text in runner.notes:
             note(f"note: {text}")
-        report = RunReport(runner.info, Summary(), run.output)
+        report = RunReport(runner.info, RunSummary(), run.output)
         _answer(resolved, runner, report, file, stream=stream, quiet=quiet)
         if runner.drafter_error is not None:
             note(f"note: steps went undrafted; texts are right\n  why: {runner.drafter_error.render()}")
@@ -146,7 +144,7 @@ def _answer(
     on_update = _stream_text if stream and not quiet else None
     with nullcontext() if stream or quiet else progress_bar() as progress:
         for job in run_jobs(runner, jobs, one_by_one=stream, on_update=on_update):
-            report.summary.add(job)
+            report.summary.add_job(job)
             if progress is not None:
                 progress("run", report.summary.prompts, None, "prompts")
             _keep(job, report, file)
@@ -206,7 +204,7 @@ def _in_order(job: Job) -> tuple[str, int]:
     return (stem, int(number)) if number.isdigit() else (job.job_id, 0)
 
 
-def _failures(summary: Summary) -> str:
+def _failures(summary: RunSummary) -> str:
     return f", {summary.failed} failed" if summary.failed else ""
 
 
@@ -230,12 +228,13 @@ def stats_table(report: RunReport) -> str:
         ("decoding", _rate(s.decode_tokens_per_second, "tokens/s per request")),
     ]
     if s.acceptance_length is not None:
-        lines.append(("tokens/step", f"{s.acceptance_length:.2f}"))
+        lines.append(("acceptance", f"{s.acceptance_length:.2f} tokens per step"))
     if s.acceptance_rate is not None:
         lines.append(
             ("accepted", f"{s.accepted_tokens} of {s.drafted_tokens} drafted, {100 * s.acceptance_rate:.1f} %")
         )
-        shares = "  ".join(f"{j}: {100 * share:.0f} %" for j, share in enumerate(s.accepted_share, start=1))
+        rates = enumerate(s.acceptance_rate_per_position, start=1)
+        shares = "  ".join(f"{j}: {100 * rate:.0f} %" for j, rate in rates)
         lines.append(("by position", shares))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

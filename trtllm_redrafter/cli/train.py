@@ -31,11 +31,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a drafter for a base model, which stays as it is."""
-    from trtllm_redrafter.run.training_options import train_options
+    from trtllm_redrafter.run.options import train_options
     from trtllm_redrafter.training import plan_training
     from trtllm_redrafter.training import train as run_training
-    from trtllm_redrafter.training.engine_writer import answer_writer
-    from trtllm_redrafter.training.execute import work_lock
+    from trtllm_redrafter.training.execute import answer_writer, work_lock
 
     resolved = resolve(given)
     plan = plan_training(train_options(resolved, resume=resume, overwrite=overwrite))
@@ -62,7 +61,7 @@ def train(
 )  # fmt: skip
 def evaluate(given: list[Layer], overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Measure a drafter's acceptance for every setting of a grid."""
-    from trtllm_redrafter.run.training_options import evaluate_options
+    from trtllm_redrafter.run.options import evaluate_options
     from trtllm_redrafter.training import evaluate as run_evaluation
 
     resolved = resolve(given)
@@ -74,5 +73,5 @@ def evaluate(given: list[Layer], overwrite: Overwrite = False, as_json: Json = F
         emit("evaluate", **found.as_dict())
     if not found.passes:
         floor = options.settings.min_acceptance
-        note(f"the best setting brings {found.best.walk:.2f} tokens per step, {floor} were asked for")
+        note(f"the best setting's acceptance length is {found.best.acceptance_length:.2f}, {floor} was asked for")
         raise typer.Exit(VerificationError.exit_code)

@@ -68,11 +68,11 @@ def read_acceptance(path: Path, shape: DraftShape) -> MeasuredAcceptance:
             "convert.draft_len",
         )  # fmt: skip
     row = rows[wanted]
-    value = row["walk"]
+    value = _length(row)
     if not 1.0 <= value <= shape.draft_len + 1:
         why = f"a step of {wanted} emits 1 to {shape.draft_len + 1} tokens"
         raise InputError(f"the {wanted} row has {value:g} tokens per step", where=file, why=why, remedy=_MAKE_ONE)
-    low, high = _interval(row.get("walk_95"))
+    low, high = _interval(row.get("interval_95", row.get("walk_95")))
     return MeasuredAcceptance(
         path=file,
         setting=wanted,
@@ -112,9 +112,14 @@ def _rows(report: dict[str, Any], file: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not rows:
         raise _not_a_report(file, "it has no list `acceptance`")
     for row in rows:
-        if not isinstance(row, dict) or not isinstance(row.get("setting"), str) or not _is_number(row.get("walk")):
-            raise _not_a_report(file, "an entry of `acceptance` lacks `setting` or `walk`")
+        if not isinstance(row, dict) or not isinstance(row.get("setting"), str) or not _is_number(_length(row)):
+            raise _not_a_report(file, "an entry of `acceptance` lacks `setting` or `acceptance_length`")
     return rows
+
+
+def _length(row: dict[str, Any]) -> Any:
+    """The acceptance length, which earlier versions called `walk`."""
+    return row.get("acceptance_length", row.get("walk"))
 
 
 def _interval(bounds: Any) -> tuple[float | None, float | None]:

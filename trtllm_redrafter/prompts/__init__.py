@@ -2,7 +2,7 @@
 
 `run`, `evaluate`, `bench`, `tune` and `train` accept the same files, since all of them use this package:
 
-    for line in read_lines(path):              # jsonl: lines, with numbers and errors
-        prompt = parse_prompt(line.values)     # messages: text or conversation, normalised
-        ids = encode_prompt(tokenizer, ChatTemplate.of(tokenizer), prompt)       # chat_template: within limits
+    lines = read_lines(path)                                        # jsonl: numbers and objects, or errors
+    prompts = parse_all(lines, path, lambda _, line: parse_prompt(line))    # files; messages: text or conversation
+    ids = encode_prompt(tokenizer, ChatTemplate.of(tokenizer), prompts[0])  # chat_template: within limits
 """

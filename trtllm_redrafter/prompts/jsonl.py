@@ -12,9 +12,9 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from queue import Empty, Queue
 from typing import IO, Any
@@ -44,13 +44,8 @@ marks of writing direction and halves of surrogate pairs."""
 _ESCAPED = re.compile(f"[{OBEYED}\u2028\u2029]")
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line that is not blank: its object, or the error if it is none."""
-
-    number: int
-    values: Mapping[str, Any]
-    error: InputError | None = None
+NumberedLine = tuple[int, dict[str, Any] | InputError]
+"""Number of a line that is not blank, counted from 1, and its object, or the error if it is none."""
 
 
 def check_source(path: Path) -> None:
@@ -82,7 +77,7 @@ def _ends(device: Path) -> bool:
         os.close(descriptor)
 
 
-def read_lines(path: Path) -> Iterator[Line]:
+def read_lines(path: Path) -> Iterator[NumberedLine]:
     """Lines of a file or stream, read lazily; `InputError` if it cannot be read at all."""
     check_source(path)
     try:
@@ -122,7 +117,7 @@ def _opened(path: Path) -> IO[bytes]:
     return os.fdopen(opened, "rb")
 
 
-def lines_of(file: IO[bytes], where: Path | str, *, endless: bool = False) -> Iterator[Line]:
+def lines_of(file: IO[bytes], where: Path | str, *, endless: bool = False) -> Iterator[NumberedLine]:
     """Lines of an open file. `endless`: a stream, which is read up to `MAX_STREAM_BYTES`."""
     number = size = 0
     while line := file.readline(MAX_LINE_BYTES):
@@ -141,9 +136,9 @@ def lines_of(file: IO[bytes], where: Path | str, *, endless: bool = False) -> It
         _check_size(size, where, endless)
         if not whole:
             what = f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB"
-            yield Line(number, {}, InputError(what, remedy=_REMEDY))
+            yield number, InputError(what, remedy=_REMEDY)
         elif line.strip():
-            yield _parse(number, line)
+            yield number, _object(line)
 
 
 def _check_size(size: int, where: Path | str, endless: bool) -> None:
@@ -152,21 +147,21 @@ def _check_size(size: int, where: Path | str, endless: bool) -> None:
         raise InputError(what, where=where, remedy="write it to a file, and pass that")
 
 
-def _parse(number: int, line: bytes) -> Line:
+def _object(line: bytes) -> dict[str, Any] | InputError:
     try:
         values = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as e:
         why = f"byte {e.start + 1} is 0x{line[e.start]:02x}"
-        return Line(number, {}, InputError("the line is not UTF-8", why=why, remedy=_REMEDY))
+        return InputError("the line is not UTF-8", why=why, remedy=_REMEDY)
     except json.JSONDecodeError as e:
         why = f"{e.msg}, at character {e.colno}"
-        return Line(number, {}, InputError("the line is not JSON", why=why, remedy=_REMEDY))
+        return InputError("the line is not JSON", why=why, remedy=_REMEDY)
     except (ValueError, RecursionError) as e:  # numbers of thousands of digits; deep nesting
         why = "it is nested too deeply" if isinstance(e, RecursionError) else str(e)
-        return Line(number, {}, InputError("the line cannot be read", why=why, remedy=_REMEDY))
+        return InputError("the line cannot be read", why=why, remedy=_REMEDY)
     if not isinstance(values, dict):
-        return Line(number, {}, InputError("the line is not a JSON object", remedy='write {"prompt": "…"}'))
-    return Line(number, values)
+        return InputError("the line is not a JSON object", remedy='write {"prompt": "…"}')
+    return values
 
 
 def raise_problems(problems: list[Problem], what: str, *, where: Path | str, remedy: str | None = None) -> None:

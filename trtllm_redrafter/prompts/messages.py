@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.errors import InputError, brief
@@ -43,9 +41,6 @@ _ROLES = {
     "bing": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_NOTED = 20
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -180,26 +175,6 @@ def check_characters(values: Mapping[str, Any]) -> None:
                     f"`{key}` has half a surrogate pair, {half}", why="it stands for no character",
                     remedy="write the whole pair, or remove it",
                 ) from e  # fmt: skip
-
-
-class UnknownKeys:
-    """Warns once about each key that no command reads, since it may be misspelt; the line is used nevertheless."""
-
-    def __init__(self, source: Path | str) -> None:
-        self._source = source
-        self._seen: set[str] = set()
-
-    def note(self, values: Mapping[str, Any], number: int) -> None:
-        for key in values:
-            if key in KEYS or key in self._seen or len(self._seen) > _NOTED:
-                continue
-            self._seen.add(key)
-            if len(self._seen) > _NOTED:
-                _log.warning("%s: further unknown keys are not listed", self._source)
-                return
-            near = difflib.get_close_matches(key, KEYS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            _log.warning("%s, line %d: the key %s is not known and not read%s", self._source, number, brief(key), hint)
 
 
 def own_id(values: Mapping[str, Any]) -> str | None:

@@ -7,7 +7,8 @@
     with load_engine("engine") as engine:
         print(engine.generate(["What is a tree?"], max_tokens=64)[0].text)
 
-An argument left None takes the recipe's default, the same one the command has. Errors are `RedrafterError`s.
+Options are the keys of the recipe's sections and have the same defaults, which None stands for. What is wrong with a
+value or a name is said as for a recipe. Errors are `RedrafterError`s.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import EngineInfo, Request, Result, Runner, SamplingParams, Update
@@ -30,8 +31,33 @@ from trtllm_redrafter.run.options import build_options, convert_options, samplin
 from trtllm_redrafter.run.session import defaults_for, open_runner
 from trtllm_redrafter.settings import Resolved, flag_layers, resolve
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 AnyPath = str | Path
 Prompt = str | Sequence[Mapping[str, Any]]
+
+
+class ConvertKeys(TypedDict, total=False):
+    """Keys of the recipe's `convert` section, for type checkers. A test compares them with the schema."""
+
+    dtype: str | None
+    tp_size: int | None
+    num_beams: int | None
+    draft_len: int | None
+    greedy: bool | None
+    parallel_embedding: bool | None
+    lm_head: str | None
+    workers: int | None
+
+
+class BuildKeys(TypedDict, total=False):
+    """Keys of the recipe's `build` section."""
+
+    tokenizer: AnyPath | None
+    max_batch_size: int | None
+    max_input_len: int | None
+    max_seq_len: int | None
 
 
 def convert(
@@ -39,26 +65,12 @@ def convert(
     output: AnyPath,
     *,
     drafter: AnyPath | None = None,
-    dtype: str | None = None,
-    tp_size: int | None = None,
-    num_beams: int | None = None,
-    draft_len: int | None = None,
-    greedy: bool | None = None,
-    parallel_embedding: bool | None = None,
-    lm_head: str | None = None,
-    workers: int | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
+    **options: Unpack[ConvertKeys],
 ) -> Path:
     """Write a TensorRT-LLM checkpoint of `base` and `drafter`; returns its directory."""
-    resolved = _resolved(
-        {"base": base, "checkpoint": output, "drafter": drafter},
-        convert={
-            "dtype": dtype, "tp_size": tp_size, "num_beams": num_beams, "draft_len": draft_len,
-            "greedy": greedy, "parallel_embedding": parallel_embedding, "lm_head": lm_head,
-            "workers": workers,
-        },
-    )  # fmt: skip
+    resolved = _resolved({"base": base, "checkpoint": output, "drafter": drafter}, convert=options)
     with as_input_error():
         return run_conversion(plan_conversion(convert_options(resolved, overwrite=overwrite)), progress)
 
@@ -68,13 +80,10 @@ def build(
     output: AnyPath,
     *,
     backend: str | None = None,
-    tokenizer: AnyPath | None = None,
-    max_batch_size: int | None = None,
-    max_input_len: int | None = None,
-    max_seq_len: int | None = None,
     tensorrt_llm: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
+    **options: Unpack[BuildKeys],
 ) -> Path:
     """Build an engine from a checkpoint; returns its directory.
 
@@ -82,16 +91,13 @@ def build(
     """
     resolved = _resolved(
         {"checkpoint": checkpoint, "engine": output, "backend": backend},
-        build={
-            "tokenizer": tokenizer, "max_batch_size": max_batch_size,
-            "max_input_len": max_input_len, "max_seq_len": max_seq_len,
-        },
+        build=options,
         tensorrt_llm=tensorrt_llm or {},
-    )  # fmt: skip
+    )
     with as_input_error():
-        options = build_options(resolved, overwrite=overwrite)
-        chosen = load_backend(options.backend)
-        return chosen.build(chosen.plan(options), progress)
+        resolved_options = build_options(resolved, overwrite=overwrite)
+        chosen = load_backend(resolved_options.backend)
+        return chosen.build(chosen.plan(resolved_options), progress)
 
 
 def load_engine(

@@ -13,8 +13,7 @@ from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.planning.gpus import gpu
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.run.options import draft_shape, require, tensorrt_options, with_directories, with_limits
-from trtllm_redrafter.run.training_options import grid_for
+from trtllm_redrafter.run.options import draft_shape, grid_for, require, tensorrt_options, with_directories, with_limits
 from trtllm_redrafter.settings.layers import Layer, Origin, Resolved, nest
 from trtllm_redrafter.settings.sources import PRESET_KEY, file_layers
 

@@ -1,4 +1,4 @@
-"""Prompts as jobs: from a list, or from a JSONL file line by line.
+"""Prompts as jobs: from a list, or from a JSONL file line by line; and what finished jobs amount to.
 
 One bad line must not cost the night's other ten thousand: it becomes a job with an error, which names its line and
 what is wrong with it, and the rest run.
@@ -9,15 +9,18 @@ what is wrong with it, and the rest run.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import Result
+from trtllm_redrafter.backends.requests import SpecDecodingStats
 from trtllm_redrafter.errors import InputError, RedrafterError, brief
+from trtllm_redrafter.prompts.files import parse_lines
 from trtllm_redrafter.prompts.jsonl import read_lines
-from trtllm_redrafter.prompts.messages import Prompt, UnknownKeys, own_id, parse_prompt
+from trtllm_redrafter.prompts.messages import Prompt, own_id, parse_prompt
 from trtllm_redrafter.prompts.sampling import SamplingParams, sampling_values
 
 
@@ -60,16 +63,15 @@ def prompt_jobs(prompts: Sequence[str], defaults: Job) -> list[Job]:
 
 def read_jobs(path: Path, defaults: Job) -> Iterator[Job]:
     """Jobs of a JSON Lines file or stream, line by line; a line that is none becomes a job with its error."""
-    unknown = UnknownKeys(path)
-    for line in read_lines(path):
-        job = replace(defaults, job_id=f"line-{line.number}", where=f"{path}, line {line.number}")
-        try:
-            if line.error is not None:
-                raise line.error
-            unknown.note(line.values, line.number)
-            yield _with_values(job, line.values)
-        except InputError as error:
-            yield job.failed(error)
+
+    def line_job(number: int) -> Job:
+        return replace(defaults, job_id=f"line-{number}", where=f"{path}, line {number}")
+
+    def parse(number: int, values: Mapping[str, Any]) -> Job:
+        return _with_values(line_job(number), values)
+
+    for number, found in parse_lines(read_lines(path), path, parse):
+        yield found if isinstance(found, Job) else line_job(number).failed(found)
 
 
 def _with_values(job: Job, values: Mapping[str, Any]) -> Job:
@@ -94,3 +96,64 @@ def _flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
     if not isinstance(flag, bool):
         raise InputError(f"`{key}` is {brief(flag)}", remedy="write true or false")
     return flag
+
+
+@dataclass
+class RunSummary(SpecDecodingStats):
+    """Figures over all finished jobs. `decode_tokens_per_second` is one request's own speed, averaged by time."""
+
+    wall_seconds: float = 0.0
+    prompts: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decoded_tokens: int = 0
+    exit_code: int = 0
+    """0 while every prompt has a result, else that of the first failure."""
+    _start: float = field(default_factory=time.perf_counter, repr=False)
+
+    def add_job(self, job: Job) -> None:
+        self.prompts += 1
+        self.wall_seconds = time.perf_counter() - self._start
+        if job.error is not None:
+            self.failed += 1
+            self.exit_code = self.exit_code or job.error.exit_code
+            return
+        assert job.result is not None
+        result = job.result
+        self.prompt_tokens += result.prompt_tokens
+        self.completion_tokens += len(result.token_ids)
+        self.decoded_tokens += max(0, len(result.token_ids) - 1)
+        self.add(result)
+        self.prefill_seconds += result.prefill_seconds
+        self.decode_seconds += result.decode_seconds
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """All tokens over all time, prompts included: what a user with this batch waits for."""
+        return self.completion_tokens / self.wall_seconds if self.wall_seconds > 0 else None
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        return self.decoded_tokens / self.decode_seconds if self.decode_seconds > 0 else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompts": self.prompts,
+            "failed": self.failed,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "steps": self.steps,
+            "acceptance_length": self.acceptance_length,
+            "acceptance_rate": self.acceptance_rate,
+            "acceptance_rate_per_position": self.acceptance_rate_per_position,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
+            "wall_seconds": self.wall_seconds,
+            "prefill_seconds": self.prefill_seconds,
+            "decode_seconds": self.decode_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+        }

@@ -26,9 +26,18 @@ from trtllm_redrafter.fsio import read_json, restore
 from trtllm_redrafter.locks import exclusive
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.prompts.jsonl import check_source
-from trtllm_redrafter.run.fingerprints import BUILD, CONVERT, RUN, fingerprint, output_of
 from trtllm_redrafter.run.options import build_options, convert_options, require, with_directories, with_limits
-from trtllm_redrafter.run.stage_cache import CacheVerdict, Fingerprint, HashCache, StageRecords
+from trtllm_redrafter.run.stage_cache import (
+    BUILD,
+    CONVERT,
+    RUN,
+    CacheVerdict,
+    Fingerprint,
+    HashCache,
+    StageRecords,
+    fingerprint,
+    output_of,
+)
 from trtllm_redrafter.settings.layers import Resolved
 
 LOCK = ".lock"

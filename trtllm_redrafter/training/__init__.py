@@ -9,18 +9,15 @@
 transformers is imported only by what runs or tokenizes with it.
 """
 
-from trtllm_redrafter.training.engine_writer import EngineWriterOptions, engine_writer
-from trtllm_redrafter.training.evaluation import EvaluationReport, evaluate
+from trtllm_redrafter.training.answers import WritingOptions, engine_writer
+from trtllm_redrafter.training.evaluation import EvaluateOptions, EvaluationReport, evaluate
 from trtllm_redrafter.training.execute import TrainResult, train
-from trtllm_redrafter.training.fit import FitOptions
 from trtllm_redrafter.training.loss import LossOptions
 from trtllm_redrafter.training.model import HeadKind
-from trtllm_redrafter.training.options import EvaluateOptions, TrainOptions
-from trtllm_redrafter.training.plan import TrainPlan, plan_training
-from trtllm_redrafter.training.self_distill import WritingOptions
+from trtllm_redrafter.training.plan import TrainOptions, TrainPlan, plan_training
+from trtllm_redrafter.training.trainer import FitOptions
 
 __all__ = [
-    "EngineWriterOptions",
     "EvaluateOptions",
     "EvaluationReport",
     "FitOptions",

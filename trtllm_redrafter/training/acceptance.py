@@ -4,8 +4,8 @@ Under greedy decoding the base model writes the same text whatever the drafter p
 once, its hidden states and tokens kept (as `TrainingRows`), and the drafter then proposes from every row in large
 batches. A setting's accepted length at a row is the longest beam prefix that the text continues with. From that,
 
-    walk     row 0, then on by accepted + 1 tokens each step: exactly the steps real decoding takes
-    smooth   the mean over every row: the same quantity with less noise
+    acceptance length   over row 0, then on by accepted + 1 tokens each step: exactly the steps that decoding takes
+    mean over rows      the same over every row: nearly the same number, with less noise
 
 One search with K beams serves every draft length: its beams after l rounds are those of the K x l setting.
 """
@@ -21,36 +21,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trtllm_redrafter.backends.requests import acceptance_length
 from trtllm_redrafter.errors import not_finite
 from trtllm_redrafter.progress import Progress, no_progress
 from trtllm_redrafter.redrafter.beam_search import DraftHead, search_rounds
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.training.fit import BaseTensors
 from trtllm_redrafter.training.model import TrainableDrafter
 from trtllm_redrafter.training.rows import TrainingRows, cut_windows
+from trtllm_redrafter.training.trainer import BaseTensors
 
 
 @dataclass(frozen=True)
 class Acceptance:
-    """One setting's figures. `at_least[j]` is the share of steps that accept more than j drafts."""
+    """One setting's figures."""
 
     shape: DraftShape
-    walk: float
-    walk_low: float
-    walk_high: float
-    smooth: float
+    acceptance_length: float
+    low: float
+    high: float
+    """With `low`, the 95 % interval of the acceptance length."""
+    mean_over_rows: float
     steps: int
-    at_least: list[float]
+    acceptance_rate_per_position: list[float]
+    """[j]: share of the steps that accept at least j + 1 drafts."""
     per_category: dict[str, float]
 
     def as_dict(self) -> dict[str, object]:
         return {
             "setting": f"{self.shape.num_beams}x{self.shape.draft_len}",
-            "walk": round(self.walk, 4),
-            "walk_95": [round(self.walk_low, 4), round(self.walk_high, 4)],
-            "smooth": round(self.smooth, 4),
+            "acceptance_length": round(self.acceptance_length, 4),
+            "interval_95": [round(self.low, 4), round(self.high, 4)],
+            "mean_over_rows": round(self.mean_over_rows, 4),
             "steps": self.steps,
-            "at_least": [round(x, 4) for x in self.at_least],
+            "acceptance_rate_per_position": [round(x, 4) for x in self.acceptance_rate_per_position],
             "per_category": {name: round(x, 4) for name, x in self.per_category.items()},
         }
 
@@ -114,19 +117,8 @@ def accepted_everywhere(
     return torch.cat(found, dim=1)
 
 
-@dataclass(frozen=True)
-class Walk:
-    """Steps of one text: how many drafts each accepted."""
-
-    accepted: list[int]
-
-    @property
-    def emitted(self) -> int:
-        return len(self.accepted) + sum(self.accepted)
-
-
-def walk_text(accepted: Sequence[int]) -> Walk:
-    """Follow one text from its first row; a step at row i leads to row i + accepted + 1.
+def accepted_per_step(accepted: Sequence[int]) -> list[int]:
+    """How many drafts each decoding step of one text accepts; a step at row i leads to row i + accepted + 1.
 
     A step that accepts all the rest would also emit a token beyond the recorded text; decoding with this limit drops
     it, so it is not counted.
@@ -135,35 +127,39 @@ def walk_text(accepted: Sequence[int]) -> Walk:
     while row < last:  # the last row's token is out already: nothing is left to decode
         steps.append(min(int(accepted[row]), last - row - 1))
         row += steps[-1] + 1
-    return Walk(steps)
+    return steps
 
 
 def summarize(
     accepted: Tensor, rows: TrainingRows, shape: DraftShape, categories: Sequence[str] | None = None
 ) -> Acceptance:
-    """Both means, with a 95 % interval for the walk from the spread between texts (ratio estimator)."""
+    """Both means, and the 95 % interval of the acceptance length from the spread between texts (ratio estimator)."""
     bounds = [*rows.starts, len(rows)]
-    walks = [walk_text(accepted[a:b].tolist()) for a, b in itertools.pairwise(bounds)]
+    texts = [accepted_per_step(accepted[a:b].tolist()) for a, b in itertools.pairwise(bounds)]
     scored = torch.ones(len(rows), dtype=torch.bool)
     scored[torch.tensor(bounds[1:]) - 1] = False  # no step begins at a text's last row
-    steps = sum(len(w.accepted) for w in walks)
-    mean = sum(w.emitted for w in walks) / max(1, steps)
-    half = 1.96 * _ratio_error(walks, mean)
-    at_least = [sum(n > j for w in walks for n in w.accepted) / max(1, steps) for j in range(shape.draft_len)]
-    groups: dict[str, list[Walk]] = {}
-    for name, walk in zip(categories or [], walks, strict=categories is not None):
-        groups.setdefault(name, []).append(walk)
-    per_category = {n: sum(w.emitted for w in g) / max(1, sum(len(w.accepted) for w in g)) for n, g in groups.items()}
-    smooth = 1.0 + float(accepted[scored].float().mean())
-    return Acceptance(shape, mean, mean - half, mean + half, smooth, steps, at_least, per_category)
+    over_rows = 1.0 + float(accepted[scored].float().mean())
+    steps, mean = sum(map(len, texts)), _mean(texts)
+    half = 1.96 * _ratio_error(texts, mean)
+    rates = [sum(n > j for text in texts for n in text) / max(1, steps) for j in range(shape.draft_len)]
+    groups: dict[str, list[list[int]]] = {}
+    for name, text in zip(categories or [], texts, strict=categories is not None):
+        groups.setdefault(name, []).append(text)
+    per_category = {name: _mean(group) for name, group in groups.items()}
+    return Acceptance(shape, mean, mean - half, mean + half, over_rows, steps, rates, per_category)
 
 
-def _ratio_error(walks: Sequence[Walk], mean: float) -> float:
-    """Standard error of sum(emitted) / sum(steps) with texts as the unit of sampling."""
-    n, steps = len(walks), sum(len(w.accepted) for w in walks)
+def _mean(texts: Sequence[Sequence[int]]) -> float:
+    """Acceptance length over the steps of all texts; 0 without a step."""
+    return acceptance_length(sum(map(len, texts)), sum(map(sum, texts))) or 0.0
+
+
+def _ratio_error(texts: Sequence[Sequence[int]], mean: float) -> float:
+    """Standard error of the mean over steps, with texts as the unit of sampling."""
+    n, steps = len(texts), sum(map(len, texts))
     if n < 2 or steps == 0:
         return 0.0
-    spread = sum((w.emitted - mean * len(w.accepted)) ** 2 for w in walks)
+    spread = sum((len(text) + sum(text) - mean * len(text)) ** 2 for text in texts)
     return math.sqrt(spread * n / (n - 1)) / steps
 
 

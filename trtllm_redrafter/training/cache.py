@@ -27,7 +27,7 @@ from trtllm_redrafter.fsio import as_output_error, read_json, sha256_file, write
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.scratch import remove_tree
 from trtllm_redrafter.training.data import TokenizedText
-from trtllm_redrafter.training.export import BaseIdentity
+from trtllm_redrafter.training.drafter_files import BaseIdentity
 from trtllm_redrafter.training.frozen_base import DTYPES, FrozenBase
 from trtllm_redrafter.training.rows import TrainingRows
 

@@ -12,21 +12,20 @@ What is wrong with a file is reported line by line, all of it together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 from trtllm_redrafter.base_models.tokenizer import beyond_message, first_beyond
-from trtllm_redrafter.errors import InputError, Problem, RequestError
+from trtllm_redrafter.errors import InputError, Problem
 from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_prompt, encode_text
+from trtllm_redrafter.prompts.files import parse_all
 from trtllm_redrafter.prompts.jsonl import raise_problems, read_lines
-from trtllm_redrafter.prompts.messages import UnknownKeys, check_asks, check_characters, conversation, parse_prompt
+from trtllm_redrafter.prompts.messages import check_asks, check_characters, conversation, parse_prompt
 from trtllm_redrafter.prompts.messages import template_kwargs as own_template_kwargs
 from trtllm_redrafter.training.answer_spans import answered_texts
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,11 @@ def read_texts(
     """Chats or plain texts; what is longer than `max_tokens` is cut there."""
     template, ends = ChatTemplate.of(tokenizer), frozenset(eos)
 
-    def texts(values: Mapping[str, Any]) -> list[TokenizedText]:
+    def texts(number: int, values: Mapping[str, Any]) -> list[TokenizedText]:
         found = _texts(values, tokenizer, template, template_kwargs, ends)
         return [cut for text in found if (cut := _cut(text, max_tokens)).rows]
 
-    return [text for _, _, some in _read_numbered(path, texts) for text in some]
+    return [text for some in parse_all(read_lines(path), path, texts) for text in some]
 
 
 def read_prompts(
@@ -85,7 +84,7 @@ def read_prompts(
     """
     template = ChatTemplate.of(tokenizer)
 
-    def prompt(values: Mapping[str, Any]) -> tuple[int, ...]:
+    def prompt(number: int, values: Mapping[str, Any]) -> Prompt:
         asked = check_asks(parse_prompt(values))
         asked = replace(asked, template_kwargs={**template_kwargs, **asked.template_kwargs})
         ids = encode_prompt(tokenizer, template, asked)
@@ -93,10 +92,9 @@ def read_prompts(
             raise InputError(f"the prompt has {len(ids)} tokens, more than {max_tokens - 1}")
         if not ids:
             raise InputError("the prompt has no tokens")
-        return ids
+        return Prompt(ids, str(values.get("category", "")), number)
 
-    numbered = _read_numbered(path, prompt)
-    return [Prompt(ids, str(values.get("category", "")), line) for line, values, ids in numbered]
+    return parse_all(read_lines(path), path, prompt)
 
 
 def check_range(texts: Sequence[TokenizedText | Prompt], path: Path, tokenizer: Any, vocab_size: int) -> None:
@@ -109,26 +107,6 @@ def check_range(texts: Sequence[TokenizedText | Prompt], path: Path, tokenizer: 
             problems.append(Problem(beyond_message(found, vocab_size=vocab_size, tokenizer=tokenizer), where))
     remedy = "leave these tokens out, or remove the lines"
     raise_problems(problems, "some texts cannot be used", where=path, remedy=remedy)
-
-
-def _read_numbered(path: Path, parse: Callable[[Mapping[str, Any]], T]) -> list[tuple[int, Mapping[str, Any], T]]:
-    """(line number, its object, what `parse` made of it); `InputError` with every bad line."""
-    found: list[tuple[int, Mapping[str, Any], T]] = []
-    problems: list[Problem] = []
-    unknown = UnknownKeys(path)
-    for line in read_lines(path):
-        try:
-            if line.error is not None:
-                raise line.error
-            unknown.note(line.values, line.number)
-            found.append((line.number, line.values, parse(line.values)))
-        except (InputError, RequestError) as error:
-            p = error.problem
-            problems.append(Problem(p.what, f"line {line.number}", p.why, p.remedy))
-    raise_problems(problems, "some lines cannot be used", where=path, remedy="correct or remove them")
-    if not found:
-        raise InputError("the file has no lines", where=path, remedy="give at least one text or prompt")
-    return found
 
 
 def _texts(

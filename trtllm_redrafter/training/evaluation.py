@@ -10,8 +10,8 @@ Each prompt is decoded once, greedily, by the base model; the drafter then propo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,42 @@ from trtllm_redrafter.checkpoint.names import DRAFT_VOCAB_FILE, DRAFTER_WEIGHTS
 from trtllm_redrafter.errors import InputError, Problem, UsageError, raise_together
 from trtllm_redrafter.fsio import CREATOR, atomic_directory, check_replaceable, read_json, sha256_file, write_json
 from trtllm_redrafter.progress import Progress
+from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.settings.schema import EvaluateSection
+from trtllm_redrafter.settings.values import fill
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid, token_accuracy
+from trtllm_redrafter.training.answers import AnswerWriter, TransformersWriter, WritingOptions
 from trtllm_redrafter.training.data import TokenizedText, check_range, read_prompts
-from trtllm_redrafter.training.drafter_reader import read_drafter
-from trtllm_redrafter.training.fit import BaseTensors
-from trtllm_redrafter.training.frozen_base import DTYPES, FrozenBase, base_identity, load_tokenizer
+from trtllm_redrafter.training.drafter_files import read_drafter
+from trtllm_redrafter.training.frozen_base import DTYPES, FrozenBase, base_identity, dtype_problems, load_tokenizer
 from trtllm_redrafter.training.model import TrainableDrafter
-from trtllm_redrafter.training.options import EvaluateOptions
 from trtllm_redrafter.training.rows import TrainingRows
-from trtllm_redrafter.training.self_distill import AnswerWriter, TransformersWriter
+from trtllm_redrafter.training.trainer import BaseTensors
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """One evaluation, of the prompts in a file. `grid` holds the shapes to draft with."""
+
+    base: Path
+    drafter: Path
+    prompts: Path
+    settings: EvaluateSection
+    grid: tuple[DraftShape, ...]
+    dtype: str
+    device: str
+    overwrite: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def writing(self) -> WritingOptions:
+        """Greedy: only then does the text not depend on the drafter."""
+        return fill(WritingOptions, self.settings, temperature=0.0, seed=0)
+
+    def check(self) -> None:
+        """Raise `UsageError` with everything that cannot be meant."""
+        found = [problem for shape in self.grid for problem in shape.problems()] + self.writing.problems()
+        raise_together(UsageError, [*found, *dtype_problems(self.dtype)], "the evaluation cannot start")
 
 
 @dataclass(frozen=True)
@@ -50,12 +77,12 @@ class EvaluationReport:
 
     @property
     def best(self) -> Acceptance:
-        return max(self.acceptance, key=lambda a: a.walk)
+        return max(self.acceptance, key=lambda a: a.acceptance_length)
 
     @property
     def passes(self) -> bool:
         floor = self.options.settings.min_acceptance
-        return floor is None or self.best.walk >= floor
+        return floor is None or self.best.acceptance_length >= floor
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -77,17 +104,16 @@ class EvaluationReport:
     def render(self) -> str:
         """A Markdown table and what it means."""
         lines = [
-            f"{self.texts} prompts, {self.tokens} tokens, greedy, {self.options.dtype}; tokens per base-model step",
+            f"{self.texts} prompts, {self.tokens} tokens, greedy, {self.options.dtype}",
             "",
-            "| beams x length | walked | 95 % interval | every position | accepted at least 1, 2, ... drafts |",
+            "| beams x length | acceptance length | 95 % interval | mean over rows | acceptance rate per position |",
             "|---|---|---|---|---|",
         ]
         for a in self.acceptance:
-            shares = " ".join(f"{share:.2f}" for share in a.at_least)
+            rates = " ".join(f"{rate:.2f}" for rate in a.acceptance_rate_per_position)
             setting = f"{a.shape.num_beams}x{a.shape.draft_len}"
-            lines.append(
-                f"| {setting} | {a.walk:.2f} | {a.walk_low:.2f}–{a.walk_high:.2f} | {a.smooth:.2f} | {shares} |"
-            )
+            length = f"{a.acceptance_length:.2f} | {a.low:.2f}–{a.high:.2f} | {a.mean_over_rows:.2f}"
+            lines.append(f"| {setting} | {length} | {rates} |")
         top1 = " ".join(f"{a['top1']:.3f}" for a in self.accuracy)
         top5 = " ".join(f"{a['top5']:.3f}" for a in self.accuracy)
         return "\n".join([*lines, "", f"right token per position: top-1 {top1}; top-5 {top5}"])

@@ -5,6 +5,11 @@
 
 `work_dir` afterwards holds `answers.jsonl`, `cache/`, `metrics.jsonl` (one line per logged step) and
 `state.safetensors`, from which `resume` goes on exactly where the last save was.
+
+Under `torchrun` several processes follow the same plan. What goes to disk (answers, hidden states, the drafter) is
+written by the first one while the others wait; the loop shares out the windows of each step (see `trainer.py`).
+
+    torchrun --nproc-per-node 8 -m trtllm_redrafter train ...
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import as_output_error
@@ -28,17 +34,15 @@ from trtllm_redrafter.progress import Progress, no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.scratch import replaced_file
 from trtllm_redrafter.training.acceptance import borrowed_head, evaluate_grid, token_accuracy
+from trtllm_redrafter.training.answers import AnswerWriter, TransformersWriter, engine_writer, write_answers
 from trtllm_redrafter.training.cache import Cache, cache_key, open_or_build, plan_cache, weights_fingerprint
 from trtllm_redrafter.training.data import TokenizedText
-from trtllm_redrafter.training.export import export_weights, frequent_tokens, load_weights, write_drafter
-from trtllm_redrafter.training.fit import BaseTensors, StepLog
+from trtllm_redrafter.training.drafter_files import export_weights, frequent_tokens, load_weights, write_drafter
 from trtllm_redrafter.training.frozen_base import FrozenBase
 from trtllm_redrafter.training.model import InputScales, TrainableDrafter
 from trtllm_redrafter.training.plan import TrainPlan
-from trtllm_redrafter.training.processes import first_alone, is_first, process_group
 from trtllm_redrafter.training.rows import TrainingRows
-from trtllm_redrafter.training.self_distill import AnswerWriter, TransformersWriter, write_answers
-from trtllm_redrafter.training.trainer import Trainer
+from trtllm_redrafter.training.trainer import BaseTensors, StepLog, Trainer
 
 STATE = "state.safetensors"
 LOG = "metrics.jsonl"
@@ -70,6 +74,22 @@ def work_lock(plan: TrainPlan) -> Iterator[None]:
         return
     with exclusive(plan.options.work_dir / ".lock", "the work directory", where=plan.options.work_dir):
         yield
+
+
+@contextmanager
+def answer_writer(plan: TrainPlan, progress: Progress) -> Iterator[AnswerWriter | None]:
+    """Who writes a plan's answers: an engine; None, so transformers, where several processes share the work."""
+    if not plan.prompts or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield None
+        return
+    options = plan.options
+    longest = max(len(prompt.token_ids) for prompt in plan.prompts)
+    engine = engine_writer(
+        options.base, options.work_dir, dtype=options.dtype, device=options.device, batch=options.writing.batch,
+        max_prompt=longest, max_tokens=longest + options.writing.max_tokens, progress=progress,
+    )  # fmt: skip
+    with engine as writer:
+        yield writer
 
 
 def _train(plan: TrainPlan, base: FrozenBase, writer: AnswerWriter, progress: Progress) -> TrainResult:
@@ -211,3 +231,33 @@ def _export(plan: TrainPlan, model: TrainableDrafter, base: BaseTensors, metrics
         draft_vocab=vocab,
         overwrite=options.overwrite,
     )
+
+
+def is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[str]:
+    """Join the other processes if there are any; gives this process's own device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield device
+        return
+    own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+    if device == "cuda":
+        torch.cuda.set_device(own)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield own
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process runs the block, then the others do, and find its files."""
+    if dist.is_initialized() and not is_first():
+        dist.barrier()
+    yield
+    if dist.is_initialized() and is_first():
+        dist.barrier()

@@ -19,11 +19,16 @@ from trtllm_redrafter.base_models.hf_model import sample_of
 from trtllm_redrafter.base_models.tokenizer import tokenizer_sha256
 from trtllm_redrafter.base_models.tokenizer_setup import TokenizerSetup, tokenizer_setup
 from trtllm_redrafter.base_models.transformers_model import load_model
-from trtllm_redrafter.errors import BackendError, InputError, not_finite, raise_together
+from trtllm_redrafter.errors import BackendError, InputError, Problem, not_finite, raise_together
 from trtllm_redrafter.fsio import read_json
-from trtllm_redrafter.training.export import BaseIdentity
+from trtllm_redrafter.training.drafter_files import BaseIdentity
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_problems(dtype: str) -> list[Problem]:
+    """A base model's config.json may name one that nothing here computes in."""
+    return [] if dtype in DTYPES else [Problem(f"dtype is {dtype!r}", remedy=f"use one of {', '.join(DTYPES)}")]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""What a training run will read, compute and write, known before the base model is loaded.
+"""What a training run is asked for, and what it will read, compute and write: known before the base model is loaded.
 
 plan = plan_training(options)
 print(plan.render())          # rows, cache size, parameters, steps; nothing has been written
@@ -7,24 +7,89 @@ print(plan.render())          # rows, cache size, parameters, steps; nothing has
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.errors import UsageError, raise_together
+from trtllm_redrafter.errors import Problem, UsageError, raise_together
 from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.paths import check_place
-from trtllm_redrafter.redrafter.config import DrafterConfig
+from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
+from trtllm_redrafter.settings.schema import TrainSection
+from trtllm_redrafter.settings.values import fill
+from trtllm_redrafter.training.answers import WritingOptions
 from trtllm_redrafter.training.cache import CachePlan, check_space, plan_cache
 from trtllm_redrafter.training.data import Prompt, TokenizedText, check_range, read_prompts, read_texts
-from trtllm_redrafter.training.export import BaseIdentity
-from trtllm_redrafter.training.fit import FitOptions
-from trtllm_redrafter.training.frozen_base import base_identity, base_text, with_tokenizer
+from trtllm_redrafter.training.drafter_files import BaseIdentity
+from trtllm_redrafter.training.frozen_base import base_identity, base_text, dtype_problems, with_tokenizer
+from trtllm_redrafter.training.loss import LossOptions
 from trtllm_redrafter.training.model import DrafterSpec, HeadKind
-from trtllm_redrafter.training.options import TrainOptions
 from trtllm_redrafter.training.rows import WindowOrder
+from trtllm_redrafter.training.trainer import FitOptions
 
 EXPORT_BYTES = 2
 """Drafters are written in bfloat16."""
+
+EPOCHS = 4.0
+"""Passes over the text when neither epochs nor steps are given."""
+
+BETAS = (0.9, 0.98)
+"""AdamW's averages; the second shorter than its usual 0.999, for runs of a few thousand steps."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """One training run. `settings` say whether texts (`data`) or prompts that the base model answers are learnt from.
+
+    `work_dir` keeps answers, hidden states, the log and the training state. `dtype` and `device` have names that torch
+    knows, and `grid` only shapes that the drafter will be able to draft.
+    """
+
+    base: Path
+    output: Path
+    work_dir: Path
+    settings: TrainSection
+    grid: tuple[DraftShape, ...]
+    dtype: str
+    device: str
+    resume: bool = False
+    overwrite: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def epochs(self) -> float | None:
+        """None: `settings.max_steps` says how long."""
+        return self.settings.epochs or (None if self.settings.max_steps else EPOCHS)
+
+    @property
+    def writing(self) -> WritingOptions:
+        return fill(WritingOptions, self.settings, max_tokens=self.settings.max_answer_tokens)
+
+    @property
+    def fit(self) -> FitOptions:
+        """The loop's options; where epochs say how long, its `max_steps` follows once the rows are counted."""
+        chosen = self.settings
+        weights = tuple(chosen.position_decay**j for j in range(chosen.draft_len))
+        return fill(
+            FitOptions,
+            chosen,
+            loss=fill(LossOptions, chosen, position_weights=weights),
+            max_steps=chosen.max_steps or 1,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            autocast=self.device.startswith("cuda") if chosen.autocast is None else chosen.autocast,
+        )
+
+    def check(self) -> None:
+        """Raise `UsageError` with everything that cannot be meant."""
+        chosen = self.settings
+        found = [*self.fit.problems(), *self.writing.problems()]
+        if chosen.epochs is not None and chosen.max_steps is not None:
+            found.append(Problem("epochs and max_steps are both given", remedy="give one of them"))
+        if (chosen.data is None) == (chosen.prompts is None):
+            found.append(Problem("exactly one of data and prompts is needed", remedy="pass --data or --prompts"))
+        raise_together(UsageError, [*found, *dtype_problems(self.dtype)], "training cannot start")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Steps:
     diverged: int
     """Steps in which the rule, on the reference's logits, does not follow the text: numeric ties, or faults."""
 
-    def accepted_at(self, draft_len: int) -> list[int]:
+    def accepted_per_position(self, draft_len: int) -> list[int]:
         """[j]: number of steps in which at least j + 1 drafts were accepted, as in `Result`."""
         return [sum(count > j for count in self.accepted) for j in range(draft_len)]
 
@@ -193,23 +193,27 @@ def tolerance(dtype: str, *, quantized: bool, sampled: bool) -> float:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Steps of each prompt, and drafts accepted in all of them. `accepted_at` is empty if not known."""
+    """Steps of each prompt, and drafts accepted in all of them. `accepted_per_position` is empty if not known."""
 
     steps: tuple[int, ...]
     accepted: int
-    accepted_at: tuple[int, ...]
+    accepted_per_position: tuple[int, ...]
 
     @classmethod
     def of_results(cls, results: Sequence[Result]) -> StepCounts:
         """The engine's own counts."""
-        known = all(result.accepted_at for result in results if result.steps)
-        at = zip(*(result.accepted_at for result in results if result.accepted_at), strict=True) if known else ()
+        known = all(result.accepted_per_position for result in results if result.steps)
+        at = (
+            zip(*(result.accepted_per_position for result in results if result.accepted_per_position), strict=True)
+            if known
+            else ()
+        )
         accepted = sum(result.accepted_tokens for result in results)
         return cls(tuple(result.steps for result in results), accepted, tuple(sum(counts) for counts in at))
 
     @classmethod
     def of_replay(cls, texts: Sequence[Steps], draft_len: int) -> StepCounts:
-        at = [text.accepted_at(draft_len) for text in texts]
+        at = [text.accepted_per_position(draft_len) for text in texts]
         steps = tuple(len(text.accepted) for text in texts)
         return cls(steps, sum(map(sum, at)), tuple(map(sum, zip(*at, strict=True))))
 
@@ -226,7 +230,7 @@ class StepCounts:
         return self.accepted >= draft_len * (self.total - len(self.steps))
 
     def as_dict(self) -> dict[str, Any]:
-        return {"steps": list(self.steps), "accepted_at": list(self.accepted_at)}
+        return {"steps": list(self.steps), "accepted_per_position": list(self.accepted_per_position)}
 
 
 @dataclass(frozen=True)
@@ -286,8 +290,8 @@ class AcceptanceCheck:
             text += f" ({self.diverged} diverged by ties)"
         if self.single.compared:
             text += f"; {self.single.apart} of {self.single.compared} that begin alike accept differently"
-        if self.found.accepted_at:
-            pairs = zip(self.found.accepted_at, self.expected.accepted_at, strict=True)
+        if self.found.accepted_per_position:
+            pairs = zip(self.found.accepted_per_position, self.expected.accepted_per_position, strict=True)
             text += "\n  at least 1, 2, ... drafts accepted in " + ", ".join(f"{a} ({e})" for a, e in pairs)
         return text
 
@@ -348,7 +352,7 @@ class AcceptanceCheck:
         for number, (found, expected) in enumerate(zip(self.found.steps, self.expected.steps, strict=True), start=1):
             if abs(found - expected) > max(FEW_STEPS, share * expected):
                 yield f"prompt {number}: {found} steps where its text takes {expected}"
-        at = zip(self.found.accepted_at, self.expected.accepted_at, strict=False)
+        at = zip(self.found.accepted_per_position, self.expected.accepted_per_position, strict=False)
         for place, (found, expected) in enumerate(at, start=1):
             if abs(found - expected) > self._allowed or (found == 0 and expected >= MIN_ACCEPTED):
                 yield f"position {place}: {found} drafts accepted where {expected} stand in the texts"

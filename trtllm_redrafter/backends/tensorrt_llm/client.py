@@ -32,9 +32,9 @@ class ClientRequest:
 class Event:
     """What one response of the executor added to a request.
 
-    `decoding_iter` counts its iterations so far, the prefill included. `drafted` and `accepted` come with the last
-    event where the release reports them; drafted counts the draft length per step, not the tree's nodes. `finish` is
-    in the executor's words: end_id, stop_words, length, timed_out, cancelled.
+    `decoding_iter` counts its iterations so far, the prefill included. `drafted_tokens` comes with the last event where
+    the release reports it, counted as in `SpecDecodingStats`. `finish` is in the executor's words: end_id, stop_words,
+    length, timed_out, cancelled.
     """
 
     number: int
@@ -42,8 +42,7 @@ class Event:
     final: bool = False
     finish: str | None = None
     decoding_iter: int | None = None
-    drafted: int | None = None
-    accepted: int | None = None
+    drafted_tokens: int | None = None
     error: str | None = None
 
     def as_dict(self) -> dict[str, Any]:

@@ -30,12 +30,12 @@ class StepCounter:
         self._iterations: int | None = None
         self._drafted: int | None = None
         self._merged = False
-        result.accepted_at = [0] * self._draft_len
+        result.accepted_per_position = [0] * self._draft_len
 
     def add(self, event: Event, *, emitted: int, taken: int) -> None:
         """One response: `emitted` tokens, of which `taken` belong to the text."""
         self._iterations = event.decoding_iter or self._iterations
-        self._drafted = event.drafted if event.drafted is not None else self._drafted
+        self._drafted = event.drafted_tokens if event.drafted_tokens is not None else self._drafted
         if not emitted:
             return
         self._responses += 1
@@ -46,11 +46,7 @@ class StepCounter:
                 self._prefill_iterations = event.decoding_iter
             return
         self._merged = self._merged or emitted > self._draft_len + 1
-        self._result.steps += 1
-        self._result.accepted_tokens += taken - 1
-        self._result.drafted_tokens += self._draft_len
-        for depth in range(min(taken - 1, self._draft_len)):
-            self._result.accepted_at[depth] += 1
+        self._result.add_step(drafted=self._draft_len, accepted=taken - 1)
 
     def settle(self) -> None:
         """After the last response: correct the counts if responses were not one step each."""
@@ -67,4 +63,4 @@ class StepCounter:
         """Totals without positions, which are not known, and not made up."""
         self._result.steps, self._result.accepted_tokens = steps, accepted
         self._result.drafted_tokens = drafted if steps else 0
-        self._result.accepted_at = []
+        self._result.accepted_per_position = []

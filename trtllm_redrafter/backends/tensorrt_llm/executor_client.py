@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
-from trtllm_redrafter.backends.tensorrt_llm.library import import_library, load_error, run_error, speculation
+from trtllm_redrafter.backends.tensorrt_llm.library import drafted_tokens, import_library, load_error, run_error
 from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions
 from trtllm_redrafter.errors import BackendError
 
@@ -120,15 +120,13 @@ class ExecutorClient:
         result = response.result
         if result.is_final:
             self._forget(number)
-        drafted, accepted = speculation(result) if result.is_final else (None, None)
         return Event(
             number=number,
             token_ids=tuple(int(token) for token in result.output_token_ids[0]),
             final=bool(result.is_final),
             finish=_finish(result),
             decoding_iter=int(result.decoding_iter),
-            drafted=drafted,
-            accepted=accepted,
+            drafted_tokens=drafted_tokens(result) if result.is_final else None,
         )
 
     def _forget(self, number: int) -> None:

@@ -51,10 +51,8 @@ def run_error(error: Exception) -> BackendError:
     )
 
 
-def speculation(holder: Any) -> tuple[int | None, int | None]:
-    """Drafted and accepted tokens as the release counts them; not every release fills them."""
+def drafted_tokens(holder: Any) -> int | None:
+    """Drafted tokens as the release counts them; not every release does."""
     metrics = getattr(holder, "request_perf_metrics", None)
     counts = getattr(metrics, "speculative_decoding", None)
-    drafted = getattr(counts, "total_draft_tokens", None)
-    accepted = getattr(counts, "total_accepted_draft_tokens", None)
-    return (None, None) if not drafted else (int(drafted), int(accepted or 0))
+    return int(getattr(counts, "total_draft_tokens", None) or 0) or None

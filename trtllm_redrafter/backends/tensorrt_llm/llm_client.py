@@ -17,14 +17,13 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
-from trtllm_redrafter.backends.tensorrt_llm.library import import_library, load_error, speculation
+from trtllm_redrafter.backends.tensorrt_llm.library import drafted_tokens, import_library, load_error
 from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions
+from trtllm_redrafter.errors import BackendError
 
 ENGINE_API = "tensorrt_llm._tensorrt_engine"
 """Has the LLM class for engines; the one at the package's top is for the PyTorch backend."""
@@ -54,7 +53,9 @@ class LlmClient:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._results: dict[int, Any] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._engine = engine
         self._closed = False
+        self._stopped = threading.Event()
         llm_class = import_library(ENGINE_API).LLM
         try:
             self._llm = llm_class(
@@ -73,15 +74,18 @@ class LlmClient:
         except Exception as error:  # pydantic, MPI and C++ each raise their own
             raise load_error(engine, error, _REMEDY) from error
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="llm-api", daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name="llm-api", daemon=True)
         self._thread.start()
 
     def submit(self, request: ClientRequest) -> None:
         """Raises what the API raises when it refuses a request."""
+        if self._closed:
+            raise BackendError("the engine has been closed", where=self._engine, remedy="load it again")
         asyncio.run_coroutine_threadsafe(self._start(request), self._loop).result()
 
     def cancel(self, number: int) -> None:
-        self._loop.call_soon_threadsafe(self._abort, number)
+        if not self._closed:
+            self._loop.call_soon_threadsafe(self._abort, number)
 
     def poll(self, timeout: float) -> list[Event]:
         events: list[Event] = []
@@ -98,14 +102,17 @@ class LlmClient:
             return
         self._closed = True
         try:
-            with suppress(TimeoutError, FutureTimeout):
-                asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(_CLOSE_SECONDS)
+            self._loop.call_soon_threadsafe(self._stop)
+            self._stopped.wait(_CLOSE_SECONDS)
         finally:
             self._llm.shutdown()  # ends the ranks, whatever became of the requests
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CLOSE_SECONDS)
-        if not self._loop.is_running():
-            self._loop.close()
+
+    def _run_loop(self) -> None:
+        """The loop's thread, which also closes it: a call that blocks the loop may keep it running after `close`."""
+        self._loop.run_forever()
+        self._loop.close()
 
     async def _start(self, request: ClientRequest) -> None:
         result = self._llm.generate_async(
@@ -151,25 +158,25 @@ class LlmClient:
         if result is not None:
             result.abort()
 
-    async def _stop(self) -> None:
+    def _stop(self) -> None:
+        """Cancel all requests. Not a coroutine, which a loop that has no time left for it would never await."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        ended = asyncio.gather(*self._tasks, return_exceptions=True)
+        ended.add_done_callback(lambda _: self._stopped.set())
 
 
 def _event(number: int, step: Any, taken: int) -> Event:
     """The API collects a request's tokens; what is new is counted here."""
     output, final = step.outputs[0], bool(step.finished)
     iterations = getattr(step, "decoding_iter", None)
-    drafted, accepted = speculation(output) if final else (None, None)
     return Event(
         number=number,
         token_ids=tuple(int(token) for token in output.token_ids[taken:]),
         final=final,
         finish=_finish(output) if final else None,
         decoding_iter=int(iterations) if iterations else None,
-        drafted=drafted,
-        accepted=accepted,
+        drafted_tokens=drafted_tokens(output) if final else None,
     )
 
 

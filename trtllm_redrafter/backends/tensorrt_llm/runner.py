@@ -12,11 +12,12 @@ from collections import deque
 from dataclasses import dataclass
 
 from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Result, Runner, Update
+from trtllm_redrafter.backends.running import RunningRequest
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, EngineClient, Event
 from trtllm_redrafter.backends.tensorrt_llm.counting import StepCounter
 from trtllm_redrafter.backends.tensorrt_llm.failures import explain
 from trtllm_redrafter.backends.tensorrt_llm.requests import client_request, request_problems
-from trtllm_redrafter.backends.text import TextStream, ends_text
+from trtllm_redrafter.backends.text import TextStream
 from trtllm_redrafter.backends.tokenizer import EngineTokenizer
 from trtllm_redrafter.errors import BackendError, Problem, RedrafterError, RequestError, raise_together
 
@@ -31,15 +32,11 @@ _FINISH = {"end_id": FinishReason.STOP, "stop_words": FinishReason.STOP, "cancel
 
 
 @dataclass
-class _Active:
-    """A request at the executor."""
+class _Active(RunningRequest):
+    """A request at the executor. `first`: when its first token came."""
 
-    request: Request
     sent: ClientRequest
-    result: Result
-    text: TextStream
     counter: StepCounter
-    since: float
     first: float | None = None
 
     @property
@@ -92,7 +89,7 @@ class TensorRTRunner(Runner):
         counter = StepCounter(result, None if shape is None else shape.draft_len)
         text = TextStream.of(self._tokenizer, request.sampling)
         self._heard = time.monotonic() if not self._active else self._heard
-        self._active[number] = _Active(request, sent, result, text, counter, time.perf_counter())
+        self._active[number] = _Active(request, result, text, time.perf_counter(), sent, counter)
         return request_id
 
     def step(self) -> list[Update]:
@@ -142,7 +139,7 @@ class TensorRTRunner(Runner):
         now, tokens = time.perf_counter(), _with_end(active.sent, event)
         if active.first is None and tokens:
             active.first, active.result.prefill_seconds = now, now - active.since
-        taken, reason = self._take(active, tokens)
+        taken, reason = active.add(tokens, self._eos)
         active.counter.add(event, emitted=len(tokens), taken=taken)
         if reason is not None and not event.final:
             self._client.cancel(active.number)  # a stop string: the executor does not know of it
@@ -152,25 +149,11 @@ class TensorRTRunner(Runner):
             active.result.decode_seconds = now - active.first
         if reason is not None:
             self._finish(active, reason)
-        piece = active.text.take(final=reason is not None)
-        return Update(active.result.request_id, tokens[:taken], piece, active.result if reason is not None else None)
-
-    def _take(self, active: _Active, tokens: tuple[int, ...]) -> tuple[int, FinishReason | None]:
-        """Append tokens up to one that ends the request; how many were taken."""
-        result, sampling = active.result, active.request.sampling
-        for count, token in enumerate(tokens, start=1):
-            result.token_ids.append(token)
-            if ends_text(token, active.text, result, sampling, self._eos):
-                return count, FinishReason.STOP
-            if len(result.token_ids) >= sampling.max_tokens:
-                return count, FinishReason.LENGTH
-        return len(tokens), None
+        return active.update(tokens[:taken])
 
     def _finish(self, active: _Active, reason: FinishReason) -> None:
-        active.text.finish()
+        active.finish(reason)
         active.counter.settle()
-        active.result.text = active.text.text
-        active.result.finish_reason = reason
         del self._active[active.number]
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from trtllm_redrafter.backends.base import Along, EngineInfo, FinishReason, Request, Result, Runner, Update
 from trtllm_redrafter.backends.requests import limit_problems
-from trtllm_redrafter.backends.text import TextStream, ends_text
+from trtllm_redrafter.backends.running import RunningRequest
+from trtllm_redrafter.backends.text import TextStream
 from trtllm_redrafter.backends.tokenizer import EngineTokenizer
 from trtllm_redrafter.backends.torch.executor import ModelExecutor, TreeOutput
 from trtllm_redrafter.backends.torch.search import Search
@@ -30,27 +31,17 @@ from trtllm_redrafter.redrafter.token_tree import Tree
 
 
 @dataclass
-class _Sequence:
-    """A request from its submission on, and its place in the batch once it is admitted.
+class _Sequence(RunningRequest):
+    """A request and its place in the batch. `base` positions are committed; `root` is emitted but not computed yet."""
 
-    `base` positions are committed; `root` is emitted but not computed yet.
-    """
-
-    request: Request
-    result: Result
-    text: TextStream
-    since: float
     seed: int
     slot: int = -1
+    """-1 until it is admitted."""
     base: int = 0
     root: int = -1
     context: Tensor = field(default_factory=lambda: torch.empty(0))  # [H], state of the last committed position
     undrafted: bool = False
     """Do the next step with the root alone: with drafts, the last one's numbers were not finite."""
-
-    @property
-    def remaining(self) -> int:
-        return self.request.sampling.max_tokens - len(self.result.token_ids)
 
 
 class TorchRunner(Runner):
@@ -68,6 +59,7 @@ class TorchRunner(Runner):
         self.info = info
         self.notes = notes
         self.executor = executor
+        self.row_invariant = executor.row_invariant
         self._drafting = drafting
         self._tokenizer = tokenizer
         self._eos = eos_token_ids
@@ -170,7 +162,7 @@ class TorchRunner(Runner):
         sequence.base, sequence.context = len(request.token_ids), output.hidden
         result.queue_seconds = start - sequence.since
         if self._drafting is not None:
-            result.accepted_at = [0] * self._drafting.shape.draft_len
+            result.accepted_per_position = [0] * self._drafting.shape.draft_len
         self._active.append(sequence)
         self._settings = None
         result.prefill_seconds = time.perf_counter() - start
@@ -189,7 +181,9 @@ class TorchRunner(Runner):
         for sequence in batch:
             sequence.result.decode_seconds += elapsed
         return [
-            self._emit(sequence, tokens) if tokens else self._retry_or_fail(sequence, drafted=len(tree) > 1)
+            self._emit(sequence, tokens, drafted=max(tree.depths))
+            if tokens
+            else self._retry_or_fail(sequence, drafted=len(tree) > 1)
             for sequence, tokens, tree in zip(batch, emitted, trees, strict=True)
         ]
 
@@ -229,8 +223,6 @@ class TorchRunner(Runner):
                 self.executor.commit(sequence.slot, sequence.base, path)
                 sequence.root = own[path[-1]]
                 sequence.context = output.hidden[first + path[-1]]
-                sequence.result.steps += 1
-                sequence.result.drafted_tokens += max(tree.depths)
             if NOT_FINITE in own:
                 self.executor.clear(sequence.slot, sequence.base + kept, sequence.base + len(tree))
             sequence.base += kept
@@ -238,23 +230,17 @@ class TorchRunner(Runner):
             first += len(tree)
         return gained
 
-    def _emit(self, sequence: _Sequence, tokens: list[int]) -> Update:
-        """Hand out tokens until one ends the request; what a step accepted beyond that is dropped."""
-        result, reason, before = sequence.result, None, len(sequence.result.token_ids)
-        for token in tokens:
-            result.token_ids.append(token)
-            reason = self._reason_to_stop(sequence, token)
-            if reason is not None:
-                break
-        count = len(result.token_ids) - before
-        if result.steps:
-            result.accepted_tokens += count - 1
-            for depth in range(count - 1):
-                result.accepted_at[depth] += 1
+    def _emit(self, sequence: _Sequence, tokens: list[int], *, drafted: int | None = None) -> Update:
+        """Hand out tokens until one ends the request; what a step accepted beyond that is dropped.
+
+        `drafted`: how many of them the step could have accepted; None for the prompt's token, which is no step.
+        """
+        count, reason = sequence.add(tokens, self._eos)
+        if drafted is not None:
+            sequence.result.add_step(drafted=drafted, accepted=count - 1)
         if reason is not None:
             self._finish(sequence, reason)
-        piece = sequence.text.take(final=reason is not None)
-        return Update(result.request_id, tuple(tokens[:count]), piece, result if reason is not None else None)
+        return sequence.update(tokens[:count])
 
     def _retry_or_fail(self, sequence: _Sequence, *, drafted: bool) -> Update:
         """A draft's NaN can reach its root, through attention weights of zero: what drafting broke is done without."""
@@ -267,18 +253,10 @@ class TorchRunner(Runner):
         what = f"the logits after {written} tokens" if written else "the logits after the prompt"
         sequence.result.error = not_finite(what, self.info.dtype, where=sequence.result.request_id)
         self._finish(sequence, FinishReason.ERROR)
-        return Update(sequence.result.request_id, (), sequence.text.take(final=True), sequence.result)
-
-    def _reason_to_stop(self, sequence: _Sequence, token: int) -> FinishReason | None:
-        sampling = sequence.request.sampling
-        if ends_text(token, sequence.text, sequence.result, sampling, self._eos):
-            return FinishReason.STOP
-        return FinishReason.LENGTH if sequence.remaining <= 0 else None
+        return sequence.update()
 
     def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
-        sequence.text.finish()
-        sequence.result.text = sequence.text.text
-        sequence.result.finish_reason = reason
+        sequence.finish(reason)
         if sequence.slot < 0:
             self._waiting.remove(sequence)
             return

@@ -128,7 +128,10 @@ class BasePass:
         self._parts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def launch(self, packed: Tensor, layout: Layout, span: int) -> None:
-        """Queue the kernels up to `hidden` for `layout.rows` rows; `span` bounds the committed positions."""
+        """Queue the kernels up to `hidden` for `layout.rows` rows; `span` bounds the committed positions.
+
+        All but the first read `packed` and committed positions without waiting for the kernel before them.
+        """
         rows = layout.rows
         parts = layout.split(packed)
         arguments = _Pass(*(parts[name].data_ptr() for name in _PARTS), self._cache[0].shape[3])
@@ -165,6 +168,7 @@ class BasePass:
             [pointer(self._residual), pointer(self._partial), ctypes.c_int(splits), pointer(bias), pointer(weight),
              pointer(self.hidden), ctypes.c_float(self._config.norm_epsilon), pointer(tokens),
              pointer(self.weights.embedding)],
+            overlap=tokens is None,
         )  # fmt: skip
 
     def _attention(

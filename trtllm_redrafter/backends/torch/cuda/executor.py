@@ -76,11 +76,11 @@ class CudaExecutor(TorchExecutor):
             config, weights, max_batch_size=max_batch_size, capacity=capacity + max_nodes, detail=detail
         )  # fmt: skip
         with on_device(self._device):
-            self._model = BasePass(
+            self.model = BasePass(
                 config, weights, (self._keys, self._values), (self._cosine, self._sine),
                 max_rows=MAX_ROWS, logits_rows=MAX_ROWS,
             )  # fmt: skip
-            self._weights = self._model.weights
+            self._weights = self.model.weights
             self._last = weights.embedding.new_zeros(1, config.hidden_size)
             self._graphs: dict[_Key | None, CapturedGraph] = {}
             self.pool = torch.cuda.graph_pool_handle()
@@ -88,8 +88,8 @@ class CudaExecutor(TorchExecutor):
     def prefill(self, slot: int, token_ids: Sequence[int]) -> PromptOutput:
         with on_device(self._device):
             self._last.copy_(self._chain(slot, token_ids)[-1][-1:])
-            self._replay(None, [0], lambda packed: self._model.launch_head(self._last, 1))
-            return PromptOutput(self._last[0].clone(), self._model.logits[0].clone())
+            self._replay(None, [0], lambda packed: self.model.launch_head(self._last, 1))
+            return PromptOutput(self._last[0].clone(), self.model.logits[0].clone())
 
     @torch.no_grad()
     def forward(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], *, logits: bool) -> TreeOutput:
@@ -101,16 +101,14 @@ class CudaExecutor(TorchExecutor):
 
     def close(self) -> None:
         self._graphs.clear()
-        del self._model
+        del self.model
         super().close()
 
     def _pass(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], logits: bool) -> TreeOutput:
         count, nodes = sum(len(tree) for tree in trees), max(len(tree) for tree in trees)
         deepest = max(max(tree.depths) for tree in trees)
-        layout = Layout(
-            _round_up(count), _power(len(trees)), _round_up(nodes), -(-(deepest + 1) // _PATH_STEP) * _PATH_STEP
-        )
-        model, key = self._model, _Key(layout, self._graph_span(max(bases)), head=True)
+        layout = tree_layout(count, power_of_two(len(trees)), nodes, deepest)
+        model, key = self.model, _Key(layout, self.span(max(bases)), head=True)
 
         def launch(packed: Tensor) -> None:
             model.launch(packed, layout, key.span)
@@ -123,9 +121,9 @@ class CudaExecutor(TorchExecutor):
     @torch.no_grad()
     def _chain(self, slot: int, token_ids: Sequence[int]) -> list[Tensor]:
         """Hidden states [n, H] of a prompt, piece by piece."""
-        states, start, model = [], 0, self._model
+        states, start, model = [], 0, self.model
         while start < len(token_ids):
-            span = self._graph_span(start)
+            span = self.span(start)
             tokens = list(token_ids[start : start + self._piece(span)])
             count = len(tokens)
             layout = Layout(padded(count), 1, padded(count), padded(count), chain=True)
@@ -150,8 +148,14 @@ class CudaExecutor(TorchExecutor):
             graph.fill(values)
         graph.replay()
 
-    def _graph_span(self, base: int) -> int:
-        return min(self._capacity, max(_SMALLEST_SPAN, _power(base)))
+    @property
+    def cache(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [layers, slots, KV heads, capacity, D]."""
+        return self._keys, self._values
+
+    def span(self, base: int) -> int:
+        """Committed positions that a graph for `base` of them is captured for."""
+        return min(self._capacity, max(_SMALLEST_SPAN, power_of_two(base)))
 
     def _piece(self, span: int) -> int:
         """Prompt tokens of a pass that follows `span` positions, so that partial results stay small."""
@@ -160,12 +164,17 @@ class CudaExecutor(TorchExecutor):
         return max(16, min(MAX_ROWS, _PART_BYTES // row // 16 * 16))
 
 
+def tree_layout(rows: int, batch: int, nodes: int, depth: int) -> Layout:
+    """The layout of a graph for trees of up to `nodes` nodes and this depth, `rows` rows together."""
+    return Layout(_round_up(rows), batch, _round_up(nodes), -(-(depth + 1) // _PATH_STEP) * _PATH_STEP)
+
+
 def _round_up(rows: int) -> int:
     """Rows that a graph is made for: exact up to 2, then multiples of 8."""
     return rows if rows <= 2 else min(MAX_ROWS, -(-rows // 8) * 8)
 
 
-def _power(count: int) -> int:
+def power_of_two(count: int) -> int:
     """The next power of two."""
     return 1 << max(0, count - 1).bit_length()
 

@@ -11,8 +11,9 @@
 // A row's bits do not depend on how many rows there are: one product adds 16 columns, in rising order, over ranges of
 // columns that follow from the matrix and the GPU alone. Sums of several ranges are added by the kernel that reads them.
 //
-// Compile-time: ROWS (rows of x, padded to 8), GROUPS, TEAMS (warpgroups that share a pass's tiles of 64 rows), STAGES, and
-// what becomes of the sums: PARTIAL writes [splits, rows, M] float32; GATED silu(gate) * up as 16 bits [rows, M / 2], a
+// Compile-time: ROWS (rows of x, padded to 8), GROUPS, TEAMS (warpgroups that share a pass's tiles of 64 rows), ROW_TEAMS
+// (that share the rows of x: with many, a thread holds up to 192 sums, and takes the registers for them from the warpgroup
+// that loads), STAGES, and what becomes of the sums: PARTIAL writes [splits, rows, M] float32; GATED silu(gate) * up as 16 bits [rows, M / 2], a
 // group being 8 gate rows and the 8 up rows of the same places; LOGITS 16 bits [rows, M] and, per block, the largest of
 // each row (NaN counts as infinite, so that it is noticed).
 #include "common.cuh"
@@ -24,8 +25,9 @@
 #define WEIGHT_BYTES (GROUPS * GROUP_BYTES)
 #define INPUT_BYTES (ROWS * 128)
 #define STAGE_BYTES ((WEIGHT_BYTES + INPUT_BYTES + 1023) / 1024 * 1024)
-#define CONSUMERS (TEAMS * 128)
-#define THREADS (CONSUMERS + 32)
+#define CONSUMERS (TEAMS * ROW_TEAMS * 128)
+#define THREADS (CONSUMERS + (ROW_TEAMS > 1 ? 128 : 32))
+#define TEAM_ROWS (ROWS / ROW_TEAMS)
 
 struct Work {
     int groups, parts, k_tiles, splits, passes, rows, width;  // width: M
@@ -71,6 +73,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
            float* __restrict__ best_value, int* __restrict__ best_index, const u64 policy) {
     extern __shared__ u8 shared_memory[];
     __shared__ alignas(8) u64 full[STAGES], empty[STAGES];
+#ifdef LOGITS
+    __shared__ float block_value[TEAMS * 4][ROWS];  // the largest that each warp has seen
+    __shared__ int block_index[TEAMS * 4][ROWS];
+#endif
     const u32 base = (shared_address(shared_memory) + 1023u) & ~1023u;
     const int thread = threadIdx.x;
     if (thread == 0) {
@@ -84,6 +90,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     launch_next();
 
     if (thread >= CONSUMERS) {
+#if ROW_TEAMS > 1
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+#endif
         if (thread != CONSUMERS) return;
         Walk at, behind;
         at.start(work);
@@ -106,13 +115,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         return;
     }
 
-    const int team = thread >> 7, warp = (thread >> 5) & 3, lane = thread & 31;
-    float sums[OWN_TILES][ROWS / 2];
+#if ROW_TEAMS > 1
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+#endif
+    const int team = (thread >> 7) % TEAMS, first_row = (thread >> 7) / TEAMS * TEAM_ROWS;
+    const int warp = (thread >> 5) & 3, lane = thread & 31;
+    float sums[OWN_TILES][TEAM_ROWS / 2];
 #ifdef LOGITS
-    float top_value[ROWS / 4];
-    int top_index[ROWS / 4];
-#pragma unroll
-    for (int i = 0; i < ROWS / 4; i++) top_value[i] = __int_as_float(0xff800000), top_index[i] = 0x7fffffff;
+    for (int i = thread; i < TEAMS * 4 * ROWS; i += CONSUMERS)
+        (&block_value[0][0])[i] = __int_as_float(0xff800000), (&block_index[0][0])[i] = 0x7fffffff;
+    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
 #endif
     Walk at;
     at.start(work);
@@ -122,10 +134,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
         for (int t = 0; t < OWN_TILES; t++)
 #pragma unroll
-            for (int i = 0; i < ROWS / 2; i++) sums[t][i] = 0.0f;
+            for (int i = 0; i < TEAM_ROWS / 2; i++) sums[t][i] = 0.0f;
         for (int k = at.first; k < at.last; k++) {
             barrier_wait(shared_address(&full[stage]), parity);
-            const u32 a = base + stage * STAGE_BYTES, b = a + WEIGHT_BYTES;
+            const u32 a = base + stage * STAGE_BYTES, b = a + WEIGHT_BYTES + first_row * 128;
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < 4; step++)
@@ -144,69 +156,81 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (lane == 0) barrier_arrive(shared_address(&empty[stage ? stage - 1 : STAGES - 1]));
 
         // A warp holds a group; a thread its rows lane / 4 and + 8, and of each 8 rows of x two.
+#ifdef LOGITS
+        float top_value[TEAM_ROWS / 4];
+        int top_index[TEAM_ROWS / 4];
+#pragma unroll
+        for (int i = 0; i < TEAM_ROWS / 4; i++) top_value[i] = __int_as_float(0xff800000), top_index[i] = 0x7fffffff;
+#endif
 #pragma unroll
         for (int t = 0; t < OWN_TILES; t++) {
             const int own = (t * TEAMS + team) * 4 + warp;
             if (own >= at.size) continue;
-            const int group = at.group + own, place = group * 16 + (lane >> 2), first = 2 * (lane & 3);
+            const int group = at.group + own, place = group * 16 + (lane >> 2), first = first_row + 2 * (lane & 3);
+#if defined(PARTIAL)
+            float* target = (float*)out + ((u64)(blockIdx.x % work.splits) * work.rows + first) * work.width + place;
+#elif defined(GATED)
+            const int width = work.width / 2, i = group * 8 + (lane >> 2);
+            u16* target = (u16*)out + (u64)first * width + i;
+#elif defined(LOGITS)
+            u16* target = (u16*)out + (u64)first * work.width + place;
+#endif
 #pragma unroll
-            for (int j = 0; j < ROWS / 8; j++)
+            for (int j = 0; j < TEAM_ROWS / 8; j++) {
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
-                    const int n = 8 * j + first + c;
-                    if (n >= work.rows) continue;
+                    if (8 * j + first + c >= work.rows) continue;
                     const float upper = sums[t][4 * j + c], lower = sums[t][4 * j + 2 + c];
 #if defined(PARTIAL)
-                    float* target = (float*)out + ((u64)(blockIdx.x % work.splits) * work.rows + n) * work.width;
-                    if (place < work.width) target[place] = upper;
-                    if (place + 8 < work.width) target[place + 8] = lower;
+                    if (place < work.width) target[c * work.width] = upper;
+                    if (place + 8 < work.width) target[c * work.width + 8] = lower;
 #elif defined(GATED)
-                    const int i = group * 8 + (lane >> 2);
                     const float gate = rounded(upper), up = rounded(lower);
                     const float active = rounded(gate / (1.0f + __expf(-gate)));
-                    if (i < work.width / 2) ((u16*)out)[(u64)n * (work.width / 2) + i] = from_float(active * up);
+                    if (i < width) target[c * width] = from_float(active * up);
 #elif defined(LOGITS)
-                    u16* target = (u16*)out + (u64)n * work.width;
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         const int at_place = place + 8 * half;
                         if (at_place >= work.width) continue;
                         const u16 logit = from_float(half ? lower : upper);
-                        target[at_place] = logit;
+                        target[c * work.width + 8 * half] = logit;
                         const float value = to_float(logit), seen = value == value ? value : __int_as_float(0x7f800000);
                         if (seen > top_value[2 * j + c]) top_value[2 * j + c] = seen, top_index[2 * j + c] = at_place;
                     }
 #endif
                 }
+#if defined(GATED)
+                target += 8 * width;
+#else
+                target += 8 * work.width;
+#endif
+            }
         }
+#ifdef LOGITS
+#pragma unroll
+        for (int i = 0; i < TEAM_ROWS / 4; i++) {  // the lowest place of equals
+#pragma unroll
+            for (int step = 4; step < 32; step <<= 1) {
+                const float other = __shfl_xor_sync(0xffffffffu, top_value[i], step);
+                const int where = __shfl_xor_sync(0xffffffffu, top_index[i], step);
+                if (other > top_value[i] || (other == top_value[i] && where < top_index[i]))
+                    top_value[i] = other, top_index[i] = where;
+            }
+            const int n = first_row + 8 * (i / 2) + 2 * lane + (i & 1);
+            if (lane < 4 && top_value[i] > block_value[team * 4 + warp][n])  // earlier passes have lower places
+                block_value[team * 4 + warp][n] = top_value[i], block_index[team * 4 + warp][n] = top_index[i];
+        }
+#endif
     }
 #ifdef LOGITS
-    // The largest of the block's share, the lowest place of equals. Shared memory is free: no load is under way.
-    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-    float* block_value = (float*)(shared_memory + (base - shared_address(shared_memory)));  // [warps][ROWS]
-    int* block_index = (int*)(block_value + TEAMS * 4 * ROWS);
-#pragma unroll
-    for (int i = 0; i < ROWS / 4; i++) {
-#pragma unroll
-        for (int step = 4; step < 32; step <<= 1) {
-            const float other = __shfl_xor_sync(0xffffffffu, top_value[i], step);
-            const int where = __shfl_xor_sync(0xffffffffu, top_index[i], step);
-            if (other > top_value[i] || (other == top_value[i] && where < top_index[i]))
-                top_value[i] = other, top_index[i] = where;
-        }
-        if (lane < 4) {
-            const int n = 8 * (i / 2) + 2 * lane + (i & 1);
-            block_value[(team * 4 + warp) * ROWS + n] = top_value[i];
-            block_index[(team * 4 + warp) * ROWS + n] = top_index[i];
-        }
-    }
     asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
     for (int n = thread; n < work.rows; n += CONSUMERS) {
-        float value = block_value[n];
-        int index = block_index[n];
+        float value = block_value[0][n];
+        int index = block_index[0][n];
         for (int w = 1; w < TEAMS * 4; w++) {
-            const float other = block_value[w * ROWS + n];
-            const int where = block_index[w * ROWS + n];
+            const float other = block_value[w][n];
+            const int where = block_index[w][n];
             if (other > value || (other == value && where < index)) value = other, index = where;
         }
         best_value[(u64)blockIdx.x * work.rows + n] = value;

@@ -28,6 +28,8 @@ _SLACK = 9 << 10
 """Of them for alignment and for what a block's last, partly empty tile reads beyond its boxes."""
 _WIDE = 64
 """With more rows a product is bound by arithmetic too, and blocks take the whole multiprocessor."""
+_TEAM_ROWS = 128
+"""With more rows two warpgroups take half of them each, with the registers of the one that loads."""
 _SMALL_BOX = 4
 """A box of fewer groups takes no less time: handing it over takes longer than reading it."""
 _SPLIT_COST = 2
@@ -86,19 +88,23 @@ class Linear:
         size = padded(rows)
         wide = size > _WIDE
         groups = self._pass_groups
-        teams = min(2, -(-groups // 4)) if wide else 1
+        row_teams = 2 if size > _TEAM_ROWS else 1
+        teams = min(2, -(-groups // 4)) if wide and row_teams == 1 else 1
         stage = -(-(groups * _GROUP + size) * 2 * _BOX // 1024) * 1024
         stages = max(2, min(((_SHARED_WIDE if wide else _SHARED) - _SLACK) // stage, 24))
         constants: dict[str, int | None] = {
-            "ROWS": size, "GROUPS": groups, "TEAMS": teams, "STAGES": stages, self.kind.upper(): None
+            "ROWS": size, "GROUPS": groups, "TEAMS": teams, "ROW_TEAMS": row_teams, "STAGES": stages,
+            self.kind.upper(): None,
         }  # fmt: skip
         if self.packed.dtype == torch.float16:
             constants["DTYPE_HALF"] = None
-        kernel = compiled("linear.cu", "linear", constants, rows=size, shared_bytes=stages * stage + _SLACK)
+        kernel = compiled(
+            "linear.cu", "linear", constants, rows=size // row_teams, shared_bytes=stages * stage + _SLACK
+        )
         work = _Work(self._groups, self.parts, self.k_tiles, self.splits, self.passes, rows, self.width)
         values, places = (None, None) if best is None else best
         kernel.launch(
-            (self.blocks,), 128 * teams + 32,
+            (self.blocks,), 128 * teams * row_teams + (128 if row_teams > 1 else 32),
             [pointer(self.packed), self._input_map(x, size), work, pointer(out), pointer(values), pointer(places),
              self._policy],
         )  # fmt: skip

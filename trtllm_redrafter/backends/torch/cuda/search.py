@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trtllm_redrafter.backends.torch.cuda.compiler import Kernel, _address, _checked, pointer, tensor_map
-from trtllm_redrafter.backends.torch.cuda.search_plan import BOX, Cut, Plan
+from trtllm_redrafter.backends.torch.cuda.search_plan import BOX, Cut, SearchPlan
 from trtllm_redrafter.backends.torch.search import PlainSearch
 from trtllm_redrafter.redrafter.beam_search import DraftHead
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
@@ -51,7 +51,7 @@ class _Cooperative(Kernel):
 
 
 @cache
-def _kernel(plan: Plan, device: int) -> Kernel:
+def _kernel(plan: SearchPlan, device: int) -> Kernel:
     """Loaded on this device, which is the current one."""
     return _Cooperative(plan.machine_code("sm_90a"), "search", plan.shared_bytes)
 
@@ -121,7 +121,7 @@ class SearchKernel(PlainSearch):
         blocks = torch.cuda.get_device_properties(device).multi_processor_count
         return _plan(drafter.config, head, shape, 1, blocks, dtype).unsupported()
 
-    def _plan(self, batch: int) -> Plan:
+    def _plan(self, batch: int) -> SearchPlan:
         return _plan(self._drafter.config, self._head, self.shape, batch, self._blocks, self._embedding.dtype)
 
     def _gather_weights(self) -> dict[str, Tensor | None]:
@@ -156,7 +156,7 @@ class SearchKernel(PlainSearch):
             "path_scores": like.new_zeros(beams, dtype=torch.float32),
         }
 
-    def _boxes(self, plan: Plan) -> list[Any]:
+    def _boxes(self, plan: SearchPlan) -> list[Any]:
         """Maps in the order of `struct Search`; what a drafter lacks is stood in for by its head."""
         cuts = plan.cuts
         head = Cut(1, 16, plan.head_depth)
@@ -192,7 +192,7 @@ class SearchKernel(PlainSearch):
         _kernel(plan, torch.cuda.current_device()).launch((plan.blocks,), plan.warps * 32 + 32, [self._launches[key]])
         return self._buffers["tokens"][:batch], self._buffers["path_scores"][:batch]
 
-    def _arguments(self, plan: Plan, contexts: Tensor, roots: Tensor) -> Any:
+    def _arguments(self, plan: SearchPlan, contexts: Tensor, roots: Tensor) -> Any:
         matrices = {name: t for name, t in self._weights.items() if t is not None and t.dim() == 2}
         fits = sum(2 * t.numel() for name, t in matrices.items() if name != "head") <= _KEPT_BYTES
         tiles = _KEPT_HEAD_BYTES // (32 * plan.head_columns * plan.blocks) if fits else 0
@@ -234,7 +234,7 @@ def _bucket(batch: int, largest: int) -> int:
 
 def _plan(
     config: DrafterConfig, head: DraftHead, shape: DraftShape, batch: int, blocks: int, dtype: torch.dtype
-) -> Plan:
+) -> SearchPlan:
     assert head.weight is not None
     rows, columns = head.weight.shape
-    return Plan(config, shape, batch, rows, columns, blocks, dtype == torch.float16)
+    return SearchPlan(config, shape, batch, rows, columns, blocks, dtype == torch.float16)

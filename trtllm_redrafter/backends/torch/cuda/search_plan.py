@@ -44,7 +44,7 @@ def _even(count: int, limit: int) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """Everything the kernel is compiled for: `batch` sequences at most."""
 
     config: DrafterConfig

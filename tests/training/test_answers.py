@@ -6,23 +6,27 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.scratch import own_name
-from trtllm_redrafter.training.engine_writer import EngineWriterOptions, engine_writer
-from trtllm_redrafter.training.frozen_base import FrozenBase
-from trtllm_redrafter.training.self_distill import (
+from trtllm_redrafter.training.answers import (
     TransformersWriter,
     WritingOptions,
+    engine_writer,
     until_end,
     write_answers,
 )
+from trtllm_redrafter.training.frozen_base import FrozenBase
 
 OPTIONS = WritingOptions(max_tokens=6, temperature=0.0, seed=1, batch=2)
 PROMPTS = [[10], [20, 30], [40], [50, 60, 70], [80]]
+SIZES: dict[str, Any] = {
+    "dtype": "float32", "device": "cpu", "max_prompt": 30, "max_tokens": 60, "progress": no_progress
+}  # fmt: skip
 
 
 class Counting:
@@ -46,8 +50,7 @@ def test_the_base_counts_on(counting_base: Path) -> None:
 def test_an_engine_writes_the_same(random_base: Path, tmp_path: Path) -> None:
     base = FrozenBase.load(random_base, device="cpu", dtype="float32")
     wanted = replace(OPTIONS, max_tokens=20)
-    sizes = EngineWriterOptions(dtype="float32", device="cpu", batch=4, max_prompt=30, max_tokens=60)
-    with engine_writer(random_base, tmp_path, sizes, no_progress) as writer:
+    with engine_writer(random_base, tmp_path, batch=4, **SIZES) as writer:
         assert writer.write(PROMPTS, wanted, 0) == TransformersWriter(base).write(PROMPTS, wanted, 0)
         hot = replace(wanted, temperature=1.0)
         assert writer.write(PROMPTS[2:], hot, 2) == writer.write(PROMPTS, hot, 0)[2:]
@@ -61,8 +64,7 @@ def test_an_engine_that_a_kill_left_is_removed(random_base: Path, tmp_path: Path
     (left / "config.json").write_text("{}")
     (tmp_path / "base-engine").mkdir()
     (tmp_path / "base-engine" / "config.json").write_text("{}")
-    sizes = EngineWriterOptions(dtype="float32", device="cpu", batch=1, max_prompt=30, max_tokens=60)
-    with engine_writer(random_base, tmp_path, sizes, no_progress):
+    with engine_writer(random_base, tmp_path, batch=1, **SIZES):
         assert not left.exists()
     assert [p.name for p in tmp_path.iterdir()] == ["base-engine"]
 

@@ -1,4 +1,4 @@
-"""A trained drafter as a directory that any converter reads: Apple's names and config keys, and where it came from.
+"""Drafter directories: ours written, with Apple's names and config keys, and anybody's read for evaluation.
 
     config.json                sizes, horizon, base model's identity, provenance
     model.safetensors          input_proj.*, lm_head.{i}.linear.*, rnn_u.*, rnn_w.weight, and the head
@@ -6,6 +6,9 @@
 
 The head is `lm_head.{K}.weight` [V, E] when it was trained in full; with `tie_lm_head` it is left out, and is the base
 model's head [V, H], times `lm_head_factor.weight` [H, E] where that exists.
+
+Names, `.pt` files and config.json of other trainers are `convert`'s business (`DrafterFiles`); here the tensors go to
+their places in a `TrainableDrafter`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from torch import Tensor
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.names import DRAFT_VOCAB_FILE
 from trtllm_redrafter.checkpoint.safetensors_io import save_tensors
+from trtllm_redrafter.conversion.drafter import DrafterFiles
+from trtllm_redrafter.conversion.sources import Source
+from trtllm_redrafter.errors import InputError, raise_together
 from trtllm_redrafter.fsio import atomic_directory, write_json
 from trtllm_redrafter.training.model import DrafterSpec, HeadKind, TrainableDrafter
 
@@ -121,3 +127,29 @@ def write_drafter(
             save_tensors(work / DRAFT_VOCAB_FILE, {"token_ids": draft_vocab}, {"format": "pt"})
         inputs, files = {"base": asdict(base)}, record_tree(work)
         Manifest("drafter", inputs=inputs, options=provenance, derived={}, files=files).write(work)
+
+
+HEADS = {"lm_head.weight": "full_head.weight", "lm_head_factor.weight": "factor.weight"}
+"""TensorRT-LLM's name → where it lies in `TrainableDrafter`; all others are below `core`."""
+
+
+def read_drafter(folder: Path, longest: int) -> TrainableDrafter:
+    """The drafter in float32. One that does not say how far ahead it was trained is taken to reach `longest`."""
+    drafter = DrafterFiles.open(folder)
+    raise_together(InputError, drafter.problems, "the drafter cannot be evaluated", where=folder)
+    sources = dict(drafter.tensors)
+    if drafter.factor is not None:
+        sources["lm_head_factor.weight"] = drafter.factor
+    found = {HEADS.get(name, f"core.{name}"): _read(source) for name, source in sources.items()}
+    spec = DrafterSpec(drafter.config, _head(drafter), drafter.trained_draft_len or longest)
+    return load_weights(spec, {name: found[path] for name, path in weight_names(spec).items()})
+
+
+def _head(drafter: DrafterFiles) -> HeadKind:
+    if not drafter.tie_lm_head:
+        return HeadKind.FULL
+    return HeadKind.TIED if drafter.factor is None else HeadKind.FACTOR
+
+
+def _read(source: Source) -> Tensor:
+    return source.read(0, source.shape[0] if source.shape else 1).to(torch.float32)

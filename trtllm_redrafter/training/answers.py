@@ -2,16 +2,20 @@
 
 A drafter predicts one model's habits, so that model's own answers are the best text to learn from. Answers are
 appended to a JSON-lines file batch by batch; a later call with the same prompts and options goes on behind the last
-complete line. Who writes is an interface: transformers here, or any backend's runner.
+complete line. Who writes is an interface: transformers, or a backend's runner, such as that of an engine of the base
+model that is made for the occasion and thrown away.
 
     answers = write_answers(prompts, TransformersWriter(base), options, Path("work/answers.jsonl"), no_progress)
+    with engine_writer(base, work_dir, ...) as writer:
+        train(plan, progress, writer=writer)
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,9 +24,13 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
+from trtllm_redrafter.backends.torch.temporary import temporary_directory, temporary_runner
 from trtllm_redrafter.base_models.transformers_model import generate
+from trtllm_redrafter.conversion.options import ConvertOptions
+from trtllm_redrafter.conversion.plan import plan_conversion
+from trtllm_redrafter.conversion.writer import convert
 from trtllm_redrafter.errors import InputError, Problem, not_finite
-from trtllm_redrafter.fsio import as_output_error
+from trtllm_redrafter.fsio import as_output_error, made_parents
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.training.frozen_base import FrozenBase, dtype_name
 
@@ -111,6 +119,29 @@ class RunnerWriter:
             for i, prompt in enumerate(prompts)
         ]
         return [list(result.token_ids) for result in self._runner.generate(requests)]
+
+
+@contextmanager
+def engine_writer(
+    base: Path, work_dir: Path, *, dtype: str, device: str, batch: int, max_prompt: int, max_tokens: int,
+    progress: Progress,
+) -> Iterator[RunnerWriter]:  # fmt: skip
+    """A writer whose engine lies in `work_dir` for as long as the block lasts.
+
+    The engine writes `batch` answers at once, to prompts of up to `max_prompt` tokens, `max_tokens` with the answer.
+    """
+    with made_parents(work_dir / "engine"), temporary_directory(beside=work_dir / "engine") as folder:
+        wanted = ConvertOptions(
+            base=base, drafter=None, output=folder / "checkpoint", dtype=dtype, tp_size=1, num_beams=None,
+            draft_len=None, greedy=True, parallel_embedding=False, workers=1, overwrite=False,
+        )  # fmt: skip
+        checkpoint = convert(plan_conversion(wanted), progress)
+        engine = temporary_runner(
+            checkpoint, folder, max_batch_size=batch, max_input_len=max_prompt, max_seq_len=max_tokens, device=device,
+            tokenizer=base, progress=progress,
+        )  # fmt: skip
+        with engine as runner:
+            yield RunnerWriter(runner)
 
 
 def until_end(tokens: Sequence[int], eos: Sequence[int]) -> list[int]:
