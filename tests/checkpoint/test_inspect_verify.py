@@ -18,7 +18,7 @@ from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.conversion.options import ConvertOptions
 from trtllm_redrafter.conversion.plan import plan_conversion
 from trtllm_redrafter.conversion.writer import convert
-from trtllm_redrafter.errors import InputError, VerificationError
+from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.run import api
 from trtllm_redrafter.verify.files import verify_files
@@ -53,7 +53,6 @@ def test_an_intact_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     assert report.ok and len(report.checks) == 3
     assert "all checks passed" in report.render()
     assert json.loads(json.dumps(report.as_dict()))["ok"] is True
-    report.raise_if_failed()
 
 
 def test_a_flipped_bit(checkpoint: Path, tmp_path: Path) -> None:
@@ -64,8 +63,7 @@ def test_a_flipped_bit(checkpoint: Path, tmp_path: Path) -> None:
     assert verify_files(checkpoint, hashes=False).ok
     report = verify_files(checkpoint, hashes=True)
     assert [p.what for p in report.problems] == ["the file's content has changed"]
-    with pytest.raises(VerificationError, match=r"rank1.safetensors: the file's content has changed"):
-        report.raise_if_failed()
+    assert "rank1.safetensors: the file's content has changed" in report.render()
 
 
 def test_values_that_are_not_the_models(checkpoint: Path, tmp_path: Path) -> None:
@@ -213,7 +211,7 @@ def test_inspect_of_a_pickled_drafter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{}", '{"a": 1}'])
 def test_inspect_of_something_else(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(InputError, match="neither a model"):
+    with pytest.raises(InputError, match="not a model, drafter"):
         inspect(tmp_path)
     with pytest.raises(InputError, match="no such directory"):
         inspect(tmp_path / "nowhere")

@@ -24,6 +24,7 @@ from trtllm_redrafter.base_models.hf_model import HFModel, check_tensors, tensor
 from trtllm_redrafter.base_models.tokenizer import tokenizer_files, tokenizer_sha256
 from trtllm_redrafter.base_models.tokenizer_setup import end_tokens, tokenizer_setup
 from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
+from trtllm_redrafter.checkpoint.kinds import Kind, kind_of
 from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, tensor_specs
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import EMBEDDING, LM_HEAD, QUANT_CFG, TOKENIZER_DIRECTORY, hf_names, rank_file
@@ -74,7 +75,7 @@ def open_base(options: ConvertOptions) -> Base:
     if not path.is_dir():
         what = "the base model is not a directory" if path.exists() else "the base model directory does not exist"
         raise InputError(what, where=path, remedy="check --base")
-    if "architecture" in read_json(path / "config.json"):
+    if kind_of(read_json(path / "config.json")) is Kind.CHECKPOINT:
         return _from_checkpoint(options)
     model = HFModel.open(path)
     config, notes = chosen_head(model, options.lm_head)
