@@ -130,7 +130,7 @@ def test_a_missing_file_is_a_problem_not_a_crash(name: str, checkpoint: Path) ->
 
 def test_a_manifest_of_someone_else(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text('{"kind": "web app"}')
-    assert "not a manifest of ours" in verify_files(checkpoint, hashes=True).render()
+    assert "not a manifest written by this program" in verify_files(checkpoint, hashes=True).render()
 
 
 def test_a_changed_manifest(checkpoint: Path) -> None:
@@ -235,7 +235,7 @@ def test_without_a_manifest_verify_says_what_it_cannot_know(checkpoint: Path) ->
     (checkpoint / "manifest.json").unlink()
     report = verify_files(checkpoint, hashes=True)
     assert report.ok and "every value is finite" in report.render()
-    for text in ("have changed", "which base model and drafter", "exchanged", "--against"):
+    for text in ("complete and unchanged", "which base model and drafter", "exchanged", "--against"):
         assert text in report.notes[0]
 
 
@@ -246,4 +246,4 @@ def test_manifests_of_the_wrong_shape(key: str, value: object, checkpoint: Path)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     (checkpoint / "manifest.json").write_text(json.dumps(manifest | {key: value}))
     report = verify_files(checkpoint, hashes=True)
-    assert "not a manifest of ours" in report.render() and key in report.render()
+    assert "not a manifest written by this program" in report.render() and key in report.render()

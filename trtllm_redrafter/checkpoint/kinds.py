@@ -50,7 +50,7 @@ _REMEDIES: Mapping[tuple[Kind, Kind], str] = {
 
 
 def kind_of(config: Mapping[str, Any]) -> Kind | None:
-    """The kind of a directory with this config.json; None for none of ours."""
+    """The kind of a directory with this config.json; None for anything else."""
     return next((kind for key, kind in _KEYS if key in config), None)
 
 

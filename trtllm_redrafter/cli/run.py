@@ -60,8 +60,8 @@ def run(
     if stream is None:
         stream = len(asked.prompts) == 1 and asked.input is None and not as_json and sys.stdout.isatty()
     if resume and (overwrite or asked.output is None):
-        what = "--resume goes on with a file, --overwrite replaces it" if overwrite else "--resume needs an --output"
-        raise UsageError(what, remedy="leave one of them out" if overwrite else "name the file to go on with")
+        what = "--resume continues a file, --overwrite replaces it" if overwrite else "--resume needs an --output"
+        raise UsageError(what, remedy="leave one of them out" if overwrite else "name the file to continue")
     report = run_prompts(
         resolved, verify_hashes=verify, stream=stream, stats=stats, overwrite=overwrite, resume=resume, quiet=as_json
     )

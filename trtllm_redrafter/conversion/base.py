@@ -70,7 +70,7 @@ class Base:
 
 
 def open_base(options: ConvertOptions) -> Base:
-    """Open `options.base`, whichever kind it is; `InputError` when it cannot be used at all."""
+    """Open `options.base`, whichever kind it is; `InputError` when it cannot be used."""
     path = options.base
     if not path.is_dir():
         what = "the base model is not a directory" if path.exists() else "the base model directory does not exist"
@@ -160,7 +160,7 @@ def _checkpoint_problems(checkpoint: Checkpoint, options: ConvertOptions) -> lis
         remedy = "pass the checkpoint without a drafter"
         problems.append(Problem("the base checkpoint has a drafter already", where, None, remedy))
     if options.tp_size != config.tp_size:
-        why = "a checkpoint is divided already and is not divided anew"
+        why = "a checkpoint is already split over ranks, and is not split again"
         remedy = f"pass --tp-size {config.tp_size}, or export the base again"
         what = f"the base checkpoint has {config.tp_size} tensor-parallel rank(s), {options.tp_size} are asked for"
         problems.append(Problem(what, where, why, remedy))

@@ -25,7 +25,7 @@ ASSUMED_LAYERS = 2
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """`notes` tell the config's source and all assumptions."""
+    """`notes` list the config's source and all assumptions."""
 
     config: CheckpointConfig
     notes: tuple[str, ...]
@@ -56,7 +56,7 @@ def _base_config(base: Path) -> tuple[CheckpointConfig, tuple[str, ...]]:
         found = _description(base.name)
         if found is None:
             raise InputError(
-                "the base model is not there, and configs/models/ has no description of it",
+                "the base model does not exist, and configs/models/ has no description of it",
                 where=base,
                 remedy=f"download at least its config.json, or write configs/models/{base.name.lower()}.json",
             )

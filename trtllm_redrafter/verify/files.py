@@ -26,8 +26,8 @@ _READ_SUFFIXES = (".json", ".safetensors", ".engine", ".py", ".jinja", ".model",
 """Suffixes of files that a loader may read just because they are there."""
 
 _WITHOUT_MANIFEST = (
-    "no manifest.json, so it cannot be told: whether files have changed since they were written or are all there, "
-    "which base model and drafter went in, and whether whole ranks were exchanged (a tied LM head tells that); "
+    "no manifest.json, so these are not known: whether files are complete and unchanged since they were written, "
+    "which base model and drafter went in, and whether whole ranks were exchanged (a tied LM head shows that); "
     "--against and --drafter compare the values"
 )
 
