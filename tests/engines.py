@@ -162,5 +162,5 @@ class Oracle(Search):
 
 
 def with_oracle(runner: TorchRunner, truth: dict[tuple[int, ...], list[int]], shape: DraftShape) -> TorchRunner:
-    runner._drafting = Oracle(runner, shape, truth)
+    runner._drafting, runner._steps = Oracle(runner, shape, truth), None
     return runner

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.backends.test_decoding_ahead import COUNTED, Followers, counted
 from tests.backends.test_not_finite import damaged_engine
 from tests.engines import VOCAB, build_engine, load, with_oracle, write_checkpoint, write_tokenizer
 from tests.kernel_cases import SHAPES, attention_case, pointwise_case
@@ -20,6 +21,7 @@ from trtllm_redrafter.backends.base import Request, Result, SamplingParams
 from trtllm_redrafter.backends.torch.backend import TorchBackend
 from trtllm_redrafter.backends.torch.captured import CapturedGraph
 from trtllm_redrafter.backends.torch.cuda.executor import SWITCH, CudaExecutor
+from trtllm_redrafter.backends.torch.cuda.steps import DeviceSteps
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphSearch
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.transformer import TorchExecutor
@@ -208,6 +210,51 @@ def test_cuda_kernels_change_no_text_with_drafting(tmp_path: Path, family: str, 
     results = with_oracle(runner, truth, DraftShape(4, 3)).generate(drafted)
     assert [r.token_ids for r in results] == expected
     assert all(r.acceptance_length is not None and r.acceptance_length > 1.5 for r in results)
+
+
+class DeviceFollowers:
+    """`Followers` on the device, in place of the search kernel; two sequences a launch."""
+
+    largest = 2
+
+    def __init__(self, host: Followers) -> None:
+        self.shape = host.shape
+        tables = [[known.get(token, 0) for token in range(VOCAB)] for known in (host.first, host.last)]
+        self._tables = torch.tensor(tables, device="cuda")
+
+    def __call__(self, contexts: torch.Tensor, roots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = [roots.unsqueeze(1).expand(-1, 2)]
+        for _ in range(self.shape.draft_len):
+            tokens.append(torch.stack([table[tokens[-1][:, i]] for i, table in enumerate(self._tables)], 1))
+        beams = torch.stack(tokens, 2).contiguous()
+        return beams, torch.zeros_like(beams, dtype=torch.float32)
+
+
+@pytest.mark.usefixtures("hopper_kernels")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_on_the_device_are_those_of_the_host(tmp_path: Path, family: str) -> None:
+    """Results and statistics of every request, for batches of all sizes, which end in all ways."""
+    checkpoint = write_checkpoint(
+        tmp_path, family, dtype="bfloat16", hidden_size=256, head_dim=64, num_attention_heads=4,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+    runner = on_gpu(build_engine(checkpoint, tmp_path / "engine", max_batch_size=5, max_seq_len=1500))
+    assert isinstance(runner.executor, CudaExecutor) and runner._steps is not None
+    greedy = SamplingParams(300, ignore_eos=True)
+    texts = {
+        p: r.token_ids for p, r in zip(PROMPTS, runner.generate([Request(p, greedy) for p in PROMPTS]), strict=True)
+    }
+    batch = [Request(p, SamplingParams(n, ignore_eos=True)) for p in PROMPTS for n in (1, 2, 7, 300)]
+    batch += [Request(p, SamplingParams(90, ignore_eos=True, stop_token_ids=(t[40],))) for p, t in texts.items()]
+    batch += [Request(p, greedy, draft=False) for p in PROMPTS]
+    batch += [Request(p, SamplingParams(40, temperature=0.8, seed=1, ignore_eos=True)) for p in PROMPTS]
+    host = Followers(list(texts.values()))
+    found = []
+    for steps in (None, DeviceSteps(runner.executor, DeviceFollowers(host), max_batch_size=5)):  # type: ignore[arg-type]
+        runner._drafting, runner._steps = host, steps
+        found.append(counted(runner.generate(batch)))
+    assert found[0] == found[1]
+    assert sum(row[COUNTED.index("accepted_tokens")] for row in found[1]) > 100  # type: ignore[misc]
 
 
 @pytest.mark.usefixtures("hopper_kernels")

@@ -29,7 +29,7 @@ from trtllm_redrafter.backends.tokenizer import engine_text
 from trtllm_redrafter.backends.torch.build_plan import TorchBuildPlan, kv_cache_bytes, plan_build
 from trtllm_redrafter.backends.torch.cuda.executor import CudaExecutor, cuda_unavailable
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimits
-from trtllm_redrafter.backends.torch.drafting import frequent_rows, load_drafter, make_search
+from trtllm_redrafter.backends.torch.drafting import device_steps, frequent_rows, load_drafter, make_search
 from trtllm_redrafter.backends.torch.executor import ModelExecutor
 from trtllm_redrafter.backends.torch.low_rank import find_factor, load_factor, save_factor
 from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
@@ -145,7 +145,8 @@ class TorchBackend:
             draft_shape=shape,
         )
         notes = () if note is None else (note,)
-        return TorchRunner(info, executor, drafting, tokenizer, ends, notes)
+        steps = device_steps(executor, drafting, limits.max_batch_size)
+        return TorchRunner(info, executor, drafting, tokenizer, ends, notes, steps=steps)
 
 
 def _checkpoint_files(checkpoint: Checkpoint) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trtllm_redrafter.backends.torch.cuda.executor import CudaExecutor
 from trtllm_redrafter.backends.torch.cuda.search import SearchKernel
+from trtllm_redrafter.backends.torch.cuda.steps import DeviceSteps
 from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphSearch
 from trtllm_redrafter.backends.torch.executor import ModelExecutor
 from trtllm_redrafter.backends.torch.low_rank import LowRankHead
@@ -76,3 +77,10 @@ def make_search(
     if isinstance(executor, GraphExecutor | CudaExecutor):
         return GraphSearch(drafter, embedding, head, shape, executor.pool)
     return PlainSearch(drafter, embedding, head, shape)
+
+
+def device_steps(executor: ModelExecutor, search: Search | None, max_batch_size: int) -> DeviceSteps | None:
+    """Whole steps on the device, where both the base model's pass and the search are our CUDA kernels."""
+    if isinstance(executor, CudaExecutor) and (search is None or isinstance(search, SearchKernel)):
+        return DeviceSteps(executor, search, max_batch_size=max_batch_size)
+    return None

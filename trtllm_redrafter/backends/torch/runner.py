@@ -2,6 +2,10 @@
 
 A request joins the batch at a step's beginning (its prompt is computed alone, so its numbers do not depend on the
 company) and leaves at a step's end. Autoregression is the same code with trees of one node.
+
+Where the executor has whole steps on the device (`cuda.steps`), greedy batches are decoded one step ahead of the host:
+while a step runs, the host hands out what the one before it wrote. A step that turns out to be in vain, since a request
+had ended, is dropped.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,8 +34,11 @@ from trtllm_redrafter.redrafter.beam_search import Beams
 from trtllm_redrafter.redrafter.sampling import NOT_FINITE, SamplingSettings, draw, fresh_seed, uniform
 from trtllm_redrafter.redrafter.token_tree import Tree
 
+if TYPE_CHECKING:
+    from trtllm_redrafter.backends.torch.cuda.steps import DeviceSteps, Pending
 
-@dataclass
+
+@dataclass(eq=False)
 class _Sequence(RunningRequest):
     """A request and its place in the batch. `base` positions are committed; `root` is emitted but not computed yet."""
 
@@ -42,6 +50,8 @@ class _Sequence(RunningRequest):
     context: Tensor = field(default_factory=lambda: torch.empty(0))  # [H], state of the last committed position
     undrafted: bool = False
     """Do the next step with the root alone: with drafts, the last one's numbers were not finite."""
+    on_device: bool = False
+    """Are the next root and context, and how many positions are committed, kept by `DeviceSteps`?"""
 
 
 class TorchRunner(Runner):
@@ -55,7 +65,10 @@ class TorchRunner(Runner):
         tokenizer: EngineTokenizer | None,
         eos_token_ids: frozenset[int],
         notes: tuple[str, ...] = (),
+        *,
+        steps: DeviceSteps | None = None,
     ) -> None:
+        """`steps`: of this executor and drafting, if it has them."""
         self.info = info
         self.notes = notes
         self.executor = executor
@@ -68,6 +81,9 @@ class TorchRunner(Runner):
         self._free = list(range(info.max_batch_size))
         self._numbers = itertools.count()
         self._settings: SamplingSettings | None = None  # of the present batch
+        self._steps = steps
+        self._ahead: deque[tuple[list[_Sequence], Pending]] = deque()
+        self._last_read = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -94,9 +110,10 @@ class TorchRunner(Runner):
         what = f"a step of {len(self._active) + len(self._waiting)} requests"
         remedy = "send fewer or shorter ones together, or build with a smaller --max-batch-size or --max-seq-len"
         with self.executor.threads(), memory_for(what, why=self.executor.device, remedy=remedy):
-            updates = []
-            while self._waiting and self._free:
-                updates.append(self._admit(self._waiting.popleft()))
+            updates: list[Update] = []
+            if self._waiting and self._free:
+                count = min(len(self._waiting), len(self._free))
+                updates.extend(self._admit([self._waiting.popleft() for _ in range(count)]))
             if self._active:
                 updates.extend(self._decode())
             return updates
@@ -141,7 +158,8 @@ class TorchRunner(Runner):
         return Beams(torch.cat([p.tokens for p in parts]), torch.cat([p.path_scores for p in parts]), None)
 
     def close(self) -> None:
-        self._drafting = None  # its graphs hold memory of the executor's
+        self._drafting = self._steps = None  # their graphs hold memory of the executor's
+        self._ahead.clear()
         self.executor.close()
 
     def _problems(self, request: Request, request_id: str) -> list[Problem]:
@@ -151,29 +169,38 @@ class TorchRunner(Runner):
             found.append(Problem(f"the id {request_id!r} is in use", remedy="give each request its own id"))
         return found
 
-    def _admit(self, sequence: _Sequence) -> Update:
-        """Compute the prompt and emit the first token."""
+    def _admit(self, joining: list[_Sequence]) -> list[Update]:
+        """Compute prompts and emit their first tokens."""
         start = time.perf_counter()
-        request, result = sequence.request, sequence.result
-        output = self.executor.prefill(self._free[0], request.token_ids)
-        sequence.slot = self._free.pop(0)  # a prompt that fails takes none with it
-        settings = SamplingSettings.of([request.sampling], output.logits.device)
-        sequence.root = int(draw(output.logits.unsqueeze(0), settings, uniform(sequence.seed, 0)))
-        sequence.base, sequence.context = len(request.token_ids), output.hidden
-        result.queue_seconds = start - sequence.since
-        if self._drafting is not None:
-            result.accepted_per_position = [0] * self._drafting.shape.draft_len
-        self._active.append(sequence)
+        slots = self._free[: len(joining)]
+        outputs = self.executor.prefill_all(slots, [a.request.token_ids for a in joining])
+        del self._free[: len(joining)]  # prompts that fail take none with them
+        logits = torch.stack([output.logits for output in outputs])
+        settings = SamplingSettings.of([a.request.sampling for a in joining], logits.device)
+        uniforms = uniform([a.seed for a in joining], [0] * len(joining)).to(logits.device)
+        roots = draw(logits, settings, uniforms).tolist()
+        elapsed = time.perf_counter() - start
+        for sequence, slot, output, root in zip(joining, slots, outputs, roots, strict=True):
+            sequence.slot, sequence.root = slot, root
+            sequence.base, sequence.context = len(sequence.request.token_ids), output.hidden
+            sequence.result.queue_seconds, sequence.result.prefill_seconds = start - sequence.since, elapsed
+            if self._drafting is not None:
+                sequence.result.accepted_per_position = [0] * self._drafting.shape.draft_len
+        self._active += joining
         self._settings = None
-        result.prefill_seconds = time.perf_counter() - start
-        return self._fail(sequence) if sequence.root == NOT_FINITE else self._emit(sequence, [sequence.root])
+        self._last_read += elapsed  # no part of the steps of others
+        return [self._fail(a) if a.root == NOT_FINITE else self._emit(a, [a.root]) for a in joining]
 
     def _decode(self) -> list[Update]:
         """One step of the whole batch."""
-        start = time.perf_counter()
         batch = list(self._active)
-        trees = self._propose(batch)
         settings = self._batch_settings(batch)
+        if self._steps is not None and not settings.any_sampled:
+            return self._decode_ahead(batch, self._steps)
+        if self._steps is not None and any(a.on_device for a in batch):
+            return self._take_back(self._steps)
+        start = time.perf_counter()
+        trees = self._propose(batch)
         slots, bases = [a.slot for a in batch], [a.base for a in batch]
         output = self.executor.forward(slots, bases, trees, logits=settings.any_sampled)
         emitted = self._accept(batch, trees, output, _draw(batch, trees, output, settings))
@@ -186,6 +213,73 @@ class TorchRunner(Runner):
             else self._retry_or_fail(sequence, drafted=len(tree) > 1)
             for sequence, tokens, tree in zip(batch, emitted, trees, strict=True)
         ]
+
+    def _decode_ahead(self, batch: list[_Sequence], steps: DeviceSteps) -> list[Update]:
+        """Keep one step more queued than the one that is waited for."""
+        for sequence in batch:
+            if not sequence.on_device:
+                sequence.on_device = True
+                stops = (*sequence.request.sampling.stop_token_ids, *self._own_ends(sequence))
+                steps.admit(
+                    sequence.slot, root=sequence.root, base=sequence.base, context=sequence.context,
+                    remaining=sequence.remaining, drafts=self._drafts(sequence), stops=stops,
+                )  # fmt: skip
+        while self._ahead and all(a.result.finish_reason is not None for a in self._ahead[0][0]):
+            self._ahead.popleft()
+        if not self._ahead:
+            self._last_read = time.perf_counter()
+            self._launch(batch, steps)
+        if any(a.remaining > self._most_written(a) for a in batch):
+            self._launch(batch, steps)
+        return self._read_step()
+
+    def _launch(self, batch: list[_Sequence], steps: DeviceSteps) -> None:
+        longest = max(a.base + self._most_written(a) for a in batch)
+        drafting = any(self._drafts(a) for a in batch)
+        self._ahead.append((batch, steps.launch([a.slot for a in batch], drafting=drafting, longest=longest)))
+
+    def _read_step(self) -> list[Update]:
+        """Wait for the oldest step, and hand out what it wrote."""
+        sequences, pending = self._ahead.popleft()
+        outcomes = pending.wait()
+        now = time.perf_counter()
+        elapsed, self._last_read = max(0.0, now - self._last_read), now
+        updates = []
+        for sequence, outcome in zip(sequences, outcomes, strict=True):
+            if sequence.result.finish_reason is not None:
+                continue
+            sequence.result.decode_seconds += elapsed
+            if not outcome.drafter_finite and self._drafting is not None:
+                self._drafting.note_not_finite()
+                self.drafter_error = self._drafting.error
+            if not outcome.logits_finite:
+                updates.append(self._retry_or_fail(sequence, drafted=outcome.drafted_tokens > 0))
+                continue
+            sequence.base += len(outcome.tokens)
+            sequence.root = outcome.tokens[-1]
+            updates.append(self._emit(sequence, outcome.tokens, drafted=outcome.drafted_tokens))
+        return updates
+
+    def _take_back(self, steps: DeviceSteps) -> list[Update]:
+        """A request that samples has joined: read all steps under way, and go on with the host in between."""
+        updates = []
+        while self._ahead:
+            updates.extend(self._read_step())
+        for sequence in self._active:
+            if sequence.on_device:
+                sequence.on_device, sequence.context = False, steps.context(sequence.slot)
+        return updates
+
+    def _most_written(self, sequence: _Sequence) -> int:
+        """Tokens that the steps under way can have written at most, and so positions committed."""
+        width = 1 + (self._drafting.shape.draft_len if self._drafting is not None and self._drafts(sequence) else 0)
+        return width * sum(sequence in batch for batch, _ in self._ahead)
+
+    def _drafts(self, sequence: _Sequence) -> bool:
+        return self._drafting is not None and sequence.request.draft
+
+    def _own_ends(self, sequence: _Sequence) -> frozenset[int]:
+        return frozenset() if sequence.request.sampling.ignore_eos else self._eos
 
     def _propose(self, batch: list[_Sequence]) -> list[Tree]:
         """A tree for every request; one that does not draft, or has one token left to write, gets its root alone."""

@@ -29,6 +29,11 @@ class Search(ABC):
         self.shape = shape
         self._dtype = dtype
 
+    def note_not_finite(self) -> None:
+        """Set `error`: a search has had scores that are not finite."""
+        if self.error is None:
+            self.error = not_finite("the drafter's scores", str(self._dtype).removeprefix("torch."), where="drafter")
+
     @abstractmethod
     def beams(self, contexts: Tensor, roots: Sequence[int]) -> Beams:
         """Contexts [B, H] and last tokens of B sequences -> beams and their scores."""
@@ -41,8 +46,8 @@ class Search(ABC):
     def propose(self, contexts: Sequence[Tensor], roots: Sequence[int]) -> list[Tree]:
         """Contexts [H] and last tokens of B sequences -> their trees."""
         beams, finite = self.search(contexts, roots)
-        if not all(finite) and self.error is None:
-            self.error = not_finite("the drafter's scores", str(self._dtype).removeprefix("torch."), where="drafter")
+        if not all(finite):
+            self.note_not_finite()
         return [Tree.merge(rows) if ok else Tree.root(r) for r, rows, ok in zip(roots, beams, finite, strict=True)]
 
 
