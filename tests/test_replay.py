@@ -311,14 +311,14 @@ def test_a_difference_of_all_prompts_or_of_one() -> None:
 def test_a_position_that_is_accepted_less() -> None:
     made = AcceptanceCheck(counts([50, 50], (46, 20, 5)), counts([50, 50]), 0, tolerance=0.05, sampled=False)
     [found] = alarms(made)
-    assert "why: position 1: 46 drafts accepted where 40 stand in the texts\n" in found
+    assert "why: position 1: 46 drafts accepted, 40 expected\n" in found
 
 
 def test_a_position_that_is_never_accepted() -> None:
     expected = counts([50, 50])
     made = AcceptanceCheck(counts([50, 50], (40, 20, 0)), expected, diverged=0, tolerance=0.05, sampled=False)
     [found] = alarms(made)
-    assert "why: position 3: 0 drafts accepted where 10 stand in the texts\n" in found
+    assert "why: position 3: 0 drafts accepted, 10 expected\n" in found
     assert alarms(replace(made, found=StepCounts((50, 50), 60, ()))) == []  # merged responses
 
 

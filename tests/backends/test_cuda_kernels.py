@@ -95,8 +95,8 @@ def test_positions_of_a_pass_lie_in_few_blocks(path: int, expected: int) -> None
 
 
 def test_passes_have_at_most_256_rows() -> None:
-    trees = [Tree(list(range(n)), [-1, *range(n - 1)], list(range(n))) for n in (200, 56, 1, 255, 2)]
-    assert _portions(trees) == [(0, 2), (2, 4), (4, 5)]
+    assert _portions([200, 56, 1, 255, 2]) == [(0, 2), (2, 4), (4, 5)]
+    assert _portions([300]) == [(0, 1)] and _portions([5, 300, 5]) == [(0, 1), (1, 2), (2, 3)]
     assert [_round_up(n) for n in (1, 2, 3, 26, 256)] == [1, 2, 8, 32, 256]
     assert padded(26) == 32 and padded(150) == 160
     with pytest.raises(ValueError, match="at most 256"):
@@ -126,6 +126,22 @@ def test_sources_compile_for_hopper(file: str, constants: dict[str, int | None],
     assert compiler.cubin(file, constants, "sm_90a", headers)[:4] == b"\x7fELF"
     with pytest.raises(compiler.CudaUnavailable, match="does not compile"):
         compiler.cubin(file, {**constants, "u16": 3}, "sm_90a", headers)
+
+
+def test_machine_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled once per source and options; a damaged file is compiled again, a cache that is refused does without."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings and NVRTC")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    real, made = compiler._compile, []
+    monkeypatch.setattr(compiler, "_compile", lambda *args: made.append(args[0]) or real(*args))
+    code = compiler.cubin("reduce.cu", {}, "sm_90a", {})
+    (kept,) = (tmp_path / "trtllm-redrafter" / "cuda").glob("reduce-*.cubin")
+    assert compiler.cubin("reduce.cu", {}, "sm_90a", {}) == code == kept.read_bytes() and len(made) == 1
+    kept.write_bytes(code[:-1] + b"!")
+    assert compiler.cubin("reduce.cu", {}, "sm_90a", {}) == code == kept.read_bytes() and len(made) == 2
+    assert compiler.cubin("reduce.cu", {"DTYPE_HALF": None}, "sm_90a", {}) and len(made) == 3
+    kept.parent.chmod(0o777)
+    assert compiler.cubin("reduce.cu", {}, "sm_90a", {}) == code and len(made) == 4
 
 
 def test_every_source_is_packaged() -> None:

@@ -109,7 +109,7 @@ def test_existing_output(case: Case) -> None:
 def test_disk_too_small(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 90, 10))
-    case.refused(OutputError, "not enough room", "10 are free", str(case.tmp_path / "out"))
+    case.refused(OutputError, "not enough disk space", "10 are free", str(case.tmp_path / "out"))
 
 
 # ---- base model files

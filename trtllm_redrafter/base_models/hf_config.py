@@ -19,7 +19,9 @@ from typing import Any
 from trtllm_redrafter.checkpoint.config import DTYPES, QWEN_DEFAULT_SEQ_LENGTH, CheckpointConfig
 from trtllm_redrafter.checkpoint.families import FAMILIES, Family, family_of_type
 from trtllm_redrafter.checkpoint.fields import FieldReader
-from trtllm_redrafter.errors import Problem
+from trtllm_redrafter.checkpoint.kinds import Kind, kind_of
+from trtllm_redrafter.errors import InputError, Problem, raise_together
+from trtllm_redrafter.fsio import read_json
 
 ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
     "default": (),
@@ -50,7 +52,7 @@ def parse_hf_config(raw: Mapping[str, Any], *, where: Path) -> ParsedConfig:
     merged, contradictions = one_form(raw, where=where)
     fields = FieldReader(merged, where)
     fields.problems += contradictions
-    if "exit_dim" in raw:
+    if kind_of(raw) is Kind.DRAFTER:
         fields.problem("this is a drafter, not a base model", remedy="pass it to --drafter, and the base to --base")
         return ParsedConfig(None, tuple(fields.problems))
     family = find_family(merged)
@@ -72,6 +74,17 @@ def parse_hf_config(raw: Mapping[str, Any], *, where: Path) -> ParsedConfig:
     config = _config(fields, family, notes)
     _refusals(fields)
     return ParsedConfig(None if fields.problems else config, tuple(fields.problems), tuple(notes))
+
+
+def read_base_config(file: Path) -> tuple[CheckpointConfig, tuple[str, ...]]:
+    """The config of a base model, Hugging Face's or a checkpoint's, from its config.json alone; and notes."""
+    raw = read_json(file)
+    if kind_of(raw) is Kind.CHECKPOINT:
+        return CheckpointConfig.from_dict(raw, where=file), ()
+    parsed = parse_hf_config(raw, where=file)
+    raise_together(InputError, parsed.problems, "the base model cannot be converted", where=file.parent)
+    assert parsed.config is not None
+    return parsed.config, parsed.notes
 
 
 def find_family(fields: Mapping[str, Any]) -> Family | None:

@@ -69,11 +69,11 @@ def has_model_config(path: Path) -> bool:
     try:
         return file.is_file() and isinstance(read_json(file).get("model_type"), str)
     except InputError:
-        return False  # whoever needs the file says what is wrong with it
+        return False  # code that needs the file reports what is wrong with it
 
 
 def has_tokenizer(path: Path) -> bool:
-    """Is there a tokenizer in `path`? (generation_config.json alone is none.)"""
+    """Is there a tokenizer in `path`? (generation_config.json alone does not count.)"""
     return any((path / name).is_file() for name in IDENTITY_FILES)
 
 
@@ -94,7 +94,7 @@ def load_tokenizer(folder: Path, *, remedy: str) -> Any:
         try:
             return _load(folder, remedy)
         except Exception:
-            _check_fast_file(folder)  # its own error; transformers goes on to other files and misses those
+            _check_fast_file(folder)  # raises its own error; transformers would try other files, and report those
             raise
 
 
@@ -130,7 +130,7 @@ def _load(folder: Path, remedy: str) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), **options)
     if settings.get("auto_map"):
         raise InputError(
-            "the tokenizer needs Python code of its own, which is not run",
+            "the tokenizer needs custom Python code, which is never run",
             where=folder / SETTINGS,
             why=f"tokenizer_class is {settings.get('tokenizer_class')!r} with an auto_map",
             remedy=f"save it as a plain tokenizer.json (transformers' PreTrainedTokenizerFast), or {remedy}",
@@ -153,8 +153,8 @@ def _is_known(name: object) -> bool:
 def _translated(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Overrides of the file's settings, so that both versions of transformers read those of transformers 5.
 
-    There `extra_special_tokens` is a list, what 4 calls `additional_special_tokens`; in 4 it is an object of other
-    meaning. Tokens written as objects go in as their text: how they match stands in tokenizer.json.
+    In 5, `extra_special_tokens` is the list that 4 calls `additional_special_tokens`; in 4 it is an object with another
+    meaning. Tokens written as objects are passed as text: tokenizer.json says how they match.
     """
     import transformers
 

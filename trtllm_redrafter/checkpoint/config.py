@@ -21,6 +21,7 @@ from typing import Any
 
 from trtllm_redrafter.checkpoint.families import FAMILIES, REDRAFTER_ARCHITECTURES
 from trtllm_redrafter.checkpoint.fields import FieldReader
+from trtllm_redrafter.checkpoint.kinds import Kind, kind_of, wrong_kind
 from trtllm_redrafter.checkpoint.quantization import complete_excludes
 from trtllm_redrafter.errors import InputError, Problem, brief, raise_together
 from trtllm_redrafter.fsio import read_json
@@ -231,27 +232,14 @@ def read_raw_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise InputError("the checkpoint directory does not exist", where=path, remedy="check the path")
     raw = read_json(path / "config.json")
-    if "architecture" not in raw:
-        raise _not_a_checkpoint(path, raw)
+    if kind_of(raw) is not Kind.CHECKPOINT:
+        raise wrong_kind(path, raw, Kind.CHECKPOINT)
     return raw
 
 
 def read_checkpoint_config(path: Path) -> CheckpointConfig:
     """The parsed config of a checkpoint directory."""
     return CheckpointConfig.from_dict(read_raw_config(path), where=path / "config.json")
-
-
-def _not_a_checkpoint(path: Path, raw: Mapping[str, object]) -> InputError:
-    if "build_config" in raw:
-        what, remedy = "this is an engine, not a checkpoint", "pass the checkpoint it was built from"
-    elif "exit_dim" in raw:
-        what, remedy = "this is a drafter, not a checkpoint", "run `trtllm-redrafter convert --base … --drafter` on it"
-    elif "architectures" in raw or "model_type" in raw:
-        what, remedy = "this is a Hugging Face model, not a checkpoint", "run `trtllm-redrafter convert --base` on it"
-    else:
-        what, remedy = "this is not a TensorRT-LLM checkpoint", "check the path"
-    why = f"its config.json has no `architecture` such as {next(iter(REDRAFTER_ARCHITECTURES))}"
-    return InputError(what, where=path, why=why, remedy=remedy)
 
 
 def config_dict(config: CheckpointConfig) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _replicated(checkpoint: Checkpoint, specs: list[TensorSpec]) -> Iterator[Pro
 
 
 def _doubled(checkpoint: Checkpoint, specs: list[TensorSpec]) -> Iterator[Problem]:
-    """Two ranks with the same parts of all split tensors. Constant tensors, such as all zeros, tell nothing."""
+    """Two ranks with the same parts of all split tensors. Constant tensors (all zeros) say nothing about it."""
     seen: dict[tuple[bytes, ...], Path] = {}
     for file in checkpoint.ranks:
         parts = tuple(_sample(file[spec.name]) for spec in specs)
@@ -138,7 +138,7 @@ def _doubled(checkpoint: Checkpoint, specs: list[TensorSpec]) -> Iterator[Proble
             return
         if parts in seen:
             what = f"the file holds the same part of every tensor as {seen[parts].name}"
-            yield Problem(what, str(file.path), "each rank has a part of its own", _RANK_REMEDY)
+            yield Problem(what, str(file.path), "every rank has a different part", _RANK_REMEDY)
         seen.setdefault(parts, file.path)
 
 

@@ -50,7 +50,7 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; works behind any command too.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; also accepted after any command.")] = False,
 ) -> None:
     pass
 

@@ -51,7 +51,8 @@ def verify(
         ),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="Text for --reference; repeatable. (default: four of ours)")
+        list[str] | None,
+        typer.Option("--prompt", help="Text for --reference; repeatable. (default: four built-in)"),
     ] = None,
     min_acceptance: Annotated[
         float | None, typer.Option("--min-acceptance", help="With --reference: fail below this many tokens per step.")

@@ -60,8 +60,8 @@ def run(
     if stream is None:
         stream = len(asked.prompts) == 1 and asked.input is None and not as_json and sys.stdout.isatty()
     if resume and (overwrite or asked.output is None):
-        what = "--resume goes on with a file, --overwrite replaces it" if overwrite else "--resume needs an --output"
-        raise UsageError(what, remedy="leave one of them out" if overwrite else "name the file to go on with")
+        what = "--resume continues a file, --overwrite replaces it" if overwrite else "--resume needs an --output"
+        raise UsageError(what, remedy="leave one of them out" if overwrite else "name the file to continue")
     report = run_prompts(
         resolved, verify_hashes=verify, stream=stream, stats=stats, overwrite=overwrite, resume=resume, quiet=as_json
     )
@@ -233,9 +233,8 @@ def stats_table(report: RunReport) -> str:
         lines.append(
             ("accepted", f"{s.accepted_tokens} of {s.drafted_tokens} drafted, {100 * s.acceptance_rate:.1f} %")
         )
-        shares = "  ".join(
-            f"{j}: {100 * share:.0f} %" for j, share in enumerate(s.acceptance_rate_per_position, start=1)
-        )
+        rates = enumerate(s.acceptance_rate_per_position, start=1)
+        shares = "  ".join(f"{j}: {100 * rate:.0f} %" for j, rate in rates)
         lines.append(("by position", shares))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

@@ -23,14 +23,14 @@ from trtllm_redrafter.settings import Layer, resolve
 )  # fmt: skip
 def train(
     given: list[Layer],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last save in --work-dir.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last save in --work-dir.")] = False,
     plan_only: Annotated[
         bool, typer.Option("--plan", help="Show sizes, settings and where they come from; write nothing.")
     ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Train a drafter for a base model, which stays as it is."""
+    """Train a drafter for a base model, which is not changed."""
     from trtllm_redrafter.run.options import train_options
     from trtllm_redrafter.training import plan_training
     from trtllm_redrafter.training import train as run_training

@@ -24,6 +24,7 @@ from trtllm_redrafter.base_models.hf_model import HFModel, check_tensors, tensor
 from trtllm_redrafter.base_models.tokenizer import tokenizer_files, tokenizer_sha256
 from trtllm_redrafter.base_models.tokenizer_setup import end_tokens, tokenizer_setup
 from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
+from trtllm_redrafter.checkpoint.kinds import Kind, kind_of
 from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, tensor_specs
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import EMBEDDING, LM_HEAD, QUANT_CFG, TOKENIZER_DIRECTORY, hf_names, rank_file
@@ -69,12 +70,12 @@ class Base:
 
 
 def open_base(options: ConvertOptions) -> Base:
-    """Open `options.base`, whichever kind it is; `InputError` when it cannot be used at all."""
+    """Open `options.base`, whichever kind it is; `InputError` when it cannot be used."""
     path = options.base
     if not path.is_dir():
         what = "the base model is not a directory" if path.exists() else "the base model directory does not exist"
         raise InputError(what, where=path, remedy="check --base")
-    if "architecture" in read_json(path / "config.json"):
+    if kind_of(read_json(path / "config.json")) is Kind.CHECKPOINT:
         return _from_checkpoint(options)
     model = HFModel.open(path)
     config, notes = chosen_head(model, options.lm_head)
@@ -159,7 +160,7 @@ def _checkpoint_problems(checkpoint: Checkpoint, options: ConvertOptions) -> lis
         remedy = "pass the checkpoint without a drafter"
         problems.append(Problem("the base checkpoint has a drafter already", where, None, remedy))
     if options.tp_size != config.tp_size:
-        why = "a checkpoint is divided already and is not divided anew"
+        why = "a checkpoint is already split over ranks, and is not split again"
         remedy = f"pass --tp-size {config.tp_size}, or export the base again"
         what = f"the base checkpoint has {config.tp_size} tensor-parallel rank(s), {options.tp_size} are asked for"
         problems.append(Problem(what, where, why, remedy))

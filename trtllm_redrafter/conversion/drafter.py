@@ -37,7 +37,7 @@ from trtllm_redrafter.redrafter.config import DrafterConfig
 WEIGHT_FILES = ("model.safetensors", "model.pt", "pytorch_model.bin")
 
 FACTOR = "lm_head_factor.weight"
-"""A small matrix; the LM head is the base's times it."""
+"""A small matrix: the LM head is the base's LM head times this."""
 
 _STEM = r"(?:lm_heads?|0)"
 NAME_PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -76,7 +76,8 @@ def read_weights(path: Path, num_layers: int) -> tuple[dict[str, Source], list[P
     for name, source in tensors.items():
         target = _target_name(_plain_name(name), num_layers)
         if target is None:
-            what, why = f"tensor {name!r} has no place in a drafter", "leaving it out would change what it computes"
+            what = f"tensor {name!r} has no place in a drafter"
+            why = "without it the drafter would compute something else"
             problems.append(Problem(what, str(path), why, "check num_draft_layers in its config.json"))
         elif target in renamed:
             problems.append(Problem(f"tensor {name!r} is a second {target!r}", str(path), None, "remove one of them"))
@@ -171,7 +172,7 @@ class DrafterFiles(DrafterSettings):
         )
 
     def sources(self, head: tuple[Source, ...]) -> dict[str, tuple[Source, ...]]:
-        """What each tensor is made of; a tied LM head is the base's `head`, or it times the factor."""
+        """What each tensor is made of; a tied LM head is the base's `head`, or `head` times the factor."""
         sources: dict[str, tuple[Source, ...]] = {name: (tensor,) for name, tensor in self.tensors.items()}
         if self.tie_lm_head:
             assert head

@@ -1,7 +1,7 @@
 """What a rank file is made of: where its numbers come from, and which part of them the rank holds.
 
-A source hands out rows, so that no one ever holds a whole large tensor: a tensor in a file, in memory, or multiplied
-out. Several sources stand for one tensor whose rows are the first one's, then the second one's (q, k, v; the ranks of
+A source (a tensor in a file, in memory, or a product) is read by rows, so that no large tensor is ever in memory as a
+whole. Several sources stand for one tensor whose rows are the first one's, then the second one's (q, k, v; the ranks of
 an LM head). A rank's tensor is planned as rows and columns of sources, and rows of zeros for padding; `blocks` walks
 such a plan and yields the content in order, a few megabytes at a time. Writing a file and checking a file against its
 plan are the same walk.
@@ -214,19 +214,19 @@ def _computed(tensor: RankTensor, source: Source, start: int, stop: int) -> Tens
 
 
 def _check_finite(values: Tensor, tensor: RankTensor, source: Source) -> None:
-    """What is computed is looked at; bytes that are copied as they are, `build` and `verify` look at."""
+    """For computed values only; `build` and `verify` check values that are copied unchanged."""
     count = non_finite_count(values.contiguous())
     if count:
         raise InputError(
             f"{tensor.name!r} would have {count} or more values that are not finite (NaN or infinite)",
             where=source.where,
-            why="the model's own weights have them: every answer would be nonsense",
+            why="the model's weights contain them; every output would be meaningless",
             remedy="download the model again, or use an intact one",
         )
 
 
 def _check_range(values: Tensor, cast: Tensor, tensor: RankTensor, source: Source) -> None:
-    """float16 ends at 65504; a larger weight would become infinite without a word."""
+    """float16 ends at 65504; a larger weight would silently become infinite."""
     lost = (torch.isinf(cast) & torch.isfinite(values)).sum().item()
     if lost:
         raise MismatchError(

@@ -121,7 +121,7 @@ def _relative(directory: Path, files: tuple[Path, ...], records: dict[Path, File
 
 
 class Cancelled(Exception):
-    """Another thread failed or the user interrupted; whoever sees this just stops."""
+    """Another thread failed, or the user interrupted: stop."""
 
 
 class Meter:
@@ -151,7 +151,7 @@ class Meter:
 
 
 class Hasher:
-    """SHA-256 in its own thread. Data goes through a fixed set of buffers: take one, fill it, hand it in."""
+    """SHA-256 in its own thread. Data goes through a fixed set of buffers: take one, fill it, put it back."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
@@ -163,10 +163,10 @@ class Hasher:
         self._thread.start()
 
     def take(self) -> bytearray:
-        """A buffer of `CHUNK_BYTES` that is not in use; waits when the hash is behind."""
+        """A buffer of `CHUNK_BYTES` that is not in use; waits until the hasher has freed one."""
         return self._free.get()
 
-    def hand_in(self, buffer: bytearray, count: int) -> None:
+    def put(self, buffer: bytearray, count: int) -> None:
         """Hash the first `count` bytes of a taken buffer."""
         self._filled.put((buffer, count))
 
@@ -239,7 +239,7 @@ def _write_chunk(fd: int, buffer: bytearray, count: int, at: int, hasher: Hasher
     chunk, done = memoryview(buffer)[:count], 0
     while done < count:
         done += os.pwrite(fd, chunk[done:], at + done)
-    hasher.hand_in(buffer, count)
+    hasher.put(buffer, count)
     meter.add(count)
 
 

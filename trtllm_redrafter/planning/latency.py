@@ -82,8 +82,6 @@ class LatencyEstimate:
     rows: tuple[LatencyRow, ...]
     assumptions: Assumptions
     acceptance_length: float | None
-    max_acceptance_length: int
-    """The most tokens a step can emit: the draft length plus one."""
 
     def render(self) -> str:
         a, accepted = self.assumptions, self.acceptance_length
@@ -140,8 +138,7 @@ def estimate_latency(
         verify = plain if shape is None else roof.base_step(batch, shape.max_tree_tokens)
         draft = 0.0 if shape is None else roof.drafting(batch)
         rows.append(LatencyRow(batch, 1e3 * plain, 1e3 * verify, 1e3 * draft))
-    limit = 1 if shape is None else shape.draft_len + 1
-    return LatencyEstimate(target, config.tp_size, tuple(rows), assumptions, acceptance_length, limit)
+    return LatencyEstimate(target, config.tp_size, tuple(rows), assumptions, acceptance_length)
 
 
 def _overlapped(reading: float, computing: float) -> float:

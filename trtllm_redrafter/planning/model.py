@@ -12,12 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from trtllm_redrafter.base_models.hf_config import parse_hf_config
+from trtllm_redrafter.base_models.hf_config import read_base_config
 from trtllm_redrafter.checkpoint.config import CheckpointConfig, read_checkpoint_config
 from trtllm_redrafter.conversion.drafter_config import DrafterSettings, draft_shape, read_drafter_config, size_problems
 from trtllm_redrafter.conversion.options import ConvertOptions
 from trtllm_redrafter.errors import InputError, MismatchError, raise_together
-from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.redrafter.config import DrafterConfig
 
 ASSUMED_LAYERS = 2
@@ -26,7 +25,7 @@ ASSUMED_LAYERS = 2
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """`notes` tell the config's source and all assumptions."""
+    """`notes` list the config's source and all assumptions."""
 
     config: CheckpointConfig
     notes: tuple[str, ...]
@@ -57,18 +56,13 @@ def _base_config(base: Path) -> tuple[CheckpointConfig, tuple[str, ...]]:
         found = _description(base.name)
         if found is None:
             raise InputError(
-                "the base model is not there, and configs/models/ has no description of it",
+                "the base model does not exist, and configs/models/ has no description of it",
                 where=base,
                 remedy=f"download at least its config.json, or write configs/models/{base.name.lower()}.json",
             )
         path, note = found, f"model: {base} is not there yet, sizes are those of configs/models/{found.name}"
-    raw = read_json(path)
-    if "architecture" in raw:
-        return CheckpointConfig.from_dict(raw, where=path), (note,)
-    parsed = parse_hf_config(raw, where=path)
-    raise_together(InputError, parsed.problems, "the base model cannot be converted", where=path)
-    assert parsed.config is not None
-    return parsed.config, (note, *parsed.notes)
+    config, notes = read_base_config(path)
+    return config, (note, *notes)
 
 
 def _description(name: str) -> Path | None:

@@ -67,7 +67,7 @@ class DraftShape:
 
     @property
     def max_draft_tokens(self) -> int:
-        """Drafted tokens of all beams together, when no prefix is shared: TensorRT-LLM's `max_draft_tokens`."""
+        """Tokens that all beams draft together, when no prefix is shared."""
         return self.num_beams * self.draft_len
 
     @property

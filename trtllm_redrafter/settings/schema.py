@@ -31,7 +31,7 @@ from trtllm_redrafter.settings.values import (
 )
 
 MAX_SEQ_LEN = 2048
-"""Upper bound of the derived `build.max_seq_len`: a 128k context would reserve a KV cache nobody asked for."""
+"""Upper bound of the derived `build.max_seq_len`: the KV cache of a 128k context would take most of the memory."""
 
 DEFAULT_GRID = "1x3,1x5,2x3,2x5,4x4,5x5,8x5"
 
@@ -130,7 +130,7 @@ class TensorRTSection(Section):
         default=0.9, description="share of the memory left after loading that the KV cache takes"
     )
     block_reuse: bool = Field(
-        default=False, description="share KV blocks of equal prefixes; nobody has verified it with ReDrafter"
+        default=False, description="share KV blocks of equal prefixes; not verified with ReDrafter"
     )
     multi_block_mode: bool = Field(default=True, description="split long contexts over more of the GPU")
     api: Literal["executor", "llm"] | None = Field(
@@ -283,7 +283,7 @@ class TuneSection(Section):
 
 
 class Recipe(Section):
-    """The whole of it. `checkpoint` and `engine` are the directories between the stages."""
+    """A whole recipe. `checkpoint` and `engine` are the directories between its stages."""
 
     base: Directory | None = Field(default=None, description="Hugging Face directory of the base model")
     drafter: Directory | None = Field(default=None, description="directory of the ReDrafter head; none: no drafting")

@@ -124,7 +124,7 @@ def check_distributions(
 def rounding_unit(rounded: Tensor, perturbed: Sequence[Tensor], floor: Tensor) -> Tensor:
     """Rounding error at each of [n] positions: RMS over the ways of rounding, at least the median over positions.
 
-    Perturbations are scaled to the size of real rounding first: they tell where rounding matters, not how much.
+    Perturbations are scaled to the size of real rounding first: they show where rounding matters, not how much.
     """
     typical = rounded.median()
     scaled = [each * (typical / each.median().clamp_min(1e-30)) for each in perturbed]

@@ -27,7 +27,7 @@ LOGITS = 64
 """Tokens of each text whose distributions are compared; a row takes four bytes per vocabulary entry."""
 
 PROMPT_LOGITS = 16
-"""Tokens of each text for which a TensorRT-LLM engine is asked for logits, each as a prompt of its own."""
+"""Tokens of each text for which a TensorRT-LLM engine is asked for logits, each with a separate prompt."""
 
 PROBES = 4
 PROBE_PROMPT, PROBE_TOKENS = 8, 48

@@ -37,7 +37,7 @@ class GateRequest:
 
     @cached_property
     def config(self) -> EngineConfig:
-        """The engine's, read once. `InputError` where `engine` is none."""
+        """The engine's config, read once. `InputError` if `engine` is not an engine."""
         return read_engine_config(self.engine)
 
     @cached_property

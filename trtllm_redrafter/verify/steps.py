@@ -169,7 +169,7 @@ SAMPLED_TOLERANCE = 0.25
 """For sampled texts, of which only an upper bound of the accepted drafts is known."""
 
 PROMPT_TOLERANCE = 0.15
-"""Share of one prompt's steps, where a single lucky draft counts for more."""
+"""Share of one prompt's steps, where one accepted draft counts for more."""
 
 MAX_DIVERGED = 0.1
 """Share of steps that may diverge through ties; 0.02 was seen in bfloat16."""
@@ -355,4 +355,4 @@ class AcceptanceCheck:
         at = zip(self.found.accepted_per_position, self.expected.accepted_per_position, strict=False)
         for place, (found, expected) in enumerate(at, start=1):
             if abs(found - expected) > self._allowed or (found == 0 and expected >= MIN_ACCEPTED):
-                yield f"position {place}: {found} drafts accepted where {expected} stand in the texts"
+                yield f"position {place}: {found} drafts accepted, {expected} expected"

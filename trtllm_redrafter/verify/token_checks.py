@@ -57,7 +57,7 @@ def tie_bound(logits: Tensor, dtype: str) -> float:
 @dataclass(frozen=True)
 class TokenCheck:
     """Counts of tokens that are the exact distribution's choice, and of ties; faults, at most one per prompt, since
-    what follows a wrong token tells nothing more. `usual_ties`: ties that rounding makes in these texts."""
+    tokens after a wrong one mean nothing. `usual_ties`: ties that rounding makes in these texts."""
 
     same: int
     ties: int

@@ -25,16 +25,15 @@ from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
 from trtllm_redrafter.backends.engine_config import TORCH
 from trtllm_redrafter.backends.torch.temporary import temporary_directory, temporary_runner
 from trtllm_redrafter.base_models.transformers_model import load_model
+from trtllm_redrafter.checkpoint.kinds import Kind, kind_at
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.conversion.base import takes_file_head
 from trtllm_redrafter.errors import Problem
-from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.verify.distributions import DistributionCheck, check_distributions
 from trtllm_redrafter.verify.files import checkpoint_directory
 from trtllm_redrafter.verify.gate_decode import probe_texts
 from trtllm_redrafter.verify.reference import EXACT, PERTURBATIONS, ReferenceLogits, StoredLogits, Text, perturb
 from trtllm_redrafter.verify.token_checks import TokenCheck, check_tokens
-from trtllm_redrafter.verify.weights import is_checkpoint
 
 PROMPT_LENGTHS = (3, 17, 40, 64)
 TOKENS = 32
@@ -62,13 +61,11 @@ class ParityReport:
 
 def can_compare(path: Path, against: Path) -> str | None:
     """Why greedy tokens cannot be compared here, or None."""
-    config = read_json(path / "config.json")
-    if "pretrained_config" in config:
+    if kind_at(path) is Kind.TENSORRT_ENGINE:
         return "greedy tokens are not compared: a TensorRT-LLM engine runs on its GPU only; verify its checkpoint"
-    if is_checkpoint(against):
+    if kind_at(against) is Kind.CHECKPOINT:
         return "what is computed is not compared: transformers reads no checkpoints; --reference runs an engine"
-    checkpoint = path / "checkpoint" if "backend" in config else path
-    if Checkpoint.open(checkpoint).config.quant_algo is not None:
+    if Checkpoint.open(checkpoint_directory(path)).config.quant_algo is not None:
         return "greedy tokens are not compared: the checkpoint is quantized"
     return None
 
@@ -100,7 +97,7 @@ def _prompt(length: int, vocab_size: int) -> tuple[int, ...]:
 @contextmanager
 def _runner(path: Path) -> Iterator[Runner]:
     """The engine at `path`, or a temporary one built from the checkpoint there."""
-    if "backend" in read_json(path / "config.json"):
+    if kind_at(path) is Kind.TORCH_ENGINE:
         runner = load_backend(TORCH).load(path, device="cpu", verify_hashes=False)
         try:
             yield runner

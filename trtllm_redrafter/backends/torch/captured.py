@@ -12,9 +12,10 @@ which `on_device` sets to that of the tensors.
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -35,6 +36,19 @@ def on_device(device: torch.device) -> Any:
 def _side_stream(index: int) -> Any:
     """One stream for all warm-ups and captures on a GPU, since libraries keep megabytes of workspace per stream."""
     return torch.cuda.Stream(device=index)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from freeing reference cycles: the graphs of a model in one cannot be freed during a capture."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class CapturedGraph:
@@ -69,7 +83,9 @@ class CapturedGraph:
             finally:
                 main.wait_stream(side)
             # Thread-local, so that other threads may keep using the GPU.
-            with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            with _no_collection(), torch.cuda.graph(
+                self._graph, pool=pool, stream=side, capture_error_mode="thread_local"
+            ):  # fmt: skip
                 return function()
 
     def replay(self) -> None:

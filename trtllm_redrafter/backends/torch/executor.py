@@ -53,6 +53,10 @@ class ModelExecutor(Protocol):
         """Compute a prompt from position 0 and commit its keys and values."""
         ...
 
+    def prefill_all(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[PromptOutput]:
+        """`prefill` of several prompts, short ones together where that changes no bit."""
+        ...
+
     def forward(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], *, logits: bool) -> TreeOutput:
         """Run B trees in one pass. Node i of a tree is cached at position base + i, uncommitted.
 

@@ -25,7 +25,7 @@ class Layout:
     nodes: int  # of a tree, at most
     path: int  # longest path of a node, root included
     chain: bool = False
-    """Prompt tokens of one sequence: every node's path is all nodes before it, and not written down."""
+    """Prompt tokens: every node's path is all nodes of its sequence before it, and not written down."""
     padded: bool = False
     """Each tree takes `nodes` rows, so that rows * batch is a matrix; `real` lists the rows that are nodes."""
 

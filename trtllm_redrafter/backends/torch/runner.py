@@ -110,9 +110,10 @@ class TorchRunner(Runner):
         what = f"a step of {len(self._active) + len(self._waiting)} requests"
         remedy = "send fewer or shorter ones together, or build with a smaller --max-batch-size or --max-seq-len"
         with self.executor.threads(), memory_for(what, why=self.executor.device, remedy=remedy):
-            updates = []
-            while self._waiting and self._free:
-                updates.append(self._admit(self._waiting.popleft()))
+            updates: list[Update] = []
+            if self._waiting and self._free:
+                count = min(len(self._waiting), len(self._free))
+                updates.extend(self._admit([self._waiting.popleft() for _ in range(count)]))
             if self._active:
                 updates.extend(self._decode())
             return updates
@@ -168,23 +169,27 @@ class TorchRunner(Runner):
             found.append(Problem(f"the id {request_id!r} is in use", remedy="give each request its own id"))
         return found
 
-    def _admit(self, sequence: _Sequence) -> Update:
-        """Compute the prompt and emit the first token."""
+    def _admit(self, joining: list[_Sequence]) -> list[Update]:
+        """Compute prompts and emit their first tokens."""
         start = time.perf_counter()
-        request, result = sequence.request, sequence.result
-        output = self.executor.prefill(self._free[0], request.token_ids)
-        sequence.slot = self._free.pop(0)  # a prompt that fails takes none with it
-        settings = SamplingSettings.of([request.sampling], output.logits.device)
-        sequence.root = int(draw(output.logits.unsqueeze(0), settings, uniform(sequence.seed, 0)))
-        sequence.base, sequence.context = len(request.token_ids), output.hidden
-        result.queue_seconds = start - sequence.since
-        if self._drafting is not None:
-            result.accepted_per_position = [0] * self._drafting.shape.draft_len
-        self._active.append(sequence)
+        slots = self._free[: len(joining)]
+        outputs = self.executor.prefill_all(slots, [a.request.token_ids for a in joining])
+        del self._free[: len(joining)]  # prompts that fail take none with them
+        logits = torch.stack([output.logits for output in outputs])
+        settings = SamplingSettings.of([a.request.sampling for a in joining], logits.device)
+        uniforms = uniform([a.seed for a in joining], [0] * len(joining)).to(logits.device)
+        roots = draw(logits, settings, uniforms).tolist()
+        elapsed = time.perf_counter() - start
+        for sequence, slot, output, root in zip(joining, slots, outputs, roots, strict=True):
+            sequence.slot, sequence.root = slot, root
+            sequence.base, sequence.context = len(sequence.request.token_ids), output.hidden
+            sequence.result.queue_seconds, sequence.result.prefill_seconds = start - sequence.since, elapsed
+            if self._drafting is not None:
+                sequence.result.accepted_per_position = [0] * self._drafting.shape.draft_len
+        self._active += joining
         self._settings = None
-        result.prefill_seconds = time.perf_counter() - start
-        self._last_read += result.prefill_seconds  # no part of the steps of others
-        return self._fail(sequence) if sequence.root == NOT_FINITE else self._emit(sequence, [sequence.root])
+        self._last_read += elapsed  # no part of the steps of others
+        return [self._fail(a) if a.root == NOT_FINITE else self._emit(a, [a.root]) for a in joining]
 
     def _decode(self) -> list[Update]:
         """One step of the whole batch."""

@@ -91,6 +91,9 @@ class TorchExecutor:
         hidden = self._chain(slot, token_ids)[-1][-1]
         return PromptOutput(hidden, F.linear(hidden, self._weights.head))
 
+    def prefill_all(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[PromptOutput]:
+        return [self.prefill(slot, prompt) for slot, prompt in zip(slots, prompts, strict=True)]
+
     def hidden_states(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         return torch.cat(self._chain(slot, token_ids))
 

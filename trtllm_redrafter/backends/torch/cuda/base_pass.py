@@ -83,6 +83,9 @@ class _Products:
 
 
 def _without_matrices(layer: LayerWeights) -> LayerWeights:
+    """Their memory is given back, so that a model is never there twice."""
+    for matrix in (layer.qkv, layer.dense, layer.gate_proj, layer.up_proj, layer.down_proj):
+        matrix.untyped_storage().resize_(0)
     nothing = layer.input_norm.new_empty(0)
     return replace(layer, qkv=nothing, dense=nothing, gate_proj=nothing, up_proj=nothing, down_proj=nothing)
 
@@ -102,14 +105,18 @@ class BasePass:
     ) -> None:
         """`cache`: keys, values [layers, slots, M, C, D]; `rotary`: cosine, sine [C, D].
 
-        A pass has at most `max_rows` rows, one with logits `logits_rows`. `weights` is kept without the matrices.
+        A pass has at most `max_rows` rows, one with logits `logits_rows`. The matrices of the layers in `weights` are
+        taken apart and cannot be used afterwards.
         """
         self._config, self._cache, self._rotary = config, cache, rotary
         device = weights.embedding.device
         self._count = torch.cuda.get_device_properties(device).multi_processor_count
-        self._products = [_Products.of(layer, self._count) for layer in weights.layers]
+        self._products, rest = [], []
+        for layer in weights.layers:
+            self._products.append(_Products.of(layer, self._count))
+            rest.append(_without_matrices(layer))
         self._head = Linear(weights.head, "logits", self._count)
-        self.weights = replace(weights, layers=tuple(_without_matrices(layer) for layer in weights.layers))
+        self.weights = replace(weights, layers=tuple(rest))
         h, heads = config.hidden_size, config.num_attention_heads
 
         def make(*shape: int, dtype: torch.dtype = weights.embedding.dtype) -> Tensor:

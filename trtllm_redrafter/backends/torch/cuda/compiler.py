@@ -1,8 +1,8 @@
 """CUDA kernels compiled at run time by NVRTC, which PyTorch's CUDA wheels bring along, and launched by the driver.
 
 Nothing has to be installed for them: no toolkit, no host compiler, no headers. A kernel is compiled once per set of
-constants and GPU; the result is kept in the user's cache. Launches go to PyTorch's current stream, so that graphs
-capture them, and may overlap the kernel before (programmatic dependent launch).
+constants and GPU; the result is kept in the user's cache (`native.compiled`). Launches go to PyTorch's current stream,
+so that graphs capture them, and may overlap the kernel before (programmatic dependent launch).
 
     kernel = compiled("norm.cu", "add_norm", {"WIDTH": 1536}, "sm_90a")
     kernel.launch((rows,), (256,), [pointer(x), ...])
@@ -11,10 +11,14 @@ capture them, and may overlap the kernel before (programmatic dependent launch).
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable, check_cache, keep, read_intact
 
 SOURCES = Path(__file__).parent
 
@@ -71,13 +75,31 @@ __device__ __forceinline__ void wgmma(float (&d)[{count}], u64 a, u64 b) {{
 
 
 def cubin(file: str, constants: Mapping[str, int | None], architecture: str, headers: Mapping[str, str]) -> bytes:
-    """Machine code of one source file. Needs NVRTC, not a GPU."""
+    """Machine code of one source file, from the user's cache where it was compiled before. Needs NVRTC, not a GPU."""
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
         raise CudaUnavailable(f"the package cuda-bindings is not installed ({error})") from error
-    texts = {"common.cuh": (SOURCES / "common.cuh").read_text(), **headers}
     source = (SOURCES / file).read_text()
+    texts = {"common.cuh": (SOURCES / "common.cuh").read_text(), **headers}
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "-lineinfo"]
+    options += [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in constants.items()]
+    key = hashlib.sha256(repr((source, texts, options, _checked(nvrtc.nvrtcVersion()))).encode()).hexdigest()[:24]
+    try:
+        place = check_cache("cuda") / f"{Path(file).stem}-{key}.cubin"
+    except NativeUnavailable:  # compiled anew in every process
+        return _compile(file, source, texts, options)
+    code = read_intact(place)
+    if code is None:
+        code = _compile(file, source, texts, options)
+        with suppress(OSError):
+            keep(place, code)
+    return code
+
+
+def _compile(file: str, source: str, texts: Mapping[str, str], options: Sequence[str]) -> bytes:
+    from cuda.bindings import nvrtc
+
     program = _checked(
         nvrtc.nvrtcCreateProgram(
             source.encode(),
@@ -87,13 +109,11 @@ def cubin(file: str, constants: Mapping[str, int | None], architecture: str, hea
             [name.encode() for name in texts],
         )
     )
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", "-lineinfo"]
-    options += [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in constants.items()]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     if int(status) != 0:
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise CudaUnavailable(f"{file} does not compile for {architecture}:\n{log.decode().strip()}")
+        raise CudaUnavailable(f"{file} does not compile with {' '.join(options)}:\n{log.decode().strip()}")
     code: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
     _checked(nvrtc.nvrtcGetCUBIN(program, code))
     return code

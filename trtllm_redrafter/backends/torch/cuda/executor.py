@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -27,10 +28,11 @@ from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.redrafter.token_tree import Tree
 
 SWITCH = "TRTLLM_REDRAFTER_HOPPER_KERNELS"
-"""Environment variable that asks for these kernels: their steps were run on an H100, prompts through them not yet."""
+"""Environment variable; 0 leaves these kernels out."""
 
 _SMALLEST_SPAN = 256
 _PATH_STEP = 8
+_PIECE_STEP = 32  # kernels are compiled for lengths of prompts' pieces in such steps
 _PART_BYTES = 256 << 20
 """Partial results of attention that a piece of a prompt may take."""
 
@@ -46,8 +48,8 @@ class _Key:
 
 def cuda_unavailable(config: CheckpointConfig, weights: ModelWeights, max_nodes: int) -> str | None:
     """Why `CudaExecutor` cannot be used for a model on its GPU, or None."""
-    if os.environ.get(SWITCH) != "1":
-        return f"{SWITCH}=1 is not set"
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0"
     if torch.cuda.get_device_capability(weights.embedding.device)[0] != 9:
         return "the CUDA kernels are written for Hopper GPUs (compute capability 9.0)"
     if max_nodes > MAX_ROWS:
@@ -81,23 +83,36 @@ class CudaExecutor(TorchExecutor):
                 max_rows=MAX_ROWS, logits_rows=MAX_ROWS,
             )  # fmt: skip
             self._weights = self.model.weights
-            self._last = weights.embedding.new_zeros(1, config.hidden_size)
-            self._graphs: dict[_Key | None, CapturedGraph] = {}
+            self._last = weights.embedding.new_zeros(MAX_ROWS, config.hidden_size)
+            self._graphs: dict[_Key | int, CapturedGraph] = {}  # passes, and heads of so many rows
             self.pool = torch.cuda.graph_pool_handle()
 
     def prefill(self, slot: int, token_ids: Sequence[int]) -> PromptOutput:
+        return self.prefill_all([slot], [token_ids])[0]
+
+    @torch.no_grad()
+    def prefill_all(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[PromptOutput]:
+        """Short prompts share a pass."""
+        found = []
         with on_device(self._device):
-            self._last.copy_(self._chain(slot, token_ids)[-1][-1:])
-            self._replay(None, [0], lambda packed: self.model.launch_head(self._last, 1))
-            return PromptOutput(self._last[0].clone(), self.model.logits[0].clone())
+            for begin, end in _portions([len(prompt) for prompt in prompts]):
+                last = self._last_states(slots[begin:end], prompts[begin:end])
+                count = len(last)
+                self._last[:count].copy_(last)
+                rows = _round_up(count)
+                self._replay(rows, [0], partial(self._head, rows))
+                logits = self.model.logits[:count].clone()
+                found += [PromptOutput(*output) for output in zip(last, logits, strict=True)]
+        return found
 
     @torch.no_grad()
     def forward(self, slots: Sequence[int], bases: Sequence[int], trees: Sequence[Tree], *, logits: bool) -> TreeOutput:
-        end = max(bases) + max(len(tree) for tree in trees)
+        sizes = [len(tree) for tree in trees]
+        end = max(bases) + max(sizes)
         if end > self._capacity:  # a kernel would write into the next slot
             raise ValueError(f"a tree ends at position {end}, the cache at {self._capacity}")
         with on_device(self._device):
-            return _joined([self._pass(slots[a:b], bases[a:b], trees[a:b], logits) for a, b in _portions(trees)])
+            return _joined([self._pass(slots[a:b], bases[a:b], trees[a:b], logits) for a, b in _portions(sizes)])
 
     def close(self) -> None:
         self._graphs.clear()
@@ -118,24 +133,38 @@ class CudaExecutor(TorchExecutor):
         scores = model.logits[:count].clone() if logits else None
         return TreeOutput(model.hidden[:count].clone(), model.best[:count].clone(), scores)
 
+    def _head(self, rows: int, packed: Tensor) -> None:
+        del packed  # a graph of the head has no input of its own
+        self.model.launch_head(self._last, rows)
+
+    def _last_states(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """State [B, H] of each prompt's last token; one prompt, or several that fit a pass."""
+        if len(prompts) == 1:
+            return self._chain(slots[0], prompts[0])[-1][-1:]
+        ends = list(accumulate(len(prompt) for prompt in prompts))
+        return self._chains(slots, 0, prompts)[[end - 1 for end in ends]]
+
     @torch.no_grad()
     def _chain(self, slot: int, token_ids: Sequence[int]) -> list[Tensor]:
         """Hidden states [n, H] of a prompt, piece by piece."""
-        states, start, model = [], 0, self.model
+        states, start = [], 0
         while start < len(token_ids):
-            span = self.span(start)
-            tokens = list(token_ids[start : start + self._piece(span)])
-            count = len(tokens)
-            layout = Layout(padded(count), 1, padded(count), padded(count), chain=True)
-            tree = Tree(tokens, list(range(-1, count - 1)), list(range(count)))
-            values = layout.pack([slot], [start], [tree])
-            key = _Key(layout, span, head=False)
-            self._replay(key, values, partial(model.launch, layout=layout, span=span))
-            states.append(model.hidden[:count].clone())
-            start += count
+            piece = token_ids[start : start + self._piece(self.span(start))]
+            states.append(self._chains([slot], start, [piece]))
+            start += len(piece)
         return states
 
-    def _replay(self, key: _Key | None, values: list[int], launch: Callable[[Tensor], None]) -> None:
+    def _chains(self, slots: Sequence[int], start: int, pieces: Sequence[Sequence[int]]) -> Tensor:
+        """Hidden states [N, H] of pieces of prompts that begin at the position `start`, in one pass."""
+        count, longest = sum(map(len, pieces)), -(-max(map(len, pieces)) // _PIECE_STEP) * _PIECE_STEP
+        layout = Layout(padded(count), power_of_two(len(pieces)), longest, longest, chain=True)
+        trees = [Tree(list(piece), list(range(-1, len(piece) - 1)), list(range(len(piece)))) for piece in pieces]
+        key = _Key(layout, self.span(start), head=False)
+        values = layout.pack(slots, [start] * len(pieces), trees)
+        self._replay(key, values, partial(self.model.launch, layout=layout, span=key.span))
+        return self.model.hidden[:count].clone()
+
+    def _replay(self, key: _Key | int, values: list[int], launch: Callable[[Tensor], None]) -> None:
         """Run what `launch` queues on these integers, captured when the key first occurs."""
         graph = self._graphs.get(key)
         if graph is None:
@@ -179,15 +208,15 @@ def power_of_two(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
-def _portions(trees: Sequence[Tree]) -> list[tuple[int, int]]:
-    """Which trees go together, so that no pass has more than `MAX_ROWS` rows."""
+def _portions(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Which of so many rows each go together, so that no pass has more than `MAX_ROWS`; what has more is alone."""
     found, start, rows = [], 0, 0
-    for number, tree in enumerate(trees):
-        if rows + len(tree) > MAX_ROWS:
+    for number, size in enumerate(sizes):
+        if number > start and rows + size > MAX_ROWS:
             found.append((start, number))
             start, rows = number, 0
-        rows += len(tree)
-    return [*found, (start, len(trees))]
+        rows += size
+    return [*found, (start, len(sizes))]
 
 
 def _joined(outputs: Sequence[TreeOutput]) -> TreeOutput:

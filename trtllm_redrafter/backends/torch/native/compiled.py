@@ -2,6 +2,7 @@
 
     ~/.cache/trtllm-redrafter/native/kernels-KEY.so          KEY: hash of source, compiler, flags and processor
     ~/.cache/trtllm-redrafter/native/kernels-KEY.so.sha256   of the library, compared before it is loaded
+    ~/.cache/trtllm-redrafter/cuda/FILE-KEY.cubin            kernels for a GPU, and their .sha256 likewise
 
 Code is loaded from a file only if this user owns it and its directory and nobody else can write to either; a damaged
 file is compiled again. One process compiles at a time; what a killed one left is removed by the next.
@@ -51,8 +52,8 @@ class NativeUnavailable(Exception):
         )
 
 
-def cache_directory() -> Path:
-    """$XDG_CACHE_HOME if it is absolute (the specification has others ignored), else ~/.cache."""
+def cache_directory(name: str = "native") -> Path:
+    """Below $XDG_CACHE_HOME if it is absolute (the specification has others ignored), else ~/.cache."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or ".")
     if not root.is_absolute():
         try:
@@ -61,7 +62,7 @@ def cache_directory() -> Path:
             raise NativeUnavailable(f"there is no home directory: {error}", remedy="set HOME") from error
     if not root.is_absolute():
         raise NativeUnavailable(f"the home directory {str(root.parent)!r} is not absolute", remedy="set HOME")
-    return root / "trtllm-redrafter" / "native"
+    return root / "trtllm-redrafter" / name
 
 
 def find_compiler() -> str:
@@ -85,9 +86,9 @@ def distrust(path: Path) -> str | None:
     return None
 
 
-def check_cache() -> Path:
-    """The cache directory, made with mode 0700 if need be; refused where others own it or can write to it."""
-    folder = cache_directory()
+def check_cache(name: str = "native") -> Path:
+    """The cache directory `name`, made with mode 0700 if need be; refused where others own it or can write to it."""
+    folder = cache_directory(name)
     try:
         folder.parent.parent.mkdir(parents=True, exist_ok=True)
         for part in (folder.parent, folder):
@@ -123,13 +124,39 @@ def compiled_library() -> Path:
 
 def is_intact(library: Path) -> bool:
     """Is the library this user's own, and every byte as it was written?"""
-    record = _record(library)
+    return read_intact(library) is not None
+
+
+def read_intact(file: Path) -> bytes | None:
+    """A file's content if it is this user's own and every byte as it was written."""
+    record = _record(file)
     try:
-        if distrust(library) is not None or distrust(record) is not None:
-            return False
-        return record.read_text().strip() == hashlib.sha256(library.read_bytes()).hexdigest()
+        if distrust(file) is not None or distrust(record) is not None:
+            return None
+        content = file.read_bytes()
+        return content if record.read_text().strip() == hashlib.sha256(content).hexdigest() else None
     except (OSError, UnicodeDecodeError):
-        return False
+        return None
+
+
+def keep(file: Path, content: bytes) -> None:
+    """Write a file and its record, for `read_intact`. Raises OSError."""
+    work = file.parent / f"build-{os.getpid()}-{secrets.token_hex(4)}"
+    work.mkdir(mode=0o700)
+    try:
+        (work / file.name).write_bytes(content)
+        _move(work / file.name, file.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _move(built: Path, folder: Path) -> None:
+    """Into the cache, the record first: a file without a fitting one is never loaded."""
+    digest = _record(built)
+    digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest() + "\n")
+    for file in (digest, built):
+        file.chmod(0o600)
+        file.replace(folder / file.name)
 
 
 def _record(library: Path) -> Path:
@@ -170,21 +197,17 @@ def _processor() -> str:
 
 
 def _compile(compiler: str, target: Path) -> None:
-    """The record first: a library without a fitting one is never loaded."""
     work = target.parent / f"build-{os.getpid()}-{secrets.token_hex(4)}"
     work.mkdir(mode=0o700)
     try:
-        built, digest = work / target.name, work / _record(target).name
+        built = work / target.name
         command = [compiler, *FLAGS, str(SOURCES / "kernels.cpp"), "-o", str(built)]
         run = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_SECONDS, check=False, cwd=work)
         if run.returncode != 0:
             said = run.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
             remedy = "install a compiler with C++20 (GCC 11, Clang 14 or newer), or set CXX"
             raise NativeUnavailable(f"{compiler} failed: {said[0]}", remedy=remedy)
-        digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest() + "\n")
-        for file in (digest, built):
-            file.chmod(0o600)
-            file.replace(target.parent / file.name)
+        _move(built, target.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -116,6 +116,9 @@ class NativeExecutor:
         assert logits is not None
         return PromptOutput(hidden[-1], logits[-1])
 
+    def prefill_all(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[PromptOutput]:
+        return [self.prefill(slot, prompt) for slot, prompt in zip(slots, prompts, strict=True)]
+
     def hidden_states(self, slot: int, token_ids: Sequence[int]) -> Tensor:
         states = []
         for start in range(0, len(token_ids), PREFILL_CHUNK):
