@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtllm_redrafter.backends.base import BuildOptions
-from trtllm_redrafter.base_models.text_side import text_side
 from trtllm_redrafter.base_models.tokenizer import has_tokenizer, tokenizer_files, tokenizer_sha256
+from trtllm_redrafter.base_models.tokenizer_setup import tokenizer_setup
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import TOKENIZER_DIRECTORY
@@ -55,9 +55,9 @@ def build_text(options: BuildOptions, config: CheckpointConfig, manifest: Manife
         raise_together(InputError, problems, "the checkpoint's tokenizer is damaged", where=options.checkpoint)
     remedy = "pass the tokenizer of this model with --tokenizer" if given else "pass another one with --tokenizer"
     recorded = () if manifest is None else manifest.end_tokens
-    text = text_side(source, vocab_size=config.vocab_size, remedy=remedy, recorded=recorded)
+    text = tokenizer_setup(source, vocab_size=config.vocab_size, remedy=remedy, recorded=recorded)
     notes = list(text.notes)
-    known = None if manifest is None else manifest.derived.get("tokenizer_sha256")
+    known = None if manifest is None else manifest.tokenizer_sha256
     if given and source is not None and known is not None and known != tokenizer_sha256(source):
         notes.append(f"{source} is not the tokenizer the base model came with: check that the two agree")
     return BuildText(source, text.tokenizer is not None, text.end_token_ids, tuple(notes))

@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.base_models.text_side import text_side
 from trtllm_redrafter.base_models.tokenizer import load_tokenizer
+from trtllm_redrafter.base_models.tokenizer_setup import tokenizer_setup
 from trtllm_redrafter.checkpoint.names import TOKENIZER_DIRECTORY
 from trtllm_redrafter.errors import RequestError
 from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_prompt
@@ -70,6 +70,6 @@ def engine_text(engine: Path, *, vocab_size: int, recorded: object) -> tuple[Eng
     `recorded` is what the engine's own config keeps of them.
     """
     folder = engine / TOKENIZER_DIRECTORY
-    text = text_side(folder, vocab_size=vocab_size, remedy=REMEDY, recorded=recorded)
+    text = tokenizer_setup(folder, vocab_size=vocab_size, remedy=REMEDY, recorded=recorded)
     tokenizer = None if text.tokenizer is None else EngineTokenizer(folder, text.tokenizer)
     return tokenizer, frozenset(text.end_token_ids)

@@ -367,7 +367,7 @@ class TorchRunner(Runner):
 def _draw(batch: list[_Sequence], trees: list[Tree], output: TreeOutput, settings: SamplingSettings) -> list[int]:
     """The base model's own next token at every node, drawn with the uniform of its output position.
 
-    This and the walk are the `exact` rule of `redrafter.verification`, without padding.
+    This and the walk are the `exact` rule of `redrafter.reference`, without padding.
     """
     if output.logits is None:
         return output.best.tolist()
