@@ -14,6 +14,8 @@ release does not report iterations, a response longer than a step can be gives i
 
 from __future__ import annotations
 
+from typing import Any
+
 from trtllm_redrafter.backends.base import Result
 from trtllm_redrafter.backends.tensorrt_llm.client import Event
 
@@ -64,3 +66,10 @@ class StepCounter:
         self._result.steps, self._result.accepted_tokens = steps, accepted
         self._result.drafted_tokens = drafted if steps else 0
         self._result.accepted_per_position = []
+
+
+def drafted_tokens(holder: Any) -> int | None:
+    """Drafted tokens as the release counts them; not every release does."""
+    metrics = getattr(holder, "request_perf_metrics", None)
+    counts = getattr(metrics, "speculative_decoding", None)
+    return int(getattr(counts, "total_draft_tokens", None) or 0) or None

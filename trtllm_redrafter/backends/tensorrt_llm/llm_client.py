@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
-from trtllm_redrafter.backends.tensorrt_llm.library import drafted_tokens, import_library, load_error
+from trtllm_redrafter.backends.tensorrt_llm.counting import drafted_tokens
+from trtllm_redrafter.backends.tensorrt_llm.failures import import_library, load_error
 from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions
 from trtllm_redrafter.errors import BackendError
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import read_engine
 from trtllm_redrafter.backends.tensorrt_llm.executor_client import BINDINGS
-from trtllm_redrafter.backends.tensorrt_llm.library import import_library, run_error
+from trtllm_redrafter.backends.tensorrt_llm.failures import import_library, run_error
 from trtllm_redrafter.errors import BackendError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Re
 from trtllm_redrafter.backends.running import RunningRequest
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, EngineClient, Event
 from trtllm_redrafter.backends.tensorrt_llm.counting import StepCounter
-from trtllm_redrafter.backends.tensorrt_llm.failures import explain
+from trtllm_redrafter.backends.tensorrt_llm.failures import DOCTOR, explained
 from trtllm_redrafter.backends.tensorrt_llm.requests import client_request, request_problems
 from trtllm_redrafter.backends.text import TextStream
 from trtllm_redrafter.backends.tokenizer import EngineTokenizer
@@ -27,7 +27,6 @@ _STEP_SECONDS = 1.0
 SILENCE_SECONDS = 600.0
 """Far longer than any step or prompt takes: by then some request must have received tokens."""
 
-_DOCTOR = "run `trtllm-redrafter doctor`, and see with `nvidia-smi` what its processes do"
 _FINISH = {"end_id": FinishReason.STOP, "stop_words": FinishReason.STOP, "cancelled": FinishReason.CANCELLED}
 
 
@@ -130,7 +129,8 @@ class TensorRTRunner(Runner):
         elif now - self._heard > SILENCE_SECONDS:
             what = f"the engine has not answered for {SILENCE_SECONDS:.0f} seconds"
             why = f"{len(self._active)} request(s) are running; a rank may have been killed, or wait for another one"
-            raise BackendError(what, where=self.info.path, why=why, remedy="load it again; " + _DOCTOR)
+            remedy = f"load it again; {DOCTOR}, and see with `nvidia-smi` what its processes do"
+            raise BackendError(what, where=self.info.path, why=why, remedy=remedy)
 
     def _apply(self, active: _Active, event: Event) -> Update:
         if event.error is not None:
@@ -169,10 +169,5 @@ def _with_end(sent: ClientRequest, event: Event) -> tuple[int, ...]:
 
 
 def _refusal(kind: type[RedrafterError], request_id: str, message: str) -> RedrafterError:
-    known = explain(message)
-    return kind(
-        "TensorRT-LLM refused the request" if known is None else known.what,
-        where=request_id,
-        why=message[:500],
-        remedy="see the message; `trtllm-redrafter doctor` checks the machine" if known is None else known.remedy,
-    )
+    remedy = "see the message; `trtllm-redrafter doctor` checks the machine"
+    return explained("TensorRT-LLM refused the request", message, remedy, where=request_id, kind=kind)

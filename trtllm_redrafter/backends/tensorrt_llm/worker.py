@@ -19,7 +19,7 @@ from typing import IO, Any, NoReturn, Protocol
 
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, EngineClient
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import EngineDirectory, read_engine
-from trtllm_redrafter.backends.tensorrt_llm.library import run_error
+from trtllm_redrafter.backends.tensorrt_llm.failures import run_error
 from trtllm_redrafter.errors import RedrafterError
 
 _POLL_SECONDS = 0.02

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import BuildOptions
-from trtllm_redrafter.backends.build_text import BuildText, build_text
 from trtllm_redrafter.backends.engine_config import TORCH, TORCH_ENGINE_FORMAT
+from trtllm_redrafter.backends.tokenizer import BuildText, build_text
 from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
 from trtllm_redrafter.backends.torch.native.library import load_library
 from trtllm_redrafter.backends.torch.rope import SUPPORTED_SCALINGS, scaling_kind
@@ -120,7 +120,7 @@ def plan_build(options: BuildOptions) -> TorchBuildPlan:
     raise_together(MismatchError, _problems(checkpoint, options), "the engine cannot be built")
     check_replaceable(options.output, overwrite=options.overwrite)
     check_place(options.output, _bytes_to_write(checkpoint, options.output))
-    text = build_text(options, checkpoint.config, checkpoint.manifest)
+    text = build_text(options.tokenizer, checkpoint)
     executor, reason, note = _executor(checkpoint.config)
     return TorchBuildPlan(options, checkpoint, text, executor, reason, note)
 

@@ -1,4 +1,4 @@
-// What Python and C++ pass each other; library.py holds the same structures for ctypes.
+// What Python and C++ pass each other; interface.py has the same structures for ctypes.
 //
 // Every function returns null, or a message that says what is wrong with its arguments: nothing has been computed then.
 // Tensors travel with their number of elements, which must be what the sizes ask for, so that an array that is too
