@@ -1,4 +1,4 @@
-"""Requests and results, the same for every backend, and what keeps a request from running on an engine.
+"""Requests and results, the same for every backend, and why an engine may refuse one.
 
 Request(token_ids, SamplingParams(max_tokens=64))  ->  Update, Update, ... , the last one with its Result
 """
@@ -34,7 +34,7 @@ class Request:
     sampling: SamplingParams
     request_id: str | None = None
     draft: bool = True
-    """False decodes this request autoregressively, through the same code with an empty tree."""
+    """False: decode this request autoregressively, by the same code with trees of one node."""
 
 
 def acceptance_length(steps: int, accepted_tokens: int) -> float | None:
@@ -105,7 +105,7 @@ class Result(SpecDecodingStats):
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     error: RedrafterError | None = None
-    """Why the request ended early (`FinishReason.ERROR`); tokens and text are those from before."""
+    """Why the request ended early (`FinishReason.ERROR`); tokens and text are what was written until then."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -149,7 +149,7 @@ class Update:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What callers need to know of a loaded engine."""
+    """What callers need to know about a loaded engine."""
 
     path: Path
     backend: str
@@ -164,7 +164,7 @@ class EngineInfo:
 
 
 def limit_problems(request: Request, info: EngineInfo, *, has_tokenizer: bool) -> list[Problem]:
-    """Values out of range, and everything that exceeds the engine; found before any work."""
+    """Values that are out of range or exceed the engine's limits, found before any work."""
     count, sampling = len(request.token_ids), request.sampling
     found = sampling.problems()
     if count == 0:

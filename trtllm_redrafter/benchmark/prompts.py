@@ -110,7 +110,7 @@ def _items_of(runner: Runner, bench: BenchPrompt, max_tokens: int, template_kwar
         ids = _encode(runner, prompt, template_kwargs)
         most = min(runner.info.max_input_len, runner.info.max_seq_len - max_tokens)
         if len(ids) > most:
-            raise _TooLong(f"{len(ids)} tokens, the engine has room for {most} beside {max_tokens} written ones")
+            raise _TooLong(f"{len(ids)} tokens, the engine takes {most} with an answer of {max_tokens}")
         name = bench.prompt_id if not bench.prompt.later else f"{bench.prompt_id}{_TURN}{number}"
         items.append(Item(name, bench.category, ids))
         if not later:

@@ -181,7 +181,7 @@ def time_steps(
             ratios.append(statistics.fmean(times[True]) / statistics.fmean(times[False]))
     if len(ratios) < 2:
         raise UsageError(
-            f"there is no room to time {shape_name(shape)} at batch {batch}",
+            f"the engine is too small to time {shape_name(shape)} at batch {batch}",
             where=runner.info.path,
             remedy="build with a larger --max-seq-len, or use shorter prompts",
         )

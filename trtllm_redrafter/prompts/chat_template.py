@@ -24,7 +24,7 @@ MAX_SECONDS = 5.0
 
 MAX_TEMPLATE_CHARACTERS = 2**20
 STRIKES = 3
-"""Number of conversations that may hit the time limit before the template is given up."""
+"""Number of conversations that may hit the time limit before the template is not tried again."""
 
 _REPAIR = "correct the chat template beside the tokenizer, or give the prompt as plain text (--no-chat)"
 _ARGUMENTS = "give roles in the order the model was trained on, and check chat_template_kwargs"

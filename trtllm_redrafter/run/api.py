@@ -7,8 +7,8 @@
     with load_engine("engine") as engine:
         print(engine.generate(["What is a tree?"], max_tokens=64)[0].text)
 
-Options are the keys of the recipe's sections and have the same defaults, which None stands for. What is wrong with a
-value or a name is said as for a recipe. Errors are `RedrafterError`s.
+Options are the keys of the recipe's sections, with the same defaults (also for None) and the same checks. Errors are
+`RedrafterError`s.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Engine:
 
         `sampling` takes the fields of `SamplingParams`, as max_tokens or temperature; the others are the recipe's
         defaults. `chat_template_kwargs` are arguments of the chat template, as {"enable_thinking": False}.
-        A prompt that is refused keeps all from running, and nothing queued.
+        If any prompt is refused, none is run.
         """
         return self.runner.generate([self._request(p, draft, chat, chat_template_kwargs, sampling) for p in prompts])
 

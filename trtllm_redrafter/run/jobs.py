@@ -1,7 +1,7 @@
 """Prompts as jobs: from a list, or from a JSONL file line by line; and what finished jobs amount to.
 
-One bad line must not cost the night's other ten thousand: it becomes a job with an error, which names its line and
-what is wrong with it, and the rest run.
+One bad line must not cost ten thousand others: it becomes a job with an error, which names the line and what is wrong
+with it, and the rest run.
 
     {"prompt": "Why is the sky blue?", "max_tokens": 64}
     {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.7, "seed": 1}
@@ -40,7 +40,7 @@ class Job:
     error: RedrafterError | None = None
 
     def failed(self, error: RedrafterError) -> Job:
-        """This job, with the error at its place."""
+        """This job with an error that names its source."""
         self.error = error.at(self.where)
         return self
 
@@ -54,7 +54,7 @@ class Job:
 
 
 def prompt_jobs(prompts: Sequence[str], defaults: Job) -> list[Job]:
-    """Jobs of texts; `defaults` is what each gets beside its text."""
+    """Jobs of texts; everything but the text comes from `defaults`."""
     return [
         replace(defaults, job_id=f"prompt-{i}", where=f"prompt {i}", prompt=replace(defaults.prompt, content=text))
         for i, text in enumerate(prompts, start=1)
@@ -62,7 +62,7 @@ def prompt_jobs(prompts: Sequence[str], defaults: Job) -> list[Job]:
 
 
 def read_jobs(path: Path, defaults: Job) -> Iterator[Job]:
-    """Jobs of a JSON Lines file or stream, line by line; a line that is none becomes a job with its error."""
+    """Jobs of a JSON Lines file or stream, line by line; a line that is unusable becomes a job with its error."""
 
     def line_job(number: int) -> Job:
         return replace(defaults, job_id=f"line-{number}", where=f"{path}, line {number}")
@@ -75,7 +75,7 @@ def read_jobs(path: Path, defaults: Job) -> Iterator[Job]:
 
 
 def _with_values(job: Job, values: Mapping[str, Any]) -> Job:
-    """What a line says goes before the defaults."""
+    """The job with a line's values, which override the defaults."""
     prompt = parse_prompt(values)
     if prompt.later:
         remedy = "give each turn a line of its own, or use `bench`, which asks one after the other"

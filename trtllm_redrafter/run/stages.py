@@ -139,7 +139,7 @@ def run_pipeline(plan: PipelinePlan, progress: Progress) -> Iterator[StagePlan]:
 
 
 def begin_run(plan: PipelinePlan, stage: StagePlan) -> None:
-    """Remember whose results are about to be written, so that they can be gone on with after a kill."""
+    """Remember whose results are about to be written, so that they can be continued after a kill."""
     if stage.output is not None and stage.fingerprint is not None:
         plan.records.begin(stage.name, stage.fingerprint, stage.output)
 
@@ -232,6 +232,6 @@ def _check_run(resolved: Resolved) -> None:
         raise UsageError(what, remedy="set `drafter`, or leave them out")
     if recipe.run.max_tokens >= (recipe.build.max_seq_len or 0):
         what = (
-            f"run.max_tokens {recipe.run.max_tokens} leaves no room for a prompt in {recipe.build.max_seq_len} tokens"
+            f"run.max_tokens {recipe.run.max_tokens} leaves no space for a prompt in {recipe.build.max_seq_len} tokens"
         )
         raise UsageError(what, remedy="lower run.max_tokens, or raise build.max_seq_len")

@@ -1,4 +1,4 @@
-"""How many tokens a step will bring, without decoding: acceptance measured along recorded trajectories.
+"""How many tokens a step will emit, without decoding: acceptance measured along recorded trajectories.
 
 Under greedy decoding the base model writes the same text whatever the drafter proposes. So each prompt is decoded
 once, its hidden states and tokens kept (as `TrainingRows`), and the drafter then proposes from every row in large

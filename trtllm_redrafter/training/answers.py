@@ -1,9 +1,9 @@
 """Let the base model write the answers it will be drafted for, as lines on disk that survive an interruption.
 
 A drafter predicts one model's habits, so that model's own answers are the best text to learn from. Answers are
-appended to a JSON-lines file batch by batch; a later call with the same prompts and options goes on behind the last
-complete line. Who writes is an interface: transformers, or a backend's runner, such as that of an engine of the base
-model that is made for the occasion and thrown away.
+appended to a JSON-lines file batch by batch; a later call with the same prompts and options continues after the last
+complete line. `AnswerWriter` is an interface: transformers, or a backend's runner, such as that of a temporary engine
+of the base model.
 
     answers = write_answers(prompts, TransformersWriter(base), options, Path("work/answers.jsonl"), no_progress)
     with engine_writer(base, work_dir, ...) as writer:
@@ -60,7 +60,7 @@ class AnswerWriter(Protocol):
 
 
 class _FiniteLogits:
-    """A logits processor that notices rows without a number to choose by; it asks the device when all is written."""
+    """A logits processor that notices rows without finite logits; it asks the device once, when all is written."""
 
     def __init__(self, base: FrozenBase) -> None:
         self._base = base
@@ -103,7 +103,7 @@ class TransformersWriter:
 
 
 class RunnerWriter:
-    """Answers through a backend's engine; several times faster where one is at hand."""
+    """Answers through a backend's engine, several times faster."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -124,7 +124,7 @@ def engine_writer(
     base: Path, work_dir: Path, *, dtype: str, device: str, batch: int, max_prompt: int, max_tokens: int,
     progress: Progress,
 ) -> Iterator[RunnerWriter]:  # fmt: skip
-    """A writer whose engine lies in `work_dir` for as long as the block lasts.
+    """A writer with an engine in `work_dir` that is removed at the end of the block.
 
     The engine writes `batch` answers at once, to prompts of up to `max_prompt` tokens, `max_tokens` with the answer.
     """
@@ -143,7 +143,7 @@ def engine_writer(
 
 
 def until_end(tokens: Sequence[int], eos: Sequence[int]) -> list[int]:
-    """Tokens up to the first end token, it included."""
+    """Tokens up to and including the first end token."""
     for i, token in enumerate(tokens):
         if token in eos:
             return list(tokens[: i + 1])
@@ -175,7 +175,7 @@ def write_answers(
 
 
 def answers_key(prompts: Sequence[Sequence[int]], options: WritingOptions) -> str:
-    """Changes when prompts or options do; `batch` does not decide what is written in greedy mode, but may else."""
+    """Changes when prompts or options do; of the options, `batch` matters only if answers are sampled."""
     content = json.dumps([[list(p) for p in prompts], asdict(options)])
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -185,7 +185,7 @@ def _line(content: object) -> bytes:
 
 
 def _read_answers(path: Path, key: str) -> tuple[list[list[int]], int]:
-    """Complete answers of this very run, and how many bytes of the file they take; ([], 0) to begin anew."""
+    """Complete answers of this run, and how many bytes of the file they take; ([], 0) to start over."""
     if not path.exists():
         return [], 0
     answers: list[list[int]] = []

@@ -5,8 +5,8 @@ A directory with three plain arrays, one row per learnt token, and a manifest wi
     hidden.bin    [N, H] in the base model's dtype     tokens.bin [N] int32     document.bin [N] int32
 
 Soft targets need no space of their own: the base's whole distribution is its head times the cached state. A cache is
-used only if it was made from these very texts by this very model and every byte is as it was written; otherwise it is
-made again, and the reason is told.
+used only if it was made from these texts by this model and every byte is as it was written; otherwise it is made again,
+and the reason is reported.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ARRAYS = ("hidden.bin", "tokens.bin", "document.bin")
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a cache will hold and take; known from the texts alone."""
+    """What a cache will hold and how large it will be; known from the texts alone."""
 
     rows: int
     documents: int
@@ -160,7 +160,7 @@ def _build(
 def _fill(
     rows: TrainingRows, texts: Sequence[TokenizedText], base: FrozenBase, batch_tokens: int, progress: Progress
 ) -> None:
-    """Run the base over texts of like length together; each text's rows go to their own place."""
+    """Run the base over texts of similar length together; each text's rows go to their own place."""
     first_row, first_document, row, document = [], [], 0, 0
     for text in texts:
         first_row.append(row)

@@ -7,7 +7,7 @@ Three kinds of lines, one kind per file (chats in any form that `prompts.message
     {"prompt": "Why is the sky blue?", "category": "science"}        the base model writes the answer
 
 Of a chat only the assistant's tokens are learnt, end token included; of plain text everything but the first token.
-What is wrong with a file is reported line by line, all of it together.
+Everything that is wrong with a file is reported together, line by line.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def read_texts(
     eos: Sequence[int],
     template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[TokenizedText]:
-    """Chats or plain texts; what is longer than `max_tokens` is cut there."""
+    """Chats or plain texts, cut after `max_tokens`."""
     template, ends = ChatTemplate.of(tokenizer), frozenset(eos)
 
     def texts(number: int, values: Mapping[str, Any]) -> list[TokenizedText]:

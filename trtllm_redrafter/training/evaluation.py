@@ -1,4 +1,4 @@
-"""Will this drafter pay? Acceptance for every setting of a grid, before any conversion or GPU is paid for.
+"""Is this drafter worth it? Acceptance for every setting of a grid, before anything is converted or a GPU is rented.
 
 Each prompt is decoded once, greedily, by the base model; the drafter then proposes along the recorded texts (see
 `acceptance.py` for why that is exact).
@@ -56,14 +56,14 @@ class EvaluateOptions:
         return fill(WritingOptions, self.settings, temperature=0.0, seed=0)
 
     def check(self) -> None:
-        """Raise `UsageError` with everything that cannot be meant."""
+        """Raise `UsageError` with everything that is contradictory or out of range."""
         found = [problem for shape in self.grid for problem in shape.problems()] + self.writing.problems()
         raise_together(UsageError, [*found, *dtype_problems(self.dtype)], "the evaluation cannot start")
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What was measured. `compute`, `render` and `write` are apart."""
+    """What was measured."""
 
     options: EvaluateOptions
     texts: int
@@ -181,7 +181,7 @@ def record(base: FrozenBase, texts: Sequence[TokenizedText], batch_tokens: int, 
 
 
 def draft_vocab(drafter: Path) -> torch.Tensor | None:
-    """The token ids that the drafter directory wants drafts to be taken from, if it has such a list."""
+    """The token ids that drafts should be taken from, if the drafter directory has such a list."""
     path = drafter / DRAFT_VOCAB_FILE
     if not path.exists():
         return None
@@ -192,7 +192,7 @@ def draft_vocab(drafter: Path) -> torch.Tensor | None:
 
 
 def check_fits(drafter: TrainableDrafter, options: EvaluateOptions) -> None:
-    """The drafter was trained for a base of these sizes, and for drafts this long."""
+    """`UsageError` if the drafter was trained for a base of other sizes, or for shorter drafts."""
     base, config = base_identity(options.base), drafter.spec.config
     found = []
     for name, theirs, ours in (

@@ -1,4 +1,4 @@
-"""The base model as training sees it: hidden states of given tokens, its two matrices, and who it is.
+"""The base model as training sees it: hidden states of given tokens, its two matrices, and its identity.
 
 It runs through transformers, in the dtype its checkpoint has or another, and is never trained. Batches are padded on
 the right and need no mask: in a causal model nothing before the padding can see it. (Masks made from `token != pad`
@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def dtype_problems(dtype: str) -> list[Problem]:
-    """A base model's config.json may name one that nothing here computes in."""
+    """A base model's config.json may name a dtype that is not supported here."""
     return [] if dtype in DTYPES else [Problem(f"dtype is {dtype!r}", remedy=f"use one of {', '.join(DTYPES)}")]
 
 

@@ -82,7 +82,7 @@ class TrainOptions:
         )
 
     def check(self) -> None:
-        """Raise `UsageError` with everything that cannot be meant."""
+        """Raise `UsageError` with everything that is contradictory or out of range."""
         chosen = self.settings
         found = [*self.fit.problems(), *self.writing.problems()]
         if chosen.epochs is not None and chosen.max_steps is not None:
@@ -110,7 +110,7 @@ class TrainPlan:
 
     @property
     def parameters(self) -> int:
-        """Trained parameters; a borrowed head is not among them."""
+        """Number of trained parameters, without a borrowed head."""
         shapes = dict(self.spec.config.parameter_shapes())
         del shapes["lm_head.weight"]
         count = sum(math.prod(shape) for shape in shapes.values())

@@ -1,9 +1,9 @@
 """The training loop: AdamW over windows of cached rows; the base model itself never runs here.
 
-Everything a step does follows from (options, step): which windows, which learning rate. So a resumed run repeats the
+What a step does depends on (options, step) alone: which windows, which learning rate. So a resumed run repeats the
 interrupted one exactly, losses included, and only the weights and AdamW's two moments are kept in between (as
 safetensors; no pickles). Under `torchrun` every process takes its share of a step's windows and the gradients are
-averaged; with one process nothing of that exists.
+averaged; a single process does none of that.
 
     trainer = Trainer(model, rows, BaseTensors(embedding, head, loss_vocab), options)
     trainer.run(log, progress)                  # learning rates are options.rate_at(step)
@@ -162,7 +162,7 @@ class Trainer:
                 progress("train", self.step, self.options.max_steps, "steps")
 
     def _check(self, loss: float, norm: float) -> None:
-        """Numbers that are read for the log anyway. Steps are logged before they are saved: no broken state is kept."""
+        """`NumericalError` if a logged number is not finite. Logging comes before saving: no broken state is kept."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NumericalError(
                 f"training diverged: at step {self.step} the loss is {loss:g}, its gradient's norm {norm:g}",
@@ -259,7 +259,7 @@ class Trainer:
         return [repr(self.model.spec), repr(self.options), f"{len(self.rows)} rows, {self.world} processes"]
 
     def load(self, path: Path) -> None:
-        """Go on where `save` was called; everything must be the same, or the rest would be another run."""
+        """Continue where `save` was called; everything must be the same, or the rest would be another run."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()

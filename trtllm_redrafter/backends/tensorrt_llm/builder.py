@@ -80,7 +80,7 @@ def _keep(cache: EngineCache, identity: BuildIdentity, work: Path, seconds: floa
 
 
 def _model_name(plan: TensorRTPlan, host: BuildHost) -> str:
-    """Whose build time to compare with."""
+    """The name under which build times are remembered."""
     return f"{plan.config.parameters_hint} x {plan.config.tp_size} on {host.gpu.name}"
 
 

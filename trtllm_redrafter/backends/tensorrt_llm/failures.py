@@ -175,7 +175,7 @@ def import_library(module: str) -> Any:
 
 
 def load_error(engine: Path, error: Exception, remedy: str) -> BackendError:
-    """What to raise when the engine did not load; `remedy` is for messages that nobody knows."""
+    """What to raise when the engine did not load; `remedy` is for messages that are not in the table."""
     return explained("the engine cannot be loaded", _text(error), remedy, where=engine, kind=BackendError)
 
 

@@ -44,7 +44,7 @@ def load_runner(
 
 
 def _client(engine: EngineDirectory, api: Api, device: int | None, kv_cache_tokens: int | None) -> EngineClient:
-    """In this process where that needs no process by MPI: the bindings on one GPU."""
+    """In this process only if that starts none by MPI: the bindings on one GPU."""
     if api == "executor" and engine.world_size == 1:
         return ExecutorClient(
             engine.path,

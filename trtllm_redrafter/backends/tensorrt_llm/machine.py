@@ -85,7 +85,7 @@ def _visible(gpus: list[FoundGpu], chosen: str | None) -> list[FoundGpu]:
 
 
 def _parse(line: str) -> FoundGpu | None:
-    """`NVIDIA H100 80GB HBM3, 81559, 81000, 9.0, 580.82.07`; MiB. Lines in another form are no GPU we know."""
+    """`NVIDIA H100 80GB HBM3, 81559, 81000, 9.0, 580.82.07`; MiB. Lines in another form are ignored."""
     parts = [part.strip() for part in line.split(",")]
     try:
         name, total, free, capability, driver = parts

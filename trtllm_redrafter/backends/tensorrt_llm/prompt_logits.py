@@ -1,4 +1,4 @@
-"""Logits of an engine of TensorRT-LLM, at the ends of prompts: all that an engine with a drafter shows.
+"""Logits of an engine of TensorRT-LLM, at the ends of prompts: all that an engine with a drafter exposes.
 
 With ReDrafter, context logits cannot be built in and generation logits are refused while drafts are verified. The
 prompt's pass however hands its last row on as the first of the generation logits, whatever the decoding mode (read in

@@ -32,7 +32,7 @@ _FINISH = {"end_id": FinishReason.STOP, "stop_words": FinishReason.STOP, "cancel
 
 @dataclass
 class _Active(RunningRequest):
-    """A request at the executor. `first`: when its first token came."""
+    """A request that TensorRT-LLM is executing. `first`: when its first token came."""
 
     sent: ClientRequest
     counter: StepCounter
@@ -142,7 +142,7 @@ class TensorRTRunner(Runner):
         taken, reason = active.add(tokens, self._eos)
         active.counter.add(event, emitted=len(tokens), taken=taken)
         if reason is not None and not event.final:
-            self._client.cancel(active.number)  # a stop string: the executor does not know of it
+            self._client.cancel(active.number)  # a stop string, which the executor was not told
         elif reason is None and event.final:
             reason = _FINISH.get(event.finish or "length", FinishReason.LENGTH)
         if active.first is not None:
@@ -160,7 +160,7 @@ class TensorRTRunner(Runner):
 def _with_end(sent: ClientRequest, event: Event) -> tuple[int, ...]:
     """The event's tokens and the end token. ReDrafter's decoder cuts that one off and keeps stop words; others keep it.
 
-    With it in both cases, texts, token ids and statistics do not depend on who decoded.
+    With it in both cases, texts, token ids and statistics do not depend on the decoder.
     """
     end = sent.end_id
     if event.finish == "end_id" and end is not None and end not in event.token_ids:

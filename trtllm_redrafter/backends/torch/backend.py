@@ -244,7 +244,7 @@ def _device(name: str) -> torch.device:
 def _make_executor(
     config: CheckpointConfig, weights: ModelWeights, limits: Limits, shape: DraftShape | None
 ) -> tuple[ModelExecutor, str | None]:
-    """The kernels where they serve, else PyTorch, which says why it was taken; and what to tell the user about it."""
+    """The kernels if they can be used, else PyTorch with the reason; and what to tell the user about it."""
     batch, tree = limits.max_batch_size, 1 if shape is None else shape.max_tree_tokens
     capacity = limits.max_seq_len + tree
     needed = kv_cache_bytes(config, batch, capacity)

@@ -126,16 +126,16 @@ def plan_build(options: BuildOptions) -> TorchBuildPlan:
 
 
 def _bytes_to_write(checkpoint: Checkpoint, output: Path) -> int:
-    """Nothing to speak of where the weights are hard-linked: on the checkpoint's own disk."""
+    """Bytes to write for the weights: 0 on the checkpoint's own disk, where they are hard-linked."""
     if existing_parent(output).stat().st_dev == checkpoint.path.stat().st_dev:
         return 0
     return sum(file.size for file in checkpoint.ranks)
 
 
 def _executor(config: CheckpointConfig) -> tuple[str, str | None, str | None]:
-    """Which executor serves on this machine, why not the faster one, and what to tell the user about it.
+    """Which executor will be used on this machine, why not the faster one, and what to tell the user about it.
 
-    Compiles the kernels where they serve.
+    Compiles the kernels if they are used.
     """
     if config.dtype != "bfloat16":
         return "PyTorch", f"the native kernels compute bfloat16, not {config.dtype}", None
