@@ -232,6 +232,6 @@ def _check_run(resolved: Resolved) -> None:
         raise UsageError(what, remedy="set `drafter`, or leave them out")
     if recipe.run.max_tokens >= (recipe.build.max_seq_len or 0):
         what = (
-            f"run.max_tokens {recipe.run.max_tokens} leaves no space for a prompt in {recipe.build.max_seq_len} tokens"
+            f"run.max_tokens {recipe.run.max_tokens} leaves no room for a prompt in {recipe.build.max_seq_len} tokens"
         )
         raise UsageError(what, remedy="lower run.max_tokens, or raise build.max_seq_len")
