@@ -9,17 +9,16 @@ import datetime
 import os
 import platform
 import resource
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import EngineInfo
 from trtllm_redrafter.backends.engine_config import read_engine_config
+from trtllm_redrafter.backends.tensorrt_llm.machine import installed_version, query_gpus
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.planning.gpus import gpu_by_driver_name
 from trtllm_redrafter.planning.sizes import weight_bytes
@@ -99,17 +98,8 @@ def clocks(info: EngineInfo) -> dict[str, Any]:
 
 def gpu_clocks() -> list[dict[str, str]]:
     """Current MHz of each GPU's cores and memory, and the cores' maximum; [] if the driver does not report them."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
     names = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "clocks.max.sm": "max_sm_mhz"}
-    command = [program, f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    lines = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
-    return [dict(zip(names.values(), line, strict=True)) for line in lines if len(line) == len(names)]
+    return [dict(zip(names.values(), values, strict=True)) for values in query_gpus(*names)]
 
 
 def _load() -> float | None:
@@ -118,13 +108,7 @@ def _load() -> float | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {name: found for name in _PACKAGES if (found := installed_version(name)) is not None}
 
 
 def _commit() -> str | None:

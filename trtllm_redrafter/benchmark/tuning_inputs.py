@@ -37,7 +37,7 @@ from trtllm_redrafter.errors import UsageError
 from trtllm_redrafter.planning.gpus import Gpu
 from trtllm_redrafter.planning.latency import Assumptions, latency_plan
 from trtllm_redrafter.progress import Progress
-from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_any
+from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_prompt
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid
 from trtllm_redrafter.training.answers import TransformersWriter, WritingOptions
@@ -95,8 +95,8 @@ def transformers_texts(
     """The same without an engine. Of several turns, only the first is answered."""
     tokenizer = load_tokenizer(base.path)
     template = ChatTemplate.of(tokenizer)
-    asked = [replace(p.prompt, template_kwargs={**template_kwargs, **p.prompt.template_kwargs}) for p in prompts]
-    ids = [encode_any(tokenizer, template, prompt) for prompt in asked]
+    asked = [p.prompt.with_template_kwargs(template_kwargs) for p in prompts]
+    ids = [encode_prompt(tokenizer, template, p.for_model(has_template=template is not None)) for p in asked]
     writer, parts, tokens = TransformersWriter(base), [], 0
     options = WritingOptions(max_tokens, 0.0, 0, batch)
     for first in range(0, len(ids), batch):

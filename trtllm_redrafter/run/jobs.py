@@ -81,11 +81,11 @@ def _with_values(job: Job, values: Mapping[str, Any]) -> Job:
         remedy = "give each turn a line of its own, or use `bench`, which asks one after the other"
         raise InputError("`turns` has several turns", remedy=remedy)
     chat = job.prompt.chat if prompt.chat is None else prompt.chat
-    template_kwargs = {**job.prompt.template_kwargs, **prompt.template_kwargs}
+    prompt = replace(prompt, chat=chat).with_template_kwargs(job.prompt.template_kwargs)
     return replace(
         job,
         job_id=own_id(values) or job.job_id,
-        prompt=replace(prompt, chat=chat, template_kwargs=template_kwargs),
+        prompt=prompt,
         sampling=replace(job.sampling, **sampling_values(values)),
         draft=_flag(values, "draft", job.draft),
     )

@@ -112,7 +112,7 @@ def accepted_everywhere(
             finite = beams.finite
         found.append(torch.stack(lengths).cpu())
         if not bool(finite.all()):
-            raise not_finite("the drafter's scores", str(context.dtype).removeprefix("torch."), where="drafter")
+            raise not_finite("the drafter's scores", context.dtype, where="drafter")
         progress(f"draft with {shape.num_beams} beams", start + len(index), len(rows), "positions")
     return torch.cat(found, dim=1)
 

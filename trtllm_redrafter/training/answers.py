@@ -30,7 +30,7 @@ from trtllm_redrafter.conversion import ConvertOptions, convert, plan_conversion
 from trtllm_redrafter.errors import InputError, Problem, not_finite
 from trtllm_redrafter.fsio import as_output_error, made_parents
 from trtllm_redrafter.progress import Progress
-from trtllm_redrafter.training.frozen_base import FrozenBase, dtype_name
+from trtllm_redrafter.training.frozen_base import FrozenBase
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class _FiniteLogits:
 
     def check(self) -> None:
         if bool(self._broken):
-            raise not_finite("the base model's logits", dtype_name(self._base.head.dtype), where=self._base.path)
+            raise not_finite("the base model's logits", self._base.head.dtype, where=self._base.path)
 
 
 class TransformersWriter:

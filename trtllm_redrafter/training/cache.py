@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trtllm_redrafter.backends.torch.weights import DTYPES
 from trtllm_redrafter.errors import InputError, OutputError
 from trtllm_redrafter.fsio import as_output_error, read_json, sha256_file, write_json
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.scratch import remove_tree
 from trtllm_redrafter.training.data import TokenizedText
 from trtllm_redrafter.training.drafter_files import BaseIdentity
-from trtllm_redrafter.training.frozen_base import DTYPES, FrozenBase
+from trtllm_redrafter.training.frozen_base import FrozenBase
 from trtllm_redrafter.training.rows import TrainingRows
 
 MANIFEST = "manifest.json"

@@ -13,7 +13,7 @@ Everything that is wrong with a file is reported together, line by line.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -85,8 +85,7 @@ def read_prompts(
     template = ChatTemplate.of(tokenizer)
 
     def prompt(number: int, values: Mapping[str, Any]) -> Prompt:
-        asked = check_asks(parse_prompt(values))
-        asked = replace(asked, template_kwargs={**template_kwargs, **asked.template_kwargs})
+        asked = check_asks(parse_prompt(values)).with_template_kwargs(template_kwargs)
         ids = encode_prompt(tokenizer, template, asked)
         if len(ids) >= max_tokens:
             raise InputError(f"the prompt has {len(ids)} tokens, more than {max_tokens - 1}")

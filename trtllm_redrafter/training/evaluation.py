@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from trtllm_redrafter.backends.torch.weights import DTYPES
 from trtllm_redrafter.checkpoint.draft_vocab import read_draft_vocab
 from trtllm_redrafter.checkpoint.fields import FieldReader
 from trtllm_redrafter.checkpoint.names import DRAFT_VOCAB_FILE, DRAFTER_WEIGHTS
@@ -30,7 +31,7 @@ from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, eval
 from trtllm_redrafter.training.answers import AnswerWriter, TransformersWriter, WritingOptions
 from trtllm_redrafter.training.data import TokenizedText, check_range, read_prompts
 from trtllm_redrafter.training.drafter_files import read_drafter
-from trtllm_redrafter.training.frozen_base import DTYPES, FrozenBase, base_identity, dtype_problems, load_tokenizer
+from trtllm_redrafter.training.frozen_base import FrozenBase, base_identity, dtype_problems, load_tokenizer
 from trtllm_redrafter.training.model import TrainableDrafter
 from trtllm_redrafter.training.rows import TrainingRows
 from trtllm_redrafter.training.trainer import BaseTensors

@@ -32,7 +32,7 @@ class Search(ABC):
     def note_not_finite(self) -> None:
         """Set `error`: a search has had scores that are not finite."""
         if self.error is None:
-            self.error = not_finite("the drafter's scores", str(self._dtype).removeprefix("torch."), where="drafter")
+            self.error = not_finite("the drafter's scores", self._dtype, where="drafter")
 
     @abstractmethod
     def beams(self, contexts: Tensor, roots: Sequence[int]) -> Beams:
