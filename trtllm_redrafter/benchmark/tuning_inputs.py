@@ -30,7 +30,7 @@ from torch import Tensor
 from trtllm_redrafter.backends.base import Request, Runner, SamplingParams, Update
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.benchmark.measure import both_sides
-from trtllm_redrafter.benchmark.prediction import StepCost, shape_name
+from trtllm_redrafter.benchmark.prediction import StepCost
 from trtllm_redrafter.benchmark.prompts import BenchPrompt, Item
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.errors import UsageError
@@ -181,7 +181,7 @@ def time_steps(
             ratios.append(statistics.fmean(times[True]) / statistics.fmean(times[False]))
     if len(ratios) < 2:
         raise UsageError(
-            f"the engine is too small to time {shape_name(shape)} at batch {batch}",
+            f"the engine is too small to time {shape.name} at batch {batch}",
             where=runner.info.path,
             remedy="build with a larger --max-seq-len, or use shorter prompts",
         )
@@ -238,6 +238,6 @@ def roofline_costs(
         for batch in batches:
             plan = latency_plan(changed, gpu, assumptions, max_batch_size=batch, acceptance_length=None)
             row = plan.rows[-1]
-            assert row.batch == batch, shape_name(shape)
+            assert row.batch == batch, shape.name
             found.append(StepCost(shape, batch, 1e-3 * row.redrafter_ms, 1e-3 * row.plain_ms, 0.0))
     return found

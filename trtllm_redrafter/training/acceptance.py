@@ -48,7 +48,7 @@ class Acceptance:
 
     def as_dict(self) -> dict[str, object]:
         return {
-            "setting": f"{self.shape.num_beams}x{self.shape.draft_len}",
+            "setting": self.shape.name,
             "acceptance_length": round(self.acceptance_length, 4),
             "interval_95": [round(self.low, 4), round(self.high, 4)],
             "mean_over_rows": round(self.mean_over_rows, 4),

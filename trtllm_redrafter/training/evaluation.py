@@ -97,7 +97,7 @@ class EvaluationReport:
             "drafted_from_tokens": self.drafted_from,
             "min_acceptance": self.options.settings.min_acceptance,
             "passes": self.passes,
-            "best": f"{self.best.shape.num_beams}x{self.best.shape.draft_len}",
+            "best": self.best.shape.name,
             "acceptance": [a.as_dict() for a in self.acceptance],
             "accuracy": self.accuracy,
         }
@@ -112,9 +112,8 @@ class EvaluationReport:
         ]
         for a in self.acceptance:
             rates = " ".join(f"{rate:.2f}" for rate in a.acceptance_rate_per_position)
-            setting = f"{a.shape.num_beams}x{a.shape.draft_len}"
             length = f"{a.acceptance_length:.2f} | {a.low:.2f}–{a.high:.2f} | {a.mean_over_rows:.2f}"
-            lines.append(f"| {setting} | {length} | {rates} |")
+            lines.append(f"| {a.shape.name} | {length} | {rates} |")
         top1 = " ".join(f"{a['top1']:.3f}" for a in self.accuracy)
         top5 = " ".join(f"{a['top5']:.3f}" for a in self.accuracy)
         return "\n".join([*lines, "", f"right token per position: top-1 {top1}; top-5 {top5}"])
@@ -212,8 +211,7 @@ def check_fits(drafter: TrainableDrafter, options: EvaluateOptions) -> None:
         if shape.draft_len > drafter.spec.draft_len:
             found.append(
                 Problem(
-                    f"{shape.num_beams}x{shape.draft_len} drafts further than the {drafter.spec.draft_len} tokens "
-                    "the drafter was trained on",
+                    f"{shape.name} drafts further than the {drafter.spec.draft_len} tokens the drafter was trained on",
                     remedy=f"use lengths up to {drafter.spec.draft_len}",
                 )
             )
