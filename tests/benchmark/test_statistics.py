@@ -93,7 +93,7 @@ def test_figures_of_one_side() -> None:
 def test_step_time_ratio_and_categories() -> None:
     figures = batch_figures(batch_records(1.5), BOOTSTRAP)
     assert figures.step_time_ratio == pytest.approx(99 / 50)
-    assert figures.as_dict()["break_even_acceptance_length"] == figures.step_time_ratio
+    assert figures.as_dict()["step_time_ratio"] == figures.step_time_ratio
     assert {name: c.prompts for name, c in figures.categories.items()} == {"translation": 10, "question answering": 10}
     assert all(c.speedup.value == pytest.approx(1.5) for c in figures.categories.values())
     assert figures.total_speedup == pytest.approx(1.5)
