@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 AnyPath = str | Path
-Prompt = str | Sequence[Mapping[str, Any]]
+AnyPrompt = str | Sequence[Mapping[str, Any]]
 
 
 class ConvertKeys(TypedDict, total=False):
@@ -128,7 +128,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[AnyPrompt],
         *,
         draft: bool = True,
         chat: bool | None = None,
@@ -145,7 +145,7 @@ class Engine:
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: AnyPrompt,
         *,
         draft: bool = True,
         chat: bool | None = None,
@@ -157,7 +157,7 @@ class Engine:
 
     def _request(
         self,
-        prompt: Prompt,
+        prompt: AnyPrompt,
         draft: bool,
         chat: bool | None,
         template_kwargs: Mapping[str, Any] | None,

@@ -20,7 +20,7 @@ from trtllm_redrafter.settings.base import fill
 from trtllm_redrafter.settings.training import TrainSection
 from trtllm_redrafter.training.answers import WritingOptions
 from trtllm_redrafter.training.cache import CachePlan, check_space, plan_cache
-from trtllm_redrafter.training.data import Prompt, TokenizedText, check_range, read_prompts, read_texts
+from trtllm_redrafter.training.data import TokenizedPrompt, TokenizedText, check_range, read_prompts, read_texts
 from trtllm_redrafter.training.drafter_files import BaseIdentity
 from trtllm_redrafter.training.frozen_base import base_identity, base_text, dtype_problems, with_tokenizer
 from trtllm_redrafter.training.loss import LossOptions
@@ -100,7 +100,7 @@ class TrainPlan:
     base: BaseIdentity
     spec: DrafterSpec
     texts: tuple[TokenizedText, ...]
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[TokenizedPrompt, ...]
     eos: tuple[int, ...]
     cache: CachePlan
 
@@ -181,7 +181,7 @@ def plan_training(options: TrainOptions) -> TrainPlan:
     tokenizer, eos = with_tokenizer(text, options.base), text.end_token_ids
     longest_text, kwargs = chosen.max_text_tokens, options.chat_template_kwargs
     texts: list[TokenizedText] = []
-    prompts: list[Prompt] = []
+    prompts: list[TokenizedPrompt] = []
     if chosen.data is not None:
         texts = read_texts(chosen.data, tokenizer, max_tokens=longest_text, eos=eos, template_kwargs=kwargs)
         check_range(texts, chosen.data, tokenizer, identity.vocab_size)
