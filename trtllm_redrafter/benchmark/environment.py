@@ -30,11 +30,12 @@ _VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "REDRAFTER_THREADS", "REDRAF
 
 def describe(info: EngineInfo, command: Sequence[str]) -> dict[str, Any]:
     """The environment before the measurement."""
+    versions = {name: found for name in _PACKAGES if (found := installed_version(name)) is not None}
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(command),
         "commit": _commit(),
-        "versions": {"trtllm-redrafter": __version__, "python": platform.python_version(), **_versions()},
+        "versions": {"trtllm-redrafter": __version__, "python": platform.python_version(), **versions},
         "machine": machine(info),
         "clocks": clocks(info),
         "load_before": _load(),
@@ -105,10 +106,6 @@ def gpu_clocks() -> list[dict[str, str]]:
 def _load() -> float | None:
     """Mean number of runnable processes over the last minute."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def _versions() -> dict[str, str]:
-    return {name: found for name in _PACKAGES if (found := installed_version(name)) is not None}
 
 
 def _commit() -> str | None:

@@ -65,13 +65,9 @@ class MeasureOptions:
         raise_together(UsageError, found, "the benchmark cannot start", where=where)
 
 
-def _autoregressive(runner: Runner) -> Runner:
-    return runner.autoregressive()
-
-
 @contextmanager
 def both_sides(
-    runner: Runner, baseline: Callable[[Runner], Runner] = _autoregressive
+    runner: Runner, baseline: Callable[[Runner], Runner] = Runner.autoregressive
 ) -> Iterator[tuple[Runner, Runner]]:
     """The runner that drafts and the baseline, which may be the same; both are closed at the end."""
     with closing(runner):

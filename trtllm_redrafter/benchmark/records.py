@@ -6,7 +6,7 @@ Derived figures (`statistics.py`) are in the file too, for people, and are never
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,8 +163,4 @@ def _read_batch(value: Mapping[str, Any]) -> BatchRecords:
 
 def _read_arm(value: Mapping[str, Any]) -> ArmRecords:
     records = [Record(**{_FORMER_NAMES.get(name, name): v for name, v in r.items()}) for r in value["records"]]
-    return ArmRecords(records, float(value["wall_seconds"]), [g / 1e3 for g in _floats(value["gaps_ms"])])
-
-
-def _floats(values: Sequence[Any]) -> list[float]:
-    return [float(v) for v in values]
+    return ArmRecords(records, float(value["wall_seconds"]), [float(gap) / 1e3 for gap in value["gaps_ms"]])
