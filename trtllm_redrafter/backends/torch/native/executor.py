@@ -43,6 +43,7 @@ class NativeExecutor:
     name = "native"
     device = "cpu"
     row_invariant = True
+    pool = None
 
     def __init__(
         self, config: CheckpointConfig, weights: ModelWeights, *, max_batch_size: int, capacity: int, max_rows: int
