@@ -82,9 +82,13 @@ class TrainOptions:
         )
 
     def check(self) -> None:
-        """Raise `UsageError` with everything that is contradictory or out of range."""
-        chosen = self.settings
-        found = [*self.fit.problems(), *self.writing.problems()]
+        """Raise `UsageError` with everything that is contradictory; the schema has checked each value for itself."""
+        chosen, found = self.settings, self.writing.problems()
+        if chosen.kd_weight + chosen.ce_weight <= 0:
+            found.append(Problem("kd_weight and ce_weight are both 0", remedy="give one of them a weight"))
+        if chosen.windows % chosen.accumulation:
+            what = f"{chosen.windows} windows cannot be split in {chosen.accumulation} equal parts"
+            found.append(Problem(what, remedy="make windows a multiple of accumulation"))
         if chosen.epochs is not None and chosen.max_steps is not None:
             found.append(Problem("epochs and max_steps are both given", remedy="give one of them"))
         if (chosen.data is None) == (chosen.prompts is None):

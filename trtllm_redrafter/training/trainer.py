@@ -26,13 +26,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from trtllm_redrafter.checkpoint.safetensors_io import save_tensors
-from trtllm_redrafter.errors import InputError, NumericalError, Problem
+from trtllm_redrafter.errors import InputError, NumericalError
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.training.loss import LossOptions, LossResult, count_targets, distillation_loss
 from trtllm_redrafter.training.model import TrainableDrafter
 from trtllm_redrafter.training.rows import TrainingRows, WindowOrder, cut_targets, cut_windows
-
-SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass(frozen=True)
@@ -61,24 +59,6 @@ class FitOptions:
     autocast: bool
     seed: int
     log_every: int
-
-    def problems(self) -> list[Problem]:
-        found = list(self.loss.problems())
-        counts = {"max_steps": self.max_steps, "window": self.window, "windows": self.windows}
-        counts |= {"accumulation": self.accumulation, "log_every": self.log_every}
-        found += [Problem(f"{name} is {n}", remedy="use 1 or more") for name, n in counts.items() if n < 1]
-        if self.schedule not in SCHEDULES:
-            found.append(Problem(f"schedule is {self.schedule!r}", remedy=f"use one of {', '.join(SCHEDULES)}"))
-        if self.learning_rate <= 0:
-            found.append(Problem(f"learning_rate is {self.learning_rate}", remedy="use a positive number"))
-        if self.accumulation > 0 and self.windows % self.accumulation:
-            found.append(
-                Problem(
-                    f"{self.windows} windows cannot be split in {self.accumulation} equal parts",
-                    remedy="make windows a multiple of accumulation",
-                )
-            )
-        return found
 
     def rate_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ...: linear warm-up, then down to the final ratio at the last step."""
