@@ -164,16 +164,10 @@ def _interruption(summary: BenchSummary) -> list[str]:
 
 def render_text(summary: BenchSummary) -> str:
     """For a terminal."""
-    parts = [*_interruption(summary), _aligned(SPEED_HEADER, speed_rows(summary)), ""]
-    parts += [_aligned(PAYS_HEADER, pays_rows(summary)), "", *position_lines(summary), *spec_bench_lines(summary)]
+    parts = [*_interruption(summary), page.markdown_table(SPEED_HEADER, speed_rows(summary)), ""]
+    parts += [page.markdown_table(PAYS_HEADER, pays_rows(summary)), ""]
+    parts += position_lines(summary) + spec_bench_lines(summary)
     return "\n".join([*parts, *(v.render() for v in summary.verdicts)])
-
-
-def _aligned(header: list[str], rows: Rows) -> str:
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)) for line in [header, *rows]
-    )
 
 
 def render_markdown(summary: BenchSummary, drawn: Sequence[Plot]) -> str:
@@ -187,7 +181,7 @@ def render_markdown(summary: BenchSummary, drawn: Sequence[Plot]) -> str:
     ]
     parts += [page.markdown_table(SPEED_HEADER, speed_rows(summary)), "", DEFINITIONS, ""]
     parts += [page.markdown_table(CATEGORY_HEADER, category_rows(summary)), ""]
-    parts += [page.markdown_table(["measured with", ""], [[k, v] for k, v in fact_rows(summary)]), ""]
+    parts += ["Measured with:", "", *(f"- {name}: {value}" for name, value in fact_rows(summary)), ""]
     return "\n".join(parts)
 
 
