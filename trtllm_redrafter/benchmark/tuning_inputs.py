@@ -40,7 +40,9 @@ from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_prompt
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid
-from trtllm_redrafter.training.answers import TransformersWriter, WritingOptions
+from trtllm_redrafter.training.answers import TransformersWriter, WritingOptions, in_batches
+from trtllm_redrafter.training.cache import rows_in_memory
+from trtllm_redrafter.training.data import TokenizedText
 from trtllm_redrafter.training.drafter_files import read_drafter
 from trtllm_redrafter.training.evaluation import draft_vocab
 from trtllm_redrafter.training.frozen_base import FrozenBase, load_tokenizer
@@ -49,6 +51,10 @@ from trtllm_redrafter.training.trainer import BaseTensors
 
 ROWS_AT_ONCE = 256
 """Positions to draft from at once; bounds the size of the [rows, beams, vocabulary] array."""
+
+
+TOKENS_AT_ONCE = 8192
+"""Tokens that the base model reads together."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +103,13 @@ def transformers_texts(
     template = ChatTemplate.of(tokenizer)
     asked = [p.prompt.with_template_kwargs(template_kwargs) for p in prompts]
     ids = [encode_prompt(tokenizer, template, p.for_model(has_template=template is not None)) for p in asked]
-    writer, parts, tokens = TransformersWriter(base), [], 0
-    options = WritingOptions(max_tokens, 0.0, 0, batch)
-    for first in range(0, len(ids), batch):
-        some = ids[first : first + batch]
-        for prompt, answer in zip(some, writer.write(some, options, first), strict=True):
-            [states] = base.hidden([(*prompt, *answer)])
-            parts.append((states[len(prompt) - 1 : -1].cpu(), torch.tensor(answer)))
-            tokens += len(answer)
-        progress("record texts", min(first + batch, len(ids)), len(ids), "texts")
-    categories = tuple(p.category for p in prompts)
-    return Texts(TrainingRows.join(parts), categories, tokens / len(ids), None, "transformers")
+    answers: list[list[int]] = []
+    for written in in_batches(ids, TransformersWriter(base), WritingOptions(max_tokens, 0.0, 0, batch)):
+        answers += written
+        progress("record texts", len(answers), len(ids), "texts")
+    texts = [TokenizedText.answer(prompt, answer) for prompt, answer in zip(ids, answers, strict=True)]
+    rows = rows_in_memory(texts, base, TOKENS_AT_ONCE, progress)
+    return Texts(rows, tuple(p.category for p in prompts), len(rows) / len(ids), None, "transformers")
 
 
 def grid_acceptance(

@@ -158,15 +158,20 @@ def write_answers(
             file.seek(good_bytes)
             if not good_bytes:
                 file.write(_line({"key": key, "options": asdict(options)}))
-            while len(answers) < len(prompts):
-                progress("write answers", len(answers), len(prompts), "prompts")
-                part = prompts[len(answers) : len(answers) + options.batch]
-                written = writer.write(part, options, len(answers))
+            for written in in_batches(prompts, writer, options, first=len(answers)):
                 file.write(b"".join(_line({"answer": answer}) for answer in written))
                 file.flush()
                 answers += written
-    progress("write answers", len(prompts), len(prompts), "prompts")
+                progress("write answers", len(answers), len(prompts), "prompts")
     return answers
+
+
+def in_batches(
+    prompts: Sequence[Sequence[int]], writer: AnswerWriter, options: WritingOptions, first: int = 0
+) -> Iterator[list[list[int]]]:
+    """Answers to the prompts from number `first` on, batch by batch."""
+    for start in range(first, len(prompts), options.batch):
+        yield writer.write(prompts[start : start + options.batch], options, start)
 
 
 def answers_key(prompts: Sequence[Sequence[int]], options: WritingOptions) -> str:

@@ -158,6 +158,20 @@ def _build(
         write_json(folder / MANIFEST, {"format": FORMAT, "key": key, "plan": asdict(plan), "files": hashes})
 
 
+def rows_in_memory(
+    texts: Sequence[TokenizedText], base: FrozenBase, batch_tokens: int, progress: Progress
+) -> TrainingRows:
+    """The rows of a few texts in their order, without a cache."""
+    count, hidden_size = sum(text.rows for text in texts), base.head.shape[1]
+    rows = TrainingRows(
+        torch.empty(count, hidden_size, dtype=base.head.dtype),
+        torch.empty(count, dtype=torch.int32),
+        torch.empty(count, dtype=torch.int32),
+    )
+    _fill(rows, texts, base, batch_tokens, progress)
+    return rows
+
+
 def _fill(
     rows: TrainingRows, texts: Sequence[TokenizedText], base: FrozenBase, batch_tokens: int, progress: Progress
 ) -> None:

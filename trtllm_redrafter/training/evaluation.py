@@ -10,7 +10,7 @@ Each prompt is decoded once, greedily, by the base model; the drafter then propo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.settings.base import fill
 from trtllm_redrafter.settings.training import EvaluateSection
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid, token_accuracy
-from trtllm_redrafter.training.answers import AnswerWriter, TransformersWriter, WritingOptions
+from trtllm_redrafter.training.answers import AnswerWriter, TransformersWriter, WritingOptions, in_batches
+from trtllm_redrafter.training.cache import rows_in_memory
 from trtllm_redrafter.training.data import TokenizedText, check_range, read_prompts
 from trtllm_redrafter.training.drafter_files import read_drafter
 from trtllm_redrafter.training.frozen_base import FrozenBase, base_identity, dtype_problems, load_tokenizer
 from trtllm_redrafter.training.model import TrainableDrafter
-from trtllm_redrafter.training.rows import TrainingRows
 from trtllm_redrafter.training.trainer import BaseTensors
 
 
@@ -137,9 +137,12 @@ def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWrit
     prompts = read_prompts(options.prompts, tokenizer, max_tokens=settings.max_text_tokens, template_kwargs=kwargs)
     check_range(prompts, options.prompts, tokenizer, drafter.spec.config.vocab_size)  # the base's: see check_fits
     base = FrozenBase.load(options.base, device=options.device, dtype=options.dtype)
-    answers = _answers(writer or TransformersWriter(base), [p.token_ids for p in prompts], options, progress)
+    answers: list[list[int]] = []
+    for written in in_batches([p.token_ids for p in prompts], writer or TransformersWriter(base), options.writing):
+        answers += written
+        progress("decode prompts", len(answers), len(prompts), "prompts")
     texts = [TokenizedText.answer(p.token_ids, a) for p, a in zip(prompts, answers, strict=True)]
-    rows = record(base, texts, settings.batch_tokens, progress)
+    rows = rows_in_memory(texts, base, settings.batch_tokens, progress)
     tensors = BaseTensors(base.embedding, base.head, torch.arange(base.head.shape[0]))
     drafter = drafter.to(options.device, DTYPES[options.dtype])
     vocab = draft_vocab(options.drafter) if settings.draft_vocab else None
@@ -156,28 +159,6 @@ def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWrit
     if settings.report is not None:
         report.write(settings.report)
     return report
-
-
-def _answers(
-    writer: AnswerWriter, prompts: Sequence[Sequence[int]], options: EvaluateOptions, progress: Progress
-) -> list[list[int]]:
-    answers: list[list[int]] = []
-    while len(answers) < len(prompts):
-        part = prompts[len(answers) : len(answers) + options.settings.batch]
-        answers += writer.write(part, options.writing, len(answers))
-        progress("decode prompts", len(answers), len(prompts), "prompts")
-    return answers
-
-
-def record(base: FrozenBase, texts: Sequence[TokenizedText], batch_tokens: int, progress: Progress) -> TrainingRows:
-    """Rows of the texts in their order, held in memory."""
-    parts = []
-    for i, text in enumerate(texts):
-        [states] = base.hidden([text.token_ids])
-        for start, end in text.spans:
-            parts.append((states[start - 1 : end - 1].cpu(), torch.tensor(text.token_ids[start:end])))
-        progress("hidden states", i + 1, len(texts), "texts")
-    return TrainingRows.join(parts)
 
 
 def draft_vocab(drafter: Path) -> torch.Tensor | None:
