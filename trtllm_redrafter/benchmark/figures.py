@@ -21,9 +21,9 @@ from trtllm_redrafter.benchmark.records import (
     FAULT,
     TIE,
     UNEXAMINED,
-    ArmRecords,
     BatchRecords,
     Difference,
+    SideRecords,
 )
 from trtllm_redrafter.benchmark.statistics import FEWEST, Bootstrap, Estimate, Table, divide, percentiles, speedup
 
@@ -31,7 +31,7 @@ GO, NO_GO, NOT_SIGNIFICANT = "go", "no-go", "not significant"
 
 
 @dataclass(frozen=True)
-class ArmFigures:
+class SideFigures:
     """One side at one batch size."""
 
     requests: int
@@ -58,22 +58,22 @@ class ArmFigures:
         return dict(vars(self))
 
 
-def arm_figures(arm: ArmRecords) -> ArmFigures:
-    records, stats = arm.records, SpecDecodingStats()
+def side_figures(side: SideRecords) -> SideFigures:
+    records, stats = side.records, SpecDecodingStats()
     for record in records:
         stats.add(record)
     drafted = stats.drafted_tokens > 0
     decoded = sum(r.tokens - 1 for r in records)
     decode_seconds = sum(r.decode_seconds for r in records)
-    return ArmFigures(
+    return SideFigures(
         requests=len(records),
-        tokens=arm.tokens,
-        tokens_per_second=divide(arm.tokens, arm.wall_seconds),
-        user_tokens_per_second=divide(arm.tokens, sum(r.seconds for r in records)),
+        tokens=side.tokens,
+        tokens_per_second=divide(side.tokens, side.wall_seconds),
+        user_tokens_per_second=divide(side.tokens, sum(r.seconds for r in records)),
         decode_tokens_per_second=divide(decoded, decode_seconds),
-        concurrency=divide(sum(r.seconds for r in records), arm.wall_seconds),
+        concurrency=divide(sum(r.seconds for r in records), side.wall_seconds),
         first_token_seconds=percentiles([r.first_token_seconds for r in records]),
-        gap_seconds=percentiles(arm.gaps),
+        gap_seconds=percentiles(side.gaps),
         seconds_per_token=divide(decode_seconds, decoded),
         step_seconds=divide(sum(r.step_seconds for r in records), stats.steps),
         steps=stats.steps,
@@ -88,8 +88,8 @@ class CategoryFigures:
     """Both sides over one kind of prompt, and how they compare."""
 
     prompts: int
-    drafting: ArmFigures
-    autoregression: ArmFigures
+    drafting: SideFigures
+    autoregression: SideFigures
     speedup: Estimate
     """End to end, per request: prompt and answer."""
 
@@ -130,7 +130,7 @@ class BatchFigures(CategoryFigures):
 
 def batch_figures(batch: BatchRecords, bootstrap: Bootstrap) -> BatchFigures:
     table = Table.of(batch)
-    mine, plain = arm_figures(batch.drafting), arm_figures(batch.autoregression)
+    mine, plain = side_figures(batch.drafting), side_figures(batch.autoregression)
     return BatchFigures(
         batch=batch.batch,
         prompts=len(table.items),
@@ -142,8 +142,8 @@ def batch_figures(batch: BatchRecords, bootstrap: Bootstrap) -> BatchFigures:
         categories={
             name: CategoryFigures(
                 prompts=len(part.items),
-                drafting=arm_figures(batch.drafting.of_category(name)),
-                autoregression=arm_figures(batch.autoregression.of_category(name)),
+                drafting=side_figures(batch.drafting.of_category(name)),
+                autoregression=side_figures(batch.autoregression.of_category(name)),
                 speedup=speedup(part, "seconds", bootstrap),
             )
             for name, part in table.by_category().items()

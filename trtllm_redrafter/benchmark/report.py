@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.benchmark import page, plots
-from trtllm_redrafter.benchmark.figures import ArmFigures
-from trtllm_redrafter.benchmark.records import AUTOREGRESSION, DRAFTING
+from trtllm_redrafter.benchmark.figures import SideFigures
+from trtllm_redrafter.benchmark.records import DRAFTING, SIDES
 from trtllm_redrafter.benchmark.summary import BatchSummary, BenchSummary
 from trtllm_redrafter.fsio import CREATOR, atomic_directory, write_json
 
@@ -41,19 +41,18 @@ CATEGORY_HEADER = ["kind of prompt", "batch", "prompts", "speed-up", "interval",
 
 
 def speed_rows(summary: BenchSummary) -> Rows:
-    arms = ((DRAFTING, "drafting"), (AUTOREGRESSION, "autoregression"))
     return [
-        [str(b.figures.batch), label, *_speed(b.figures.drafting if name == DRAFTING else b.figures.autoregression)]
+        [str(b.figures.batch), name, *_speed(b.figures.drafting if name == DRAFTING else b.figures.autoregression)]
         for b in summary.batches
-        for name, label in arms
+        for name in SIDES
     ]
 
 
-def _speed(arm: ArmFigures) -> list[str]:
-    first, gap = arm.first_token_seconds, arm.gap_seconds
-    rates = [arm.tokens_per_second, arm.user_tokens_per_second, arm.decode_tokens_per_second]
-    times = [first["p50"], first["p95"], gap["p50"], gap["p95"], gap["p99"], arm.step_seconds]
-    return [number(arm.concurrency), *(number(r) for r in rates), *(number(t, ".1f", 1e3) for t in times)]
+def _speed(side: SideFigures) -> list[str]:
+    first, gap = side.first_token_seconds, side.gap_seconds
+    rates = [side.tokens_per_second, side.user_tokens_per_second, side.decode_tokens_per_second]
+    times = [first["p50"], first["p95"], gap["p50"], gap["p95"], gap["p99"], side.step_seconds]
+    return [number(side.concurrency), *(number(r) for r in rates), *(number(t, ".1f", 1e3) for t in times)]
 
 
 def pays_rows(summary: BenchSummary) -> Rows:
