@@ -101,7 +101,7 @@ def planted(weights: ModelWeights, config: CheckpointConfig, name: str, size: fl
     for i in range(len(layers)) if name.startswith("all") else [index]:
         layer = layers[i]
         if name in ("all MLPs x", "one MLP x"):
-            layers[i] = replace(layer, down=layer.down * size)
+            layers[i] = replace(layer, down_proj=layer.down_proj * size)
         elif name == "one layer's norm x":
             layers[i] = replace(layer, input_norm=layer.input_norm * size)
         elif name == "one norm weight x":
@@ -160,7 +160,7 @@ class Bench:
         weights, config = self.weights, self.checkpoint.config
         if name is not None:
             weights, config = planted(weights, config, name, size, place, self.token)
-        executor = _make_executor(config, weights, self.limits, self.runner.info.draft_shape)
+        executor, _ = _make_executor(config, weights, self.limits, self.runner.info.draft_shape)
         runner = TorchRunner(self.runner.info, executor, None, None, frozenset())
         rows = ((runner.along(t.prompt, t.tokens).logits, *self.pair.rows(i)) for i, t in enumerate(self.texts))
         found = measure(rows, self.pair.dtype)
