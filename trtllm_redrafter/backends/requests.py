@@ -86,6 +86,17 @@ class SpecDecodingStats:
         """[j]: share of the steps that accepted at least j + 1 drafts."""
         return [count / self.steps for count in self.accepted_per_position] if self.steps else []
 
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
+            "accepted_per_position": self.accepted_per_position,
+            "acceptance_length": self.acceptance_length,
+            "acceptance_rate": self.acceptance_rate,
+            "acceptance_rate_per_position": self.acceptance_rate_per_position,
+        }
+
 
 @dataclass
 class Result(SpecDecodingStats):
@@ -123,12 +134,7 @@ class Result(SpecDecodingStats):
             "stop_reason": self.stop_reason,
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": len(self.token_ids),
-            "steps": self.steps,
-            "acceptance_length": self.acceptance_length,
-            "acceptance_rate": self.acceptance_rate,
-            "drafted_tokens": self.drafted_tokens,
-            "accepted_tokens": self.accepted_tokens,
-            "accepted_per_position": self.accepted_per_position,
+            **super().as_dict(),
             "queue_seconds": self.queue_seconds,
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,
