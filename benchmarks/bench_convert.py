@@ -38,7 +38,7 @@ FIXED_BYTES = BYTES * (2 * VOCAB * HIDDEN + HIDDEN)
 CHILD = """
 import json, sys, time
 from pathlib import Path
-from trtllm_redrafter.conversion.execute import convert
+from trtllm_redrafter.conversion.writer import convert
 from trtllm_redrafter.conversion.options import ConvertOptions
 from trtllm_redrafter.conversion.plan import plan_conversion
 from trtllm_redrafter.progress import no_progress

@@ -34,11 +34,11 @@ from trtllm_redrafter.benchmark.environment import describe
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.run import api
-from trtllm_redrafter.verify.distributions import measure
+from trtllm_redrafter.verify.distributions import check_distributions
 from trtllm_redrafter.verify.gate_decode import LOGITS, probe_texts
-from trtllm_redrafter.verify.gate_drafter import judge_drafts, pick_contexts
+from trtllm_redrafter.verify.gate_drafter import check_drafts, pick_contexts
 from trtllm_redrafter.verify.gate_report import PROMPTS
-from trtllm_redrafter.verify.reference import Pair, Text, compute_pair
+from trtllm_redrafter.verify.reference import ReferenceLogits, Text, reference_logits
 
 PLACES = 3
 """Layers (first, middle, last) in which a fault of one weight or one layer is planted."""
@@ -145,7 +145,7 @@ class Bench:
         results = self.runner.generate([Request(prompt, SamplingParams(LOGITS)) for prompt in prompts])
         own = [Text(prompt, tuple(r.token_ids)) for prompt, r in zip(prompts, results, strict=True)]
         self.texts: Sequence[Text] = (*own, *probe_texts(info.vocab_size, info.max_input_len, info.max_seq_len))
-        self.pair: Pair = compute_pair(self.checkpoint, self.texts, "cpu")
+        self.pair: ReferenceLogits = reference_logits(self.checkpoint, self.texts, "cpu")
         self.token = own[0].tokens[3]
         states = [found.states for found in map(self._along, self.texts)]
         self.contexts, self.roots = pick_contexts([s for s in states if s is not None], self.texts)
@@ -163,7 +163,7 @@ class Bench:
         executor, _ = _make_executor(config, weights, self.limits, self.runner.info.draft_shape)
         runner = TorchRunner(self.runner.info, executor, None, None, frozenset())
         rows = ((runner.along(t.prompt, t.tokens).logits, *self.pair.rows(i)) for i, t in enumerate(self.texts))
-        found = measure(rows, self.pair.dtype)
+        found = check_distributions(rows, self.pair.dtype)
         runner.close()
         return bool(found.exceeded() or found.not_finite), {k: v for k, (v, _) in found.figures().items()}
 
@@ -185,7 +185,7 @@ class Bench:
         )  # fmt: skip
         beams = self.runner.drafts(self.contexts, self.roots)
         assert beams is not None
-        found = judge_drafts(beams, self.contexts, self.checkpoint, head_rows=self.head_rows)
+        found = check_drafts(beams, self.contexts, self.checkpoint, head_rows=self.head_rows)
         return not found.ok, {"typical": found.typical, "worst": found.worst}
 
 

@@ -30,13 +30,13 @@ from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphLimi
 from trtllm_redrafter.backends.torch.weights import DTYPES, LayerWeights, ModelWeights
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.planning.gpus import gpu
-from trtllm_redrafter.planning.latency import Assumptions, latency_plan
-from trtllm_redrafter.planning.model import planned_model
-from trtllm_redrafter.planning.sizes import base_parameters, weight_bytes
+from trtllm_redrafter.planning.latency import Assumptions, estimate_latency
+from trtllm_redrafter.planning.memory import base_parameters, weight_bytes
 from trtllm_redrafter.redrafter.beam_search import draft_head
 from trtllm_redrafter.redrafter.drafter import Drafter
 from trtllm_redrafter.redrafter.token_tree import Tree
-from trtllm_redrafter.run.hardware_plan import model_source
+from trtllm_redrafter.run.hardware_plan import recipe_model
+from trtllm_redrafter.run.options import with_directories
 from trtllm_redrafter.settings.layers import resolve
 from trtllm_redrafter.settings.sources import file_layers
 
@@ -175,8 +175,8 @@ def _widths(config: CheckpointConfig) -> set[int]:
 
 def planned_config(name: str) -> tuple[CheckpointConfig, Any]:
     """A recipe's model on one GPU, and its `plan` section."""
-    resolved = resolve(file_layers(Path("configs") / f"{name}.yaml"))
-    return replace(planned_model(model_source(resolved)).config, tp_size=1), resolved.recipe.plan
+    resolved = with_directories(resolve(file_layers(Path("configs") / f"{name}.yaml")), name=name)
+    return replace(recipe_model(resolved).config, tp_size=1), resolved.recipe.plan
 
 
 def add_plan(report: dict[str, Any]) -> None:
@@ -186,11 +186,11 @@ def add_plan(report: dict[str, Any]) -> None:
         config, plan = planned_config(name)
         assumptions = Assumptions(context, plan.bandwidth_efficiency, plan.compute_efficiency, plan.kernel_us)
         for row in model["rows"]:
-            planned = latency_plan(config, target, assumptions, max_batch_size=row["batch"], acceptance_length=None)
+            planned = estimate_latency(config, target, assumptions, max_batch_size=row["batch"], acceptance_length=None)
             row["planned"] = {**asdict(planned.rows[-1]), "break_even": planned.rows[-1].break_even}
             row["break_even"] = (row["verify_ms"] + row["draft_ms"]) / row["plain_ms"]
             row["break_even_wall"] = (row["verify_wall_ms"] + row["draft_wall_ms"]) / row["plain_wall_ms"]
-        reading = weight_bytes(config).streamed / (target.bandwidth * plan.bandwidth_efficiency)
+        reading = weight_bytes(config).base / (target.bandwidth * plan.bandwidth_efficiency)
         for row in model.get("products", []):
             rate = target.flops(fp8=False) * plan.compute_efficiency
             computing = 2 * row["rows"] * base_parameters(config) / rate
@@ -208,7 +208,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
         assert shape is not None
         report["models"][name] = {
             "draft": [shape.num_beams, shape.draft_len],
-            "streamed_bytes": sizes.streamed,
+            "streamed_bytes": sizes.base,
             "drafter_bytes": sizes.drafter,
             "rows": measure(config, args.context, [int(b) for b in args.batches.split(",")]) if args.batches else [],
             "products": measure_products(config),

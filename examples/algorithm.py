@@ -25,9 +25,8 @@ from torch import Tensor
 from trtllm_redrafter.redrafter.beam_search import beam_search
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
+from trtllm_redrafter.redrafter.reference import Step, TokenTree, VerifyOutput, build_tree, exact, node_uniforms
 from trtllm_redrafter.redrafter.sampling import SamplingSettings, draw, uniform
-from trtllm_redrafter.redrafter.token_tree import TokenTree, build_tree
-from trtllm_redrafter.redrafter.verification import Step, VerifyOutput, exact, node_uniforms
 
 VOCAB, HIDDEN = 10, 16
 SHAPE = DraftShape(num_beams=3, draft_len=3)

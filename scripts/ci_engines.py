@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter import __version__
-from trtllm_redrafter.checkpoint.config_writer import config_dict
+from trtllm_redrafter.checkpoint.config import config_dict
 from trtllm_redrafter.errors import InputError, RedrafterError, UsageError, VerificationError
 from trtllm_redrafter.fsio import read_json, write_json
 from trtllm_redrafter.run.hardware_plan import RecipePlan, plan_recipe

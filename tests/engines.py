@@ -15,7 +15,9 @@ from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.torch.backend import TorchBackend
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.backends.torch.search import Search
-from trtllm_redrafter.conversion import ConvertOptions, convert, plan_conversion
+from trtllm_redrafter.conversion.options import ConvertOptions
+from trtllm_redrafter.conversion.plan import plan_conversion
+from trtllm_redrafter.conversion.writer import convert
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.beam_search import Beams
 from trtllm_redrafter.redrafter.config import DraftShape

@@ -13,8 +13,8 @@ from tests.engines import build_engine, load
 from trtllm_redrafter.backends.base import Request, Result, SamplingParams
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.verify.gate import GateRequest, parity_gate
-from trtllm_redrafter.verify.gate_checks import TokenCheck, compare
-from trtllm_redrafter.verify.reference import Text, compute_pair
+from trtllm_redrafter.verify.reference import Text, reference_logits
+from trtllm_redrafter.verify.token_checks import TokenCheck, check_tokens
 
 PROMPTS = ((79, 8, 130), (200,), (45, 46, 47, 48, 49, 50, 51), (3, 250, 17, 91))
 LIMITS = {"max_input_len": 100, "max_seq_len": 200}
@@ -28,7 +28,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def compared(folder: Path, intact: Checkpoint, results: list[Result]) -> TokenCheck:
     texts = [Text(tuple(p), tuple(r.token_ids)) for p, r in zip(PROMPTS, results, strict=True)]
-    return compare(folder, compute_pair(intact, texts, "cpu"), results)
+    return check_tokens(folder, reference_logits(intact, texts, "cpu"), results)
 
 
 def decoded(folder: Path, fault: Callable[[dict[str, Tensor]], None] | None = None) -> list[Result]:

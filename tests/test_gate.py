@@ -24,7 +24,7 @@ from trtllm_redrafter.checkpoint.layout import tensor_specs
 from trtllm_redrafter.checkpoint.safetensors_io import save_tensors
 from trtllm_redrafter.errors import InputError, MismatchError
 from trtllm_redrafter.progress import no_progress
-from trtllm_redrafter.verify import gate_checks, gate_decode
+from trtllm_redrafter.verify import gate_decode, token_checks
 from trtllm_redrafter.verify.gate import GateReport, GateRequest, parity_gate, reference_device
 
 PROMPTS = ("one", "a second prompt", "3")
@@ -91,7 +91,7 @@ def test_a_wrong_token_is_a_fault(models: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_ties_are_told_from_faults_and_counted(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_checks, "NOISE", 1e9)  # so that rounding "explains" anything
+    monkeypatch.setattr(token_checks, "NOISE", 1e9)  # so that rounding "explains" anything
 
     def change(results: list[Result]) -> None:
         results[0].token_ids[:] = [(t + 1) % VOCAB for t in results[0].token_ids]
@@ -186,11 +186,11 @@ def test_an_engine_of_tensorrt_llm_that_writes_nonsense_fails(
 
 def test_a_reference_that_no_gpu_holds_runs_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As that of a 70B engine over four GPUs: after hours of building it must not end in an out-of-memory error."""
-    checkpoint = write_checkpoint(tmp_path, tp_size=2)
-    whole = sum(math.prod(spec.shape) for spec in tensor_specs(read_checkpoint_config(checkpoint)).values()) * 4
+    model = read_checkpoint_config(write_checkpoint(tmp_path, tp_size=2))
+    whole = sum(math.prod(spec.shape) for spec in tensor_specs(model).values()) * 4
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert reference_device(checkpoint) == "cpu"
+    assert reference_device(model) == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for free, device in ((whole, "cpu"), (2 * whole, "cuda")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, free))
-        assert reference_device(checkpoint) == device
+        assert reference_device(model) == device

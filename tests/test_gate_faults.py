@@ -21,10 +21,10 @@ from trtllm_redrafter.backends.torch.weights import load_weights
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.verify import reference
-from trtllm_redrafter.verify.distributions import measure
+from trtllm_redrafter.verify.distributions import check_distributions
 from trtllm_redrafter.verify.gate import GateReport, GateRequest, parity_gate
-from trtllm_redrafter.verify.gate_acceptance import SingleSteps
-from trtllm_redrafter.verify.reference import Text, compute_pair, tensorrt_qk_epsilon
+from trtllm_redrafter.verify.reference import Text, reference_logits, tensorrt_qk_epsilon
+from trtllm_redrafter.verify.steps import SingleSteps
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 259, "head_dim": 32}
 PROMPTS = ("one", "a second prompt", "3")
@@ -99,10 +99,10 @@ def test_logits_that_are_not_finite_are_named() -> None:
     exact = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
     found = exact + 1e-3
     found[2, 7], found[4, 0] = float("nan"), float("inf")
-    measured = measure([(found, exact, exact * 1.001, [exact * 0.999])], "bfloat16")
+    measured = check_distributions([(found, exact, exact * 1.001, [exact * 0.999])], "bfloat16")
     [problem] = measured.problems(Path("engine"))
     assert problem.what == "logits are not finite at 2 of 6 positions" and not measured.exceeded()
-    nothing = measure([(found * float("nan"), exact, exact, [exact])], "bfloat16")
+    nothing = check_distributions([(found * float("nan"), exact, exact, [exact])], "bfloat16")
     assert nothing.not_finite == 6 and len(list(nothing.problems(Path("engine")))) == 1
 
 
@@ -227,7 +227,7 @@ def test_the_reference_follows_tensorrt_llms_epsilon(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path, "qwen3", drafter=False, rms_norm_eps=1e-6))
     assert tensorrt_qk_epsilon(checkpoint.config) == 1e-5
     texts = [Text((5, 6, 7), (8, 9, 10))]
-    ours, theirs = (compute_pair(checkpoint, texts, "cpu", qk_epsilon=e).exact.logits(0) for e in (None, 1e-5))
+    ours, theirs = (reference_logits(checkpoint, texts, "cpu", qk_epsilon=e).exact.logits(0) for e in (None, 1e-5))
     assert 1e-8 < float((ours - theirs).abs().max()) < 1e-3
     llama = Checkpoint.open(write_checkpoint(tmp_path / "llama", drafter=False))
     assert tensorrt_qk_epsilon(llama.config) is None
@@ -236,9 +236,9 @@ def test_the_reference_follows_tensorrt_llms_epsilon(tmp_path: Path) -> None:
 def test_a_large_reference_reads_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path, dtype="bfloat16"))
     texts = [Text((5, 6, 7), (8, 9, 10)), Text((1,), (2, 3))]
-    whole = compute_pair(checkpoint, texts, "cpu")
+    whole = reference_logits(checkpoint, texts, "cpu")
     monkeypatch.setattr(reference, "STREAM_ABOVE", 0)
-    streamed = compute_pair(checkpoint, texts, "cpu")
+    streamed = reference_logits(checkpoint, texts, "cpu")
     for one, other in ((whole.exact, streamed.exact), (whole.rounded, streamed.rounded)):
         assert torch.equal(one.logits(1), other.logits(1))
     layers = load_weights(checkpoint, torch.device("cpu"), streamed=True).layers

@@ -23,14 +23,14 @@ def checkpoint(tmp_path: Path, family: str, **changes: object) -> tuple[Path, Pa
 def test_families_agree_token_for_token_in_float32(tmp_path: Path, family: str) -> None:
     path, base = checkpoint(tmp_path, family)
     report = greedy_parity(path, base)
-    assert (report.same, report.near_ties, report.problems) == (128, 0, ())
+    assert (report.tokens.same, report.tokens.ties, report.problems) == (128, 0, ())
 
 
 def test_an_engine_in_bfloat16_agrees_within_rounding(tmp_path: Path) -> None:
     path, base = checkpoint(tmp_path, "llama", torch_dtype="bfloat16")
     api.build(path, tmp_path / "engine", max_seq_len=96)
     report = greedy_parity(tmp_path / "engine", base)
-    assert report.problems == () and report.same + report.near_ties == 128 and report.same > 96
+    assert report.problems == () and report.tokens.same + report.tokens.ties == 128 and report.tokens.same > 96
 
 
 def test_a_wrong_rotary_base_is_found(tmp_path: Path) -> None:

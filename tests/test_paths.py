@@ -55,7 +55,7 @@ def test_names() -> None:
 def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_place(tmp_path / "new" / "deep" / "output", 1)
     assert not (tmp_path / "new").exists()
-    with pytest.raises(OutputError, match="not enough room"):
+    with pytest.raises(OutputError, match="not enough disk space"):
         check_place(tmp_path / "output", 2**62)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="a file is where a directory"):

@@ -24,8 +24,8 @@ from trtllm_redrafter.settings import (
     resolve,
     set_layer,
 )
-from trtllm_redrafter.settings.base import fill
 from trtllm_redrafter.settings.schema import ConvertSection, Recipe, keys
+from trtllm_redrafter.settings.values import fill
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -126,9 +126,9 @@ def test_all_problems_of_all_layers_come_together(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("base: [1", ["not valid YAML", "line 1"]),
-        ("base: a\nbase: b", ["the key 'base' stands twice", "line 2"]),
-        ("convert:\n  workers: 1\n  workers: 2", ["'workers' stands twice", "line 3"]),
-        ("base: a\nrun: &r {prompts: [*r]}", ["*r stands inside of itself", "line 2"]),
+        ("base: a\nbase: b", ["the key 'base' appears twice", "line 2"]),
+        ("convert:\n  workers: 1\n  workers: 2", ["'workers' appears twice", "line 3"]),
+        ("base: a\nrun: &r {prompts: [*r]}", ["*r is used inside its own anchor", "line 2"]),
         ("? [a, b]\n: 1", ["a key is a list or a mapping", "line 1"]),
         ("- base", ["not a mapping"]),
         ("3: 4", ["not a mapping"]),

@@ -22,6 +22,7 @@ from trtllm_redrafter.backends.engine_config import parse_engine_config
 from trtllm_redrafter.backends.torch import runner as torch_runner
 from trtllm_redrafter.backends.torch.executor import PromptOutput, TreeOutput
 from trtllm_redrafter.backends.torch.runner import TorchRunner
+from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.errors import MismatchError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.beam_search import Beams
@@ -31,8 +32,7 @@ from trtllm_redrafter.training.execute import train
 from trtllm_redrafter.training.plan import plan_training
 from trtllm_redrafter.verify import gate, gate_decode
 from trtllm_redrafter.verify.gate import GateReport, GateRequest, parity_gate
-from trtllm_redrafter.verify.gate_acceptance import AcceptanceCheck, StepCounts
-from trtllm_redrafter.verify.replay import Replay, Steps, load_replay
+from trtllm_redrafter.verify.steps import AcceptanceCheck, Replay, StepCounts, Steps, load_replay
 
 PROMPTS = ("Number A0", "Number C2", "Number E4")
 
@@ -267,7 +267,9 @@ def test_a_tensorrt_llm_engine_is_replayed_with_its_own_search(models: Path, tmp
     limits = {"max_batch_size": 4, "max_input_len": 64, "max_seq_len": 128}
     engine = parse_engine_config({"pretrained_config": {"vocab_size": 259}, "build_config": limits}, {}, tmp_path)
     runner = load(models / "bfloat16" / "engine")
-    replayed = load_replay(engine, models / "bfloat16" / "checkpoint", runner, DraftShape(2, 3), "cpu", greedy=True)
+    replayed = load_replay(
+        engine, Checkpoint.open(models / "bfloat16" / "checkpoint"), runner, DraftShape(2, 3), "cpu", greedy=True
+    )
     assert replayed._search.score_dtype is None and replayed._search.head.rows is None
     report = parity_gate(request(models, "bfloat16"))
     prompts = [runner.encode_prompt(text, chat=True) for text in PROMPTS]
@@ -309,14 +311,14 @@ def test_a_difference_of_all_prompts_or_of_one() -> None:
 def test_a_position_that_is_accepted_less() -> None:
     made = AcceptanceCheck(counts([50, 50], (46, 20, 5)), counts([50, 50]), 0, tolerance=0.05, sampled=False)
     [found] = alarms(made)
-    assert "why: position 1: 46 drafts accepted where 40 stand in the texts\n" in found
+    assert "why: position 1: 46 drafts accepted, 40 expected\n" in found
 
 
 def test_a_position_that_is_never_accepted() -> None:
     expected = counts([50, 50])
     made = AcceptanceCheck(counts([50, 50], (40, 20, 0)), expected, diverged=0, tolerance=0.05, sampled=False)
     [found] = alarms(made)
-    assert "why: position 3: 0 drafts accepted where 10 stand in the texts\n" in found
+    assert "why: position 3: 0 drafts accepted, 10 expected\n" in found
     assert alarms(replace(made, found=StepCounts((50, 50), 60, ()))) == []  # merged responses
 
 

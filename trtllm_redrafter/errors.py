@@ -158,7 +158,7 @@ def not_finite(what: str, dtype: object, *, where: str | Path | None = None) -> 
         remedy = "use bfloat16 (convert with --dtype bfloat16); if that fails too, download the model again"
     else:
         why = f"{dtype} holds what models compute, so a weight is most likely NaN, infinite or far too large"
-        remedy = "download the model again and convert it anew (`verify CHECKPOINT --against BASE` compares the values)"
+        remedy = "download and convert the model again (`verify CHECKPOINT --against BASE` compares the values)"
     return NumericalError(f"{what} are not finite numbers", where=where, why=why, remedy=remedy)
 
 

@@ -1,4 +1,4 @@
-"""Files without surprises: directories that appear whole or not at all, hashes, paths that stay inside.
+"""Files and directories: atomic outputs, hashes, JSON, paths that stay inside their directory.
 
 Every artefact of this package (checkpoint, engine, drafter, report) is a directory. A half-written one looks
 like a whole one to the next tool, so writers fill a sibling directory and rename it at the end:
@@ -7,7 +7,7 @@ like a whole one to the next tool, so writers fill a sibling directory and renam
         write_json(work / "config.json", config)
     # here, and not before, "checkpoint" exists
 
-Data is not flushed to the disk before the rename: after a power cut, `verify` tells from the manifest's hashes.
+Data is not flushed to the disk before the rename: after a power failure, `verify` compares the manifest's hashes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def atomic_directory(
 ) -> Iterator[Path]:
     """A new sibling directory that takes `path`'s place when the block ends without an exception.
 
-    An existing `path` needs `overwrite`, and is replaced only when it is empty or holds a manifest of ours: a
+    An existing `path` needs `overwrite`, and is replaced only when it is empty or holds a manifest of this program: a
     mistyped `--output ~` must not delete a home directory. It stays untouched until the new one is complete.
     `on_complete` is called with the complete directory before it takes its place: what it records is there first.
     """
@@ -88,7 +88,7 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
         raise OutputError(
             "the output directory was not written by this program",
             where=path,
-            why="it holds files but no manifest.json of ours, and --overwrite would delete all of them",
+            why="it holds files but no manifest.json of this program, and --overwrite would delete all of them",
             remedy="pass another --output, or remove the directory yourself",
         )
 
@@ -110,7 +110,7 @@ def is_ours(directory: Path) -> bool:
 
 @contextmanager
 def as_output_error(where: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write into an `OutputError` with a remedy."""
+    """Turn the operating system's errors about writing into an `OutputError` with a remedy."""
     try:
         yield
     except OSError as e:
@@ -142,7 +142,7 @@ def _put_in_place(work: Path, target: Path, *, overwrite: bool) -> None:
     if _exchange(work, target):
         return
     aside = target.with_name(own_name(_old_stem(target)))
-    with claimed(target, new=True):  # nobody takes it for abandoned while it is aside
+    with claimed(target, new=True):  # so that no other process takes it for abandoned
         target.rename(aside)
         try:
             work.rename(target)
@@ -188,7 +188,7 @@ def sha256_file(path: Path, chunk_bytes: int = 2**20) -> str:
 
 
 def sample_sha256(path: Path, pages: int = 16, page_bytes: int = 4096) -> str:
-    """Hex SHA-256 of evenly spaced pages of a file; of all of it where that is less."""
+    """Hex SHA-256 of evenly spaced pages of a file; of the whole file if that is less."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size

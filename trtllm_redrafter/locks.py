@@ -3,8 +3,8 @@
     with exclusive(work_dir / ".lock", "the work directory", where=work_dir):
         ...
 
-The lock ends with its process, however that ends; the file, which tells others who holds it, is removed at the end,
-and means nothing without its lock.
+The lock is released when its process ends, however that happens. The file names the holder for others; it is removed
+at the end, and means nothing without its lock.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def exclusive(file: Path, what: str, *, where: Path) -> Iterator[None]:
         finally:
             _held.discard(key)
             with suppress(OSError):
-                file.unlink()  # while it is locked: whoever opened it before looks again
+                file.unlink()  # while locked: a process that opened it before will check and open it again
             os.close(fd)
 
 
@@ -75,7 +75,7 @@ def _acquire(file: Path, what: str, where: Path) -> int:
 
 
 def _is_still(file: Path, fd: int) -> bool:
-    """Did nobody remove the file between its opening and its locking?"""
+    """Is the file still there, not removed between opening and locking?"""
     try:
         return os.path.samestat(os.fstat(fd), file.stat())
     except FileNotFoundError:
@@ -93,4 +93,4 @@ def _holder(fd: int) -> str:
         where = "" if said["host"] == socket.gethostname() else f" on {said['host']}"
         return f"process {int(said['pid'])}{where}: {said['command']}"
     except (ValueError, KeyError, TypeError, OSError):
-        return "it holds the lock, and has not said its name yet"
+        return "it holds the lock, but has not written its name yet"

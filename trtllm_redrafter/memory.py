@@ -1,6 +1,6 @@
-"""Too little memory, recognised in one way, whichever allocator, loader or library it was that said it.
+"""Recognise out-of-memory errors, whichever allocator, loader or library raised them.
 
-Nothing large is imported here: this must work where there is no memory left to import PyTorch.
+Nothing large is imported: this must work when too little memory is left to import PyTorch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def address_space_limit() -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Was it memory that failed? `torch.OutOfMemoryError` is a RuntimeError that says so."""
+    """Is this an out-of-memory error? (`torch.OutOfMemoryError` is a RuntimeError with such a text.)"""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, _KINDS) and _SIGNS.search(str(error)) is not None

@@ -1,6 +1,6 @@
 """What may be read and where may be written, decided before the work: regular files, usable names, space.
 
-A checkpoint's `config.json` that is a pipe would be waited for without end, a device may have effects of its own, and
+A checkpoint's `config.json` that is a pipe would block forever, reading a device may have side effects, and
 a full or read-only disk is best noticed before an hour of work:
 
     with open_regular(path) as file: ...         # InputError for directories, pipes, sockets, devices
@@ -148,7 +148,7 @@ def check_place(output: Path, needed_bytes: int = 0) -> None:
         raise OutputError("no permission to write here", where=output, why=str(place), remedy=remedy)
     if needed_bytes > free:
         raise OutputError(
-            "the disk has not enough room for the output",
+            "there is not enough disk space for the output",
             where=output,
             why=f"{needed_bytes:,} bytes are needed, {free:,} are free",
             remedy="free some space or choose an --output on another disk",
@@ -156,7 +156,7 @@ def check_place(output: Path, needed_bytes: int = 0) -> None:
 
 
 def explain_os_error(error: OSError) -> InputError | OutputError | None:
-    """An error of the operating system that no one has turned into a message; None for one that names no file."""
+    """A message for an operating system error that nothing else has handled; None if it names no file."""
     if error.filename is None or error.errno is None:
         return None
     where = os.fsdecode(error.filename) if isinstance(error.filename, (bytes, str)) else str(error.filename)
@@ -168,7 +168,7 @@ def explain_os_error(error: OSError) -> InputError | OutputError | None:
 
 @contextmanager
 def as_input_error() -> Iterator[None]:
-    """Turn what the operating system says of a path into an `InputError`, wherever it was first touched."""
+    """Turn operating system errors about a path into an `InputError`."""
     try:
         yield
     except OSError as error:

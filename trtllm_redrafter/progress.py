@@ -16,4 +16,4 @@ class Progress(Protocol):
 
 
 def no_progress(stage: str, done: int, total: int | None, unit: str) -> None:
-    """Report to nobody."""
+    """Do nothing."""

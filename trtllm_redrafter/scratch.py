@@ -1,12 +1,12 @@
-"""Temporary files and directories that a killed process cannot leave behind for good.
+"""Temporary files and directories that are cleaned up even if their process was killed.
 
-Each says in its name who made it, and is locked (flock) for as long as it is in use:
+Each has its creator in its name, and is locked (flock) for as long as it is in use:
 
     .checkpoint.partial-host-1234-9f3a01bc     an output being written, or one being removed
     .redrafter-engine-host-1234-9f3a01bc       a temporary engine
 
-A lock ends with its process, however that ends, so what is not locked is nobody's. The next one made under the same
-stem removes it. What belongs to another user, another host or is a symbolic link is never touched.
+A lock is released when its process ends, so what is not locked is abandoned; the next one made under the same stem
+removes it. What belongs to another user, another host or is a symbolic link is never touched.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def own_name(stem: str) -> str:
 
 
 def partial_stem(target: Path) -> str:
-    """The stem of what is not yet, or no longer, `target`."""
+    """The stem for a `target` that is being written or removed."""
     return f".{target.name}.partial"
 
 
@@ -64,7 +64,7 @@ def replaced_file(target: Path) -> Iterator[Path]:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory: its own name is never seen on a half-removed one. No error when it is not there."""
+    """Remove a directory, after renaming it, so that it is never seen half removed. No error if it is missing."""
     with suppress(FileNotFoundError):
         gone = path.with_name(own_name(partial_stem(path)))
         path.rename(gone)
@@ -86,13 +86,13 @@ def leftovers(parent: Path, stem: str) -> list[Path]:
     try:
         found = [entry for entry in os.scandir(parent) if pattern.fullmatch(entry.name)]
         return sorted(parent / entry.name for entry in found if _is_ours(entry.stat(follow_symlinks=False)))
-    except OSError:  # the directory is not there, or not to be read: then nothing of ours is in it
+    except OSError:  # missing or unreadable: nothing of this program is in it
         return []
 
 
 @contextmanager
 def claimed(path: Path, *, new: bool = False) -> Iterator[bool]:
-    """Hold the lock of a temporary file or directory; False where another process does, or where it is gone.
+    """Hold the lock of a temporary file or directory; False if another process does, or if it is gone.
 
     Where the file system has no locks, its process number decides; a `new` one is this process's own.
     """

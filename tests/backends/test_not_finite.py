@@ -47,7 +47,9 @@ def damaged_engine(
             damage(tensors)
             save_file(tensors, file, metadata={"format": "pt"})
     # Damage that came after the build: `convert` and `build` refuse such weights.
-    checks = [f"trtllm_redrafter.{module}.non_finite_count" for module in ("conversion.shards", "checkpoint.finite")]
+    checks = [
+        f"trtllm_redrafter.{module}.non_finite_count" for module in ("conversion.sources", "checkpoint.structure")
+    ]
     with patch(checks[0], return_value=0), patch(checks[1], return_value=0):
         return build_engine(convert_pair(folder), folder / "engine")
 

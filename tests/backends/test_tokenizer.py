@@ -116,7 +116,7 @@ def test_code_of_a_tokenizer_is_neither_run_nor_asked_about(
         f"open({str(mark)!r}, 'w').close()\nfrom transformers import PreTrainedTokenizerFast\n"
         "class Own(PreTrainedTokenizerFast): pass\n"
     )
-    with pytest.raises(InputError, match="needs Python code of its own, which is not run"):
+    with pytest.raises(InputError, match="needs custom Python code, which is never run"):
         EngineTokenizer(folder)
     for name in (None, "PreTrainedTokenizerFast", "Qwen2Tokenizer"):
         with_settings(folder, tokenizer_class=name, auto_map=auto_map)

@@ -94,7 +94,7 @@ def test_a_checkpoint_is_not_an_engine(checkpoint: Path) -> None:
 
 
 def test_a_model_is_not_an_engine(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="this is not an engine"):
+    with pytest.raises(InputError, match="this is a Hugging Face model, not an engine"):
         load(write_base(tmp_path / "base"))
     with pytest.raises(InputError, match="does not exist"):
         load(tmp_path / "nowhere")

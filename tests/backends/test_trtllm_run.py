@@ -20,7 +20,7 @@ from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.errors import BackendError, RedrafterError, RequestError, UsageError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.settings.benchmark import BenchSection
+from trtllm_redrafter.settings.schema import BenchSection
 
 
 def load(engine: Path, device: str = "auto", shape: DraftShape | None = None) -> Runner:

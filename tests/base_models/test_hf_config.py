@@ -9,7 +9,7 @@ import pytest
 
 from tests.tiny_models import FAMILIES, LINEAR_ROPE, LLAMA3_ROPE, base_config
 from trtllm_redrafter.base_models.hf_config import ParsedConfig, parse_hf_config
-from trtllm_redrafter.checkpoint import CheckpointConfig
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
 
 
 def parse(family: str = "llama", remove: tuple[str, ...] = (), **changes: Any) -> ParsedConfig:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_models import FAMILIES, base_config, write_base
-from trtllm_redrafter.base_models import HFModel
+from trtllm_redrafter.base_models.hf_model import HFModel
 from trtllm_redrafter.base_models.tokenizer import tokenizer_files, tokenizer_sha256
 from trtllm_redrafter.errors import InputError
 

@@ -13,7 +13,7 @@ from trtllm_redrafter.benchmark import environment
 from trtllm_redrafter.benchmark.report import _clock
 from trtllm_redrafter.checkpoint.config import read_checkpoint_config
 from trtllm_redrafter.planning.gpus import gpu
-from trtllm_redrafter.planning.sizes import weight_bytes
+from trtllm_redrafter.planning.memory import weight_bytes
 
 
 def gpu_engine(path: Path, device: str) -> EngineInfo:
@@ -29,7 +29,7 @@ def test_this_machine(tmp_path: Path) -> None:
     after = environment.afterwards(runner.info)
     assert after["memory"]["peak_resident_bytes"] > 50e6
     roof = environment.roof(runner.info)
-    assert roof["weight_bytes"] == weight_bytes(read_checkpoint_config(runner.info.path / "checkpoint")).streamed
+    assert roof["weight_bytes"] == weight_bytes(read_checkpoint_config(runner.info.path / "checkpoint")).base
     assert roof["bandwidth"] > 1e8 and roof["bandwidth_from"] == "measured on this machine"
 
 

@@ -146,7 +146,7 @@ def test_a_wrong_token_is_a_fault_and_a_tie_is_not(runner: TorchRunner) -> None:
     # the same two texts, compared where rounding is as wide as the gap
     runner.info = type(runner.info)(**{**vars(runner.info), "dtype": "wide"})
     try:
-        import trtllm_redrafter.verify.ties as ties
+        from trtllm_redrafter.verify import token_checks as ties
 
         ties.ROUNDING["wide"] = 10.0
         assert examine(runner, item, wrong, text, batch=1, alike=True).kind == "tie"

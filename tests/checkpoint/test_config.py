@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from trtllm_redrafter.checkpoint import CheckpointConfig
-from trtllm_redrafter.checkpoint.config_writer import config_dict
+from trtllm_redrafter.checkpoint.config import CheckpointConfig, config_dict
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import read_json
 
@@ -103,12 +102,17 @@ def test_the_exporters_configs(name: str) -> None:
 
 
 def test_excludes_are_completed_when_a_drafter_joins_a_quantized_base() -> None:
-    quantized = REDRAFTER | {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
-    excludes = config_dict(parse(quantized))["quantization"]["exclude_modules"]
-    assert excludes[0] == "lm_head"
-    assert {"drafter*", "*lm_head", "*vocab_embedding"} <= set(excludes)
-    without_list = REDRAFTER | {"quantization": {"quant_algo": "FP8"}}
-    assert "drafter*" in config_dict(parse(without_list))["quantization"]["exclude_modules"]
+    drafter, shape = parse(REDRAFTER).drafter, parse(REDRAFTER).draft_shape
+    assert drafter is not None and shape is not None
+
+    def excludes(quantization: dict[str, Any]) -> list[str]:
+        config = parse(LLAMA | {"quantization": quantization}).with_drafter(drafter, shape, greedy=True)
+        listed: list[str] = config_dict(config)["quantization"]["exclude_modules"]
+        return listed
+
+    found = excludes({"quant_algo": "FP8", "exclude_modules": ["lm_head"]})
+    assert found[0] == "lm_head" and {"drafter*", "*lm_head", "*vocab_embedding"} <= set(found)
+    assert "drafter*" in excludes({"quant_algo": "FP8"})
 
 
 def test_all_problems_in_one_message() -> None:

@@ -9,12 +9,14 @@ import pytest
 
 from tests.engines import build_engine
 from tests.tiny_models import base_config, write_base, write_drafter
-from trtllm_redrafter.base_models import HFModel, tensor_sources
 from trtllm_redrafter.base_models.hf_config import parse_hf_config
-from trtllm_redrafter.checkpoint import Checkpoint
+from trtllm_redrafter.base_models.hf_model import HFModel, tensor_sources
 from trtllm_redrafter.checkpoint.families import FAMILIES, Family
 from trtllm_redrafter.checkpoint.names import hf_names, rank_file
-from trtllm_redrafter.conversion import ConvertOptions, convert, plan_conversion
+from trtllm_redrafter.checkpoint.reader import Checkpoint
+from trtllm_redrafter.conversion.options import ConvertOptions
+from trtllm_redrafter.conversion.plan import plan_conversion
+from trtllm_redrafter.conversion.writer import convert
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.verify.weights import verify
 

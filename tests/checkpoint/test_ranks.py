@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tests.engines import build_engine, write_checkpoint
 from trtllm_redrafter.backends.torch.backend import TorchBackend
 from trtllm_redrafter.checkpoint.manifest import Manifest
-from trtllm_redrafter.checkpoint.ranks import rank_problems
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import save_tensors
-from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.checkpoint.structure import rank_problems
+from trtllm_redrafter.errors import InputError, raise_together
 from trtllm_redrafter.verify.files import verify_files
 
 
@@ -87,8 +87,7 @@ def edit_load(engine: Path) -> None:
 
 
 def edit_verify(engine: Path) -> None:
-    report = verify_files(engine, hashes=False)
-    report.raise_if_failed()
+    raise_together(InputError, verify_files(engine, hashes=False).problems, "damaged", where=engine)
 
 
 @pytest.mark.parametrize("look", [edit_load, edit_verify])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trtllm_redrafter.checkpoint import Checkpoint
+from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.errors import BackendError, InputError
 
 PEER = Path(__file__).parents[1] / "data" / "peer"

@@ -26,7 +26,9 @@ def test_one_prompt_fails_and_the_others_are_answered(
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     program, engine = Program(capsys), tmp_path / "engine"
     # Damage that came after the build: `convert` and `build` refuse such weights.
-    checks = [f"trtllm_redrafter.{module}.non_finite_count" for module in ("conversion.shards", "checkpoint.finite")]
+    checks = [
+        f"trtllm_redrafter.{module}.non_finite_count" for module in ("conversion.sources", "checkpoint.structure")
+    ]
     with patch(checks[0], return_value=0), patch(checks[1], return_value=0):
         assert program("convert", "--base", base, "--drafter", drafter, "--output", tmp_path / "ckpt") == 0
         assert program("build", "--checkpoint", tmp_path / "ckpt", "--output", engine) == 0

@@ -164,7 +164,7 @@ def test_interrupted(here: Path, program: Program, monkeypatch: pytest.MonkeyPat
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trtllm_redrafter.conversion.convert", stop)
+    monkeypatch.setattr("trtllm_redrafter.conversion.writer.convert", stop)
     assert program(*CONVERT.split(), "--json") == 130
     assert "interrupted" in program.err and list(here.iterdir()) == []
     assert program.document["error"]["kind"] == "interrupted"
@@ -175,7 +175,7 @@ def test_signals_end_in_a_message_and_leave_nothing(here: Path, number: signal.S
     """The signal strikes while the output is half written, and comes out of a library as another exception."""
     script = f"""
 import os, signal, sys
-import trtllm_redrafter.conversion.execute as execute
+import trtllm_redrafter.conversion.writer as writer
 from trtllm_redrafter.cli import main
 def write_ranks(plan, work, progress):
     (work / "half").write_text("written")
@@ -183,7 +183,7 @@ def write_ranks(plan, work, progress):
         os.kill(os.getpid(), {number.value})
     except KeyboardInterrupt:
         raise AttributeError("half imported") from None
-execute._write_ranks = write_ranks
+writer._write_ranks = write_ranks
 sys.argv[1:] = {CONVERT.split()!r} + ["--json"]
 main()
 """

@@ -35,13 +35,13 @@ os.kill(os.getpid(), number)
 def test_a_signal_ends_in_one_word(place: str, models: Path, tmp_path: Path) -> None:
     script = f"""
 import os, shutil, signal, sys, time
-import trtllm_redrafter.conversion.execute as execute
+import trtllm_redrafter.conversion.writer as writer
 from trtllm_redrafter.cli import main
 number = signal.SIGTERM
 def write_ranks(plan, work, progress):
     (work / "half").write_text("written")
     exec({PLACES[place]!r}, globals())
-execute._write_ranks = write_ranks
+writer._write_ranks = write_ranks
 sys.argv[1:] = ["convert", "--base", {str(models / "base")!r}, "--output", {str(tmp_path / "out")!r}]
 main()
 """

@@ -11,7 +11,7 @@ from tests.cli.tiny import Program
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.run.options import within
 from trtllm_redrafter.settings import resolve
-from trtllm_redrafter.settings.training import parse_grid
+from trtllm_redrafter.settings.values import parse_grid
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "one two three four five six seven eight nine ten"] * 4
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from trtllm_redrafter.checkpoint import Checkpoint
-from trtllm_redrafter.conversion import ConvertOptions
-from trtllm_redrafter.conversion.execute import convert
+from trtllm_redrafter.checkpoint.reader import Checkpoint
+from trtllm_redrafter.conversion.options import ConvertOptions
 from trtllm_redrafter.conversion.plan import plan_conversion
+from trtllm_redrafter.conversion.writer import convert
 from trtllm_redrafter.progress import no_progress
 
 Options = Callable[..., ConvertOptions]

@@ -13,7 +13,7 @@ from tests.conversion.conftest import Convert, Options
 from tests.conversion.fp8 import quantize_fp8
 from tests.engines import write_tokenizer
 from tests.tiny_models import drafter_tensors, write_base, write_drafter, write_tied_drafter
-from trtllm_redrafter.checkpoint import Checkpoint
+from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
 from trtllm_redrafter.conversion.plan import plan_conversion
 from trtllm_redrafter.errors import MismatchError

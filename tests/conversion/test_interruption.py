@@ -19,10 +19,9 @@ import pytest
 from tests.conversion.conftest import Options
 from tests.tiny_models import write_base, write_drafter
 from trtllm_redrafter.checkpoint.manifest import Manifest
-from trtllm_redrafter.conversion import execute, writer
-from trtllm_redrafter.conversion.execute import convert
-from trtllm_redrafter.conversion.plan import plan_conversion
-from trtllm_redrafter.conversion.planned import ConversionPlan
+from trtllm_redrafter.conversion import writer
+from trtllm_redrafter.conversion.plan import ConversionPlan, plan_conversion
+from trtllm_redrafter.conversion.writer import convert
 from trtllm_redrafter.errors import InputError, OutputError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.verify.files import verify_files
@@ -52,10 +51,10 @@ STAGES = [
     (writer, "reserve"),
     (writer, "_write_block"),
     (writer, "_write_stored"),
-    (execute, "hash_inputs"),
-    (execute, "write_rank"),
-    (execute, "write_json"),
-    (execute.shutil, "copyfile"),
+    (writer, "hash_inputs"),
+    (writer, "write_rank"),
+    (writer, "write_json"),
+    (writer.shutil, "copyfile"),
     (Manifest, "write"),
 ]
 
@@ -145,7 +144,7 @@ def test_overwriting_keeps_the_old_checkpoint_when_it_fails(
 SLOW = """
     import sys, time
     from pathlib import Path
-    from trtllm_redrafter.conversion.execute import convert
+    from trtllm_redrafter.conversion.writer import convert
     from trtllm_redrafter.conversion.options import ConvertOptions
     from trtllm_redrafter.conversion import writer
     from trtllm_redrafter.conversion.plan import plan_conversion

@@ -14,7 +14,7 @@ from tests.tiny_models import write_base
 MEASURE = """
     import sys
     from pathlib import Path
-    from trtllm_redrafter.conversion.execute import convert
+    from trtllm_redrafter.conversion.writer import convert
     from trtllm_redrafter.conversion.options import ConvertOptions
     from trtllm_redrafter.conversion.plan import plan_conversion
     from trtllm_redrafter.progress import no_progress

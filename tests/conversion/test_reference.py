@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.tiny_models import base_config, base_tensors, drafter_tensors, write_base, write_drafter
-from trtllm_redrafter.conversion.execute import convert
 from trtllm_redrafter.conversion.options import ConvertOptions
 from trtllm_redrafter.conversion.plan import plan_conversion
+from trtllm_redrafter.conversion.writer import convert
 from trtllm_redrafter.progress import no_progress
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.conversion.conftest import Options
 from tests.tiny_models import write_base, write_drafter, write_drafter_config, write_tied_drafter
-from trtllm_redrafter.conversion.execute import convert
 from trtllm_redrafter.conversion.plan import plan_conversion
+from trtllm_redrafter.conversion.writer import convert
 from trtllm_redrafter.errors import InputError, MismatchError, OutputError, RedrafterError, UsageError
 from trtllm_redrafter.progress import no_progress
 
@@ -109,7 +109,7 @@ def test_existing_output(case: Case) -> None:
 def test_disk_too_small(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 90, 10))
-    case.refused(OutputError, "not enough room", "10 are free", str(case.tmp_path / "out"))
+    case.refused(OutputError, "not enough disk space", "10 are free", str(case.tmp_path / "out"))
 
 
 # ---- base model files

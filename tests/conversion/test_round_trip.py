@@ -23,8 +23,9 @@ from tests.tiny_models import (
     write_drafter,
     write_tied_drafter,
 )
-from trtllm_redrafter.checkpoint import Checkpoint
+from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.verify.weights import verify
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -177,7 +178,7 @@ def test_tokenizer_files_travel(tmp_path: Path, run: Convert) -> None:
     assert found == ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json"]
     manifest = checkpoint.manifest
     assert manifest is not None
-    assert manifest.derived["tokenizer_sha256"] == manifest.files["tokenizer/tokenizer.json"].sha256
+    assert manifest.tokenizer_sha256 == manifest.files["tokenizer/tokenizer.json"].sha256
     assert manifest.derived["eos_token_ids"] == [2]
 
 
@@ -197,7 +198,8 @@ def test_the_manifest_knows_inputs_and_outputs(tmp_path: Path, run: Convert) -> 
     }  # fmt: skip
     written = {p.relative_to(checkpoint.path).as_posix() for p in checkpoint.path.rglob("*") if p.is_file()}
     assert set(raw["files"]) == written - {"manifest.json"}
-    assert (raw["derived"]["num_beams"], raw["derived"]["draft_len"]) == (3, 4)
+    assert (raw["derived"]["trained_draft_len"], raw["options"]["num_beams"]) == (4, 3)
+    assert checkpoint.config.draft_shape == DraftShape(3, 4)
     assert raw["options"]["tp_size"] == 2
 
 

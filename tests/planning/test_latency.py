@@ -14,19 +14,19 @@ from trtllm_redrafter.planning.gpus import gpu
 from trtllm_redrafter.planning.latency import (
     KERNELS_PER_LAYER,
     Assumptions,
-    LatencyPlan,
+    LatencyEstimate,
     batch_sizes,
-    latency_plan,
+    estimate_latency,
 )
-from trtllm_redrafter.planning.sizes import base_parameters, kv_bytes_per_token, weight_bytes
+from trtllm_redrafter.planning.memory import base_parameters, kv_bytes_per_token, weight_bytes
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 
 IDEAL = Assumptions(context_len=1000, bandwidth_efficiency=1.0, compute_efficiency=1.0, kernel_us=0.0)
 
 
-def plan(batch: int = 1, accepted: float | None = None, a: Assumptions = IDEAL, **changes: object) -> LatencyPlan:
+def plan(batch: int = 1, accepted: float | None = None, a: Assumptions = IDEAL, **changes: object) -> LatencyEstimate:
     config = model_config(**changes)
-    return latency_plan(config, gpu("h100-80gb"), a, max_batch_size=batch, acceptance_length=accepted)
+    return estimate_latency(config, gpu("h100-80gb"), a, max_batch_size=batch, acceptance_length=accepted)
 
 
 def test_one_request_moves_all_weights_once() -> None:
@@ -60,7 +60,7 @@ def test_a_plain_model_breaks_even_at_one() -> None:
 
 def test_a_smaller_drafter_and_a_shorter_draft_cost_less() -> None:
     small = DrafterConfig(vocab_size=32000, hidden_size=1024, exit_dim=256, num_layers=1)
-    assert plan(drafter=True).rows[0].draft_ms > latency_plan(
+    assert plan(drafter=True).rows[0].draft_ms > estimate_latency(
         replace(model_config(), drafter=small), gpu("h100-80gb"), IDEAL, max_batch_size=1, acceptance_length=None
     ).rows[0].draft_ms  # fmt: skip
     assert plan(draft_shape=DraftShape(3, 2)).rows[0].draft_ms < 0.6 * plan().rows[0].draft_ms

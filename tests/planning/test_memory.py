@@ -9,12 +9,12 @@ import pytest
 from tests.trtllm_options import model_config
 from trtllm_redrafter.checkpoint.layout import tensor_specs
 from trtllm_redrafter.errors import UsageError
-from trtllm_redrafter.planning import GPUS, Limits, gpu, memory_plan
+from trtllm_redrafter.planning import GPUS, BuildLimits, estimate_memory, gpu
 from trtllm_redrafter.planning.gpus import gpu_by_driver_name
-from trtllm_redrafter.planning.sizes import base_parameters, drafter_parameters, kv_bytes_per_token, weight_bytes
+from trtllm_redrafter.planning.memory import base_parameters, drafter_parameters, kv_bytes_per_token, weight_bytes
 from trtllm_redrafter.redrafter.config import DraftShape
 
-LIMITS = Limits(8, 1024, 2048, 1115)
+LIMITS = BuildLimits(8, 1024, 2048, 1115)
 
 
 def line(plan_lines: object, name: str) -> int:
@@ -58,7 +58,7 @@ def test_fp8_weights_are_half_and_the_drafter_is_not() -> None:
 def test_drafting_buffers_by_hand() -> None:
     """The case that ruins the builder's default: 2048 requests, 5 x 5, 128256 tokens are 13 GB each way."""
     config = model_config(vocab_size=128256, draft_shape=DraftShape(5, 5))
-    plan = memory_plan(config, Limits(2048, 1024, 2048, 53248), gpu("l40s"), kv_cache_fraction=0.9)
+    plan = estimate_memory(config, BuildLimits(2048, 1024, 2048, 53248), gpu("l40s"), kv_cache_fraction=0.9)
     assert line(plan.lines, "draft probabilities") == 2 * 2048 * 5 * 5 * 128256 * 2
     assert line(plan.lines, "draft probabilities") / 2 == pytest.approx(13.1e9, rel=0.01)
     assert line(plan.lines, "verification") == 2048 * (26 + 5 * 6) * 128256 * 2
@@ -66,7 +66,7 @@ def test_drafting_buffers_by_hand() -> None:
 
 
 def test_what_is_left_is_the_cache() -> None:
-    plan = memory_plan(model_config(), LIMITS, gpu("h100-80gb"), kv_cache_fraction=0.5)
+    plan = estimate_memory(model_config(), LIMITS, gpu("h100-80gb"), kv_cache_fraction=0.5)
     assert plan.kv_bytes == int(0.5 * (80 * 10**9 - plan.used_bytes))
     assert plan.kv_tokens == plan.kv_bytes // 4096
     assert plan.longest_request == 2048 + 12 and plan.full_requests == plan.kv_tokens // 2060
@@ -80,10 +80,12 @@ def test_what_is_left_is_the_cache() -> None:
 def test_tight_plans_warn_and_impossible_ones_refuse() -> None:
     big = model_config(num_hidden_layers=80, hidden_size=8192, intermediate_size=28672, num_attention_heads=64,
                        num_key_value_heads=64, head_size=128, drafter=False)  # fmt: skip
-    assert "does not fit" in memory_plan(big, LIMITS, gpu("h100-80gb"), kv_cache_fraction=0.9).problems()[0].what
-    tight = memory_plan(model_config(), Limits(8, 1024, 4096, 1115), gpu("h100-80gb"), kv_cache_fraction=0.0001)
+    assert "does not fit" in estimate_memory(big, LIMITS, gpu("h100-80gb"), kv_cache_fraction=0.9).problems()[0].what
+    tight = estimate_memory(
+        model_config(), BuildLimits(8, 1024, 4096, 1115), gpu("h100-80gb"), kv_cache_fraction=0.0001
+    )
     assert "not one request" in tight.problems()[0].what and not tight.warnings()
-    some = memory_plan(model_config(), Limits(8, 1024, 4096, 1115), gpu("h100-80gb"), kv_cache_fraction=0.001)
+    some = estimate_memory(model_config(), BuildLimits(8, 1024, 4096, 1115), gpu("h100-80gb"), kv_cache_fraction=0.001)
     assert not some.problems() and some.full_requests < 8
     assert [w.what.partition(" ")[2] for w in some.warnings()] == [
         "requests of full length fit, max_batch_size is 8",

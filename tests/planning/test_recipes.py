@@ -10,6 +10,7 @@ import pytest
 
 from tests.backends.test_trtllm_flags import legal
 from tests.cli.tiny import Program
+from trtllm_redrafter.fsio import write_json
 from trtllm_redrafter.run.hardware_plan import RecipePlan, plan_recipe
 from trtllm_redrafter.settings import file_layers, preset_layer, resolve
 
@@ -56,7 +57,9 @@ def test_recipe_fits_its_gpu(name: str) -> None:
     )
     found = legal(arguments)
     assert int(found["--max_batch_size"]) <= 32 and found["--speculative_decoding_mode"] == "explicit_draft_tokens"
-    limit = plan.latency.max_acceptance_length
+    shape = plan.model.config.draft_shape
+    assert shape is not None
+    limit = shape.draft_len + 1
     assert all(1.0 < row.break_even < limit for row in plan.latency.rows), "drafting could never pay"
 
 
@@ -102,9 +105,11 @@ def test_plan_command(program: Program) -> None:
 
 def test_plan_reads_what_is_there(program: Program, tmp_path: Path) -> None:
     (tmp_path / "drafter").mkdir()
-    config = '{"hidden_size": 4096, "exit_dim": 512, "num_draft_layers": 1, "rnn": true, "draft_len": 3}'
-    (tmp_path / "drafter" / "config.json").write_text(config)
+    config = {"hidden_size": 4096, "exit_dim": 512, "num_draft_layers": 1, "rnn": True, "draft_len": 3}
+    write_json(tmp_path / "drafter" / "config.json", config | {"vocab_size": 32000})
     flags = ["plan", CONFIGS / "llama-3.1-8b.yaml", "--set", "drafter=drafter"]
+    assert program(*flags, "--json") == 4 and "trained for 3" in program.err and "vocabulary is 32000" in program.err
+    write_json(tmp_path / "drafter" / "config.json", config | {"vocab_size": 128256})
     assert program(*flags, "--json") == 4 and "trained for 3" in program.err
     assert program(*flags, "--set", "convert.draft_len=3", "--json") == 0
     drafter = next(

@@ -12,15 +12,16 @@ from torch import Tensor
 from tests.redrafter import golden
 from trtllm_redrafter.redrafter.beam_search import Beams, beam_search
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.redrafter.sampling import SamplingSettings
-from trtllm_redrafter.redrafter.token_tree import TokenTree, build_tree, pack
-from trtllm_redrafter.redrafter.verification import (
+from trtllm_redrafter.redrafter.reference import (
     DraftRecord,
     Step,
-    context_probs,
+    TokenTree,
+    base_log_probs,
+    build_tree,
     trtllm_decide,
     trtllm_draw,
 )
+from trtllm_redrafter.redrafter.sampling import SamplingSettings
 
 NO_SETTINGS = SamplingSettings.of([])
 
@@ -53,15 +54,15 @@ def test_draft(name: str, load: Load) -> None:
 
 
 def check_tree(tree: TokenTree, base: Tensor, expected: dict[str, Tensor]) -> None:
-    packed = pack(tree, base)
+    nodes = tree.is_node  # TensorRT-LLM's graph returns sequences concatenated, without padding
     golden.same(tree.draft_indices, expected["indices"])
-    golden.same(packed.flat_tokens, expected["flat_tokens"])
-    golden.same(packed.generation_lengths, expected["lengths"])
-    golden.same(packed.position_ids, expected["position_ids"])
+    golden.same(tree.tokens[nodes].int(), expected["flat_tokens"])
+    golden.same(tree.lengths.int(), expected["lengths"])
+    golden.same((base.view(-1, 1) + tree.depths)[nodes].int(), expected["position_ids"])
     if len(tree.lengths):
         assert tree.width == expected["mask"].shape[1] == int(expected["lengths"].max())
     for row, length in enumerate(tree.lengths.tolist()):  # padding is not a fixed value in TensorRT-LLM
-        golden.same(packed.position_offsets[row, :length], expected["offsets"][row, :length])
+        golden.same(tree.depths[row, :length].int(), expected["offsets"][row, :length])
         golden.same(tree.mask[row, :length, :length], expected["mask"][row, :length, :length])
 
 
@@ -99,7 +100,7 @@ def decide(
     contexts = len(tensors["in.request_types"]) - generations
     inverse = tensors["in.inverse_temperature"]
     scale = 1.0 if greedy else inverse[:contexts].unsqueeze(1)
-    next_probs = [context_probs(logits[:contexts] * scale, greedy=greedy)]
+    next_probs = [base_log_probs(logits[:contexts] * scale, greedy=greedy).softmax(dim=-1)]
     inputs = [hidden[:contexts]]
     accepted = [torch.zeros(contexts, dtype=torch.int64)]
     beams = [torch.zeros(contexts, dtype=torch.int64)]

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from tests.redrafter.toy import make_beams
 from trtllm_redrafter.redrafter.beam_search import Beams
-from trtllm_redrafter.redrafter.token_tree import TokenTree, Tree, build_tree, pack, pack_bits, pad, root_tree
-from trtllm_redrafter.redrafter.verification import walk
+from trtllm_redrafter.redrafter.reference import TokenTree, build_tree, walk
+from trtllm_redrafter.redrafter.token_tree import Tree, pad
 
 G = 9  # the guaranteed token
 
@@ -60,27 +60,6 @@ def test_max_nodes_per_sequence() -> None:
     beams = make_beams([[[1, 2, 3]], [[1, 2, 3]], [[1, 2, 3]]])
     tree = build_tree(beams, max_nodes=torch.tensor([1, 2, 9]))
     assert tree.lengths.tolist() == [1, 2, 3]
-
-
-def test_root_tree_is_the_tree_of_one_node() -> None:
-    root = root_tree(torch.tensor([4, 5]), width=2)
-    same = build_tree(make_beams([[[4, 1]], [[5, 1]]]), max_nodes=1, width=2)
-    for name in ("tokens", "parents", "depths", "mask", "lengths"):
-        assert getattr(root, name).tolist() == getattr(same, name).tolist(), name
-
-
-def test_packing_removes_padding() -> None:
-    tree = build_tree(make_beams([[[1, 2, 3], [1, 2, 3]], [[1, 2, 3], [1, 4, 3]]]))
-    packed = pack(tree, torch.tensor([10, 20]))
-    assert packed.flat_tokens.tolist() == [1, 2, 3, 1, 2, 3, 4, 3]
-    assert packed.position_ids.tolist() == [10, 11, 12, 20, 21, 22, 21, 22]
-    assert packed.packed_mask[1].tolist() == [[0b1], [0b11], [0b111], [0b1001], [0b11001]]
-
-
-def test_bits_cross_words_and_reach_the_sign() -> None:
-    mask = torch.zeros(34, dtype=torch.bool)
-    mask[[0, 31, 33]] = True
-    assert pack_bits(mask).tolist() == [1 - 2**31, 2]
 
 
 def paths(tree: TokenTree, row: int) -> list[tuple[int, ...]]:

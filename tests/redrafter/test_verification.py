@@ -15,9 +15,17 @@ from hypothesis import strategies as st
 from tests.redrafter.toy import ToyBase, make_beams, random_drafter
 from trtllm_redrafter.redrafter.beam_search import Beams, beam_search
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.redrafter.reference import (
+    RULES,
+    DraftRecord,
+    Step,
+    TokenTree,
+    build_tree,
+    node_uniforms,
+    trtllm_decide,
+    walk,
+)
 from trtllm_redrafter.redrafter.sampling import SamplingSettings, draw, filtered_logits, uniform
-from trtllm_redrafter.redrafter.token_tree import TokenTree, build_tree, root_tree
-from trtllm_redrafter.redrafter.verification import RULES, DraftRecord, Step, node_uniforms, trtllm_decide, walk
 
 G = 9
 
@@ -63,7 +71,8 @@ def test_walk_over_unequal_trees() -> None:
 
 
 def test_a_root_alone_emits_one_token() -> None:
-    output = walk(root_tree(torch.tensor([4, 5])), torch.tensor([[7], [8]]))
+    trees = build_tree(make_beams([[[4, 1]], [[5, 1]]]), max_nodes=1)
+    output = walk(trees, torch.tensor([[7], [8]]))
     assert output.emitted.tolist() == [[7], [8]] and output.accepted.tolist() == [0, 0]
 
 
@@ -214,7 +223,7 @@ def test_trtllm_greedy_equals_the_walk_without_ties() -> None:
 
 
 def test_trtllm_rule_needs_its_inputs() -> None:
-    tree = root_tree(torch.tensor([1]))
+    tree = build_tree(make_beams([[[1, 0]]]), max_nodes=1)
     with pytest.raises(TypeError, match="random numbers"):
         RULES["trtllm"](Step(tree, torch.zeros(1, 1, 4), SamplingSettings.of([]), None))
     step = one_draft([0.5, 0.5], [0.5, 0.5], 0, [0.5])

@@ -8,7 +8,7 @@ from torch import Tensor
 from trtllm_redrafter.redrafter.beam_search import Beams
 from trtllm_redrafter.redrafter.config import DrafterConfig
 from trtllm_redrafter.redrafter.drafter import Drafter
-from trtllm_redrafter.redrafter.token_tree import TokenTree
+from trtllm_redrafter.redrafter.reference import TokenTree
 
 
 def make_beams(tokens: list[list[list[int]]], scores: list[list[list[float]]] | None = None) -> Beams:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.engines import write_tokenizer
 from tests.tiny_models import write_base
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.settings.training import TrainSection
+from trtllm_redrafter.settings.schema import TrainSection
 from trtllm_redrafter.training.loss import LossOptions
 from trtllm_redrafter.training.plan import TrainOptions
 from trtllm_redrafter.training.trainer import FitOptions

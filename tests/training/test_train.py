@@ -17,7 +17,7 @@ from tests.training.conftest import train_options
 from trtllm_redrafter.errors import OutputError, UsageError
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.settings.training import EvaluateSection
+from trtllm_redrafter.settings.schema import EvaluateSection
 from trtllm_redrafter.training.evaluation import EvaluateOptions, evaluate
 from trtllm_redrafter.training.execute import train
 from trtllm_redrafter.training.model import HeadKind

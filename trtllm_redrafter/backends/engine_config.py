@@ -21,8 +21,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from trtllm_redrafter.checkpoint.config import MAX_RANKS
+from trtllm_redrafter.checkpoint.fields import Schema, Size, validated
+from trtllm_redrafter.checkpoint.kinds import Kind, kind_of, wrong_kind
 from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT
-from trtllm_redrafter.checkpoint.validation import Schema, Size, validated
 from trtllm_redrafter.errors import BackendError, InputError, raise_together
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.redrafter.config import DraftShape
@@ -201,15 +202,6 @@ def _read(engine: Path) -> dict[str, Any]:
 def _backend_of(config: Mapping[str, Any], engine: Path) -> str:
     if "backend" in config:
         return str(config["backend"])
-    if "pretrained_config" in config and "build_config" in config:
+    if kind_of(config) is Kind.TENSORRT_ENGINE:
         return TENSORRT
-    if "architecture" in config:
-        raise InputError(
-            "this is a checkpoint, not an engine",
-            where=engine,
-            why="it has not been built for a backend",
-            remedy="run `trtllm-redrafter build --checkpoint` on it and pass that output to --engine",
-        )
-    raise InputError(
-        "this is not an engine", where=engine, why="its config.json names no backend", remedy="check the path"
-    )
+    raise wrong_kind(engine, config, Kind.TORCH_ENGINE)

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.base_models.vocabulary import beyond_message, first_beyond
+from trtllm_redrafter.base_models.tokenizer import beyond_message, first_beyond
 from trtllm_redrafter.errors import Problem, RedrafterError, brief
 from trtllm_redrafter.prompts.sampling import SamplingParams
 from trtllm_redrafter.redrafter.config import DraftShape

@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trtllm_redrafter.base_models.text_side import text_side
 from trtllm_redrafter.base_models.tokenizer import has_tokenizer, load_tokenizer, tokenizer_files, tokenizer_sha256
+from trtllm_redrafter.base_models.tokenizer_setup import tokenizer_setup
 from trtllm_redrafter.checkpoint.names import TOKENIZER_DIRECTORY
 from trtllm_redrafter.errors import InputError, RequestError, raise_together
 from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_prompt
@@ -78,7 +78,7 @@ def engine_text(engine: Path, *, vocab_size: int, recorded: object) -> tuple[Eng
     `recorded` is what the engine's own config keeps of them.
     """
     folder = engine / TOKENIZER_DIRECTORY
-    text = text_side(folder, vocab_size=vocab_size, remedy=REMEDY, recorded=recorded)
+    text = tokenizer_setup(folder, vocab_size=vocab_size, remedy=REMEDY, recorded=recorded)
     tokenizer = None if text.tokenizer is None else EngineTokenizer(folder, text.tokenizer)
     return tokenizer, frozenset(text.end_token_ids)
 
@@ -120,9 +120,9 @@ def build_text(given: Path | None, checkpoint: Checkpoint) -> BuildText:
         raise_together(InputError, problems, "the checkpoint's tokenizer is damaged", where=checkpoint.path)
     remedy = f"pass {'another one' if given is None else 'the tokenizer of this model'} with --tokenizer"
     recorded = () if manifest is None else manifest.end_tokens
-    text = text_side(source, vocab_size=checkpoint.config.vocab_size, remedy=remedy, recorded=recorded)
+    text = tokenizer_setup(source, vocab_size=checkpoint.config.vocab_size, remedy=remedy, recorded=recorded)
     notes = list(text.notes)
-    known = None if manifest is None else manifest.derived.get("tokenizer_sha256")
+    known = None if manifest is None else manifest.tokenizer_sha256
     if given is not None and known is not None and known != tokenizer_sha256(given):
         notes.append(f"{given} is not the tokenizer the base model came with: check that the two agree")
     return BuildText(source, text.tokenizer is not None, text.end_token_ids, tuple(notes))

@@ -1,7 +1,9 @@
 """Parse a Hugging Face config.json, of transformers 4 or 5, into the checkpoint's config.
 
-Both forms are read (see `hf_fields`). Settings that TensorRT-LLM would compute differently are refused here by name,
-instead of changing the generated text later.
+transformers 5 renamed `torch_dtype` to `dtype` and moved `rope_theta` and `rope_scaling` into `rope_parameters`; some
+files have both. `one_form` takes a field that is missing in one place from the other, and two values that disagree are
+refused, since versions of transformers differ in which of them they use. Settings that TensorRT-LLM would compute
+differently are refused by name, instead of changing the generated text later.
 
     parsed = parse_hf_config(read_json(path / "config.json"), where=path / "config.json")
     parsed.config.rotary_base, parsed.notes
@@ -14,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.base_models.hf_fields import one_form
-from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
-from trtllm_redrafter.checkpoint.config_writer import QWEN_DEFAULT_SEQ_LENGTH
+from trtllm_redrafter.checkpoint.config import DTYPES, QWEN_DEFAULT_SEQ_LENGTH, CheckpointConfig
 from trtllm_redrafter.checkpoint.families import FAMILIES, Family, family_of_type
 from trtllm_redrafter.checkpoint.fields import FieldReader
-from trtllm_redrafter.errors import Problem
+from trtllm_redrafter.checkpoint.kinds import Kind, kind_of
+from trtllm_redrafter.errors import InputError, Problem, raise_together
+from trtllm_redrafter.fsio import read_json
 
 ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
     "default": (),
@@ -50,7 +52,7 @@ def parse_hf_config(raw: Mapping[str, Any], *, where: Path) -> ParsedConfig:
     merged, contradictions = one_form(raw, where=where)
     fields = FieldReader(merged, where)
     fields.problems += contradictions
-    if "exit_dim" in raw:
+    if kind_of(raw) is Kind.DRAFTER:
         fields.problem("this is a drafter, not a base model", remedy="pass it to --drafter, and the base to --base")
         return ParsedConfig(None, tuple(fields.problems))
     family = find_family(merged)
@@ -72,6 +74,17 @@ def parse_hf_config(raw: Mapping[str, Any], *, where: Path) -> ParsedConfig:
     config = _config(fields, family, notes)
     _refusals(fields)
     return ParsedConfig(None if fields.problems else config, tuple(fields.problems), tuple(notes))
+
+
+def read_base_config(file: Path) -> tuple[CheckpointConfig, tuple[str, ...]]:
+    """The config of a base model, Hugging Face's or a checkpoint's, from its config.json alone; and notes."""
+    raw = read_json(file)
+    if kind_of(raw) is Kind.CHECKPOINT:
+        return CheckpointConfig.from_dict(raw, where=file), ()
+    parsed = parse_hf_config(raw, where=file)
+    raise_together(InputError, parsed.problems, "the base model cannot be converted", where=file.parent)
+    assert parsed.config is not None
+    return parsed.config, parsed.notes
 
 
 def find_family(fields: Mapping[str, Any]) -> Family | None:
@@ -217,3 +230,78 @@ def _refusals(fields: FieldReader) -> None:
     named = raw.get("dtype")
     if named is not None and named not in DTYPES:
         fields.problem(f"the dtype {named!r} is not supported", why=f"one of {', '.join(DTYPES)} is needed")
+
+
+_WHY = "the two are one setting under two names, and versions of transformers differ in which one they read"
+_TOP = "top-level"
+_MODERN, _LEGACY = "rope_parameters", "rope_scaling"
+_MOVED = ("partial_rotary_factor",)
+"""Other top-level fields of transformers 4, besides `rope_theta`, that transformers 5 has in `rope_parameters`."""
+_KIND = ("rope_type", "type")
+
+
+class _Merge:
+    """Takes one value from several places, and records a problem where values disagree."""
+
+    def __init__(self, where: Path) -> None:
+        self._where = str(where)
+        self.problems: list[Problem] = []
+
+    def one(self, name: str, places: Mapping[str, Any]) -> Any:
+        """The first non-null value, in the order of `places`."""
+        stated = [(place, value) for place, value in places.items() if value is not None]
+        if not stated:
+            return None
+        first_place, first = stated[0]
+        for place, value in stated[1:]:
+            if value != first:
+                what = f"{name} is {first!r} ({first_place}) and {value!r} ({place})"
+                remedy = "correct the file: keep the value the model was trained with"
+                self.problems.append(Problem(what, self._where, _WHY, remedy))
+                break
+        return first
+
+
+def one_form(raw: Mapping[str, Any], *, where: Path) -> tuple[dict[str, Any], list[Problem]]:
+    """The fields in transformers 4's places (except `dtype`), and all contradictions.
+
+    `dtype` has no `torch.` prefix; `rope_theta` and `partial_rotary_factor` are at the top level, the other rotary
+    settings in `rope_scaling`. Rotary settings that are no object, or differ by kind of layer, are left unchanged.
+    """
+    fields, merge = dict(raw), _Merge(where)
+    dtype = merge.one("dtype", {key: _dtype_name(fields.pop(key, None)) for key in ("dtype", "torch_dtype")})
+    if dtype is not None:
+        fields["dtype"] = dtype
+    modern, legacy = raw.get(_MODERN), raw.get(_LEGACY)
+    if all(value is None or _is_flat(value) for value in (modern, legacy)):
+        _merge_rope(fields, modern or {}, legacy or {}, merge)
+    return fields, merge.problems
+
+
+def _dtype_name(value: Any) -> Any:
+    return value.removeprefix("torch.") if isinstance(value, str) else value
+
+
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, dict) and not any(isinstance(inner, dict) for inner in value.values())
+
+
+def _merge_rope(fields: dict[str, Any], modern: Mapping[str, Any], legacy: Mapping[str, Any], merge: _Merge) -> None:
+    fields.pop(_MODERN, None)
+    inside = {_MODERN: modern, _LEGACY: legacy}
+    for key in ("rope_theta", *_MOVED):
+        value = merge.one(key, {_TOP: fields.get(key)} | {name: part.get(key) for name, part in inside.items()})
+        if value is not None:
+            fields[key] = value
+    kind = merge.one(
+        "the rotary scaling", {f"{name}.{key}": part.get(key) for name, part in inside.items() for key in _KIND}
+    )
+    keys = dict.fromkeys(k for part in inside.values() for k in part if k not in ("rope_theta", *_MOVED))
+    scaling = {
+        k: kind if k in _KIND else merge.one(k, {name: part.get(k) for name, part in inside.items()}) for k in keys
+    }
+    original = "original_max_position_embeddings"
+    if kind == "llama3":
+        value = merge.one(original, {_TOP: fields.get(original), "rotary scaling": scaling.get(original)})
+        scaling = scaling if value is None else scaling | {original: value}
+    fields[_LEGACY] = {key: value for key, value in scaling.items() if value is not None} or None

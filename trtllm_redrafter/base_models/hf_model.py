@@ -41,7 +41,6 @@ class HFModel:
 
     path: Path
     config: CheckpointConfig
-    raw_config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     files: tuple[Path, ...]
     notes: tuple[str, ...]
@@ -64,7 +63,7 @@ class HFModel:
             problems += check_tensors(config, tensors, path)
         raise_together(InputError, problems, "the base model cannot be converted", where=path)
         assert config is not None and tensors is not None
-        return cls(path, config, raw, tensors, files, parsed.notes)
+        return cls(path, config, tensors, files, parsed.notes)
 
 
 def _with_dtype(

@@ -1,7 +1,7 @@
-"""The base model in transformers: the only place where it is loaded, and where its `generate` is called.
+"""The base model in transformers: the only place where it is loaded and its `generate` is called.
 
 train, evaluate, the comparison with transformers and the benchmarks all need the same model that `convert` writes. So
-its config is parsed by our rules (see `hf_fields`) and passed on in a form that every version of transformers reads in
+its config is parsed by our rules (see `hf_config`) and passed on in a form that every version of transformers reads in
 the same way, no code in the model's directory is run, and the settings in its generation_config.json
 (repetition_penalty, sampling, ...) are ignored: greedy means greedy.
 
@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.base_models.hf_config import find_family
-from trtllm_redrafter.base_models.hf_fields import one_form
+from trtllm_redrafter.base_models.hf_config import find_family, one_form
 from trtllm_redrafter.base_models.tokenizer import library_errors
 from trtllm_redrafter.errors import InputError, raise_together
 from trtllm_redrafter.fsio import read_json
@@ -49,7 +48,8 @@ def load_model(path: Path, *, dtype: torch.dtype, file_head: bool = False) -> An
     missing = sorted(found.get("missing_keys") or ())
     if missing:
         what = f"{len(missing)} tensor(s) are missing, such as {missing[0]!r}"
-        raise InputError(what, where=path, why="transformers would make them up", remedy="download the model again")
+        why = "transformers would initialize them randomly"
+        raise InputError(what, where=path, why=why, remedy="download the model again")
     model.generation_config = GenerationConfig()
     if model.config.tie_word_embeddings:  # transformers 5 does not tie where the file has another head
         model.get_output_embeddings().weight = model.get_input_embeddings().weight

@@ -28,8 +28,8 @@ from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.prompts.jsonl import dump_line
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.settings.base import fill
-from trtllm_redrafter.settings.benchmark import BenchSection, parse_batches
+from trtllm_redrafter.settings.schema import BenchSection
+from trtllm_redrafter.settings.values import fill, parse_batches
 
 
 @dataclass(frozen=True)

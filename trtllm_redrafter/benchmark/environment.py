@@ -21,7 +21,7 @@ from trtllm_redrafter.backends.engine_config import read_engine_config
 from trtllm_redrafter.backends.tensorrt_llm.machine import installed_version, query_gpus
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.planning.gpus import gpu_by_driver_name
-from trtllm_redrafter.planning.sizes import weight_bytes
+from trtllm_redrafter.planning.memory import weight_bytes
 from trtllm_redrafter.version import __version__
 
 _PACKAGES = ("torch", "transformers", "numpy", "tensorrt_llm", "tensorrt")
@@ -137,7 +137,7 @@ def memory(info: EngineInfo) -> dict[str, int]:
 def roof(info: EngineInfo) -> dict[str, Any]:
     """Bytes of base weights that a step reads, and the bandwidth of their memory in bytes per second."""
     config = read_engine_config(info.path)
-    nbytes = weight_bytes(CheckpointConfig.from_dict(config.model_values, where=config.model_file)).streamed
+    nbytes = weight_bytes(CheckpointConfig.from_dict(config.model_values, where=config.model_file)).base
     name = _gpu_name(info)
     if name is None:
         return {"weight_bytes": nbytes, "bandwidth": _bandwidth(nbytes), "bandwidth_from": "measured on this machine"}

@@ -34,7 +34,7 @@ from trtllm_redrafter.benchmark.records import (
 )
 from trtllm_redrafter.errors import Problem, UsageError, raise_together
 from trtllm_redrafter.progress import Progress
-from trtllm_redrafter.verify.ties import gap, tie_bound
+from trtllm_redrafter.verify.token_checks import gap, tie_bound
 
 ROUND = 4
 """Requests per round, as a multiple of the batch size: without a queue, a batch would mostly run half empty."""

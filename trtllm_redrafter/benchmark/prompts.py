@@ -24,7 +24,7 @@ from trtllm_redrafter.errors import InputError, MismatchError, Problem, RequestE
 from trtllm_redrafter.prompts.files import parse_all
 from trtllm_redrafter.prompts.jsonl import SHOWN, NumberedLine, lines_of, read_lines
 from trtllm_redrafter.prompts.messages import Prompt, check_asks, own_id, parse_prompt
-from trtllm_redrafter.settings.benchmark import BenchSection, TuneSection
+from trtllm_redrafter.settings.schema import BenchSection, TuneSection
 
 BUILT_IN = "built-in"
 UNNAMED = "other"

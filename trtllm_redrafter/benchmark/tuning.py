@@ -47,7 +47,8 @@ from trtllm_redrafter.planning.gpus import Gpu
 from trtllm_redrafter.planning.latency import Assumptions
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.settings.benchmark import TuneSection, parse_batches
+from trtllm_redrafter.settings.schema import TuneSection
+from trtllm_redrafter.settings.values import parse_batches
 from trtllm_redrafter.training.frozen_base import FrozenBase
 
 THIS = "this"

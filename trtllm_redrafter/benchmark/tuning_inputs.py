@@ -35,7 +35,7 @@ from trtllm_redrafter.benchmark.prompts import BenchPrompt, Item
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.errors import UsageError
 from trtllm_redrafter.planning.gpus import Gpu
-from trtllm_redrafter.planning.latency import Assumptions, latency_plan
+from trtllm_redrafter.planning.latency import Assumptions, estimate_latency
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_prompt
 from trtllm_redrafter.redrafter.config import DraftShape
@@ -238,7 +238,7 @@ def roofline_costs(
     for shape in grid:
         changed = replace(config, draft_shape=shape)
         for batch in batches:
-            plan = latency_plan(changed, gpu, assumptions, max_batch_size=batch, acceptance_length=None)
+            plan = estimate_latency(changed, gpu, assumptions, max_batch_size=batch, acceptance_length=None)
             row = plan.rows[-1]
             assert row.batch == batch, shape.name
             found.append(StepCost(shape, batch, 1e-3 * row.redrafter_ms, 1e-3 * row.plain_ms, 0.0))

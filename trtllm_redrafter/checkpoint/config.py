@@ -1,4 +1,4 @@
-"""`config.json` of a TensorRT-LLM checkpoint, as one frozen dataclass.
+"""`config.json` of a TensorRT-LLM checkpoint, as one frozen dataclass, and written from it.
 
 Accepts the files of TensorRT-LLM's own converters, of ModelOpt's fallback writer (which leaves out `qwen_type`,
 `attn_bias`, `tie_word_embeddings`) and our own; unknown keys are kept and written back. Whatever a reader would
@@ -6,6 +6,10 @@ otherwise have to guess (bias? q/k norm? head size?) is an attribute here:
 
     config = read_checkpoint_config(Path("checkpoint"))        # config.json alone: no weights, no torch
     config.head_size, config.attn_bias, config.drafter, config.draft_shape
+
+`config_dict` writes the keys in the order of NVIDIA's converters, and also every key for which TensorRT-LLM has a
+default, because some of its defaults are wrong for these models (`hidden_act` gelu, `position_embedding_type`
+learned_absolute, Qwen's `attn_bias` true).
 """
 
 from __future__ import annotations
@@ -17,13 +21,18 @@ from typing import Any
 
 from trtllm_redrafter.checkpoint.families import FAMILIES, REDRAFTER_ARCHITECTURES
 from trtllm_redrafter.checkpoint.fields import FieldReader
-from trtllm_redrafter.errors import InputError, Problem, raise_together
+from trtllm_redrafter.checkpoint.kinds import Kind, kind_of, wrong_kind
+from trtllm_redrafter.checkpoint.quantization import complete_excludes
+from trtllm_redrafter.errors import InputError, Problem, brief, raise_together
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 
 DTYPES = ("float16", "bfloat16", "float32")
 
 MAX_RANKS = 1024
+
+QWEN_DEFAULT_SEQ_LENGTH = 8192
+"""Written by TensorRT-LLM's own converter if the Hugging Face config has no `seq_length`."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +114,14 @@ class CheckpointConfig:
         )
 
     def with_drafter(self, drafter: DrafterConfig, shape: DraftShape, *, greedy: bool) -> CheckpointConfig:
-        """The config of this base model's checkpoint with a drafter."""
-        architecture = FAMILIES[self.base_architecture].redrafter
-        return replace(self, architecture=architecture, drafter=drafter, draft_shape=shape, greedy=greedy)
+        """The config of this base model's checkpoint with a drafter, which is never quantized."""
+        architecture, quantization = FAMILIES[self.base_architecture].redrafter, dict(self.quantization)
+        if self.quant_algo is not None:
+            quantization["exclude_modules"] = complete_excludes(quantization.get("exclude_modules"))
+        return replace(
+            self, architecture=architecture, quantization=quantization, drafter=drafter, draft_shape=shape,
+            greedy=greedy,
+        )  # fmt: skip
 
     @classmethod
     def from_dict(
@@ -208,7 +222,7 @@ def _rank_count(mapping: Mapping[str, Any], key: str, fields: FieldReader) -> in
     value = mapping.get(key, 1)
     if type(value) is not int or not 1 <= value <= MAX_RANKS:
         remedy = f"it must be a whole number from 1 to {MAX_RANKS}"
-        fields.problem(f"mapping.{key} is {repr(value)[:60]}", remedy=remedy)
+        fields.problem(f"mapping.{key} is {brief(value)}", remedy=remedy)
         return 1
     return value
 
@@ -218,8 +232,8 @@ def read_raw_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise InputError("the checkpoint directory does not exist", where=path, remedy="check the path")
     raw = read_json(path / "config.json")
-    if "architecture" not in raw:
-        raise _not_a_checkpoint(path, raw)
+    if kind_of(raw) is not Kind.CHECKPOINT:
+        raise wrong_kind(path, raw, Kind.CHECKPOINT)
     return raw
 
 
@@ -228,14 +242,64 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig:
     return CheckpointConfig.from_dict(read_raw_config(path), where=path / "config.json")
 
 
-def _not_a_checkpoint(path: Path, raw: Mapping[str, object]) -> InputError:
-    if "build_config" in raw:
-        what, remedy = "this is an engine, not a checkpoint", "pass the checkpoint it was built from"
-    elif "exit_dim" in raw:
-        what, remedy = "this is a drafter, not a checkpoint", "run `trtllm-redrafter convert --base … --drafter` on it"
-    elif "architectures" in raw or "model_type" in raw:
-        what, remedy = "this is a Hugging Face model, not a checkpoint", "run `trtllm-redrafter convert --base` on it"
-    else:
-        what, remedy = "this is not a TensorRT-LLM checkpoint", "check the path"
-    why = f"its config.json has no `architecture` such as {next(iter(REDRAFTER_ARCHITECTURES))}"
-    return InputError(what, where=path, why=why, remedy=remedy)
+def config_dict(config: CheckpointConfig) -> dict[str, Any]:
+    """All keys of `config`; the `extra` keys follow unchanged."""
+    written = _base_keys(config)
+    if config.family == "qwen":
+        written |= {
+            "qwen_type": config.qwen_type,
+            "seq_length": config.extra.get("seq_length", QWEN_DEFAULT_SEQ_LENGTH),
+            "moe_intermediate_size": 0,
+            "moe_shared_expert_intermediate_size": 0,
+        }
+    if config.sliding_window is not None:
+        written["sliding_window"] = config.sliding_window
+    written |= _drafter_keys(config)
+    return written | {key: value for key, value in config.extra.items() if key not in written}
+
+
+def _base_keys(config: CheckpointConfig) -> dict[str, Any]:
+    return {
+        "architecture": config.architecture,
+        "dtype": config.dtype,
+        "logits_dtype": config.extra.get("logits_dtype", "float32"),
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "hidden_size": config.hidden_size,
+        "head_size": config.head_size,
+        "intermediate_size": config.intermediate_size,
+        "norm_epsilon": config.norm_epsilon,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "hidden_act": config.hidden_act,
+        "position_embedding_type": "rope_gpt_neox",
+        "rotary_base": config.rotary_base,
+        "rotary_scaling": None if config.rotary_scaling is None else dict(config.rotary_scaling),
+        "attn_bias": config.attn_bias,
+        "mlp_bias": config.mlp_bias,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "use_parallel_embedding": config.use_parallel_embedding,
+        "embedding_sharding_dim": config.embedding_sharding_dim,
+        "mapping": {
+            "world_size": config.tp_size * config.pp_size,
+            "tp_size": config.tp_size,
+            "pp_size": config.pp_size,
+        },
+        "quantization": {"quant_algo": None, "kv_cache_quant_algo": None} | dict(config.quantization),
+    }
+
+
+def _drafter_keys(config: CheckpointConfig) -> dict[str, Any]:
+    if config.drafter is None or config.draft_shape is None:
+        return {}
+    return {
+        "base_model_architecture": config.base_architecture,
+        "redrafter_num_layers": config.drafter.num_layers,
+        "redrafter_hidden_size": config.drafter.hidden_size,
+        "redrafter_exit_dim": config.drafter.exit_dim,
+        "redrafter_is_rnn": config.drafter.rnn,
+        "redrafter_num_beams": config.draft_shape.num_beams,
+        "redrafter_draft_len_per_beam": config.draft_shape.draft_len,
+        "redrafter_greedy_search": config.greedy,
+    }

@@ -1,20 +1,29 @@
-"""Typed reading of JSON fields that collects all problems instead of stopping at the first.
+"""Typed reading of JSON that reports all wrong or missing keys together: key by key, or against a schema.
 
 fields = FieldReader({"hidden_size": "64"}, "config.json")
 fields.size("hidden_size")      # 1, and fields.problems says that hidden_size is '64' and must be a number
+
+class Limits(Schema):
+    max_batch_size: Size
+
+limits = validated(Limits, read_json(path), where=path, what="the engine's config.json is not usable", remedy="...")
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from trtllm_redrafter.errors import Problem
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trtllm_redrafter.errors import InputError, Problem, brief
 from trtllm_redrafter.redrafter.config import MAX_DRAFT_LEN
 
 MAX_SIZE = 2**31 - 1
 """Upper limit of all sizes of models, engines and requests; kernels and TensorRT-LLM use 32-bit integers."""
+
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 
 LIMITS: Mapping[str, int] = {
     "num_hidden_layers": 10_000,
@@ -39,9 +48,11 @@ LIMITS: Mapping[str, int] = {
 _MAX_NUMBER = 1e38
 """About the largest float32."""
 
-_SHOWN = 60
 _MISSING: Any = object()
 _EDIT = "correct the file, or download it again"
+
+_LISTED = 6
+"""Wrong keys of a schema that one message names."""
 
 
 class FieldReader:
@@ -113,7 +124,31 @@ class FieldReader:
         return value
 
     def _wrong(self, key: str, value: Any, needed: str) -> None:
-        text = repr(value)
-        text = text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
-        what = f"{key} is missing" if value is _MISSING else f"{key} is {text}"
+        what = f"{key} is missing" if value is _MISSING else f"{key} is {brief(value)}"
         self.problem(what, why=needed, remedy=_EDIT)
+
+
+class Schema(BaseModel):
+    """A JSON object. Unknown keys are kept, and types are strict (`"4"` is not 4, true is not 1)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validated(schema: type[M], values: Mapping[str, Any], *, where: Path, what: str, remedy: str) -> M:
+    """`values` as an instance of `schema`; `InputError` lists all wrong keys."""
+    try:
+        return schema.model_validate(dict(values))
+    except ValidationError as error:
+        found = [_sentence(entry) for entry in error.errors(include_url=False)]
+    more = [] if len(found) <= _LISTED else [f"and {len(found) - _LISTED} more"]
+    raise InputError(what, where=where, why="; ".join([*found[:_LISTED], *more]), remedy=remedy)
+
+
+def _sentence(entry: Any) -> str:
+    key = ".".join(str(part) for part in entry["loc"]) or "the file"
+    if entry["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key} is {brief(entry['input'])}, {entry['msg'].replace('Input should', 'it should', 1)}"

@@ -1,10 +1,10 @@
 """`manifest.json`: what wrote this directory, from which inputs and options, and the hashes of its files.
 
-Checkpoints, engines and drafters have one. It tells months later which drafter an engine was built with, and lets
+Checkpoints, engines and drafters have one. It says, months later, which drafter an engine was built with, and lets
 `verify` find a flipped bit or an incomplete upload:
 
     manifest = Manifest.read(path)
-    manifest.inputs["base"]["path"], manifest.derived["max_tree_tokens"]
+    manifest.inputs["base"]["path"], manifest.trained_draft_len
     problems = manifest.check_files(path, hashes=True)      # [] if there are none
 """
 
@@ -23,8 +23,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from trtllm_redrafter.checkpoint.names import MANIFEST, RECORDED, TOKENIZER_DIRECTORY
-from trtllm_redrafter.checkpoint.validation import Schema, validated
+from trtllm_redrafter.checkpoint.fields import Schema, validated
+from trtllm_redrafter.checkpoint.names import MANIFEST, RECORDED, TOKENIZER_DIRECTORY, TRAINED_DRAFT_LEN
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.fsio import CREATOR, read_json, safe_join, sample_sha256, sha256_file, write_json
 from trtllm_redrafter.version import __version__
@@ -112,11 +112,11 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Read a directory's manifest; `InputError` if it is missing or not one of ours."""
+        """Read a directory's manifest; `InputError` if it is missing or was not written by this program."""
         path = directory / MANIFEST
         raw = read_json(path)
         remedy = "write the directory again"
-        found = validated(_File, raw, where=path, what="this is not a manifest of ours", remedy=remedy)
+        found = validated(_File, raw, where=path, what="this is not a manifest written by this program", remedy=remedy)
         return cls(
             kind=found.kind,
             inputs=found.inputs or {},
@@ -162,18 +162,30 @@ class Manifest:
         if hashes and not below and not self.intact:
             remedy = f"write the {self.kind} again, or copy the manifest from an intact one"
             found.append(Problem("the manifest has been changed since it was written", str(directory / MANIFEST),
-                                 f"its content is not that of its own {OWN_HASH}", remedy))  # fmt: skip
+                                 f"its content does not match its {OWN_HASH}", remedy))  # fmt: skip
         return [problem for problem in found if problem is not None]
 
     @property
     def end_tokens(self) -> object:
-        """The end tokens that are recorded, as they stand in the file; () where none are."""
+        """The recorded end tokens, unchecked; () if there are none."""
         return self.derived.get(RECORDED, ())
 
-    def check_tokenizer(self, directory: Path) -> list[Problem]:
-        """Files of the tokenizer that are not what was written, those included that were not written at all.
+    @property
+    def trained_draft_len(self) -> int | None:
+        """How many tokens ahead a checkpoint's drafter was trained; None where nothing says so."""
+        found = self.derived.get(TRAINED_DRAFT_LEN)
+        return found if isinstance(found, int) else None
 
-        They are small, and transformers reads whatever is there under one of its names; so every load asks this.
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """Identity of the tokenizer of the base model that a checkpoint was made from."""
+        base = self.inputs.get("base")
+        return base.get("tokenizer_sha256") if isinstance(base, dict) else None
+
+    def check_tokenizer(self, directory: Path) -> list[Problem]:
+        """Problems with the tokenizer's files: changed ones, and ones that were added later.
+
+        Every load asks this: the files are small, and transformers reads any file that has one of its names.
         """
         why = f"manifest.json does not list it, so it was not there when the {self.kind} was written"
         remedy = f"remove it, or write the {self.kind} again with the tokenizer that is meant"

@@ -30,6 +30,9 @@ ENGINE_CHECKPOINT = "checkpoint"
 RECORDED = "eos_token_ids"
 """The key under which manifests of checkpoints and configs of engines keep the tokens that end a text."""
 
+TRAINED_DRAFT_LEN = "trained_draft_len"
+"""The key under which manifests of checkpoints keep how many tokens ahead the drafter was trained."""
+
 EMBEDDING = "transformer.vocab_embedding.weight"
 LM_HEAD = "lm_head.weight"
 LN_F = "transformer.ln_f.weight"

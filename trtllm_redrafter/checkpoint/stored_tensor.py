@@ -1,8 +1,8 @@
-"""A tensor in a safetensors file: where it lies, and its bytes by rows, as a copy or mapped.
+"""A tensor in a safetensors file: its position, and its bytes by rows, as a copy or mapped.
 
 tensor = SafetensorsFile.open(path)["lm_head.weight"]
 tensor.read(0, 16)                 # rows 0..15, copied
-tensor.rows(0, 16)                 # the same rows, where they lie
+tensor.rows(0, 16)                 # the same rows, as a part of the file
 tensor.load()                      # all of it, a view of the mapped file
 """
 
@@ -45,14 +45,22 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 
 STORED_DTYPES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
+_EXPONENTS: dict[torch.dtype, tuple[torch.dtype, int]] = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
+}
+_CHUNK = 2**20
+"""Values compared at a time."""
+
 DAMAGED = "download or copy the file again"
-"""The remedy for a file that is not what it was written as."""
+"""The remedy for a damaged file."""
 
 
 class DataFile:
     """The bytes of a file whose header has been checked, read by offset (from any thread) or mapped.
 
-    It is opened when its bytes are first asked for, and closed when the last tensor of it is gone.
+    It is opened when its bytes are first asked for, and closed when its last tensor is garbage-collected.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -70,11 +78,11 @@ class DataFile:
         except OSError as e:
             raise InputError("cannot read the file", where=self.path, why=e.strerror, remedy="check the path") from e
         if done < len(buffer):
-            remedy = "leave it alone and try again"
+            remedy = "do not write to it while it is read; try again"
             raise InputError("the file became shorter while it was read", where=self.path, remedy=remedy)
 
     def mapped(self) -> mmap.mmap:
-        """The whole file, privately: what is written into it changes this process's copy of a page, never the file."""
+        """The whole file, mapped privately: writes change this process's copy of a page, never the file."""
         if self._map is None:
             try:
                 with open_regular(self.path) as file:
@@ -83,7 +91,7 @@ class DataFile:
                 raise InputError("the file is empty", where=self.path, remedy=DAMAGED) from e
             if len(found) < self.size:
                 what = "the file became shorter since it was opened"
-                raise InputError(what, where=self.path, remedy="leave it alone, try again")
+                raise InputError(what, where=self.path, remedy="do not write to it while it is read; try again")
             self._map = found
         return self._map
 
@@ -132,7 +140,7 @@ class StoredTensor:
         return TORCH_DTYPES[self.dtype]
 
     def rows(self, start: int, stop: int) -> StoredTensor:
-        """Rows [start, stop) as they lie in the file; a 0-d tensor is one row."""
+        """Rows [start, stop), as a part of the file; a 0-d tensor has one row."""
         if not self.shape:
             return self
         row = math.prod(self.shape[1:]) * self.itemsize
@@ -140,7 +148,7 @@ class StoredTensor:
         return replace(self, shape=shape, begin=self.begin + start * row, end=self.begin + stop * row)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) in the stored dtype, as memory of their own."""
+        """Rows [start, stop) in the stored dtype, copied into new memory."""
         found = self.rows(start, stop)
         block = torch.empty(found.shape, dtype=self.torch_dtype)
         if block.numel():
@@ -172,3 +180,17 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     if flat.numel() == 0:
         return memoryview(b"")
     return memoryview(flat.view(torch.uint8).numpy().data)
+
+
+def non_finite_count(tensor: Tensor) -> int:
+    """Number of NaN or infinite values in a contiguous tensor; 0 for dtypes without such values.
+
+    A 16- or 32-bit float is finite unless all bits of its exponent are set; comparing integers is as fast as reading.
+    """
+    if tensor.dtype not in _EXPONENTS or tensor.numel() == 0:
+        return 0
+    integer, exponent = _EXPONENTS[tensor.dtype]
+    found = 0
+    for part in torch.split(tensor.reshape(-1).view(integer), _CHUNK):
+        found += int(part.bitwise_and(exponent).eq_(exponent).sum())
+    return found

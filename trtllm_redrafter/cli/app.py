@@ -15,18 +15,11 @@ from typing import Annotated, Any
 import typer
 
 from trtllm_redrafter.cli import console, signals
-from trtllm_redrafter.cli.bench import bench
-from trtllm_redrafter.cli.build import build
-from trtllm_redrafter.cli.convert import convert
-from trtllm_redrafter.cli.doctor import doctor
-from trtllm_redrafter.cli.evaluate import evaluate
-from trtllm_redrafter.cli.inspect import inspect
-from trtllm_redrafter.cli.pipeline import pipeline
-from trtllm_redrafter.cli.plan import plan
+from trtllm_redrafter.cli.bench import bench, tune
+from trtllm_redrafter.cli.checks import doctor, inspect, plan, verify
 from trtllm_redrafter.cli.run import run
-from trtllm_redrafter.cli.train import train
-from trtllm_redrafter.cli.tune import tune
-from trtllm_redrafter.cli.verify import verify
+from trtllm_redrafter.cli.stages import build, convert, pipeline
+from trtllm_redrafter.cli.train import evaluate, train
 from trtllm_redrafter.errors import BackendError, OutputError, RedrafterError, UsageError
 from trtllm_redrafter.memory import address_space_limit, is_out_of_memory
 from trtllm_redrafter.paths import explain_os_error
@@ -57,7 +50,7 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; works behind any command too.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; also accepted after any command.")] = False,
 ) -> None:
     pass
 

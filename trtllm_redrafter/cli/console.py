@@ -28,14 +28,14 @@ from trtllm_redrafter.prompts.jsonl import OBEYED, dump_line
 INTERNAL_ERROR, INTERRUPTED = 70, 130
 
 _UNSAFE = re.compile(f"[\x00-\x08\x0b-\x1f{OBEYED}]")
-"""Controls but line feed and tab, marks of writing direction, halves of surrogate pairs."""
+"""Control characters except line feed and tab, direction marks, lone surrogates."""
 
 
 def printable(text: str) -> str:
-    """Text from outside as a terminal may have it: line breaks and tabs stay, what a terminal would obey is shown.
+    """Untrusted text made safe for a terminal: line breaks and tabs stay, other control characters become escapes.
 
-    Ids, paths, templates, models and their texts can hold escape sequences that move the cursor, rename the window or
-    turn the direction of reading. Bytes of arguments that are not UTF-8 are shown as such.
+    Ids, paths, templates, models and their texts can contain escape sequences that move the cursor, rename the window
+    or reverse the reading direction. Bytes of arguments that are not UTF-8 are shown as `\\xNN`.
     """
     return _UNSAFE.sub(_shown, text.replace("\r\n", "\n"))
 
@@ -59,7 +59,7 @@ def say_generated(text: str, *, end: bool = True) -> None:
 
 
 def note(text: str) -> None:
-    """Something about the result, on stderr; where nobody can read it, the work goes on."""
+    """A remark on stderr; if it cannot be written, the command continues."""
     with suppress(OSError):
         typer.echo(printable(text), err=True)
 
@@ -72,7 +72,7 @@ class _Notes(logging.Handler):
 
 
 def show_warnings() -> None:
-    """Let warnings of the package's modules appear as notes; once is enough."""
+    """Show the package's log warnings as notes. Idempotent."""
     log = logging.getLogger("trtllm_redrafter")
     if not any(isinstance(handler, _Notes) for handler in log.handlers):
         log.addHandler(_Notes(logging.WARNING))
@@ -114,7 +114,7 @@ def report_error(command: str, error: RedrafterError, *, as_json: bool, debug: b
 
 
 def report_crash(command: str, error: BaseException, *, as_json: bool, debug: bool) -> int:
-    """An error nobody foresaw: our bug, most likely."""
+    """An unexpected error, most likely a bug in this program."""
     what = f"{type(error).__name__}: {error}"
     if debug:
         _show_trace(error)
@@ -130,7 +130,7 @@ def _show_trace(error: BaseException) -> None:
 
 
 def report_interrupt(command: str, *, as_json: bool) -> int:
-    """The user, or whoever runs the job, has stopped it."""
+    """Stopped by the user or the job scheduler."""
     code = signals.exit_code() or INTERRUPTED
     note("interrupted")
     if as_json:

@@ -32,7 +32,7 @@ def listen() -> None:
 
 
 def rest() -> None:
-    """Nothing is left to clean up: from here on a signal ends the process at once and in silence."""
+    """Nothing is left to clean up: from here on a signal ends the process at once, without a message."""
     for number in ENDING:
         if signal.getsignal(number) is _stop:
             signal.signal(number, signal.SIG_DFL)
@@ -68,5 +68,5 @@ def caused(error: BaseException) -> bool:
 
 
 def exit_code() -> int | None:
-    """128 + the first signal that came; None when none did."""
+    """128 + the number of the first signal received; None if there was none."""
     return 128 + _received[0] if _received else None

@@ -1,4 +1,4 @@
-"""`train`: text and a frozen base model → a drafter."""
+"""`train`: text and a frozen base model → a drafter; `evaluate`: how many tokens per step it brings."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from trtllm_redrafter.cli.console import emit, progress_bar, say
+from trtllm_redrafter.cli.console import emit, note, progress_bar, say
 from trtllm_redrafter.cli.options import Json, Overwrite, flag, flags, with_settings
+from trtllm_redrafter.errors import VerificationError
 from trtllm_redrafter.settings import Layer, resolve
 
 
@@ -22,14 +23,14 @@ from trtllm_redrafter.settings import Layer, resolve
 )  # fmt: skip
 def train(
     given: list[Layer],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last save in --work-dir.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last save in --work-dir.")] = False,
     plan_only: Annotated[
         bool, typer.Option("--plan", help="Show sizes, settings and where they come from; write nothing.")
     ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Train a drafter for a base model, which stays as it is."""
+    """Train a drafter for a base model, which is not changed."""
     from trtllm_redrafter.run.options import train_options
     from trtllm_redrafter.training import plan_training
     from trtllm_redrafter.training import train as run_training
@@ -47,3 +48,30 @@ def train(
     say(f"drafter written to {result.output}")
     if as_json:
         emit("train", planned_only=False, output=result.output, plan=plan.as_dict(), metrics=result.metrics)
+
+
+@with_settings(
+    flag("base", required=True),
+    flag("drafter", required=True),
+    *flags(
+        "evaluate", "prompts", "grid", "max_tokens", "draft_vocab", "min_acceptance", "report", "device",
+        draft_vocab="--draft-vocab/--whole-vocab",
+    ),
+    flag("chat_template_kwargs"),
+)  # fmt: skip
+def evaluate(given: list[Layer], overwrite: Overwrite = False, as_json: Json = False) -> None:
+    """Measure a drafter's acceptance for every setting of a grid."""
+    from trtllm_redrafter.run.options import evaluate_options
+    from trtllm_redrafter.training import evaluate as run_evaluation
+
+    resolved = resolve(given)
+    options = evaluate_options(resolved, overwrite=overwrite)
+    with progress_bar() as progress:
+        found = run_evaluation(options, progress)
+    say(found.render())
+    if as_json:
+        emit("evaluate", **found.as_dict())
+    if not found.passes:
+        floor = options.settings.min_acceptance
+        note(f"the best setting's acceptance length is {found.best.acceptance_length:.2f}, {floor} was asked for")
+        raise typer.Exit(VerificationError.exit_code)

@@ -5,6 +5,10 @@ from. An existing checkpoint (FP8, AWQ, ...) passes through byte for byte; only 
 
     base = open_base(options)
     base.config.tp_size, base.rank_tensors(0)["lm_head.weight"]
+
+`tie_word_embeddings: true` means that the LM head is the embedding. Some files hold another, trained `lm_head.weight`
+all the same: transformers 4 drops it, transformers 5 takes it. By default the config decides, and the conversion says
+so; `--lm-head file` takes the trained one.
 """
 
 from __future__ import annotations
@@ -14,20 +18,27 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from trtllm_redrafter.base_models.hf_model import HFModel, tensor_sources, weights_sample
-from trtllm_redrafter.base_models.text_side import end_tokens, text_side
+import torch
+
+from trtllm_redrafter.base_models.hf_model import HFModel, check_tensors, tensor_sources, weights_sample
 from trtllm_redrafter.base_models.tokenizer import tokenizer_files, tokenizer_sha256
+from trtllm_redrafter.base_models.tokenizer_setup import end_tokens, tokenizer_setup
 from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
+from trtllm_redrafter.checkpoint.kinds import Kind, kind_of
 from trtllm_redrafter.checkpoint.layout import DTYPE_NAMES, tensor_specs
-from trtllm_redrafter.checkpoint.names import EMBEDDING, LM_HEAD, QUANT_CFG, TOKENIZER_DIRECTORY, rank_file
+from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.names import EMBEDDING, LM_HEAD, QUANT_CFG, TOKENIZER_DIRECTORY, hf_names, rank_file
 from trtllm_redrafter.checkpoint.reader import Checkpoint
+from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor
 from trtllm_redrafter.checkpoint.structure import structure_problems
-from trtllm_redrafter.conversion.head import chosen_head
-from trtllm_redrafter.conversion.options import AUTO_DTYPE, ConvertOptions
-from trtllm_redrafter.conversion.shards import RankTensor, copied, rank_tensor
-from trtllm_redrafter.conversion.sources import Source, row_count
-from trtllm_redrafter.errors import InputError, Problem, limited
+from trtllm_redrafter.conversion.options import AUTO_DTYPE, EMBEDDING_HEAD, FILE_HEAD, ConvertOptions
+from trtllm_redrafter.conversion.sources import RankTensor, Source, copied, rank_tensor, row_count
+from trtllm_redrafter.errors import InputError, MismatchError, Problem, limited, raise_together
 from trtllm_redrafter.fsio import read_json
+
+HF_EMBEDDING, HF_LM_HEAD = hf_names(EMBEDDING)[0], hf_names(LM_HEAD)[0]
+_ROWS = 1024
+"""Rows compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class Base:
     """What both kinds of base offer. `rank_tensors` gives every base tensor of one rank, by name.
 
     `head` is the LM head, for drafters that borrow it; empty when it cannot be read as numbers. `eos_token_ids` are
-    complete after `with_text`. `problems` are those of a readable base that does not fit the options.
+    complete after `with_tokenizer`. `problems` are those of a readable base that does not fit the options.
     """
 
     path: Path
@@ -59,29 +70,23 @@ class Base:
 
 
 def open_base(options: ConvertOptions) -> Base:
-    """Open `options.base`, whichever kind it is; `InputError` when it cannot be used at all."""
+    """Open `options.base`, whichever kind it is; `InputError` when it cannot be used."""
     path = options.base
     if not path.is_dir():
         what = "the base model is not a directory" if path.exists() else "the base model directory does not exist"
         raise InputError(what, where=path, remedy="check --base")
-    if "architecture" in read_json(path / "config.json"):
+    if kind_of(read_json(path / "config.json")) is Kind.CHECKPOINT:
         return _from_checkpoint(options)
     model = HFModel.open(path)
-    headed, notes = chosen_head(model, options.lm_head)
-    config = replace(
-        headed,
-        dtype=options.dtype if options.dtype in DTYPES else headed.dtype,
-        tp_size=options.tp_size,
-        use_parallel_embedding=options.parallel_embedding,
-    )
-    return _from_huggingface(model, config, notes)
+    config, notes = chosen_head(model, options.lm_head)
+    return _from_huggingface(model, options.applied_to(config), notes)
 
 
-def with_text(base: Base) -> Base:
+def with_tokenizer(base: Base) -> Base:
     """The base with its tokenizer checked and its end tokens known; `InputError` when the tokenizer is not usable."""
     folder = base.tokenizer[0].parent if base.tokenizer else base.path
     remedy = "download the base's tokenizer files again, or take them away and pass --tokenizer to build"
-    text = text_side(folder, vocab_size=base.config.vocab_size, remedy=remedy, recorded=base.eos_token_ids)
+    text = tokenizer_setup(folder, vocab_size=base.config.vocab_size, remedy=remedy, recorded=base.eos_token_ids)
     return replace(base, eos_token_ids=text.end_token_ids, notes=(*base.notes, *text.notes))
 
 
@@ -155,7 +160,7 @@ def _checkpoint_problems(checkpoint: Checkpoint, options: ConvertOptions) -> lis
         remedy = "pass the checkpoint without a drafter"
         problems.append(Problem("the base checkpoint has a drafter already", where, None, remedy))
     if options.tp_size != config.tp_size:
-        why = "a checkpoint is divided already and is not divided anew"
+        why = "a checkpoint is already split over ranks, and is not split again"
         remedy = f"pass --tp-size {config.tp_size}, or export the base again"
         what = f"the base checkpoint has {config.tp_size} tensor-parallel rank(s), {options.tp_size} are asked for"
         problems.append(Problem(what, where, why, remedy))
@@ -177,3 +182,43 @@ def checkpoint_head(checkpoint: Checkpoint) -> tuple[Source, ...]:
     is_head = all(part.dtype in DTYPE_NAMES.values() and part.shape[1:] == (config.hidden_size,) for part in parts)
     complete = len(parts) == len(ranks) and is_head and row_count(parts) == config.vocab_size
     return tuple(parts) if complete else ()
+
+
+def chosen_head(model: HFModel, choice: str) -> tuple[CheckpointConfig, tuple[str, ...]]:
+    """The model's config with the head that was chosen, and what people should know."""
+    config = model.config
+    if choice == FILE_HEAD and config.tie_word_embeddings:
+        config = replace(config, tie_word_embeddings=False)
+        raise_together(InputError, check_tensors(config, model.tensors, model.path), "the file has no such LM head",
+                       where=model.path, remedy="leave --lm-head out")  # fmt: skip
+        return config, (f"the LM head is the file's {HF_LM_HEAD}, although config.json ties it to the embedding",)
+    if choice == EMBEDDING_HEAD and not config.tie_word_embeddings:
+        why = "tie_word_embeddings is not true in its config.json"
+        what = "the model's LM head is not its embedding"
+        raise MismatchError(what, where="--lm-head embedding", why=why, remedy="leave --lm-head out")
+    stored = model.tensors.get(HF_LM_HEAD)
+    if choice == EMBEDDING_HEAD or not config.tie_word_embeddings or stored is None:
+        return config, ()
+    if _same(model.tensors[HF_EMBEDDING], stored):
+        return config, ()
+    return config, (
+        f"config.json ties the LM head to the embedding, but the file has another {HF_LM_HEAD}: the embedding is used, "
+        "as in transformers 4; pass --lm-head file for the file's (transformers 5 takes it; train and evaluate do "
+        "when tie_word_embeddings is false), or --lm-head embedding to confirm",
+    )
+
+
+def takes_file_head(manifest: Manifest | None) -> bool:
+    """Was this checkpoint converted with `--lm-head file`?"""
+    return manifest is not None and manifest.options.get("lm_head") == FILE_HEAD
+
+
+def _same(embedding: StoredTensor, head: StoredTensor) -> bool:
+    if embedding.shape != head.shape:
+        return False
+    rows = embedding.shape[0]
+    for start in range(0, rows, _ROWS):
+        a, b = (each.read(start, min(start + _ROWS, rows)) for each in (embedding, head))
+        if not torch.equal(a.to(torch.float32), b.to(torch.float32)):
+            return False
+    return True

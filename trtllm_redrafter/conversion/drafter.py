@@ -1,59 +1,152 @@
-"""A drafter's directory: its sizes, how far ahead it was trained, its tensors, and everything wrong with them.
+"""A drafter's directory: its settings, its tensors under TensorRT-LLM's names, and everything wrong with them.
 
     drafter = DrafterFiles.open(Path("redrafter_vicuna-7b_n_5_lr_0.001_layers_2"))
-    drafter.config, drafter.horizon            # DrafterConfig(...), 5
-    shape, notes, problems = draft_shape(options, drafter)
+    drafter.tensors["rnn_u.weight"].shape, drafter.problems
 
-Nothing may be missing and nothing may be left over: a part that is dropped silently changes what is drafted, and
-shows only as a low acceptance. Such problems are listed, not raised, so that they are reported beside what does not
-fit the base.
+Weights are safetensors or `.pt`, whoever trained them. Nothing is loaded: tensors stay where they are until the
+conversion streams them. Layouts, for K layers (all hold rnn_u.*, rnn_w.weight and maybe input_proj.* / input_projs.*):
+
+    lm_head.{i}.linear.*   lm_head.{K}.weight       Apple
+    lm_heads.{i}.linear.*  lm_heads.{K}.weight
+    0.{i}.linear.*         0.{K}.weight             a bare nn.Sequential
+    layers.{i}.linear.*    lm_head.weight           TensorRT-LLM
+
+No tensor may be missing or left over: a part that is dropped changes what is drafted, and shows only as a low
+acceptance. Such problems are listed, not raised, so that they are reported beside what does not fit the base.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from trtllm_redrafter.checkpoint.draft_vocab import draft_vocab_problems
-from trtllm_redrafter.checkpoint.fields import FieldReader
-from trtllm_redrafter.checkpoint.names import DRAFT_VOCAB_FILE, LM_HEAD
-from trtllm_redrafter.conversion.drafter_weights import FACTOR, read_weights, weight_file
-from trtllm_redrafter.conversion.options import ConvertOptions
-from trtllm_redrafter.conversion.sources import Folded, Source
-from trtllm_redrafter.errors import InputError, Problem, raise_together
-from trtllm_redrafter.fsio import read_json
-from trtllm_redrafter.redrafter.config import (
-    MAX_DRAFT_LEN,
-    MAX_NUM_BEAMS,
-    NVIDIA_DRAFT_LEN,
-    NVIDIA_NUM_BEAMS,
-    DrafterConfig,
-    DraftShape,
-)
+from trtllm_redrafter.checkpoint.names import DRAFT_VOCAB_FILE, DRAFTER, LM_HEAD
+from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
+from trtllm_redrafter.checkpoint.stored_tensor import STORED_DTYPES
+from trtllm_redrafter.conversion.drafter_config import DrafterSettings, read_drafter_config
+from trtllm_redrafter.conversion.sources import LoadedTensor, LowRankHead, Source
+from trtllm_redrafter.errors import InputError, Problem
+from trtllm_redrafter.paths import check_regular
+from trtllm_redrafter.redrafter.config import DrafterConfig
 
-HORIZON_IN_NAME = re.compile(r"_n_(\d+)(?:_|$)")
-"""Apple's trainer names its output `…_n_5_lr_…`: the drafter was trained on 5 tokens after the guaranteed one."""
+WEIGHT_FILES = ("model.safetensors", "model.pt", "pytorch_model.bin")
+
+FACTOR = "lm_head_factor.weight"
+"""A small matrix: the LM head is the base's LM head times this."""
+
+_STEM = r"(?:lm_heads?|0)"
+NAME_PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"input_projs?(?:\.0)?\.(weight|bias)"), r"input_proj.\1"),
+    (re.compile(_STEM + r"\.(\d+)\.linear\.(weight|bias)"), r"layers.\1.linear.\2"),
+    (re.compile(r"layers\.(\d+)\.linear\.(weight|bias)"), r"layers.\1.linear.\2"),
+    (re.compile(_STEM + r"\.(\d+)\.weight"), r"head.\1"),
+    (re.compile(r"lm_head\.weight"), LM_HEAD),
+    (re.compile(r"(rnn_u\.weight|rnn_u\.bias|rnn_w\.weight|lm_head_factor\.weight)"), r"\1"),
+)
+"""File name → TensorRT-LLM's, tried in order; `head.K` becomes the LM head when K is the number of layers."""
+
+WRAPPERS = ("module", "_orig_mod")
+"""Parts of a name that say how the drafter was run when it was saved, at any place in it."""
+
+
+def weight_file(path: Path) -> Path:
+    """The weights of the drafter in directory `path`."""
+    for name in WEIGHT_FILES:
+        if (path / name).exists():
+            return path / name
+    raise InputError(
+        "the drafter has no weights",
+        where=path,
+        why=f"none of {', '.join(WEIGHT_FILES)} is there",
+        remedy="check --drafter, or save the drafter as model.safetensors",
+    )
+
+
+def read_weights(path: Path, num_layers: int) -> tuple[dict[str, Source], list[Problem]]:
+    """The tensors of a weight file by TensorRT-LLM's names; unknown ones and two for one name are problems."""
+    tensors: Mapping[str, Source]
+    tensors = SafetensorsFile.open(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    renamed: dict[str, Source] = {}
+    problems = []
+    for name, source in tensors.items():
+        target = _target_name(_plain_name(name), num_layers)
+        if target is None:
+            what = f"tensor {name!r} has no place in a drafter"
+            why = "without it the drafter would compute something else"
+            problems.append(Problem(what, str(path), why, "check num_draft_layers in its config.json"))
+        elif target in renamed:
+            problems.append(Problem(f"tensor {name!r} is a second {target!r}", str(path), None, "remove one of them"))
+        else:
+            renamed[target] = source
+    return renamed, problems
+
+
+def _load_pickle(path: Path) -> dict[str, Source]:
+    """A state dict saved by torch.save. `weights_only` keeps a pickle from running code."""
+    import pickle
+
+    import torch
+
+    refusal = InputError(
+        "the file is not a plain dictionary of tensors",
+        where=path,
+        why="pickles can hold code; only tensors are read from them",
+        remedy="save it again with torch.save(model.state_dict(), ...) or, better, as safetensors",
+    )
+    check_regular(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickle protocols; what is read is checked below
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (
+        pickle.UnpicklingError,
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as e:
+        raise refusal from e
+    if not isinstance(value, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout is torch.strided and v.dtype in STORED_DTYPES
+        for k, v in value.items()
+    ):
+        raise refusal
+    return {name: LoadedTensor(name, path, tensor.detach()) for name, tensor in value.items()}
+
+
+def _plain_name(name: str) -> str:
+    """Without the wrappers of DistributedDataParallel (`module.`), torch.compile (`_orig_mod.`) and TensorRT-LLM."""
+    inner = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return inner.removeprefix(DRAFTER)
+
+
+def _target_name(name: str, num_layers: int) -> str | None:
+    for pattern, template in NAME_PATTERNS:
+        if match := pattern.fullmatch(name):
+            target = match.expand(template)
+            if not target.startswith("head."):
+                return target
+            return LM_HEAD if target == f"head.{num_layers}" else None
+    return None
 
 
 @dataclass(frozen=True)
-class DrafterFiles:
-    """An opened drafter: sizes, training horizon, its tensors by TensorRT-LLM name, and what is wrong with them."""
+class DrafterFiles(DrafterSettings):
+    """An opened drafter: its settings, its tensors by TensorRT-LLM's names, and what is wrong with them."""
 
-    path: Path
-    config: DrafterConfig
-    horizon: int | None
-    horizon_source: str
-    num_beams: int | None
-    tie_lm_head: bool
-    tensors: Mapping[str, Source]
-    factor: Source | None
-    files: tuple[Path, ...]
-    draft_vocab: Path | None
-    base_identity: Mapping[str, Any]
-    problems: tuple[Problem, ...]
+    tensors: Mapping[str, Source] = field(default_factory=dict)
+    factor: Source | None = None
+    files: tuple[Path, ...] = ()
+    draft_vocab: Path | None = None
+    problems: tuple[Problem, ...] = ()
 
     @classmethod
     def open(cls, path: Path) -> DrafterFiles:
@@ -62,60 +155,29 @@ class DrafterFiles:
         `InputError` when a file cannot be read; tensors that do not fit end up in `problems`, so that the caller can
         report them beside what does not fit the base.
         """
-        if not path.is_dir():
-            raise InputError("the drafter directory does not exist", where=path, remedy="check --drafter")
-        raw = read_json(path / "config.json")
-        fields = FieldReader(raw, path / "config.json")
-        config = DrafterConfig(
-            vocab_size=fields.size("vocab_size"),
-            hidden_size=fields.size("hidden_size"),
-            exit_dim=fields.size("exit_dim"),
-            num_layers=fields.size("num_draft_layers", minimum=0),
-            rnn=fields.flag("rnn", None),
-        )
-        horizon, horizon_source = _horizon(path, fields)
-        beams, tied = fields.optional_size("num_beams"), fields.flag("tie_lm_head", False)
-        raise_together(InputError, fields.problems, "the drafter's config.json is not usable", where=path)
-        weights = weight_file(path)
-        named, problems = read_weights(weights, config.num_layers)
-        factor = named.pop(FACTOR, None)
-        problems += _tensor_problems(config, named, factor, tied, weights)
+        settings = read_drafter_config(path)
+        config, weights = settings.config, weight_file(path)
+        tensors, problems = read_weights(weights, config.num_layers)
+        factor = tensors.pop(FACTOR, None)
+        problems += _tensor_problems(config, tensors, factor, settings.tie_lm_head, weights)
         vocab = path / DRAFT_VOCAB_FILE if (path / DRAFT_VOCAB_FILE).exists() else None
         problems += [] if vocab is None else draft_vocab_problems(vocab, config.vocab_size)
-        identity = raw.get("base_model")
         return cls(
-            path=path,
-            config=config,
-            horizon=horizon,
-            horizon_source=horizon_source,
-            num_beams=beams,
-            tie_lm_head=tied,
-            tensors=named,
+            **vars(settings),
+            tensors=tensors,
             factor=factor,
             files=tuple(p for p in (path / "config.json", weights, vocab) if p is not None),
             draft_vocab=vocab,
-            base_identity=identity if isinstance(identity, dict) else {},
             problems=tuple(problems),
         )
 
     def sources(self, head: tuple[Source, ...]) -> dict[str, tuple[Source, ...]]:
-        """What each tensor is made of; a tied LM head is the base's `head`, or it times the factor."""
+        """What each tensor is made of; a tied LM head is the base's `head`, or `head` times the factor."""
         sources: dict[str, tuple[Source, ...]] = {name: (tensor,) for name, tensor in self.tensors.items()}
         if self.tie_lm_head:
             assert head
-            sources[LM_HEAD] = head if self.factor is None else (Folded(head, self.factor),)
+            sources[LM_HEAD] = head if self.factor is None else (LowRankHead(head, self.factor),)
         return sources
-
-
-def _horizon(path: Path, fields: FieldReader) -> tuple[int | None, str]:
-    """How many tokens ahead the drafter was trained, and who says so."""
-    stated = fields.optional_size("draft_len")
-    if stated is not None:
-        return stated, "draft_len in the drafter's config.json"
-    for name in (path.name, path.resolve().name):
-        if match := HORIZON_IN_NAME.search(name):
-            return int(match[1]), f"the drafter's directory name ({name})"
-    return None, "not stated"
 
 
 def _tensor_problems(
@@ -161,40 +223,3 @@ def _tied_problems(
     elif factor is not None and (factor.shape != width or factor.dtype not in ("F16", "BF16", "F32")):
         why = f"floating {list(width)} is needed, the file has {factor.dtype} {list(factor.shape)}"
         yield Problem(f"{FACTOR!r} does not fit", str(path), why, "use the right config.json")
-
-
-def draft_shape(options: ConvertOptions, drafter: DrafterFiles) -> tuple[DraftShape, list[str], list[Problem]]:
-    """The draft shape, where each number comes from, and what is wrong with it.
-
-    From the options, else from the drafter, else NVIDIA's converter. It never exceeds what the drafter was trained for:
-    beyond it the recurrence runs on states it has not seen, acceptance falls, and nothing says so at run time.
-    """
-    notes = []
-    beams, draft_len = options.num_beams, options.draft_len
-    if beams is None:
-        beams = drafter.num_beams or NVIDIA_NUM_BEAMS
-        source = "the drafter's config.json" if drafter.num_beams else "the default of NVIDIA's converter"
-        notes.append(f"num_beams {beams}: {source}")
-    if draft_len is None:
-        draft_len = drafter.horizon or NVIDIA_DRAFT_LEN
-        source = drafter.horizon_source if drafter.horizon else "the default of NVIDIA's converter"
-        notes.append(f"draft_len {draft_len}: {source}")
-    if drafter.horizon is None:
-        notes.append(f"the drafter does not say how far ahead it was trained; draft_len {draft_len} is not checked")
-    return DraftShape(beams, draft_len), notes, list(_shape_problems(beams, draft_len, drafter))
-
-
-def _shape_problems(beams: int, draft_len: int, drafter: DrafterFiles) -> Iterator[Problem]:
-    highest = min(MAX_NUM_BEAMS, drafter.config.vocab_size)
-    if not 1 <= beams <= highest:
-        why = f"beyond the drafter's top {MAX_NUM_BEAMS} tokens, TensorRT-LLM accepts drafts without a test"
-        yield Problem(f"num_beams is {beams}", "--num-beams", why, f"use 1 to {highest}")
-    if draft_len < 1:
-        yield Problem(f"draft_len is {draft_len}", "--draft-len", None, "draft at least one token")
-    elif drafter.horizon is not None and draft_len > drafter.horizon:
-        why = f"the drafter was trained for {drafter.horizon} ({drafter.horizon_source})"
-        remedy = f"use at most {drafter.horizon}, or train a drafter for more"
-        yield Problem(f"draft_len is {draft_len}", "--draft-len", why, remedy)
-    elif draft_len > MAX_DRAFT_LEN:
-        why = "memory for every drafted token is reserved up front"
-        yield Problem(f"draft_len is {draft_len}", "--draft-len", why, f"use at most {MAX_DRAFT_LEN}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.checkpoint.config import DTYPES
+from trtllm_redrafter.checkpoint.config import DTYPES, CheckpointConfig
 from trtllm_redrafter.errors import Problem, RedrafterError, UsageError
 from trtllm_redrafter.fsio import overlaps
 
@@ -19,7 +19,7 @@ class ConvertOptions:
     """`base` is a Hugging Face model or a TensorRT-LLM checkpoint; without `drafter`, a plain checkpoint results.
 
     `dtype` is "auto" (the base's own) or a name. `num_beams` and `draft_len` None: what the drafter was trained for.
-    `lm_head` is "auto" (the base's config.json decides), "embedding" or "file": see `conversion.head`.
+    `lm_head` is "auto" (the base's config.json decides), "embedding" or "file": see `conversion.base`.
     `parallel_embedding` divides the embedding's rows over ranks; a checkpoint as base keeps its own setting.
     """
 
@@ -35,6 +35,13 @@ class ConvertOptions:
     workers: int
     overwrite: bool
     lm_head: str = AUTO_HEAD
+
+    def applied_to(self, config: CheckpointConfig) -> CheckpointConfig:
+        """A base model's config with the dtype, ranks and embedding layout that are asked for."""
+        dtype = self.dtype if self.dtype in DTYPES else config.dtype
+        return replace(
+            config, dtype=dtype, tp_size=self.tp_size, use_parallel_embedding=self.parallel_embedding
+        )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}

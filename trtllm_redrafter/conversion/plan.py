@@ -9,21 +9,129 @@ All problems of base, drafter, options and disk are collected and raised as one 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.checkpoint.config import CheckpointConfig, config_dict
 from trtllm_redrafter.checkpoint.layout import divisibility_problems, tensor_specs
 from trtllm_redrafter.checkpoint.names import DRAFTER, TOKENIZER_DIRECTORY
-from trtllm_redrafter.conversion.base import Base, open_base, with_text
-from trtllm_redrafter.conversion.drafter import DrafterFiles, draft_shape
+from trtllm_redrafter.conversion.base import Base, open_base, with_tokenizer
+from trtllm_redrafter.conversion.drafter import DrafterFiles
+from trtllm_redrafter.conversion.drafter_config import RETRAIN, draft_shape, size_problems
 from trtllm_redrafter.conversion.options import ConvertOptions, option_problems
-from trtllm_redrafter.conversion.planned import ConversionPlan
-from trtllm_redrafter.conversion.shards import RankFile, rank_tensor
+from trtllm_redrafter.conversion.sources import RankFile, rank_tensor
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, RedrafterError
 from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.paths import check_place
 from trtllm_redrafter.redrafter.config import DraftShape
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Everything a conversion will do. `ranks` hold the content of every rank file, block by block."""
+
+    options: ConvertOptions
+    config: CheckpointConfig
+    base: Base
+    drafter: DrafterFiles | None
+    ranks: tuple[RankFile, ...]
+    copies: tuple[tuple[Path, str], ...]
+    """(source, name below the output) of files that are copied as they are."""
+    notes: tuple[str, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(rank.size for rank in self.ranks)
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Files whose hashes go into the manifest."""
+        return (*self.base.files, *(self.drafter.files if self.drafter else ()))
+
+    @cached_property
+    def derived(self) -> dict[str, Any]:
+        """Values that follow from inputs and options, for people; files of the checkpoint hold each of them once."""
+        config = self.config
+        values: dict[str, Any] = {
+            "architecture": config.architecture,
+            "base_model_architecture": config.base_architecture,
+            "base_kind": self.base.kind,
+            "dtype": config.dtype,
+            "tp_size": config.tp_size,
+            "vocab_size": config.vocab_size,
+            "padded_vocab_size": config.padded_vocab_size,
+            "max_position_embeddings": config.max_position_embeddings,
+            "use_parallel_embedding": config.use_parallel_embedding,
+            "quant_algo": config.quant_algo,
+            "weight_bytes": self.weight_bytes,
+            "tokenizer_sha256": self.base.tokenizer_sha256,
+            "eos_token_ids": list(self.base.eos_token_ids),
+        }
+        shape = self.config.draft_shape
+        if shape is not None and self.drafter is not None:
+            values |= {
+                "num_beams": shape.num_beams,
+                "draft_len": shape.draft_len,
+                "max_tree_tokens": shape.max_tree_tokens,
+                "trained_draft_len": self.drafter.trained_draft_len,
+                "tied_drafter_head": self.drafter.tie_lm_head,
+            }
+        return values
+
+    def render(self) -> str:
+        """The plan for people: reads, writes, derived values, notes."""
+        options = self.options
+        read = sum(path.stat().st_size for path in self.inputs)
+        lines = [
+            f"convert to {options.output}",
+            f"  base      {options.base} ({self.base.kind}): {self.config.parameters_hint}",
+        ]
+        if self.drafter is not None:
+            d = self.drafter.config
+            kind = "RNN" if d.rnn else "no RNN"
+            lines.append(
+                f"  drafter   {self.drafter.path}: {d.num_layers} layers, exit_dim {d.exit_dim}, {kind}"
+                + (", LM head from the base" if self.drafter.tie_lm_head else "")
+            )
+        lines.append(f"  reads     {len(self.inputs)} files, {_human_bytes(read)}")
+        lines += [
+            f"  writes    {rank.name}, {len(rank.tensors)} tensors, {_human_bytes(rank.size)}" for rank in self.ranks
+        ]
+        lines += [f"  copies    {target}" for _, target in self.copies]
+        lines.append("  derived")
+        width = max(len(key) for key in self.derived)
+        lines += [f"    {key:<{width}}  {value}" for key, value in self.derived.items()]
+        lines += [f"  note      {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan for programs."""
+        return {
+            "options": self.options.as_dict(),
+            "reads": [_file(path) for path in self.inputs],
+            "writes": [{"file": r.name, "tensors": len(r.tensors), "bytes": r.size} for r in self.ranks],
+            "copies": [{"from": str(source), "to": target} for source, target in self.copies],
+            "config": config_dict(self.config),
+            "derived": self.derived,
+            "notes": list(self.notes),
+        }
+
+
+def _human_bytes(count: int) -> str:
+    """`269.1 MB`; powers of ten, as disks are sold."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def _file(path: Path) -> dict[str, Any]:
+    return {"file": str(path), "bytes": path.stat().st_size}
+
 
 T = TypeVar("T")
 
@@ -64,7 +172,7 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     base = found.run(lambda: open_base(options))
     if base is not None:
         opened = base
-        base = found.run(lambda: with_text(opened)) or base
+        base = found.run(lambda: with_tokenizer(opened)) or base
     drafter, shape, shape_notes = _open_drafter(options, found)
     config = None
     if base is not None:
@@ -95,7 +203,7 @@ def _open_drafter(
     if drafter is None:
         return None, None, []
     found.add(InputError, list(drafter.problems))
-    shape, notes, problems = draft_shape(options, drafter)
+    shape, notes, problems = draft_shape(drafter, num_beams=options.num_beams, draft_len=options.draft_len)
     found.add(MismatchError, problems)
     return drafter, shape, notes
 
@@ -131,12 +239,13 @@ def _notes(base: Base, drafter: DrafterFiles | None, options: ConvertOptions) ->
     if base.tokenizer_sha256 is None:
         notes.append("the base has no tokenizer files; pass --tokenizer to build")
     if drafter is not None:
-        expected, actual = drafter.base_identity.get("tokenizer_sha256"), base.tokenizer_sha256
+        trained_for = drafter.base_model or {}
+        expected, actual = trained_for.get("tokenizer_sha256"), base.tokenizer_sha256
         if expected and actual and expected != actual:
             notes.append("the drafter was trained with another tokenizer file than the base's: check that they agree")
-        expected, actual = drafter.base_identity.get("weights_sample"), base.weights_sample
+        expected, actual = trained_for.get("weights_sample"), base.weights_sample
         if expected and actual and expected != actual:
-            name = drafter.base_identity.get("name", "another model")
+            name = trained_for.get("name", "another model")
             notes.append(
                 f"warning: the drafter was trained for {name}, whose weights are not this base's: texts stay right, "
                 "but fewer drafts are accepted; `evaluate` measures how many"
@@ -150,23 +259,9 @@ def _notes(base: Base, drafter: DrafterFiles | None, options: ConvertOptions) ->
 
 def _pair_problems(base: Base, drafter: DrafterFiles) -> list[Problem]:
     """What does not fit between the base model and the drafter."""
-    found = []
-    where = str(drafter.path)
-    retrain = "train a drafter for this base, or pass the base it was trained on"
-    if drafter.config.hidden_size != base.config.hidden_size:
-        what = f"the drafter's hidden size is {drafter.config.hidden_size}, the base's {base.config.hidden_size}"
-        found.append(Problem(what, where, "the drafter reads the base's hidden states", retrain))
-    if drafter.config.vocab_size != base.config.vocab_size:
-        what = f"the drafter's vocabulary is {drafter.config.vocab_size}, the base's {base.config.vocab_size}"
-        found.append(Problem(what, where, _vocabulary_reason(base, drafter), retrain))
+    found = size_problems(drafter, base.config)
     if drafter.tie_lm_head and not base.head:
+        what = "the drafter borrows the base's LM head, which cannot be read"
         why = "the base checkpoint's LM head is quantized, or divided by columns"
-        found.append(Problem("the drafter borrows the base's LM head, which cannot be read", where, why, retrain))
+        found.append(Problem(what, str(drafter.path), why, RETRAIN))
     return found
-
-
-def _vocabulary_reason(base: Base, drafter: DrafterFiles) -> str:
-    algo = base.config.quant_algo or ""
-    if "AWQ" in algo and base.config.vocab_size == -(-drafter.config.vocab_size // 64) * 64:
-        return f"NVIDIA's exporter pads the vocabulary to a multiple of 64 for {algo}; drafts must stay inside it"
-    return "drafted tokens are the base's tokens"

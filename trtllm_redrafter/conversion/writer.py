@@ -1,9 +1,10 @@
-"""Write a rank file: reading, writing and hashing overlap, and memory stays at a few blocks.
+"""Carry out a conversion plan: rank files concurrently, then config and manifest, then the rename.
 
-SHA-256 is the slowest of the three, so it has a thread of its own. The file's space is reserved first: a disk that
-is too small says so before a byte is written, and the file system does not search for space in between.
+    checkpoint = convert(plan_conversion(options), progress)
 
-    record = write_rank(plan, Path("rank0.safetensors"), meter)     # FileRecord(size, sha256)
+Reading, writing and hashing overlap, and memory stays at a few blocks: SHA-256 is the slowest of the three, so it has a
+thread of its own. A file's space is reserved first: a disk that is too small says so before a byte is written. A
+failure or an interrupt anywhere stops every thread at its next block and leaves no trace of the output.
 """
 
 from __future__ import annotations
@@ -13,14 +14,21 @@ import hashlib
 import os
 import queue
 import re
+import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
-from trtllm_redrafter.checkpoint.manifest import FileRecord
+from trtllm_redrafter.checkpoint.config import config_dict
+from trtllm_redrafter.checkpoint.manifest import FileRecord, Manifest
+from trtllm_redrafter.checkpoint.names import RECORDED, TRAINED_DRAFT_LEN, rank_file
 from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor, tensor_bytes
-from trtllm_redrafter.conversion.shards import Block, RankFile, blocks
+from trtllm_redrafter.conversion.plan import ConversionPlan
+from trtllm_redrafter.conversion.sources import Block, RankFile, blocks
 from trtllm_redrafter.errors import InputError
+from trtllm_redrafter.fsio import atomic_directory, write_json
 from trtllm_redrafter.paths import open_regular
 from trtllm_redrafter.progress import Progress
 
@@ -33,8 +41,87 @@ RING = 8
 """Chunks between the writer and the hasher."""
 
 
+def convert(plan: ConversionPlan, progress: Progress, *, on_complete: Callable[[Path], None] | None = None) -> Path:
+    """Write the checkpoint; returns its path. All or nothing. `on_complete`: see `atomic_directory`."""
+    output = plan.options.output
+    with atomic_directory(output, overwrite=plan.options.overwrite, on_complete=on_complete) as work:
+        ranks, inputs = _write_ranks(plan, work, progress)
+        records = {rank_file(work, rank).name: record for rank, record in ranks.items()}
+        write_json(work / "config.json", config_dict(plan.config))
+        records["config.json"] = FileRecord.of(work / "config.json")
+        for source, name in plan.copies:
+            (work / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, work / name)
+            records[name] = FileRecord.of(work / name)
+        _manifest(plan, records, inputs).write(work)
+    return output
+
+
+def _write_ranks(
+    plan: ConversionPlan, work: Path, progress: Progress
+) -> tuple[dict[int, FileRecord], dict[Path, FileRecord]]:
+    """All rank files, and the hashes of the inputs computed beside them."""
+    lock = threading.Lock()
+    written = Meter(progress, "convert", plan.weight_bytes, lock)
+    hashed = Meter(progress, "hash inputs", sum(path.stat().st_size for path in plan.inputs), lock)
+    workers = min(plan.options.workers, len(plan.ranks))
+    with ThreadPoolExecutor(workers + 1, thread_name_prefix="convert") as pool:
+        inputs = pool.submit(hash_inputs, plan.inputs, hashed)
+        ranks = {rank.rank: pool.submit(write_rank, rank, rank_file(work, rank.rank), written) for rank in plan.ranks}
+        try:
+            _wait_for([inputs, *ranks.values()])
+        except BaseException:
+            written.stop()
+            hashed.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        return {rank: future.result() for rank, future in ranks.items()}, inputs.result()
+
+
+def _wait_for(futures: list[Future[Any]]) -> None:
+    """Return when all are done, or raise the first failure at once."""
+    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in done:
+        error = future.exception()
+        if error is not None and not isinstance(error, Cancelled):
+            raise error
+
+
+def _manifest(plan: ConversionPlan, records: dict[str, FileRecord], inputs: dict[Path, FileRecord]) -> Manifest:
+    """`derived` has only what config.json has no key for."""
+    derived: dict[str, Any] = {RECORDED: list(plan.base.eos_token_ids)}
+    sections: dict[str, Any] = {
+        "base": {
+            "path": str(plan.options.base),
+            "kind": plan.base.kind,
+            "tokenizer_sha256": plan.base.tokenizer_sha256,
+            "weights_sample": plan.base.weights_sample,
+            "files": _relative(plan.options.base, plan.base.files, inputs),
+        }
+    }
+    if plan.drafter is not None:
+        derived[TRAINED_DRAFT_LEN] = plan.drafter.trained_draft_len
+        sections["drafter"] = {
+            "path": str(plan.drafter.path),
+            "trained_for": dict(plan.drafter.base_model or {}),
+            "files": _relative(plan.drafter.path, plan.drafter.files, inputs),
+        }
+    return Manifest(
+        kind="checkpoint",
+        inputs=sections,
+        options=plan.options.as_dict(),
+        derived=derived,
+        files=dict(sorted(records.items())),
+        notes=plan.notes,
+    )
+
+
+def _relative(directory: Path, files: tuple[Path, ...], records: dict[Path, FileRecord]) -> dict[str, Any]:
+    return {path.relative_to(directory).as_posix(): records[path].as_dict() for path in files}
+
+
 class Cancelled(Exception):
-    """Another thread failed or the user interrupted; whoever sees this just stops."""
+    """Another thread failed, or the user interrupted: stop."""
 
 
 class Meter:
@@ -64,7 +151,7 @@ class Meter:
 
 
 class Hasher:
-    """SHA-256 in its own thread. Data goes through a fixed set of buffers: take one, fill it, hand it in."""
+    """SHA-256 in its own thread. Data goes through a fixed set of buffers: take one, fill it, put it back."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
@@ -76,10 +163,10 @@ class Hasher:
         self._thread.start()
 
     def take(self) -> bytearray:
-        """A buffer of `CHUNK_BYTES` that is not in use; waits when the hash is behind."""
+        """A buffer of `CHUNK_BYTES` that is not in use; waits until the hasher has freed one."""
         return self._free.get()
 
-    def hand_in(self, buffer: bytearray, count: int) -> None:
+    def put(self, buffer: bytearray, count: int) -> None:
         """Hash the first `count` bytes of a taken buffer."""
         self._filled.put((buffer, count))
 
@@ -152,7 +239,7 @@ def _write_chunk(fd: int, buffer: bytearray, count: int, at: int, hasher: Hasher
     chunk, done = memoryview(buffer)[:count], 0
     while done < count:
         done += os.pwrite(fd, chunk[done:], at + done)
-    hasher.hand_in(buffer, count)
+    hasher.put(buffer, count)
     meter.add(count)
 
 

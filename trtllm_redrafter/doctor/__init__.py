@@ -7,7 +7,6 @@ one or both backends, so that the last lines can tell which of them can be used 
     report.render(), report.serves("torch")
 """
 
-from trtllm_redrafter.doctor.checks import examine
-from trtllm_redrafter.doctor.report import Check, DoctorReport, Needs, State
+from trtllm_redrafter.doctor.checks import Check, DoctorReport, Needs, State, examine
 
 __all__ = ["Check", "DoctorReport", "Needs", "State", "examine"]

@@ -6,7 +6,7 @@ until the rows of a whole batch take longer to compute than the weights take to 
 drafter's LM head is read once per drafted position. The ratio of the two step times is the break-even acceptance
 length, above which drafting pays:
 
-    plan = latency_plan(config, gpu("h100-80gb"), assumptions, batch_sizes=(1, 8), max_batch_size=8)
+    plan = estimate_latency(config, gpu("h100-80gb"), assumptions, batch_sizes=(1, 8), max_batch_size=8)
     plan.rows[0].break_even            # 1.77 tokens per step
     plan.rows[0].speedup(2.9)          # 1.64
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.planning.gpus import Gpu
-from trtllm_redrafter.planning.sizes import (
+from trtllm_redrafter.planning.memory import (
     base_parameters,
     drafter_parameters,
     dtype_bytes,
@@ -74,7 +74,7 @@ class LatencyRow:
 
 
 @dataclass(frozen=True)
-class LatencyPlan:
+class LatencyEstimate:
     """Step times by batch size."""
 
     gpu: Gpu
@@ -82,8 +82,6 @@ class LatencyPlan:
     rows: tuple[LatencyRow, ...]
     assumptions: Assumptions
     acceptance_length: float | None
-    max_acceptance_length: int
-    """The most tokens a step can emit: the draft length plus one."""
 
     def render(self) -> str:
         a, accepted = self.assumptions, self.acceptance_length
@@ -123,14 +121,14 @@ def batch_sizes(limit: int) -> tuple[int, ...]:
     return (*powers, limit)
 
 
-def latency_plan(
+def estimate_latency(
     config: CheckpointConfig,
     target: Gpu,
     assumptions: Assumptions,
     *,
     max_batch_size: int,
     acceptance_length: float | None,
-) -> LatencyPlan:
+) -> LatencyEstimate:
     """Plan step times for batch sizes up to `max_batch_size`."""
     roof = _Roof(config, target, assumptions)
     shape = config.draft_shape
@@ -140,8 +138,7 @@ def latency_plan(
         verify = plain if shape is None else roof.base_step(batch, shape.max_tree_tokens)
         draft = 0.0 if shape is None else roof.drafting(batch)
         rows.append(LatencyRow(batch, 1e3 * plain, 1e3 * verify, 1e3 * draft))
-    limit = 1 if shape is None else shape.draft_len + 1
-    return LatencyPlan(target, config.tp_size, tuple(rows), assumptions, acceptance_length, limit)
+    return LatencyEstimate(target, config.tp_size, tuple(rows), assumptions, acceptance_length)
 
 
 def _overlapped(reading: float, computing: float) -> float:
@@ -168,7 +165,7 @@ class _Roof:
         """One forward pass of the base model over `rows` tokens of each of `batch` requests."""
         config, tp = self._config, self._config.tp_size
         arithmetic = 2 * batch * rows * base_parameters(config) / tp / self._base_rate
-        weights = _overlapped(self._weights.streamed / self._bandwidth, arithmetic)
+        weights = _overlapped(self._weights.base / self._bandwidth, arithmetic)
         cache = batch * self._context * kv_bytes_per_token(config) / self._bandwidth
         width = config.num_attention_heads * config.head_size // tp
         scores = 4 * batch * rows * self._context * width * config.num_hidden_layers / self._dense_rate

@@ -2,21 +2,97 @@
 
 ReDrafter's buffers are surprisingly large: the draft probabilities alone are batch x beams x length x vocabulary, in
 and out, so that TensorRT-LLM's default of 2048 requests takes 13 GB each way. Every line of a plan is a product that
-can be checked by hand; docs/planning.md explains them. Activations and the reserve are estimates and labelled so.
+can be checked by hand; docs/planning.md explains them. Weights are counted by the table that defines a checkpoint's
+layout, so there are no formulas per model family. Activations and the reserve are estimates and labelled so.
 
-    plan = memory_plan(config, Limits(8, 2047, 2048, 2229), gpu("h100-80gb"), kv_cache_fraction=0.9)
+    weights = weight_bytes(config)        # of the largest rank: weights.base, weights.drafter
+    plan = estimate_memory(config, BuildLimits(8, 2047, 2048, 2229), gpu("h100-80gb"), kv_cache_fraction=0.9)
     print(plan.render())
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.checkpoint.layout import TensorSpec, rank_slice, tensor_specs
+from trtllm_redrafter.checkpoint.names import DRAFTER, EMBEDDING, LM_HEAD
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.planning.gpus import GB, Gpu
-from trtllm_redrafter.planning.sizes import dtype_bytes, kv_bytes_per_token, weight_bytes
+
+STORED_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
+_UNKNOWN_SCHEME_BYTES: Mapping[str, float] = {"W8A16": 1, "W4A16": 0.5, "MIXED_PRECISION": 1}
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes on one rank. A decoding step reads `base` in full; the embedding is stored, but read row by row."""
+
+    base: int
+    embedding: int
+    drafter: int
+    draft_head: int
+    """Part of `drafter`: its LM head."""
+
+    @property
+    def total(self) -> int:
+        return self.base + self.embedding + self.drafter
+
+
+def dtype_bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def weight_bytes(config: CheckpointConfig) -> WeightBytes:
+    """Rank 0's share; ranks are equal but for padding."""
+    base = embedding = drafter = draft_head = 0
+    tied = config.tie_word_embeddings and config.tp_size == 1  # the builder then keeps one copy
+    for name, spec in tensor_specs(config).items():
+        if spec.optional and name.startswith("transformer.layers."):
+            continue  # optional scales: a few bytes
+        size = _rank_bytes(spec, config)
+        if name.startswith(DRAFTER):
+            drafter += size
+            draft_head += size if name == DRAFTER + LM_HEAD else 0
+        elif name == EMBEDDING:
+            embedding += 0 if tied else size
+        else:
+            base += size
+    return WeightBytes(base, embedding, drafter, draft_head)
+
+
+def _rank_bytes(spec: TensorSpec, config: CheckpointConfig) -> int:
+    count = math.prod(rank_slice(spec, config, 0).shape(spec.shape))
+    each: float = STORED_BYTES.get(spec.dtype, 4)
+    if not spec.checked:
+        each = _UNKNOWN_SCHEME_BYTES.get(config.quant_algo or "", each)
+    return math.ceil(count * each)
+
+
+def kv_bytes_per_token(config: CheckpointConfig) -> int:
+    """Keys and values of all layers on one rank; KV heads are repeated if there are fewer than ranks."""
+    heads = -(-config.num_key_value_heads // config.tp_size)
+    each = {"FP8": 1, "INT8": 1}.get(config.kv_cache_quant_algo or "", dtype_bytes(config.dtype))
+    return 2 * config.num_hidden_layers * heads * config.head_size * each
+
+
+def base_parameters(config: CheckpointConfig) -> int:
+    """Parameters multiplied with every token, over all ranks: layers and LM head, without embedding and norms."""
+    h, d = config.hidden_size, config.head_size
+    q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
+    layer = h * (q + 2 * kv) + q * h + 3 * h * config.intermediate_size
+    return config.num_hidden_layers * layer + config.padded_vocab_size * h
+
+
+def drafter_parameters(config: CheckpointConfig) -> int:
+    """Parameters multiplied with every drafted position."""
+    if config.drafter is None:
+        return 0
+    return sum(math.prod(shape) for shape in config.drafter.parameter_shapes().values() if len(shape) == 2)
+
 
 RESERVE = int(1.5 * GB)
 """Estimate, not measured: CUDA context, workspaces of cuBLAS and NCCL, TensorRT's own memory."""
@@ -31,7 +107,7 @@ COMPILED_WITH = ("base weights", "embedding", "drafter weights", "activations")
 
 
 @dataclass(frozen=True)
-class Limits:
+class BuildLimits:
     """The sizes an engine is built for. `max_num_tokens` limits the tokens of one step, over all requests."""
 
     max_batch_size: int
@@ -41,7 +117,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Line:
+class MemoryItem:
     """One consumer of memory, and how its size is calculated."""
 
     name: str
@@ -50,13 +126,13 @@ class Line:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemoryEstimate:
     """The memory of one rank on one GPU."""
 
     gpu: Gpu
-    limits: Limits
+    limits: BuildLimits
     ranks: int
-    lines: tuple[Line, ...]
+    lines: tuple[MemoryItem, ...]
     kv_cache_fraction: float
     kv_bytes_per_token: int
     tree_tokens: int
@@ -151,20 +227,26 @@ class MemoryPlan:
         }
 
 
-def memory_plan(config: CheckpointConfig, limits: Limits, target: Gpu, *, kv_cache_fraction: float) -> MemoryPlan:
+def estimate_memory(
+    config: CheckpointConfig, limits: BuildLimits, target: Gpu, *, kv_cache_fraction: float
+) -> MemoryEstimate:
     """Plan one rank's memory."""
     weights = weight_bytes(config)
     lines = [
-        Line("base weights", weights.base, "layers and LM head of this rank"),
-        Line("embedding", weights.embedding, "whole on every rank" if not config.use_parallel_embedding else "shared"),
+        MemoryItem("base weights", weights.base, "layers and LM head of this rank"),
+        MemoryItem(
+            "embedding", weights.embedding, "whole on every rank" if not config.use_parallel_embedding else "shared"
+        ),
     ]
     if config.drafter is not None:
-        lines.append(Line("drafter weights", weights.drafter, f"of this rank, its LM head {_gb(weights.draft_head)}"))
+        lines.append(
+            MemoryItem("drafter weights", weights.drafter, f"of this rank, its LM head {_gb(weights.draft_head)}")
+        )
         lines += _drafting(config, limits.max_batch_size)
     lines.append(_activations(config, limits.max_num_tokens))
-    lines.append(Line("reserve", RESERVE, "estimate: CUDA, cuBLAS, NCCL, TensorRT"))
+    lines.append(MemoryItem("reserve", RESERVE, "estimate: CUDA, cuBLAS, NCCL, TensorRT"))
     shape = config.draft_shape
-    return MemoryPlan(
+    return MemoryEstimate(
         gpu=target,
         limits=limits,
         ranks=config.tp_size,
@@ -176,7 +258,7 @@ def memory_plan(config: CheckpointConfig, limits: Limits, target: Gpu, *, kv_cac
     )
 
 
-def _drafting(config: CheckpointConfig, batch: int) -> list[Line]:
+def _drafting(config: CheckpointConfig, batch: int) -> list[MemoryItem]:
     """Buffers that grow with batch x vocabulary. Every rank has them in full, since the heads' outputs are gathered."""
     shape, each, vocab = config.draft_shape, dtype_bytes(config.dtype), config.vocab_size
     assert shape is not None
@@ -185,13 +267,15 @@ def _drafting(config: CheckpointConfig, batch: int) -> list[Line]:
     verification = batch * rows * vocab * each + batch * beams * (length + 1) * vocab * each
     beam_search = 3 * batch * beams * vocab * each
     return [
-        Line("draft probabilities", 2 * probabilities, f"in and out: 2 x {batch} x {beams} x {length} x {vocab}"),
-        Line("verification", verification, f"logits of {batch} x {rows} rows, and {beams} x {length + 1} per request"),
-        Line("beam search", beam_search, f"logits, log-probabilities, scores: 3 x {batch} x {beams} x {vocab}"),
+        MemoryItem("draft probabilities", 2 * probabilities, f"in and out: 2 x {batch} x {beams} x {length} x {vocab}"),
+        MemoryItem(
+            "verification", verification, f"logits of {batch} x {rows} rows, and {beams} x {length + 1} per request"
+        ),
+        MemoryItem("beam search", beam_search, f"logits, log-probabilities, scores: 3 x {batch} x {beams} x {vocab}"),
     ]
 
 
-def _activations(config: CheckpointConfig, tokens: int) -> Line:
+def _activations(config: CheckpointConfig, tokens: int) -> MemoryItem:
     """The widest stage of a layer: the gated MLP or attention, with the hidden states in memory beside it."""
     tp, h = config.tp_size, config.hidden_size
     heads = config.num_attention_heads + 2 * -(-config.num_key_value_heads // tp) * tp
@@ -199,7 +283,7 @@ def _activations(config: CheckpointConfig, tokens: int) -> Line:
     attention = (heads + config.num_attention_heads) * config.head_size // tp
     width = 3 * h + max(mlp, attention)
     nbytes = int(ACTIVATION_COPIES * tokens * width * dtype_bytes(config.dtype))
-    return Line("activations", nbytes, f"estimate: {tokens} tokens x {width} values")
+    return MemoryItem("activations", nbytes, f"estimate: {tokens} tokens x {width} values")
 
 
 def _gb(count: int) -> str:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import EngineInfo, Request, Result, Runner, SamplingParams, Update
-from trtllm_redrafter.conversion import convert as run_conversion
-from trtllm_redrafter.conversion import plan_conversion
+from trtllm_redrafter.conversion.plan import plan_conversion
+from trtllm_redrafter.conversion.writer import convert as run_conversion
 from trtllm_redrafter.errors import RequestError
 from trtllm_redrafter.paths import as_input_error
 from trtllm_redrafter.progress import Progress, no_progress

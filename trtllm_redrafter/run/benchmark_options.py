@@ -109,13 +109,12 @@ def _roof(resolved: Resolved, name: str, target: str) -> Roof:
     """The latency plan's assumptions for the recipe's model on that GPU, and what engines it can hold."""
     from trtllm_redrafter.backends.tensorrt_llm.flag_plan import plan_flags
     from trtllm_redrafter.benchmark.tuning import EngineSize, Roof
-    from trtllm_redrafter.planning.memory import memory_plan
-    from trtllm_redrafter.planning.model import planned_model
-    from trtllm_redrafter.run.hardware_plan import assumptions, build_options, model_source
+    from trtllm_redrafter.planning.memory import estimate_memory
+    from trtllm_redrafter.run.hardware_plan import assumptions, build_options, recipe_model
 
     row = gpu(target)
     resolved = with_directories(resolved, name=name)
-    config = planned_model(model_source(resolved)).config
+    config = recipe_model(resolved).config
     resolved = with_limits(resolved, config.max_position_embeddings)
     assert resolved.recipe.build.max_seq_len is not None
     assumed = assumptions(resolved, resolved.recipe.build.max_seq_len)
@@ -124,7 +123,7 @@ def _roof(resolved: Resolved, name: str, target: str) -> Roof:
     def size_of(shape: DraftShape, batch: int) -> EngineSize:
         model = replace(config, draft_shape=shape)
         flags = plan_flags(model, replace(options, max_batch_size=batch), settings)
-        memory = memory_plan(model, flags.limits, row, kv_cache_fraction=settings.runtime.kv_cache_fraction)
+        memory = estimate_memory(model, flags.limits, row, kv_cache_fraction=settings.runtime.kv_cache_fraction)
         needed = batch * (assumed.context_len + shape.max_tree_tokens)
         refusal = "; ".join(problem.render() for problem in memory.problems()) or None
         if refusal is None and memory.kv_tokens < needed:

@@ -16,15 +16,20 @@ from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan, plan
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import DRAFTER_WEIGHTS
 from trtllm_redrafter.doctor import Needs
-from trtllm_redrafter.errors import MismatchError, Problem, UsageError, raise_together
+from trtllm_redrafter.errors import InputError, MismatchError, Problem, UsageError, raise_together
 from trtllm_redrafter.planning.acceptance import MeasuredAcceptance, read_acceptance
-from trtllm_redrafter.planning.latency import Assumptions, LatencyPlan, latency_plan
-from trtllm_redrafter.planning.model import ModelSource, PlannedModel, planned_model
-from trtllm_redrafter.planning.sizes import weight_bytes
-from trtllm_redrafter.redrafter.config import NVIDIA_DRAFT_LEN, NVIDIA_NUM_BEAMS, DraftShape
-from trtllm_redrafter.run.options import complete_build_options, tensorrt_options, with_directories, with_limits
-from trtllm_redrafter.settings.base import fill
+from trtllm_redrafter.planning.latency import Assumptions, LatencyEstimate, estimate_latency
+from trtllm_redrafter.planning.memory import weight_bytes
+from trtllm_redrafter.planning.model import PlannedModel, checkpoint_model, planned_model
+from trtllm_redrafter.run.options import (
+    complete_build_options,
+    convert_options,
+    tensorrt_options,
+    with_directories,
+    with_limits,
+)
 from trtllm_redrafter.settings.layers import Resolved
+from trtllm_redrafter.settings.values import fill
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class RecipePlan:
     resolved: Resolved
     model: PlannedModel
     build: TensorRTPlan
-    latency: LatencyPlan
+    latency: LatencyEstimate
     acceptance: MeasuredAcceptance | None
     """Where the latency plan's acceptance length was read from; None where a number or nothing was given."""
 
@@ -59,12 +64,12 @@ class RecipePlan:
 def plan_recipe(resolved: Resolved, *, name: str) -> RecipePlan:
     """Plan the recipe for the GPU it names; raises every refusal a build would."""
     resolved = with_directories(resolved, name=name)
-    model = planned_model(model_source(resolved))
+    model = recipe_model(resolved)
     resolved = with_limits(resolved, model.config.max_position_embeddings)
     build = plan_for(model.config, build_options(resolved))
     accepted, measured, notes = _acceptance(resolved, model)
     limits = build.flags.limits
-    latency = latency_plan(
+    latency = estimate_latency(
         model.config,
         build.target,
         assumptions(resolved, limits.max_seq_len),
@@ -129,17 +134,14 @@ def _same_drafter(measured: str | None, drafter: Path | None) -> bool | None:
     return None if record is None else record.sha256 == measured
 
 
-def model_source(resolved: Resolved) -> ModelSource:
-    """Where a plan reads the recipe's model from."""
+def recipe_model(resolved: Resolved) -> PlannedModel:
+    """What converting the recipe's base and drafter would write; without a base, the recipe's checkpoint."""
     recipe = resolved.recipe
-    return fill(
-        ModelSource,
-        recipe.convert,
-        base=recipe.base,
-        drafter=recipe.drafter,
-        checkpoint=None if recipe.base is not None else recipe.checkpoint,
-        fallback_shape=DraftShape(NVIDIA_NUM_BEAMS, NVIDIA_DRAFT_LEN),
-    )
+    if recipe.base is not None:
+        return planned_model(convert_options(resolved, overwrite=False))
+    if recipe.checkpoint is None or not (recipe.checkpoint / "config.json").is_file():
+        raise InputError("there is nothing to plan for", why="neither base nor checkpoint", remedy="set `base`")
+    return checkpoint_model(recipe.checkpoint)
 
 
 def assumptions(resolved: Resolved, max_seq_len: int) -> Assumptions:
@@ -156,7 +158,7 @@ def build_options(resolved: Resolved) -> BuildOptions:
 def machine_needs(resolved: Resolved, *, name: str) -> Needs:
     """What the recipe asks of the host that builds it, for `doctor`."""
     resolved = with_directories(resolved, name=name)
-    model = planned_model(model_source(resolved))
+    model = recipe_model(resolved)
     weights = weight_bytes(model.config).total
     recipe = resolved.recipe
     assert recipe.engine is not None

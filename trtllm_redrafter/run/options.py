@@ -14,15 +14,14 @@ from trtllm_redrafter.backends import torch_device
 from trtllm_redrafter.errors import Problem, UsageError, raise_together
 from trtllm_redrafter.fsio import overlaps, read_json
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.settings.base import fill
 from trtllm_redrafter.settings.layers import Resolved
 from trtllm_redrafter.settings.schema import MAX_SEQ_LEN
-from trtllm_redrafter.settings.training import parse_grid
+from trtllm_redrafter.settings.values import fill, parse_grid
 
 if TYPE_CHECKING:
     from trtllm_redrafter.backends.base import BuildOptions, SamplingParams
     from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
-    from trtllm_redrafter.conversion import ConvertOptions
+    from trtllm_redrafter.conversion.options import ConvertOptions
     from trtllm_redrafter.training import EvaluateOptions, TrainOptions
 
 
@@ -71,7 +70,7 @@ def with_limits(resolved: Resolved, context: int) -> Resolved:
 
 
 def convert_options(resolved: Resolved, *, overwrite: bool) -> ConvertOptions:
-    from trtllm_redrafter.conversion import ConvertOptions
+    from trtllm_redrafter.conversion.options import ConvertOptions
 
     require(resolved, {"base": "--base", "checkpoint": "--output"}, "a conversion")
     recipe = resolved.recipe

@@ -62,13 +62,13 @@ def defaults_for(resolved: Resolved, runner: Runner) -> Job:
 def _check_horizon(engine: Path, shape: DraftShape) -> None:
     """`UsageError` for drafts longer than the drafter was trained for, which the checkpoint's manifest says."""
     manifest = Manifest.find(engine / ENGINE_CHECKPOINT)
-    horizon = None if manifest is None else manifest.derived.get("trained_draft_len")
-    if isinstance(horizon, int) and shape.draft_len > horizon:
+    trained = None if manifest is None else manifest.trained_draft_len
+    if trained is not None and shape.draft_len > trained:
         raise UsageError(
             f"draft_len is {shape.draft_len}",
             where="--draft-len",
-            why=f"the drafter was trained for {horizon}",
-            remedy=f"use at most {horizon}",
+            why=f"the drafter was trained for {trained}",
+            remedy=f"use at most {trained}",
         )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from trtllm_redrafter.checkpoint.manifest import Manifest, now
 from trtllm_redrafter.checkpoint.names import MANIFEST
-from trtllm_redrafter.conversion.drafter import HORIZON_IN_NAME
+from trtllm_redrafter.conversion.drafter_config import DRAFT_LEN_IN_NAME
 from trtllm_redrafter.errors import InputError, RedrafterError
 from trtllm_redrafter.fsio import as_output_error, read_json, replace_json, sha256_file
 from trtllm_redrafter.settings.layers import Resolved, plain
@@ -160,7 +160,7 @@ def fingerprint(stage: str, resolved: Resolved, hashes: HashCache) -> Fingerprin
         inputs |= hashes.directory(recipe.base, "base", unread=_NEVER_READ)
         if recipe.drafter is not None:
             names = (recipe.drafter.name, recipe.drafter.resolve().name)  # draft_len may come from there
-            options["drafter_names"] = [m[0] for m in map(HORIZON_IN_NAME.search, names) if m is not None]
+            options["drafter_names"] = [m[0] for m in map(DRAFT_LEN_IN_NAME.search, names) if m is not None]
             inputs |= hashes.directory(recipe.drafter, "drafter")
     elif stage == BUILD:
         assert recipe.checkpoint is not None

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends import load_backend
-from trtllm_redrafter.base_models.hf_config import parse_hf_config
-from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.conversion import convert, plan_conversion
-from trtllm_redrafter.errors import InputError, OutputError, UsageError, raise_together
-from trtllm_redrafter.fsio import read_json, restore
+from trtllm_redrafter.base_models.hf_config import read_base_config
+from trtllm_redrafter.conversion.plan import plan_conversion
+from trtllm_redrafter.conversion.writer import convert
+from trtllm_redrafter.errors import InputError, OutputError, UsageError
+from trtllm_redrafter.fsio import restore
 from trtllm_redrafter.locks import exclusive
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.prompts.jsonl import check_source
@@ -209,13 +209,7 @@ def _context_of_base(resolved: Resolved) -> int:
     base = resolved.recipe.base
     if not base.is_dir():
         raise InputError("the base model's directory does not exist", where=base, remedy="check `base`")
-    raw = read_json(base / "config.json")
-    if "architecture" in raw:
-        return CheckpointConfig.from_dict(raw, where=base / "config.json").max_position_embeddings
-    parsed = parse_hf_config(raw, where=base / "config.json")  # a sliding window limits the positions
-    raise_together(InputError, parsed.problems, "the base model cannot be converted", where=base)
-    assert parsed.config is not None
-    return parsed.config.max_position_embeddings
+    return read_base_config(base / "config.json")[0].max_position_embeddings  # a sliding window limits them
 
 
 def _check_run(resolved: Resolved) -> None:

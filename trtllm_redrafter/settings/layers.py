@@ -6,8 +6,8 @@
     resolved.origins["convert.num_beams"]       # flag --num-beams
     resolved.origins["convert.tp_size"]         # default
 
-A later layer wins. A key that nobody knows is refused with the nearest known one, and all problems of all layers are
-reported together: a mistyped `num_beam: 8` must not run with the default, in silence.
+A later layer wins. An unknown key is refused, with the nearest known one, and all problems of all layers are
+reported together: a mistyped `num_beam: 8` must not silently run with the default.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Resolved:
         return self.origins[key].kind == "default"
 
     def derive(self, values: Mapping[str, Any], why: str) -> Resolved:
-        """The same with values filled in that nobody gave, marked as derived."""
+        """The same recipe with derived values filled in, marked as such."""
         return resolve_more(self, [Layer(Origin("derived", why), nest(values))])
 
     def rows(self, *sections: str) -> list[tuple[str, str, str]]:
@@ -87,8 +87,8 @@ class Resolved:
 
 def resolve(layers: Sequence[Layer]) -> Resolved:
     """Merge layers, later over earlier, and validate; `UsageError` names everything that is wrong."""
-    nobody = Resolved(Recipe(), dict.fromkeys(keys(), DEFAULT))
-    return resolve_more(nobody, layers)
+    defaults = Resolved(Recipe(), dict.fromkeys(keys(), DEFAULT))
+    return resolve_more(defaults, layers)
 
 
 def resolve_more(under: Resolved, layers: Sequence[Layer]) -> Resolved:

@@ -25,7 +25,7 @@ MAX_NODES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without what plain PyYAML lets pass: a repeated key (the last one wins), an alias of what it stands in."""
+    """YAML that refuses what PyYAML accepts: repeated keys (the last one wins) and aliases inside their own anchor."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -38,7 +38,8 @@ class _Loader(yaml.SafeLoader):
             return super().compose_node(parent, index)
         if self.check_event(yaml.AliasEvent):
             if anchor in self._open:
-                raise yaml.composer.ComposerError(None, None, f"*{anchor} stands inside of itself", event.start_mark)
+                what = f"*{anchor} is used inside its own anchor"
+                raise yaml.composer.ComposerError(None, None, what, event.start_mark)
             return super().compose_node(parent, index)
         self._open.add(anchor)
         node = super().compose_node(parent, index)
@@ -52,7 +53,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key_node, yaml.ScalarNode):
                 what = "a key is a list or a mapping, it must be a word"
             elif key_node.value in seen:
-                what = f"the key {key_node.value!r} stands twice"
+                what = f"the key {key_node.value!r} appears twice"
             if what is not None:
                 raise yaml.constructor.ConstructorError(None, None, what, key_node.start_mark)
             seen.add(key_node.value)

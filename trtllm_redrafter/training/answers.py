@@ -26,7 +26,9 @@ from torch import Tensor
 from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
 from trtllm_redrafter.backends.torch.temporary import temporary_directory, temporary_runner
 from trtllm_redrafter.base_models.transformers_model import generate
-from trtllm_redrafter.conversion import ConvertOptions, convert, plan_conversion
+from trtllm_redrafter.conversion.options import ConvertOptions
+from trtllm_redrafter.conversion.plan import plan_conversion
+from trtllm_redrafter.conversion.writer import convert
 from trtllm_redrafter.errors import InputError, Problem, not_finite
 from trtllm_redrafter.fsio import as_output_error, made_parents
 from trtllm_redrafter.progress import Progress

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from trtllm_redrafter.base_models.vocabulary import beyond_message, first_beyond
+from trtllm_redrafter.base_models.tokenizer import beyond_message, first_beyond
 from trtllm_redrafter.errors import InputError, Problem
 from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_prompt, encode_text
 from trtllm_redrafter.prompts.files import parse_all

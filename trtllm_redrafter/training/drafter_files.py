@@ -7,7 +7,7 @@
 The head is `lm_head.{K}.weight` [V, E] when it was trained in full; with `tie_lm_head` it is left out, and is the base
 model's head [V, H], times `lm_head_factor.weight` [H, E] where that exists.
 
-Names, `.pt` files and horizons of other trainers are read as `convert` reads them (`DrafterFiles`); here the tensors
+Names, `.pt` files and config.json of other trainers are read as `convert` reads them (`DrafterFiles`); here the tensors
 go to their places in a `TrainableDrafter`.
 """
 
@@ -141,7 +141,7 @@ def read_drafter(folder: Path, longest: int) -> TrainableDrafter:
     if drafter.factor is not None:
         sources["lm_head_factor.weight"] = drafter.factor
     found = {HEADS.get(name, f"core.{name}"): _read(source) for name, source in sources.items()}
-    spec = DrafterSpec(drafter.config, _head(drafter), drafter.horizon or longest)
+    spec = DrafterSpec(drafter.config, _head(drafter), drafter.trained_draft_len or longest)
     return load_weights(spec, {name: found[path] for name, path in weight_names(spec).items()})
 
 

@@ -25,8 +25,8 @@ from trtllm_redrafter.errors import InputError, Problem, UsageError, raise_toget
 from trtllm_redrafter.fsio import CREATOR, atomic_directory, check_replaceable, read_json, sha256_file, write_json
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.settings.base import fill
-from trtllm_redrafter.settings.training import EvaluateSection
+from trtllm_redrafter.settings.schema import EvaluateSection
+from trtllm_redrafter.settings.values import fill
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid, token_accuracy
 from trtllm_redrafter.training.answers import AnswerWriter, TransformersWriter, WritingOptions, in_batches
 from trtllm_redrafter.training.cache import rows_in_memory

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.backends.torch.weights import DTYPES
-from trtllm_redrafter.base_models.hf_fields import one_form
+from trtllm_redrafter.base_models.hf_config import one_form
 from trtllm_redrafter.base_models.hf_model import sample_of
-from trtllm_redrafter.base_models.text_side import TextSide, text_side
 from trtllm_redrafter.base_models.tokenizer import tokenizer_sha256
+from trtllm_redrafter.base_models.tokenizer_setup import TokenizerSetup, tokenizer_setup
 from trtllm_redrafter.base_models.transformers_model import load_model
 from trtllm_redrafter.errors import BackendError, InputError, Problem, not_finite, raise_together
 from trtllm_redrafter.fsio import read_json
@@ -75,12 +75,12 @@ def base_identity(path: Path) -> BaseIdentity:
     return BaseIdentity(path.resolve().name, hidden_size, vocab_size, tokenizer_sha256(path), sample_of(path))
 
 
-def base_text(path: Path) -> TextSide:
+def base_text(path: Path) -> TokenizerSetup:
     """The base's tokenizer, checked against its embedding, and its end tokens."""
     vocab_size = read_json(path / "config.json").get("vocab_size")
     if type(vocab_size) is not int:
         raise InputError("vocab_size is missing", where=path / "config.json", remedy="pass a Hugging Face model")
-    return text_side(path, vocab_size=vocab_size, remedy="download the base's tokenizer files again")
+    return tokenizer_setup(path, vocab_size=vocab_size, remedy="download the base's tokenizer files again")
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -88,7 +88,7 @@ def load_tokenizer(path: Path) -> Any:
     return with_tokenizer(base_text(path), path)
 
 
-def with_tokenizer(text: TextSide, path: Path) -> Any:
+def with_tokenizer(text: TokenizerSetup, path: Path) -> Any:
     """The tokenizer of `text`; `InputError` when there is none."""
     if text.tokenizer is None:
         raise InputError("the model has no tokenizer", where=path, remedy="put its tokenizer files into the directory")

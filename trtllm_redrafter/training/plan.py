@@ -16,8 +16,8 @@ from trtllm_redrafter.errors import Problem, UsageError, raise_together
 from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.paths import check_place
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
-from trtllm_redrafter.settings.base import fill
-from trtllm_redrafter.settings.training import TrainSection
+from trtllm_redrafter.settings.schema import TrainSection
+from trtllm_redrafter.settings.values import fill
 from trtllm_redrafter.training.answers import WritingOptions
 from trtllm_redrafter.training.cache import CachePlan, check_space, plan_cache
 from trtllm_redrafter.training.data import TokenizedPrompt, TokenizedText, check_range, read_prompts, read_texts

@@ -11,8 +11,8 @@ distribution, so both are centred. Five figures are checked, each about 1 on an 
     largest    largest single |d| in units of RMS(r): a fault of single tokens, such as a row of the head
     scale      how much of d is the exact logits times a factor: a wrong temperature, whatever the noise
 
-    measured = measure(rows, "bfloat16")          # rows: (engine's, exact, rounded, perturbed) logits per text, [n, V]
-    measured.render(), list(measured.problems(engine))
+    check = check_distributions(rows, "bfloat16")    # rows per text: (engine's, exact, rounded, perturbed), [n, V]
+    check.render(), list(check.problems(engine))
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ REMEDY = "do not serve this engine; build it again, and compare its weights with
 
 
 @dataclass(frozen=True)
-class Distributions:
+class DistributionCheck:
     """The figures of the module's docstring; `largest` is relative to rounding's. KL divergences: means, in nats."""
 
     dtype: str
@@ -90,10 +90,12 @@ class Distributions:
 
 
 @torch.no_grad()
-def measure(rows: Iterable[tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]], dtype: str) -> Distributions:
+def check_distributions(
+    rows: Iterable[tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]], dtype: str
+) -> DistributionCheck:
     """`rows` per text: the engine's logits, exact ones, those computed in the dtype itself, and perturbed ones.
 
-    All [n, V]; `reference.Pair.rows` has all but the first.
+    All [n, V]; `reference.ReferenceLogits.rows` has all but the first.
     """
     texts = [_Text.of(found.to(exact), exact, rounded, perturbed) for found, exact, rounded, perturbed in rows]
     found = _Rows.joined([text.found for text in texts])
@@ -103,12 +105,12 @@ def measure(rows: Iterable[tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]], dty
     finite = found.rms.isfinite() & found.largest.isfinite()
     count, lost = len(finite), int((~finite).sum())
     if lost == count:
-        return Distributions(dtype, count, lost, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        return DistributionCheck(dtype, count, lost, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     unit = rounding_unit(rounded.rms, [each.rms for each in perturbed], UNIT_ROUNDOFF[dtype] / 4 * exact_rms)
     usual = float((rounded.largest / unit).max().clamp_min(USUAL_LARGEST))
     slope = rounded.slope.abs().clamp_min(UNIT_ROUNDOFF[dtype] / 16).median()
     kept = _Rows(*(part[finite] for part in found.parts()))
-    return Distributions(
+    return DistributionCheck(
         dtype=dtype, positions=count, not_finite=lost,
         typical=float(kept.rms.median() / rounded.rms.median().clamp_min(float(unit.min()))),
         often=float((kept.rms / unit[finite]).quantile(0.9) / (rounded.rms / unit).quantile(0.9).clamp_min(0.5)),
@@ -122,7 +124,7 @@ def measure(rows: Iterable[tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]], dty
 def rounding_unit(rounded: Tensor, perturbed: Sequence[Tensor], floor: Tensor) -> Tensor:
     """Rounding error at each of [n] positions: RMS over the ways of rounding, at least the median over positions.
 
-    Perturbations are scaled to the size of real rounding first: they tell where rounding matters, not how much.
+    Perturbations are scaled to the size of real rounding first: they show where rounding matters, not how much.
     """
     typical = rounded.median()
     scaled = [each * (typical / each.median().clamp_min(1e-30)) for each in perturbed]

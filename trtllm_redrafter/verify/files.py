@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.checkpoint.finite import finite_problems
+from trtllm_redrafter.checkpoint.kinds import ENGINES, Kind, kind_at, kind_of
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT, MANIFEST, rank_file
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.checkpoint.structure import structure_problems
-from trtllm_redrafter.errors import InputError, Problem, RedrafterError, VerificationError, limited
+from trtllm_redrafter.checkpoint.structure import finite_problems, structure_problems
+from trtllm_redrafter.errors import InputError, Problem, RedrafterError, limited
 from trtllm_redrafter.fsio import read_json
 
 _SHOWN = 8
@@ -26,8 +26,8 @@ _READ_SUFFIXES = (".json", ".safetensors", ".engine", ".py", ".jinja", ".model",
 """Suffixes of files that a loader may read just because they are there."""
 
 _WITHOUT_MANIFEST = (
-    "no manifest.json, so it cannot be told: whether files have changed since they were written or are all there, "
-    "which base model and drafter went in, and whether whole ranks were exchanged (a tied LM head tells that); "
+    "no manifest.json, so these are not known: whether files are complete and unchanged since they were written, "
+    "which base model and drafter went in, and whether whole ranks were exchanged (a tied LM head shows that); "
     "--against and --drafter compare the values"
 )
 
@@ -60,11 +60,6 @@ class VerifyReport:
             "notes": list(self.notes),
         }
 
-    def raise_if_failed(self) -> None:
-        """Raise `VerificationError` with all problems."""
-        if self.problems:
-            raise VerificationError("verification failed", where=self.path, problems=self.problems)
-
 
 def checkpoint_directory(path: Path) -> Path:
     """The checkpoint itself: `path`, or the one inside an engine of the torch backend."""
@@ -95,7 +90,7 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
             notes += harmless
             what = "size and SHA-256" if hashes else "size"
             checks.append(f"{what} of {len(manifest.files)} files against manifest.json, and that there are no others")
-        if "pretrained_config" in read_json(path / "config.json"):
+        if kind_at(path) is Kind.TENSORRT_ENGINE:
             notes.append("a TensorRT engine: its plans are compared by hash only; --reference runs it")
             return VerifyReport(path, tuple(checks), tuple(problems), tuple(notes))
         checkpoint = Checkpoint.open(checkpoint_directory(path))
@@ -137,6 +132,6 @@ def _refuse_others(path: Path) -> None:
         if not (path / MANIFEST).exists() and not rank_file(path, 0).exists():
             raise
         return
-    if not {"architecture", "backend", "build_config", "pretrained_config"} & set(config):
+    if kind_of(config) not in (Kind.CHECKPOINT, *ENGINES):
         remedy = "name a checkpoint or an engine; `inspect` says what other directories are"
         raise InputError("this is neither a checkpoint nor an engine", where=path, remedy=remedy)

@@ -5,15 +5,15 @@ exactly, and in the checkpoint's dtype, which shows how far rounding moves them 
 
     config      fields of the engine's config.json that determine what is computed
     weights     bit for bit, where the engine holds them as tensors (torch)
-    tokens      each must be the exact distribution's most likely token, or tie with it (`gate_checks`)
+    tokens      each must be the exact distribution's most likely token, or tie with it (`token_checks`)
     logits      where the engine returns them (`distributions`), also along random tokens
     drafter     the scores of its drafts, where the engine returns them (`gate_drafter`)
-    steps       replayed along the same tokens with TensorRT-LLM's search and rule (`replay`, `gate_acceptance`)
+    steps       replayed along the same tokens with TensorRT-LLM's search and rule (`steps`)
 
     report = parity_gate(GateRequest(engine, reference, prompts, ...))
     report.ok, report.render()
 
-A sampling engine decodes at temperature 1, and less can be checked: see `gate_checks` and `replay`.
+A sampling engine decodes at temperature 1, and less can be checked: see `token_checks` and `steps`.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from trtllm_redrafter.backends import torch_device
-from trtllm_redrafter.backends.engine_config import TENSORRT, TORCH
-from trtllm_redrafter.checkpoint.config import read_checkpoint_config
-from trtllm_redrafter.planning.sizes import weight_bytes
-from trtllm_redrafter.verify.gate_acceptance import (
-    SINGLE_STEPS,
-    AcceptanceCheck,
-    SingleSteps,
-    StepCounts,
-    tolerance,
-)
-from trtllm_redrafter.verify.gate_checks import TokenCheck, compare, sampled_alarms, token_alarms
+from trtllm_redrafter.backends.engine_config import TENSORRT, TORCH, EngineConfig
+from trtllm_redrafter.backends.torch.runner import TorchRunner
+from trtllm_redrafter.backends.torch.temporary import temporary_directory, temporary_runner
+from trtllm_redrafter.checkpoint.config import CheckpointConfig, read_checkpoint_config
+from trtllm_redrafter.checkpoint.manifest import Manifest
+from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT
+from trtllm_redrafter.checkpoint.structure import require_sound
+from trtllm_redrafter.errors import MismatchError, Problem
+from trtllm_redrafter.fsio import read_json
+from trtllm_redrafter.planning.memory import weight_bytes
+from trtllm_redrafter.progress import no_progress
+from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.verify.distributions import DistributionCheck, check_distributions
 from trtllm_redrafter.verify.gate_decode import Decoded, decode
-from trtllm_redrafter.verify.gate_files import check_pair, check_weights, not_seen
+from trtllm_redrafter.verify.gate_drafter import DraftCheck, check_drafts
 from trtllm_redrafter.verify.gate_report import PROMPTS, GateReport, GateRequest
-
-if TYPE_CHECKING:
-    from trtllm_redrafter.backends.torch.runner import TorchRunner
-    from trtllm_redrafter.redrafter.config import DraftShape
-    from trtllm_redrafter.verify.distributions import Distributions
-    from trtllm_redrafter.verify.gate_drafter import Drafts
-    from trtllm_redrafter.verify.reference import Pair
+from trtllm_redrafter.verify.reference import reference_logits, tensorrt_qk_epsilon
+from trtllm_redrafter.verify.steps import SINGLE_STEPS, AcceptanceCheck, SingleSteps, StepCounts, load_replay, tolerance
+from trtllm_redrafter.verify.token_checks import TokenCheck, check_tokens, sampled_alarms, token_alarms
+from trtllm_redrafter.verify.weights import compare_checkpoints
 
 __all__ = ["PROMPTS", "GateReport", "GateRequest", "parity_gate", "reference_device"]
 
@@ -53,24 +53,43 @@ REFERENCE_SHARE = 1.3
 """Memory of the reference over the model's bytes: logits, cache, and the replay's own drafter and embedding."""
 
 
+SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
+"""If these differ, engine and checkpoint are of different models, and nothing else is compared."""
+
+MEANINGS = (
+    "dtype", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_size", "norm_epsilon",
+    "hidden_act", "rotary_base", "rotary_scaling", "qwen_type", "attn_bias", "mlp_bias", "quantization",
+    "redrafter_num_layers", "redrafter_hidden_size", "redrafter_exit_dim", "redrafter_is_rnn",
+    "redrafter_greedy_search",
+)  # fmt: skip
+"""If these differ, the engine computes something else. Only fields in both files are compared."""
+
+
 def parity_gate(request: GateRequest) -> GateReport:
     """Decode with the engine, close it, then compute the reference, so that never both are in memory."""
-    differing = check_pair(request.config, request.reference)  # raises if this is no engine, and says what it is
-    _check_reference(request.reference)
-    weights = check_weights(request.config, request.reference)
+    differing = check_config(request.config, request.reference)  # raises if this is no engine, and says what it is
+    require_sound(request.checkpoint)  # a damaged reference proves nothing
+    compared, changed = check_weights(request.config, request.reference)
+    model, on_torch = request.checkpoint.config, request.config.backend == TORCH
     sampled = _samples(request)
     decoded = decode(request, sampled=sampled)
-    device = reference_device(request.reference)  # once, so that replay and reference are on the same device
-    alarms, tokens = [*differing, *weights.problems], None
+    device = reference_device(model)  # once, so that replay and reference are on the same device
+    alarms, tokens = [*differing, *changed], None
     distributions, drafts = None, None
     if decoded.texts:
-        pair = _pair(request, decoded, device)
+        epsilon = None if on_torch else tensorrt_qk_epsilon(model)
+        reference = reference_logits(request.checkpoint, decoded.texts, device, qk_epsilon=epsilon)
         if sampled:
-            rows = (pair.exact.logits(place) for place in range(decoded.own))
-            alarms += sampled_alarms(request.engine, rows, decoded.results)
-        else:
-            tokens = compare(request.engine, pair, decoded.results, quantized=_rounds_otherwise(request))
-        distributions, drafts = _distributions(decoded, pair), _drafts(request, decoded)
+            exact = (reference.exact.logits(place) for place in range(decoded.own))
+            alarms += sampled_alarms(request.engine, exact, decoded.results)
+        else:  # the torch backend dequantizes FP8 weights, as the reference does
+            quantized = model.quant_algo is not None and not on_torch
+            tokens = check_tokens(request.engine, reference, decoded.results, quantized=quantized)
+        if decoded.logits:
+            rows = ((found, *reference.rows(i, len(found))) for i, found in enumerate(decoded.logits))
+            distributions = check_distributions(rows, reference.dtype)
+        if decoded.drafted is not None:
+            drafts = check_drafts(*decoded.drafted, request.checkpoint, head_rows=request.config.head_rows)
     steps = None if decoded.shape is None else _steps(request, decoded, device, decoded.shape, sampled=sampled)
     alarms += token_alarms(request.engine, decoded.results, tokens)
     for found in (distributions, drafts):
@@ -79,71 +98,26 @@ def parity_gate(request: GateRequest) -> GateReport:
         alarms += steps.alarms(request.engine, decoded.shape.draft_len, request.min_acceptance)
     notes = not_seen(request, distributions, drafts, decoded.refusal, has_drafter=decoded.shape is not None)
     return GateReport(
-        request, tokens or TokenCheck(0, 0, 0, ()), tuple(alarms), steps, distributions, drafts, weights.checked,
+        request, tokens or TokenCheck(0, 0, 0, ()), tuple(alarms), steps, distributions, drafts, compared,
         notes, tuple(tuple(result.token_ids) for result in decoded.results), sampled,
     )  # fmt: skip
 
 
-def _check_reference(path: Path) -> None:
-    """A damaged reference proves nothing; `InputError` says what `verify` would."""
-    from trtllm_redrafter.checkpoint.reader import Checkpoint
-    from trtllm_redrafter.checkpoint.structure import require_sound
-
-    require_sound(Checkpoint.open(path))
-
-
 def _samples(request: GateRequest) -> bool:
     """Does the engine sample? TensorRT-LLM compiles this into engines with a drafter; elsewhere requests decide."""
-    config = read_checkpoint_config(request.reference)
-    return request.config.backend == TENSORRT and config.drafter is not None and not config.greedy
-
-
-def _rounds_otherwise(request: GateRequest) -> bool:
-    """Does the engine quantize activations, as the reference does not? The torch backend dequantizes FP8 weights."""
-    quantized = read_checkpoint_config(request.reference).quant_algo is not None
-    return quantized and request.config.backend != TORCH
-
-
-def _pair(request: GateRequest, decoded: Decoded, device: str) -> Pair:
-    from trtllm_redrafter.checkpoint.reader import Checkpoint
-    from trtllm_redrafter.verify.reference import compute_pair, tensorrt_qk_epsilon
-
-    checkpoint = Checkpoint.open(request.reference)
-    epsilon = tensorrt_qk_epsilon(checkpoint.config) if request.config.backend == TENSORRT else None
-    return compute_pair(checkpoint, decoded.texts, device, qk_epsilon=epsilon)
-
-
-def _distributions(decoded: Decoded, pair: Pair) -> Distributions | None:
-    """The engine's logits against the pair's, for the tokens the engine was asked about."""
-    from trtllm_redrafter.verify.distributions import measure
-
-    if not decoded.logits:
-        return None
-    rows = ((found, *pair.rows(i, len(found))) for i, found in enumerate(decoded.logits))
-    return measure(rows, pair.dtype)
-
-
-def _drafts(request: GateRequest, decoded: Decoded) -> Drafts | None:
-    from trtllm_redrafter.checkpoint.reader import Checkpoint
-    from trtllm_redrafter.verify.gate_drafter import judge_drafts
-
-    if decoded.drafted is None:
-        return None
-    checkpoint = Checkpoint.open(request.reference)
-    return judge_drafts(*decoded.drafted, checkpoint, head_rows=request.config.head_rows)
+    model = request.checkpoint.config
+    return request.config.backend != TORCH and model.drafter is not None and not model.greedy
 
 
 def _steps(
     request: GateRequest, decoded: Decoded, device: str, shape: DraftShape, *, sampled: bool
 ) -> AcceptanceCheck:  # fmt: skip
     """The engine's steps against those its texts should take."""
-    from trtllm_redrafter.verify.replay import load_replay
-
-    quantized = read_checkpoint_config(request.reference).quant_algo is not None
+    quantized = request.checkpoint.config.quant_algo is not None
     with _reference_runner(request, decoded.prompts, device) as reference:
         dtype = reference.info.dtype
         allowed = tolerance(dtype, quantized=quantized, sampled=sampled)
-        replay = load_replay(request.config, request.reference, reference, shape, device, greedy=not sampled)
+        replay = load_replay(request.config, request.checkpoint, reference, shape, device, greedy=not sampled)
         pairs = zip(decoded.prompts, decoded.results, strict=True)
         texts = [replay.steps(prompt, result.token_ids) for prompt, result in pairs]
     found, expected = StepCounts.of_results(decoded.results), StepCounts.of_replay(texts, shape.draft_len)
@@ -154,7 +128,7 @@ def _steps(
     )  # fmt: skip
 
 
-def reference_device(checkpoint: Path) -> str:
+def reference_device(model: CheckpointConfig) -> str:
     """The GPU if the whole model in 16 bits fits into the free memory of one, else the CPU.
 
     The reference of an engine over several GPUs may fit none of them, and a slow check is better than running out of
@@ -163,9 +137,7 @@ def reference_device(checkpoint: Path) -> str:
     device = torch_device()
     if device == "cpu":
         return device
-    import torch
-
-    whole = weight_bytes(replace(read_checkpoint_config(checkpoint), tp_size=1, quantization={})).total
+    whole = weight_bytes(replace(model, tp_size=1, quantization={})).total
     free, _ = torch.cuda.mem_get_info()
     return device if REFERENCE_SHARE * whole <= free else "cpu"
 
@@ -173,8 +145,6 @@ def reference_device(checkpoint: Path) -> str:
 @contextmanager
 def _reference_runner(request: GateRequest, prompts: Sequence[tuple[int, ...]], device: str) -> Iterator[TorchRunner]:
     """The checkpoint on the torch backend, closed and removed afterwards."""
-    from trtllm_redrafter.backends.torch.temporary import temporary_directory, temporary_runner
-
     longest = max(len(prompt) for prompt in prompts)
     with temporary_directory(beside=request.reference) as folder:
         engine = temporary_runner(
@@ -183,3 +153,60 @@ def _reference_runner(request: GateRequest, prompts: Sequence[tuple[int, ...]], 
         )  # fmt: skip
         with engine as runner:
             yield runner
+
+
+def check_config(engine: EngineConfig, reference: Path) -> list[Problem]:
+    """Differing fields of the two config files. `MismatchError` if they are of different models."""
+    config, found, where = read_checkpoint_config(reference), engine.model_values, str(engine.path)
+    remedy = "pass the checkpoint that the engine's manifest names"
+    why = None
+    if (engine.draft_shape is None) != (config.drafter is None):
+        why = f"only {'the checkpoint' if config.drafter is not None else 'the engine'} has a drafter"
+    differ = [key for key in SIZES if found.get(key) != getattr(config, key)]
+    if why is None and differ:
+        why = "; ".join(f"{key} is {found.get(key)} there, {getattr(config, key)} here" for key in differ)
+    if why is not None:
+        raise MismatchError("the engine was not built from this checkpoint", where=reference, why=why, remedy=remedy)
+    expected = read_json(reference / "config.json")
+    both = [key for key in MEANINGS if key in found and key in expected and found[key] != expected[key]]
+    return [
+        Problem(f"{key} is {found[key]!r} in the engine, {expected[key]!r} in the checkpoint", where, None, remedy)
+        for key in both
+    ]
+
+
+def check_weights(engine: EngineConfig, reference: Path) -> tuple[int | None, list[Problem]]:
+    """Tensors of a torch engine compared with the checkpoint's, bit for bit; None if it stores no tensors."""
+    if engine.backend != TORCH:
+        return None, []
+    return compare_checkpoints(engine.path / ENGINE_CHECKPOINT, reference, no_progress)
+
+
+def not_seen(
+    request: GateRequest, distributions: DistributionCheck | None, drafts: DraftCheck | None, refusal: str | None, *,
+    has_drafter: bool,
+) -> tuple[str, ...]:  # fmt: skip
+    """What this run of the gate could not compare, and which faults may pass. `refusal`: why there are no logits."""
+    found = []
+    compiled = request.config.backend == TENSORRT
+    if compiled:
+        found.append("weights: they are compiled into the engine; a single wrong one shows only if its effect does")
+    if distributions is None:
+        why = "" if refusal is None else f" ({refusal})"
+        found.append(f"logits: not shown{why}; faults that leave every largest logit in place pass")
+    elif compiled:
+        found.append("logits while drafts are verified: TensorRT-LLM shows those at the ends of prompts only")
+    if has_drafter and drafts is None:
+        found.append("drafter: this engine does not show its scores; faults that change few drafts pass")
+    config = request.checkpoint.config
+    epsilon = tensorrt_qk_epsilon(config) if compiled else None
+    if epsilon is not None:
+        found.append(
+            f"epsilon of q and k norms: TensorRT-LLM 1.2 computes with {epsilon:g}, the model says "
+            f"{config.norm_epsilon:g}; the reference follows TensorRT-LLM, the replay of the steps does not"
+        )
+    if compiled and config.quant_algo is not None:
+        found.append(f"rounding of {config.quant_algo} activations: the reference computes in {config.dtype}")
+    if Manifest.find(request.engine) is None:
+        found.append("origin: the engine has no manifest.json, so nothing says which checkpoint it was built from")
+    return tuple(found)

@@ -9,28 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import Along, Request, Result, Runner, SamplingParams
 from trtllm_redrafter.backends.engine_config import TENSORRT
 from trtllm_redrafter.errors import BackendError
+from trtllm_redrafter.redrafter.beam_search import Beams
+from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.verify.gate_drafter import pick_contexts
 from trtllm_redrafter.verify.gate_report import GateRequest
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from trtllm_redrafter.redrafter.beam_search import Beams
-    from trtllm_redrafter.redrafter.config import DraftShape
-    from trtllm_redrafter.verify.reference import Text
+from trtllm_redrafter.verify.reference import Text
 
 LOGITS = 64
 """Tokens of each text whose distributions are compared; a row takes four bytes per vocabulary entry."""
 
 PROMPT_LOGITS = 16
-"""Tokens of each text for which a TensorRT-LLM engine is asked for logits, each as a prompt of its own."""
+"""Tokens of each text for which a TensorRT-LLM engine is asked for logits, each with a separate prompt."""
 
 PROBES = 4
 PROBE_PROMPT, PROBE_TOKENS = 8, 48
@@ -60,8 +57,6 @@ class Decoded:
 
 def decode(request: GateRequest, *, sampled: bool) -> Decoded:
     """Load the engine, decode the prompts, ask for logits and drafts along the texts, close it."""
-    from trtllm_redrafter.verify.reference import Text
-
     runner = load_backend(request.config.backend).load(request.config, device=request.device, verify_hashes=False)
     refusal = None
     try:
@@ -124,8 +119,6 @@ def _generate(
 
 def probe_texts(vocab_size: int, max_input_len: int, max_seq_len: int) -> tuple[Text, ...]:
     """Random tokens, the same each time, shortened to what the engine takes; none if that leaves no token."""
-    from trtllm_redrafter.verify.reference import Text
-
     prompt = min(PROBE_PROMPT, max_input_len)
     length = min(PROBE_TOKENS, max_seq_len - prompt)
     if length < 1:
@@ -137,8 +130,6 @@ def probe_texts(vocab_size: int, max_input_len: int, max_seq_len: int) -> tuple[
 
 def _draft(runner: Runner, along: Sequence[Along], texts: Sequence[Text]) -> tuple[Beams, Tensor] | None:
     """Drafts of the engine from its own states, spread evenly over the texts."""
-    from trtllm_redrafter.verify.gate_drafter import pick_contexts
-
     states = [found.states for found in along if found.states is not None]
     if not states or len(states) < len(along):
         return None

@@ -5,7 +5,7 @@ drafts, their scores are compared with exact ones: the engine drafts from given 
 computes the log-probabilities of the same tokens, once exactly and once in the engine's dtype, as `distributions` does
 for the base model. The states are given, so the base model takes no part.
 
-    check = judge_drafts(beams, contexts, checkpoint, head_rows=8192)
+    check = check_drafts(beams, contexts, checkpoint, head_rows=8192)
     check.render(), list(check.problems(engine))
 """
 
@@ -41,7 +41,7 @@ _CHUNK = 16
 
 
 @dataclass(frozen=True)
-class Drafts:
+class DraftCheck:
     """`typical` (median) and `worst` over contexts: RMS error of a context's log-probabilities, over rounding's."""
 
     dtype: str
@@ -84,7 +84,7 @@ def pick_contexts(
     return contexts[chosen.to(contexts.device)], [roots[i] for i in chosen.tolist()]
 
 
-def judge_drafts(beams: Beams, contexts: Tensor, checkpoint: Checkpoint, *, head_rows: int) -> Drafts:
+def check_drafts(beams: Beams, contexts: Tensor, checkpoint: Checkpoint, *, head_rows: int) -> DraftCheck:
     """Scores of `beams`, which the engine drafted from `contexts` [B, H]; `head_rows` as in `frequent_rows`."""
     dtype = checkpoint.config.dtype
     tokens = beams.tokens.masked_fill(~beams.finite.view(-1, 1, 1), 0).to(contexts.device)  # else they mean nothing
@@ -97,7 +97,7 @@ def judge_drafts(beams: Beams, contexts: Tensor, checkpoint: Checkpoint, *, head
     unit = rounding.clamp_min(rounding.median())
     ratios = torch.where(difference.isfinite(), difference, torch.inf) / unit
     typical = float(torch.where(difference.isfinite(), difference, torch.inf).median() / rounding.median())
-    return Drafts(dtype, len(tokens), typical, float(ratios.max()), float(difference.median()))
+    return DraftCheck(dtype, len(tokens), typical, float(ratios.max()), float(difference.median()))
 
 
 def _rms(difference: Tensor) -> Tensor:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trtllm_redrafter.backends.engine_config import EngineConfig, read_engine_config
+from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.errors import Problem
-from trtllm_redrafter.verify.gate_acceptance import AcceptanceCheck
-from trtllm_redrafter.verify.gate_checks import TokenCheck
-
-if TYPE_CHECKING:
-    from trtllm_redrafter.verify.distributions import Distributions
-    from trtllm_redrafter.verify.gate_drafter import Drafts
+from trtllm_redrafter.verify.distributions import DistributionCheck
+from trtllm_redrafter.verify.gate_drafter import DraftCheck
+from trtllm_redrafter.verify.steps import AcceptanceCheck
+from trtllm_redrafter.verify.token_checks import TokenCheck
 
 PROMPTS = (
     "Why is the sky blue? Answer in three sentences.",
@@ -38,8 +37,13 @@ class GateRequest:
 
     @cached_property
     def config(self) -> EngineConfig:
-        """The engine's, read once. `InputError` where `engine` is none."""
+        """The engine's config, read once. `InputError` if `engine` is not an engine."""
         return read_engine_config(self.engine)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The reference, opened once."""
+        return Checkpoint.open(self.reference)
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class GateReport:
     alarms: tuple[Problem, ...]
     steps: AcceptanceCheck | None
     """None: the engine has no drafter."""
-    distributions: Distributions | None
-    drafts: Drafts | None
+    distributions: DistributionCheck | None
+    drafts: DraftCheck | None
     weights: int | None
     """Tensors compared bit for bit."""
     not_seen: tuple[str, ...]

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtllm_redrafter.checkpoint.kinds import Kind, kind_of, wrong_kind
 from trtllm_redrafter.checkpoint.manifest import Manifest
-from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT, MANIFEST
+from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT, MANIFEST, RECORDED
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
 from trtllm_redrafter.errors import InputError, RedrafterError
 from trtllm_redrafter.fsio import read_json
@@ -37,7 +38,17 @@ _CHECKPOINT_FACTS = (
     "mapping", "quantization", "redrafter_num_layers", "redrafter_exit_dim", "redrafter_is_rnn",
     "redrafter_num_beams", "redrafter_draft_len_per_beam", "redrafter_greedy_search",
 )  # fmt: skip
-_ENGINE_FACTS = ("backend", "version", "build_config", "draft", "draft_head_rows", "eos_token_ids")
+_KINDS: Mapping[Kind, tuple[str, tuple[str, ...]]] = {
+    Kind.BASE_MODEL: ("Hugging Face model", ("architectures", *_BASE_FACTS)),
+    Kind.DRAFTER: ("drafter", _DRAFTER_FACTS),
+    Kind.CHECKPOINT: ("TensorRT-LLM checkpoint", _CHECKPOINT_FACTS),
+    Kind.TORCH_ENGINE: (
+        "engine of the torch backend",
+        ("backend", "version", "build_config", "draft", "draft_head_rows", "eos_token_ids"),
+    ),
+    Kind.TENSORRT_ENGINE: ("TensorRT-LLM engine", ("version", "build_config")),
+}
+"""What a kind is called here, and the keys of its config.json to show."""
 
 
 @dataclass(frozen=True)
@@ -105,57 +116,40 @@ def inspect(path: Path) -> Inspection:
     if not path.is_dir():
         raise InputError("there is no such directory or safetensors file", where=path, remedy="check the path")
     config = read_json(path / "config.json")
-    kind, names, weights = _recognise(path, config)
-    facts = {name: config[name] for name in names if config.get(name) is not None}
+    kind = kind_of(config)
+    if kind is None:
+        raise wrong_kind(path, config, None)
+    name, keys = _KINDS[kind]
+    if kind is Kind.CHECKPOINT and "redrafter_num_beams" in config:
+        name += " with drafter"
+    facts = {key: config[key] for key in keys if config.get(key) is not None}
     manifest = Manifest.find(path)
-    facts |= _end_tokens(path, config, manifest)
-    notes = [] if manifest is not None or "Hugging Face" in kind else [f"no {MANIFEST}: another program wrote this"]
+    facts |= _end_tokens(path, kind, config, manifest)
+    own = manifest is not None or kind is Kind.BASE_MODEL
+    notes = [] if own else [f"no {MANIFEST}: another program wrote this"]
+    weights = path / ENGINE_CHECKPOINT if kind is Kind.TORCH_ENGINE else path
     files = sorted(weights.glob("*.safetensors"))
-    if kind == "drafter" and not files:
+    if kind is Kind.DRAFTER and not files:
         notes.append("its weights are a pickle, which is not read here; `convert` reads it with weights_only")
     rows = tuple(row for file in files for row in _rows(SafetensorsFile.open(file), file.relative_to(path).as_posix()))
-    return Inspection(path, kind, facts, rows, _provenance(manifest, config), tuple(notes))
+    return Inspection(path, name, facts, rows, _provenance(manifest, config), tuple(notes))
 
 
-def _end_tokens(path: Path, config: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
+def _end_tokens(path: Path, kind: Kind, config: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
     """The end tokens of a model, checkpoint or engine, which keep them elsewhere than in config.json."""
-    from trtllm_redrafter.checkpoint.names import RECORDED
-
-    if "pretrained_config" in config and (path / _TENSORRT_NOTES).is_file():
+    if kind is Kind.TENSORRT_ENGINE and (path / _TENSORRT_NOTES).is_file():
         return {RECORDED: read_json(path / _TENSORRT_NOTES).get(RECORDED, [])}
-    if "architecture" in config:
-        return {} if manifest is None else {RECORDED: manifest.end_tokens}
-    if not {"architectures", "model_type"} & set(config) or type(config.get("vocab_size")) is not int:
+    if kind is Kind.CHECKPOINT and manifest is not None:
+        return {RECORDED: manifest.end_tokens}
+    if kind is not Kind.BASE_MODEL or type(config.get("vocab_size")) is not int:
         return {}
-    from trtllm_redrafter.base_models.text_side import text_side
+    from trtllm_redrafter.base_models.tokenizer_setup import tokenizer_setup
 
     try:
-        text = text_side(path, vocab_size=config["vocab_size"], remedy="download the tokenizer again")
+        text = tokenizer_setup(path, vocab_size=config["vocab_size"], remedy="download the tokenizer again")
     except RedrafterError as error:
         return {RECORDED: f"not known: {error.problem.what}"}
     return {RECORDED: list(text.end_token_ids)}
-
-
-def _recognise(path: Path, config: Mapping[str, Any]) -> tuple[str, tuple[str, ...], Path]:
-    """Kind, config keys to show, and the directory of the weights."""
-    if "pretrained_config" in config:
-        return "TensorRT-LLM engine", ("version", "build_config"), path
-    if "backend" in config and "build_config" in config:
-        return f"engine of the {config['backend']} backend", _ENGINE_FACTS, path / ENGINE_CHECKPOINT
-    if "architecture" in config:
-        has_drafter = "redrafter_num_beams" in config
-        kind = "TensorRT-LLM checkpoint with drafter" if has_drafter else "TensorRT-LLM checkpoint"
-        return kind, _CHECKPOINT_FACTS, path
-    if "exit_dim" in config:
-        return "drafter", _DRAFTER_FACTS, path
-    if "architectures" in config or "model_type" in config:
-        return "Hugging Face model", ("architectures", *_BASE_FACTS), path
-    raise InputError(
-        "this is neither a model, drafter, checkpoint nor engine",
-        where=path,
-        why="its config.json has none of the keys `architectures`, `architecture`, `exit_dim`, `build_config`",
-        remedy="check the path",
-    )
 
 
 def _rows(file: SafetensorsFile, name: str) -> Iterator[TensorRow]:

@@ -6,8 +6,8 @@ wider dtype (float32 for 16 bits, float64 for float32) and in their own. That is
 engine rounds in another; so the wider dtype runs a few more times with every intermediate result randomly perturbed by
 as much as the narrower dtype would round it.
 
-    pair = compute_pair(Checkpoint.open(path), texts, device)
-    pair.exact.logits(0), pair.rounded.logits(0), pair.perturbed[0].logits(0)        # [n, V] each, of the first text
+    reference = reference_logits(Checkpoint.open(path), texts, device)
+    reference.exact.logits(0), reference.rounded.logits(0), reference.perturbed[0].logits(0)        # [n, V] each
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import DTYPES, load_weights
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.planning.sizes import weight_bytes
+from trtllm_redrafter.planning.memory import weight_bytes
 
 EXACT = {"float16": torch.float32, "bfloat16": torch.float32, "float32": torch.float64}
 """The dtype that counts as exact for each: at least 2^13 times finer."""
@@ -50,7 +50,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Computed:
+class ComputedLogits:
     """Final hidden states of every text, and the LM head that turns them into logits."""
 
     states: tuple[Tensor, ...]  # [n, H] per text; row j predicts the text's token j
@@ -63,7 +63,7 @@ class Computed:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredLogits:
     """Logits of every text, stored."""
 
     rows: tuple[Tensor, ...]
@@ -73,13 +73,13 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ReferenceLogits:
     """The same texts and weights in the wider dtype, in the model's own, and in the wider one with perturbations."""
 
     dtype: str
-    exact: Computed | Stored
-    rounded: Computed | Stored
-    perturbed: tuple[Computed | Stored, ...]
+    exact: ComputedLogits | StoredLogits
+    rounded: ComputedLogits | StoredLogits
+    perturbed: tuple[ComputedLogits | StoredLogits, ...]
 
     def rows(self, text: int, count: int | None = None) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Exact, rounded and perturbed logits [count, V] of a text's first tokens."""
@@ -87,17 +87,17 @@ class Pair:
         return exact, rounded, [computed.logits(text)[:count] for computed in self.perturbed]
 
 
-def compute_pair(
+def reference_logits(
     checkpoint: Checkpoint, texts: Sequence[Text], device: str, *, qk_epsilon: float | None = None
-) -> Pair:
+) -> ReferenceLogits:
     """Run all computations, one after the other. Raises like `load_weights` (quantization other than FP8)."""
     dtype = checkpoint.config.dtype
 
-    def computed(wanted: torch.dtype, pointwise: Pointwise = EAGER) -> Computed:
+    def computed(wanted: torch.dtype, pointwise: Pointwise = EAGER) -> ComputedLogits:
         return _compute(checkpoint, texts, device, wanted, qk_epsilon, pointwise)
 
     perturbed = tuple(computed(EXACT[dtype], _perturbing(seed, dtype)) for seed in range(PERTURBATIONS))
-    return Pair(dtype, computed(EXACT[dtype]), computed(DTYPES[dtype]), perturbed)
+    return ReferenceLogits(dtype, computed(EXACT[dtype]), computed(DTYPES[dtype]), perturbed)
 
 
 def perturb(values: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
@@ -123,7 +123,7 @@ def _perturbing(seed: int, dtype: str) -> Pointwise:
 def _compute(
     checkpoint: Checkpoint, texts: Sequence[Text], device: str, dtype: torch.dtype, qk_epsilon: float | None,
     pointwise: Pointwise,
-) -> Computed:  # fmt: skip
+) -> ComputedLogits:  # fmt: skip
     streamed = weight_bytes(replace(checkpoint.config, tp_size=1, quantization={})).total > STREAM_ABOVE
     weights = load_weights(checkpoint, torch.device(device), dtype=dtype, streamed=streamed)
     longest = max(len(text.prompt) + len(text.tokens) for text in texts)
@@ -135,7 +135,7 @@ def _compute(
     ]
     head = weights.head
     executor.close()
-    return Computed(tuple(states), head)
+    return ComputedLogits(tuple(states), head)
 
 
 def tensorrt_qk_epsilon(config: CheckpointConfig) -> float | None:

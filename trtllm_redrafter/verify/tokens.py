@@ -15,24 +15,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
 from trtllm_redrafter.backends.engine_config import TORCH
+from trtllm_redrafter.backends.torch.temporary import temporary_directory, temporary_runner
+from trtllm_redrafter.base_models.transformers_model import load_model
+from trtllm_redrafter.checkpoint.kinds import Kind, kind_at
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.conversion.head import takes_file_head
+from trtllm_redrafter.conversion.base import takes_file_head
 from trtllm_redrafter.errors import Problem
-from trtllm_redrafter.fsio import read_json
+from trtllm_redrafter.verify.distributions import DistributionCheck, check_distributions
 from trtllm_redrafter.verify.files import checkpoint_directory
-from trtllm_redrafter.verify.weights import is_checkpoint
-
-if TYPE_CHECKING:
-    from trtllm_redrafter.verify.distributions import Distributions
-    from trtllm_redrafter.verify.gate_checks import TokenCheck
-    from trtllm_redrafter.verify.reference import Pair, Stored, Text
+from trtllm_redrafter.verify.gate_decode import probe_texts
+from trtllm_redrafter.verify.reference import EXACT, PERTURBATIONS, ReferenceLogits, StoredLogits, Text, perturb
+from trtllm_redrafter.verify.token_checks import TokenCheck, check_tokens
 
 PROMPT_LENGTHS = (3, 17, 40, 64)
 TOKENS = 32
@@ -44,48 +45,33 @@ class ParityReport:
 
     prompts: int
     tokens: TokenCheck
-    distributions: Distributions
+    distributions: DistributionCheck
     problems: tuple[Problem, ...]
-
-    @property
-    def same(self) -> int:
-        return self.tokens.same
-
-    @property
-    def near_ties(self) -> int:
-        return self.tokens.ties
 
     def checks(self) -> tuple[str, ...]:
         """What was compared, one line each."""
-        ties = f", {self.near_ties} within rounding of it" if self.near_ties else ""
+        ties = f", {self.tokens.ties} within rounding of it" if self.tokens.ties else ""
         found = self.distributions
         figures = ", ".join(f"{name} {value:.2f} of {allowed:g}" for name, (value, allowed) in found.figures().items())
         return (
-            f"{self.same} greedy tokens after {self.prompts} prompts are the base model's{ties}",
+            f"{self.tokens.same} greedy tokens after {self.prompts} prompts are the base model's{ties}",
             f"logits at {found.positions} positions, in units of what {found.dtype} rounds there: {figures} allowed",
         )
 
 
 def can_compare(path: Path, against: Path) -> str | None:
     """Why greedy tokens cannot be compared here, or None."""
-    config = read_json(path / "config.json")
-    if "pretrained_config" in config:
+    if kind_at(path) is Kind.TENSORRT_ENGINE:
         return "greedy tokens are not compared: a TensorRT-LLM engine runs on its GPU only; verify its checkpoint"
-    if is_checkpoint(against):
+    if kind_at(against) is Kind.CHECKPOINT:
         return "what is computed is not compared: transformers reads no checkpoints; --reference runs an engine"
-    checkpoint = path / "checkpoint" if "backend" in config else path
-    if Checkpoint.open(checkpoint).config.quant_algo is not None:
+    if Checkpoint.open(checkpoint_directory(path)).config.quant_algo is not None:
         return "greedy tokens are not compared: the checkpoint is quantized"
     return None
 
 
 def greedy_parity(path: Path, against: Path) -> ParityReport:
     """Decode with the torch backend on the CPU and compare with transformers."""
-    from trtllm_redrafter.verify.distributions import measure
-    from trtllm_redrafter.verify.gate_checks import compare
-    from trtllm_redrafter.verify.gate_decode import probe_texts
-    from trtllm_redrafter.verify.reference import Text
-
     with _runner(path) as runner:
         longest = runner.info.max_seq_len - TOKENS
         prompts = [_prompt(min(n, longest), runner.info.vocab_size) for n in PROMPT_LENGTHS if longest > 0]
@@ -95,10 +81,10 @@ def greedy_parity(path: Path, against: Path) -> ParityReport:
         texts = (*own, *probe_texts(runner.info.vocab_size, runner.info.max_input_len, runner.info.max_seq_len))
         along = [runner.along(text.prompt, text.tokens) for text in texts]
         dtype = runner.info.dtype
-    pair = _transformers_pair(path, against, dtype, texts)
-    tokens = compare(path, pair, results, whose="base model")
-    rows = ((found.logits, *pair.rows(i)) for i, found in enumerate(along) if found is not None)
-    distributions = measure(rows, dtype)
+    reference = _transformers_logits(path, against, dtype, texts)
+    tokens = check_tokens(path, reference, results, whose="base model")
+    rows = ((found.logits, *reference.rows(i)) for i, found in enumerate(along) if found is not None)
+    distributions = check_distributions(rows, dtype)
     problems = (*tokens.faults, *distributions.problems(path))
     return ParityReport(len(prompts), tokens, distributions, problems)
 
@@ -111,15 +97,13 @@ def _prompt(length: int, vocab_size: int) -> tuple[int, ...]:
 @contextmanager
 def _runner(path: Path) -> Iterator[Runner]:
     """The engine at `path`, or a temporary one built from the checkpoint there."""
-    if "backend" in read_json(path / "config.json"):
+    if kind_at(path) is Kind.TORCH_ENGINE:
         runner = load_backend(TORCH).load(path, device="cpu", verify_hashes=False)
         try:
             yield runner
         finally:
             runner.close()
         return
-    from trtllm_redrafter.backends.torch.temporary import temporary_directory, temporary_runner
-
     length = min(Checkpoint.open(path).config.max_position_embeddings, max(PROMPT_LENGTHS) + TOKENS)
     with temporary_directory(beside=path) as folder:
         engine = temporary_runner(
@@ -129,22 +113,10 @@ def _runner(path: Path) -> Iterator[Runner]:
             yield built
 
 
-def _reference(path: Path, against: Path, dtype: str) -> Any:
-    import torch
-
-    from trtllm_redrafter.base_models.transformers_model import load_model
-
-    file_head = takes_file_head(Checkpoint.open(checkpoint_directory(path)).manifest)
-    return load_model(against, dtype=getattr(torch, dtype), file_head=file_head)
-
-
-def _transformers_pair(path: Path, against: Path, dtype: str, texts: Sequence[Text]) -> Pair:
+def _transformers_logits(path: Path, against: Path, dtype: str, texts: Sequence[Text]) -> ReferenceLogits:
     """The model is loaded in the engine's dtype and widened in place, so that both passes have the same weights."""
-    import torch
-
-    from trtllm_redrafter.verify.reference import EXACT, PERTURBATIONS, Pair, perturb
-
-    model = _reference(path, against, dtype)
+    file_head = takes_file_head(Checkpoint.open(checkpoint_directory(path)).manifest)
+    model = load_model(against, dtype=getattr(torch, dtype), file_head=file_head)
     rounded = _logits(model, texts)
     model = model.to(EXACT[dtype])
     exact = _logits(model, texts)
@@ -152,18 +124,14 @@ def _transformers_pair(path: Path, against: Path, dtype: str, texts: Sequence[Te
     for part in model.modules():  # norms and activations, which `reference` perturbs too
         if type(part).__name__.endswith(("RMSNorm", "MLP")):
             part.register_forward_hook(lambda part, given, made: perturb(made, dtype, generator))
-    return Pair(dtype, exact, rounded, tuple(_logits(model, texts) for _ in range(PERTURBATIONS)))
+    return ReferenceLogits(dtype, exact, rounded, tuple(_logits(model, texts) for _ in range(PERTURBATIONS)))
 
 
-def _logits(model: Any, texts: Sequence[Text]) -> Stored:
-    import torch
-
-    from trtllm_redrafter.verify.reference import Stored
-
+def _logits(model: Any, texts: Sequence[Text]) -> StoredLogits:
     rows = []
     with torch.no_grad():
         for text in texts:
             ids = torch.tensor([[*text.prompt, *text.tokens[:-1]]])
             logits = model(input_ids=ids).logits[0, len(text.prompt) - 1 :]
             rows.append(logits if logits.dtype is torch.float64 else logits.float())
-    return Stored(tuple(rows))
+    return StoredLogits(tuple(rows))

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from trtllm_redrafter.base_models.hf_model import HFModel
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
+from trtllm_redrafter.checkpoint.kinds import Kind, kind_at
 from trtllm_redrafter.checkpoint.names import DRAFTER
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
 from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor, tensor_bytes
-from trtllm_redrafter.conversion.base import checkpoint_head, huggingface_rank
+from trtllm_redrafter.conversion.base import checkpoint_head, huggingface_rank, takes_file_head
 from trtllm_redrafter.conversion.drafter import DrafterFiles
-from trtllm_redrafter.conversion.head import takes_file_head
-from trtllm_redrafter.conversion.shards import RankTensor, blocks, copied, rank_tensor
+from trtllm_redrafter.conversion.sources import RankTensor, blocks, copied, rank_tensor
 from trtllm_redrafter.errors import MismatchError, Problem, RedrafterError, limited, raise_together
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.progress import Progress
@@ -50,7 +50,7 @@ def verify(
     if other is None and drafter is None:
         return replace(report, notes=(*report.notes, _not_compared(path)))
     try:
-        if is_compiled(path):
+        if kind_at(path) is Kind.TENSORRT_ENGINE:
             return _compare_compiled(report, other)
         checkpoint = Checkpoint.open(checkpoint_directory(path))
         if other is not None:
@@ -66,22 +66,11 @@ def verify(
 
 
 def _open_other(against: Path) -> HFModel | Checkpoint:
-    return Checkpoint.open(against) if is_checkpoint(against) else HFModel.open(against)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Is this a TensorRT-LLM checkpoint, and not a Hugging Face model?"""
-    config = path / "config.json"
-    return config.is_file() and "architecture" in read_json(config)
-
-
-def is_compiled(path: Path) -> bool:
-    """Is this a TensorRT-LLM engine, whose weights are inside its compiled plans?"""
-    return "pretrained_config" in read_json(path / "config.json")
+    return Checkpoint.open(against) if kind_at(against) is Kind.CHECKPOINT else HFModel.open(against)
 
 
 def _not_compared(path: Path) -> str:
-    if is_compiled(path):
+    if kind_at(path) is Kind.TENSORRT_ENGINE:
         return "what it computes was not compared: --reference CHECKPOINT runs it, --against MODEL compares its config"
     return "values were not compared: --against BASE and --drafter DIR do that bit for bit"
 

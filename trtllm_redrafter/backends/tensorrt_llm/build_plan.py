@@ -21,7 +21,7 @@ from trtllm_redrafter.checkpoint.config import CheckpointConfig, read_checkpoint
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, UsageError, raise_together
 from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.planning.gpus import Gpu, gpu
-from trtllm_redrafter.planning.memory import MemoryPlan, memory_plan
+from trtllm_redrafter.planning.memory import MemoryEstimate, estimate_memory
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TensorRTPlan:
     config: CheckpointConfig
     target: Gpu
     flags: FlagPlan
-    memory: MemoryPlan
+    memory: MemoryEstimate
     warnings: tuple[Problem, ...]
     tokenizer: Path | None
 
@@ -102,7 +102,7 @@ def plan_for(config: CheckpointConfig, options: BuildOptions) -> TensorRTPlan:
     if refusals:  # sizes that make no sense are not planned further
         raise_together(MismatchError, refusals, "the engine cannot be built", where=options.checkpoint)
     flags = plan_flags(config, options, settings)
-    memory = memory_plan(config, flags.limits, target, kv_cache_fraction=settings.runtime.kv_cache_fraction)
+    memory = estimate_memory(config, flags.limits, target, kv_cache_fraction=settings.runtime.kv_cache_fraction)
     raise_together(MismatchError, memory.problems(), "the engine cannot run", where=options.checkpoint)
     warnings = (*findings.warnings, *memory.warnings())
     return TensorRTPlan(options, settings, config, target, flags, memory, warnings, None)

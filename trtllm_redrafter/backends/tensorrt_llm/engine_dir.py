@@ -19,9 +19,9 @@ from typing import Any
 
 from trtllm_redrafter.backends.engine_config import TENSORRT, EngineConfig, read_engine_config
 from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions
+from trtllm_redrafter.checkpoint.fields import Schema, validated
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import MANIFEST
-from trtllm_redrafter.checkpoint.validation import Schema, validated
 from trtllm_redrafter.errors import BackendError, InputError, Problem, raise_together
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.redrafter.config import DraftShape

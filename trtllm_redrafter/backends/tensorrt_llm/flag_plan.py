@@ -21,7 +21,7 @@ from trtllm_redrafter.backends.tensorrt_llm.attention import FP8_CONTEXT_ALGOS, 
 from trtllm_redrafter.backends.tensorrt_llm.flag_table import FLAGS, OWNED, SWITCH
 from trtllm_redrafter.backends.tensorrt_llm.options import FlagSetting, TensorRTOptions
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.planning.memory import Limits
+from trtllm_redrafter.planning.memory import BuildLimits
 
 MODE = "explicit_draft_tokens"
 """What TensorRT-LLM calls ReDrafter's kind of speculation."""
@@ -68,7 +68,7 @@ class FlagPlan:
 
     flags: tuple[PassedFlag, ...]
     changes: tuple[Override, ...]
-    limits: Limits
+    limits: BuildLimits
     expected: Mapping[str, Any]
     """`build_config` values the finished engine must show."""
 
@@ -111,7 +111,7 @@ def plan_flags(config: CheckpointConfig, options: BuildOptions, settings: Tensor
     passed = tuple(flag for flag in known.values() if flag.name in FLAGS and FLAGS[flag.name].legal(flag.value))
     values = {flag.name: flag.value for flag in passed}
     expected = _expected(config, options, values)
-    limits = Limits(options.max_batch_size, options.max_input_len, options.max_seq_len, expected["max_num_tokens"])
+    limits = BuildLimits(options.max_batch_size, options.max_input_len, options.max_seq_len, expected["max_num_tokens"])
     return FlagPlan(passed, tuple(_changes(config, values, expected)), limits, expected)
 
 

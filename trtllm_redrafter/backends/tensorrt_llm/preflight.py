@@ -18,7 +18,7 @@ from trtllm_redrafter.backends.tensorrt_llm.machine import (
 from trtllm_redrafter.backends.tensorrt_llm.versions import CONTAINER, same_line
 from trtllm_redrafter.errors import BackendError, Problem, raise_together
 from trtllm_redrafter.paths import existing_parent
-from trtllm_redrafter.planning.sizes import weight_bytes
+from trtllm_redrafter.planning.memory import weight_bytes
 
 PROGRAM = "trtllm-build"
 

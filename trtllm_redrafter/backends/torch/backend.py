@@ -39,11 +39,10 @@ from trtllm_redrafter.backends.torch.transformer import TorchExecutor
 from trtllm_redrafter.backends.torch.weights import ModelWeights, load_weights
 from trtllm_redrafter.base_models.tokenizer import tokenizer_files
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.finite import finite_problems
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.names import DRAFT_VOCAB_FILE, ENGINE_CHECKPOINT, TOKENIZER_DIRECTORY, rank_file
 from trtllm_redrafter.checkpoint.reader import Checkpoint
-from trtllm_redrafter.checkpoint.structure import require_sound
+from trtllm_redrafter.checkpoint.structure import finite_problems, require_sound
 from trtllm_redrafter.errors import BackendError, InputError, Problem, UsageError, limited, raise_together
 from trtllm_redrafter.fsio import (
     as_output_error,

@@ -1,10 +1,10 @@
-"""How a model reads and ends texts, by the same rules for every command and both backends: tokenizer and end tokens.
+"""A model's tokenizer and end tokens, by the same rules for every command and both backends.
 
 Models name their end tokens in up to three places, often differently in each: generation_config.json, config.json and
 the tokenizer. As users of vLLM and transformers' chat pipelines expect, all of them count. `convert` and `build` record
 them, so that an engine keeps those of its base's config.json.
 
-    text = text_side(Path("base"), vocab_size=49152, remedy="download the tokenizer again")
+    text = tokenizer_setup(Path("base"), vocab_size=49152, remedy="download the tokenizer again")
     text.tokenizer, text.end_token_ids, text.notes       # None, (2,), () for a model without a tokenizer
 """
 
@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.base_models.tokenizer import has_tokenizer, library_errors
-from trtllm_redrafter.base_models.vocabulary import tokenizer_for, unusable_note
+from trtllm_redrafter.base_models.tokenizer import has_tokenizer, library_errors, tokenizer_for, unusable_note
 from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import read_json
 
@@ -25,7 +24,7 @@ _KEY = "eos_token_id"
 
 
 @dataclass(frozen=True)
-class TextSide:
+class TokenizerSetup:
     """`tokenizer` is a transformers tokenizer, or None if there is none; `notes` are for people."""
 
     tokenizer: Any
@@ -33,7 +32,7 @@ class TextSide:
     notes: tuple[str, ...]
 
 
-def text_side(folder: Path | None, *, vocab_size: int, remedy: str, recorded: object = ()) -> TextSide:
+def tokenizer_setup(folder: Path | None, *, vocab_size: int, remedy: str, recorded: object = ()) -> TokenizerSetup:
     """For a base model's directory, or the tokenizer directory of a checkpoint or engine (None: it has none).
 
     `recorded` are end tokens from an earlier step. `InputError` if the tokenizer cannot be loaded or is not for
@@ -45,7 +44,7 @@ def text_side(folder: Path | None, *, vocab_size: int, remedy: str, recorded: ob
     with library_errors("the tokenizer cannot be read", where=folder or "the engine", remedy=remedy):
         ends = end_tokens(folder, tokenizer, vocab_size=vocab_size, recorded=recorded)
         unusable = None if tokenizer is None else unusable_note(tokenizer, vocab_size)
-    return TextSide(tokenizer, ends.ids, ends.notes if unusable is None else (*ends.notes, unusable))
+    return TokenizerSetup(tokenizer, ends.ids, ends.notes if unusable is None else (*ends.notes, unusable))
 
 
 @dataclass(frozen=True)

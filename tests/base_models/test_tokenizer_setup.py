@@ -10,8 +10,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from tests.engines import write_tokenizer
-from trtllm_redrafter.base_models.text_side import TextSide, end_tokens, text_side
-from trtllm_redrafter.base_models.vocabulary import first_beyond
+from trtllm_redrafter.base_models.tokenizer import first_beyond
+from trtllm_redrafter.base_models.tokenizer_setup import TokenizerSetup, end_tokens, tokenizer_setup
 from trtllm_redrafter.errors import InputError
 
 VOCAB = 259
@@ -68,8 +68,8 @@ def test_what_is_no_token_id_is_refused(value: Any, tmp_path: Path) -> None:
         end_tokens(tmp_path, None, vocab_size=10)
 
 
-def read(folder: Path, vocab_size: int = VOCAB) -> TextSide:
-    return text_side(folder, vocab_size=vocab_size, remedy="pass another one")
+def read(folder: Path, vocab_size: int = VOCAB) -> TokenizerSetup:
+    return tokenizer_setup(folder, vocab_size=vocab_size, remedy="pass another one")
 
 
 def add_tokens(folder: Path, *names: str) -> None:

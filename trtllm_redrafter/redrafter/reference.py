@@ -1,9 +1,14 @@
-"""Decide which drafted tokens the base model accepts. Two rules, by name.
+"""The algorithm's definition on tensors, for a batch: trees, and which of their tokens the base model accepts.
 
-`exact` (the default) walks the tree with draws from the base model's own distribution: draw a token at the root; if it
-is one of the root's children, accept that child and draw there; else stop. The drawn tokens are those a plain sampler
-with the same uniform numbers emits, one after the other, for every temperature, top-k and top-p; drafts only decide
-how many of them a step yields. No lossless rule accepts more. Greedy is the same walk with argmax as the draw.
+Runners compute the same with plain lists (`token_tree.Tree`), kernels and one draw per node; this module is what they
+are tested against, what TensorRT-LLM's golden vectors test, and what the parity gate replays engines with. Trees are
+numbered as in `token_tree`; slots past a sequence's last node are padding: token 0, parent -1, depth 0, attending only
+to themselves. Two rules decide what is accepted, by name.
+
+`exact` walks the tree with draws from the base model's own distribution: draw a token at the root; if it is one of the
+root's children, accept that child and draw there; else stop. The drawn tokens are those a plain sampler with the same
+uniform numbers emits, one after the other, for every temperature, top-k and top-p; drafts only decide how many of them
+a step yields. No lossless rule accepts more. Greedy is the same walk with argmax as the draw.
 
 `trtllm` is what TensorRT-LLM's graph does, for parity: accept draft t with probability p(t)/q(t), keep the longest
 accepted run over beams, draw the next token from relu(p - q). With beam-search drafts its output is not distributed
@@ -24,9 +29,87 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn import functional as F
 
+from trtllm_redrafter.redrafter.beam_search import Beams
 from trtllm_redrafter.redrafter.config import CUT
 from trtllm_redrafter.redrafter.sampling import SamplingSettings, draw, uniform
-from trtllm_redrafter.redrafter.token_tree import TokenTree
+from trtllm_redrafter.redrafter.token_tree import ancestor_mask
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """Trees of a batch, padded to the same T nodes."""
+
+    tokens: Tensor  # [B, T] int64
+    parents: Tensor  # [B, T] int64; -1 for the root and padding
+    depths: Tensor  # [B, T] int64; the root is at 0
+    mask: Tensor  # [B, T, T] bool; [b, i, j]: node i attends to node j
+    draft_indices: Tensor  # [B, K, L+1] int64; node of each beam token, -1 if dropped by `max_nodes`
+    lengths: Tensor  # [B] int64; number of nodes, root included
+
+    @property
+    def width(self) -> int:
+        return int(self.tokens.shape[1])
+
+    @property
+    def is_node(self) -> Tensor:
+        """[B, T] bool; False for padding."""
+        return torch.arange(self.width, device=self.lengths.device) < self.lengths.unsqueeze(1)
+
+
+def build_tree(beams: Beams, *, max_nodes: int | Tensor | None = None, width: int | None = None) -> TokenTree:
+    """Merge common prefixes of `beams`.
+
+    `max_nodes` (one number, or [B]) keeps the root and the likeliest nodes by path score; 1 keeps the root alone. A
+    path never gets likelier by growing, so a kept node's parent is kept too. `width` is T; by default that of the
+    largest tree, 1 for an empty batch.
+    """
+    tokens = beams.tokens
+    num_beams, length = tokens.shape[1:]
+    holder = _first_holder(tokens)  # [B, K, L+1]
+    is_node = holder == torch.arange(num_beams, device=tokens.device).view(1, -1, 1)
+    if max_nodes is not None:
+        is_node = _likeliest(is_node, beams.path_scores, max_nodes)
+    flat = is_node.flatten(1)
+    numbers = (flat.cumsum(1) - 1).masked_fill(~flat, -1).view_as(holder)
+    draft_indices = numbers.gather(1, holder)
+    lengths = flat.sum(1)
+    if width is None:
+        width = int(lengths.max()) if len(lengths) else 1
+    parents = F.pad(draft_indices[..., :-1], (1, 0), value=-1)
+    depths = torch.arange(length, device=tokens.device).expand_as(tokens)
+    parents = _scatter(parents, numbers, width, fill=-1)
+    return TokenTree(
+        tokens=_scatter(tokens, numbers, width, fill=0),
+        parents=parents,
+        depths=_scatter(depths, numbers, width, fill=0),
+        mask=ancestor_mask(parents, length - 1),
+        draft_indices=draft_indices,
+        lengths=lengths,
+    )
+
+
+def _first_holder(tokens: Tensor) -> Tensor:
+    """[B, K, L+1]: the lowest beam with the same tokens up to each position."""
+    same = (tokens.unsqueeze(1) == tokens.unsqueeze(2)).cumprod(dim=-1)  # [B, k, other, L+1]
+    return same.argmax(dim=2)
+
+
+def _likeliest(is_node: Tensor, path_scores: Tensor, max_nodes: int | Tensor) -> Tensor:
+    """Keep the `max_nodes` best nodes of each sequence; of equal scores, the lower number."""
+    scores = path_scores.masked_fill(~is_node, -torch.inf).flatten(1)
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places)
+    limit = max_nodes.view(-1, 1) if isinstance(max_nodes, Tensor) else max_nodes
+    return is_node & (rank < limit).view_as(is_node)
+
+
+def _scatter(values: Tensor, numbers: Tensor, width: int, *, fill: int) -> Tensor:
+    """Put each node's value at its number: [B, K, L+1] -> [B, width]. Tokens that are not nodes are dropped."""
+    out = torch.full((values.shape[0], width + 1), fill, dtype=torch.int64, device=values.device)
+    place = numbers.flatten(1)
+    out.scatter_(1, torch.where(place < 0, width, place), values.flatten(1))
+    return out[:, :width]
 
 
 @dataclass(frozen=True)
@@ -162,11 +245,6 @@ def base_log_probs(logits: Tensor, *, greedy: bool) -> Tensor:
         return log_probs
     is_best = log_probs == log_probs.amax(dim=-1, keepdim=True)
     return torch.where(is_best, 0.0, CUT).to(log_probs)
-
-
-def context_probs(logits: Tensor, *, greedy: bool) -> Tensor:
-    """Probabilities of the token after a prompt: softmax; in greedy mode spread evenly over the maxima."""
-    return base_log_probs(logits, greedy=greedy).softmax(dim=-1)
 
 
 def trtllm_draw(probs: Tensor, rand_sample: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The parity gate's checks of a text: each token against its exact distribution, and signs that no single token shows.
 
-    found = compare(engine, rows, results)
+    found = check_tokens(engine, rows, results)
     alarms = [*token_alarms(engine, results, found)]
 
 In a sampled text no token is wrong by itself. On average its tokens' negative log-likelihood is the distributions'
@@ -20,8 +20,11 @@ from torch import Tensor
 from trtllm_redrafter.backends.base import Result
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.verify.distributions import rounding_unit
-from trtllm_redrafter.verify.reference import Pair
-from trtllm_redrafter.verify.ties import gap
+from trtllm_redrafter.verify.reference import ReferenceLogits
+
+ROUNDING = {"float32": 2.0**-14, "float16": 2.0**-8, "bfloat16": 2.0**-5}
+"""How far equal computations may differ, relative to the largest logit: a few units in the last place. A rule of thumb
+for `bench`, which has one engine and no reference; the gate measures the rounding error at each position."""
 
 FP8_ROUNDING = 2.0**-3
 """Widest tie relative to the largest logit, with quantized activations, which the reference does not have."""
@@ -40,10 +43,21 @@ UNLIKELY = 6.0
 REMEDY = "do not serve this engine; build it again, and compare release and checkpoint"
 
 
+def gap(logits: Tensor, token: int, other: int | None = None) -> float:
+    """How far a token's logit is below the largest of [V], or below another token's (negative if above)."""
+    best = logits.max() if other is None else logits[other]
+    return float(best - logits[token])
+
+
+def tie_bound(logits: Tensor, dtype: str) -> float:
+    """The widest gap in [V] logits that rounding usually explains."""
+    return ROUNDING[dtype] * float(logits.abs().max())
+
+
 @dataclass(frozen=True)
 class TokenCheck:
     """Counts of tokens that are the exact distribution's choice, and of ties; faults, at most one per prompt, since
-    what follows a wrong token tells nothing more. `usual_ties`: ties that rounding makes in these texts."""
+    tokens after a wrong one mean nothing. `usual_ties`: ties that rounding makes in these texts."""
 
     same: int
     ties: int
@@ -51,14 +65,19 @@ class TokenCheck:
     faults: tuple[Problem, ...]
 
 
-def compare(
-    engine: Path, pair: Pair, results: Sequence[Result], *, quantized: bool = False, whose: str = "checkpoint"
+def check_tokens(
+    engine: Path,
+    reference: ReferenceLogits,
+    results: Sequence[Result],
+    *,
+    quantized: bool = False,
+    whose: str = "checkpoint",
 ) -> TokenCheck:
-    """`pair` begins with the prompts' texts, in the order of the results that have tokens."""
+    """`reference` begins with the prompts' texts, in the order of the results that have tokens."""
     same = ties = usual = 0
     faults = []
     for place, (number, result) in enumerate(_with_tokens(results)):
-        exact, rounded, perturbed = pair.rows(place)
+        exact, rounded, perturbed = reference.rows(place)
         usual += int((exact.argmax(dim=-1) != rounded.argmax(dim=-1)).sum())
         bounds = _noise(exact, rounded, perturbed)
         if quantized:
@@ -73,7 +92,7 @@ def compare(
                 ties += 1
             else:
                 what = f"token {at} of prompt {number} is {token}, the {whose}'s is {int(row.argmax())}"
-                why = f"its logit is {lower:.4g} lower, rounding in {pair.dtype} explains {bound:.2g}"
+                why = f"its logit is {lower:.4g} lower, rounding in {reference.dtype} explains {bound:.2g}"
                 faults.append(Problem(what, str(engine), why, REMEDY))
                 break
     return TokenCheck(same, ties, usual, tuple(faults))

@@ -1,4 +1,4 @@
-"""`verify`: is a checkpoint or engine whole, and the same as the model it was made from?"""
+"""Commands that write nothing: `inspect` and `verify` a directory, `plan` a recipe, `doctor` for this machine."""
 
 from __future__ import annotations
 
@@ -10,11 +10,24 @@ import typer
 
 from trtllm_redrafter.cli.console import emit, note, progress_bar, say, working
 from trtllm_redrafter.cli.options import Json, flag, with_settings
-from trtllm_redrafter.errors import VerificationError
-from trtllm_redrafter.settings import Layer, resolve
+from trtllm_redrafter.errors import BackendError, VerificationError
+from trtllm_redrafter.settings import Layer, file_layers, resolve
 
 if TYPE_CHECKING:
     from trtllm_redrafter.verify.files import VerifyReport
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Base model, drafter, checkpoint, engine or .safetensors file.")],
+    as_json: Json = False,
+) -> None:
+    """Say what PATH is: settings, table of tensors, provenance. Reads headers only."""
+    from trtllm_redrafter.verify.inspect import inspect as look_at
+
+    found = look_at(path)
+    say(found.render())
+    if as_json:
+        emit("inspect", **found.as_dict())
 
 
 @with_settings(flag("run.max_tokens"))
@@ -38,7 +51,8 @@ def verify(
         ),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="Text for --reference; repeatable. (default: four of ours)")
+        list[str] | None,
+        typer.Option("--prompt", help="Text for --reference; repeatable. (default: four built-in)"),
     ] = None,
     min_acceptance: Annotated[
         float | None, typer.Option("--min-acceptance", help="With --reference: fail below this many tokens per step.")
@@ -100,3 +114,40 @@ def _with_greedy_tokens(report: VerifyReport, path: Path, against: Path) -> Veri
     with working("comparing greedy tokens and logits with transformers"):
         parity = greedy_parity(path, against)
     return replace(report, checks=(*report.checks, *parity.checks()), problems=(*report.problems, *parity.problems))
+
+
+@with_settings()
+def plan(
+    given: list[Layer],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, as configs/llama-3.1-8b.yaml.")],
+    as_json: Json = False,
+) -> None:
+    """Show flags, memory and step times of a recipe on its GPU; needs no GPU and no weights."""
+    from trtllm_redrafter.run.hardware_plan import plan_recipe
+
+    resolved = resolve([*file_layers(recipe), *given])
+    report = plan_recipe(resolved, name=recipe.stem)
+    say(report.render())
+    if as_json:
+        emit("plan", recipe=recipe, **report.as_dict())
+
+
+@with_settings()
+def doctor(
+    given: list[Layer],
+    recipe: Annotated[Path | None, typer.Argument(help="Also check what this recipe needs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check versions, GPU, driver, MPI, disk and memory; exit code 6 when the backend asked for cannot be used."""
+    from trtllm_redrafter.doctor import examine
+    from trtllm_redrafter.run.hardware_plan import machine_needs
+
+    resolved = resolve([*(file_layers(recipe) if recipe is not None else []), *given])
+    needs = None if recipe is None else machine_needs(resolved, name=recipe.stem)
+    report = examine(needs)
+    say(report.render())
+    able = report.serves(resolved.recipe.backend)
+    if as_json:
+        emit("doctor", backend=resolved.recipe.backend, able=able, **report.as_dict())
+    if not able:
+        raise typer.Exit(BackendError.exit_code)
