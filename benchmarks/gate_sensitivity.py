@@ -153,7 +153,7 @@ class Bench:
         self.limits, self.head_rows = config.limits, config.head_rows
 
     def _along(self, text: Text) -> Any:
-        return self.runner.along(text.prompt, text.tokens)
+        return self.runner.teacher_forced(text.prompt, text.tokens)
 
     def base(self, name: str | None, size: float = 1.0, place: int = 0) -> tuple[bool, dict[str, float]]:
         """Is it seen, and by which figures?"""
@@ -162,7 +162,9 @@ class Bench:
             weights, config = planted(weights, config, name, size, place, self.token)
         executor, _ = _make_executor(config, weights, self.limits, self.runner.info.draft_shape)
         runner = TorchRunner(self.runner.info, executor, None, None, frozenset())
-        rows = ((runner.along(t.prompt, t.tokens).logits, *self.pair.rows(i)) for i, t in enumerate(self.texts))
+        rows = (
+            (runner.teacher_forced(t.prompt, t.tokens).logits, *self.pair.rows(i)) for i, t in enumerate(self.texts)
+        )
         found = check_distributions(rows, self.pair.dtype)
         runner.close()
         return bool(found.exceeded() or found.not_finite), {k: v for k, (v, _) in found.figures().items()}

@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from trtllm_redrafter.redrafter.beam_search import Beams
 
 __all__ = [
-    "Along", "Backend", "BuildOptions", "BuildPlan", "EngineInfo", "FinishReason", "Request", "Result", "Runner",
-    "SamplingParams", "Update", "acceptance_length",
+    "Backend", "BuildOptions", "BuildPlan", "EngineInfo", "FinishReason", "Request", "Result", "Runner",
+    "SamplingParams", "TeacherForced", "Update", "acceptance_length",
 ]  # fmt: skip
 """Requests and results are defined in `requests`, options of decoding in `prompts.sampling`."""
 
 
 @dataclass(frozen=True)
-class Along:
+class TeacherForced:
     """What an engine computes along a given text of n tokens: row i is what token i is chosen from."""
 
     logits: Tensor  # [n, V] float32
@@ -122,8 +122,8 @@ class Runner(ABC):
         """
         return self
 
-    def along(self, prompt: Sequence[int], tokens: Sequence[int]) -> Along | None:
-        """Logits and states from which each of `tokens` is chosen after `prompt`, computed as in decoding.
+    def teacher_forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> TeacherForced | None:
+        """Logits and states before each of `tokens`, which follow `prompt`, computed as in decoding.
 
         None if the engine does not expose its logits. The runner must be idle.
         """

@@ -260,7 +260,7 @@ def examine(
     position = next((i for i, (a, b) in enumerate(zip(drafted, plain, strict=False)) if a != b), None)
     if position is None:  # one text ends where the other goes on
         return Difference(item.item_id, batch, min(len(drafted), len(plain)), FAULT, None, None)
-    found = runner.along((*item.token_ids, *plain[:position]), plain[position : position + 1])
+    found = runner.teacher_forced((*item.token_ids, *plain[:position]), plain[position : position + 1])
     if found is None:  # this backend does not show its logits
         return Difference(item.item_id, batch, position, UNEXAMINED, None, None)
     logits = found.logits[0]

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.backends.base import Along, EngineInfo, FinishReason, Request, Result, Runner, Update
+from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Result, Runner, TeacherForced, Update
 from trtllm_redrafter.backends.requests import limit_problems
 from trtllm_redrafter.backends.running import RunningRequest
 from trtllm_redrafter.backends.text import TextStream
@@ -132,7 +132,7 @@ class TorchRunner(Runner):
         return TorchRunner(self.info, executor, None, self._tokenizer, self._eos)
 
     @torch.no_grad()
-    def along(self, prompt: Sequence[int], tokens: Sequence[int]) -> Along:
+    def teacher_forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> TeacherForced:
         """The first row comes from the prompt's pass, the others from chains no longer than a tree."""
         width = 1 if self.info.draft_shape is None else self.info.draft_shape.max_tree_tokens
         with self.executor.threads():
@@ -146,7 +146,7 @@ class TorchRunner(Runner):
                 logits.append(output.logits.float().clone())  # the next pass may write to the same place
                 states.append(output.hidden.clone())
                 self.executor.commit(0, base, range(len(chunk)))
-        return Along(torch.cat(logits), torch.cat(states))
+        return TeacherForced(torch.cat(logits), torch.cat(states))
 
     @torch.no_grad()
     def drafts(self, contexts: Tensor, roots: Sequence[int]) -> Beams | None:
