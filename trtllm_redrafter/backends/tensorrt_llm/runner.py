@@ -61,9 +61,9 @@ class TensorRTRunner(Runner):
         self._eos = eos_token_ids
         self._greedy = greedy
         self._active: dict[int, _Active] = {}
-        self._come: deque[Event] = deque()
+        self._events: deque[Event] = deque()
         self._numbers = itertools.count()
-        self._heard = time.monotonic()
+        self._last_event = time.monotonic()
 
     @property
     def has_work(self) -> bool:
@@ -87,7 +87,7 @@ class TensorRTRunner(Runner):
         result, shape = Result(request_id, len(request.token_ids)), self.info.draft_shape
         counter = StepCounter(result, None if shape is None else shape.draft_len)
         text = TextStream.of(self._tokenizer, request.sampling)
-        self._heard = time.monotonic() if not self._active else self._heard
+        self._last_event = time.monotonic() if not self._active else self._last_event
         self._active[number] = _Active(request, result, text, time.perf_counter(), sent, counter)
         return request_id
 
@@ -97,15 +97,15 @@ class TensorRTRunner(Runner):
         A failed request raises. Updates of other requests that came before it are returned first, and those that came
         after it by the next call, so that one request's error costs the others no token.
         """
-        if self._active and not self._come:
-            self._come.extend(self._client.poll(_STEP_SECONDS))
+        if self._active and not self._events:
+            self._events.extend(self._client.poll(_STEP_SECONDS))
             self._check_silence()
         updates: list[Update] = []
-        while self._come:
-            active = self._active.get(self._come[0].number)
-            if active is not None and self._come[0].error is not None and updates:
+        while self._events:
+            active = self._active.get(self._events[0].number)
+            if active is not None and self._events[0].error is not None and updates:
                 break
-            event = self._come.popleft()
+            event = self._events.popleft()
             if active is not None:
                 updates.append(self._apply(active, event))
         return updates
@@ -124,9 +124,9 @@ class TensorRTRunner(Runner):
     def _check_silence(self) -> None:
         """Ranks that wait for each other, or for one that was killed, stay silent: without a limit, so would this."""
         now = time.monotonic()
-        if self._come:
-            self._heard = now
-        elif now - self._heard > SILENCE_SECONDS:
+        if self._events:
+            self._last_event = now
+        elif now - self._last_event > SILENCE_SECONDS:
             what = f"the engine has not answered for {SILENCE_SECONDS:.0f} seconds"
             why = f"{len(self._active)} request(s) are running; a rank may have been killed, or wait for another one"
             remedy = f"load it again; {DOCTOR}, and see with `nvidia-smi` what its processes do"
