@@ -64,12 +64,13 @@ class SpecDecodingStats:
             self.accepted_per_position[position] += 1
 
     def add(self, other: SpecDecodingStats) -> None:
-        """Count the steps of another request as well."""
+        """Count the steps of another request as well. Positions that are not known for one are not known for both."""
+        known = all(stats.accepted_per_position or not stats.drafted_tokens for stats in (self, other))
+        pairs = zip_longest(self.accepted_per_position, other.accepted_per_position, fillvalue=0)
+        self.accepted_per_position = [mine + theirs for mine, theirs in pairs] if known else []
         self.steps += other.steps
         self.drafted_tokens += other.drafted_tokens
         self.accepted_tokens += other.accepted_tokens
-        pairs = zip_longest(self.accepted_per_position, other.accepted_per_position, fillvalue=0)
-        self.accepted_per_position = [mine + theirs for mine, theirs in pairs]
 
     @property
     def acceptance_length(self) -> float | None:
