@@ -44,7 +44,7 @@ class _Active(RunningRequest):
 
 
 class TensorRTRunner(Runner):
-    """Made by `loading.load_runner`."""
+    """Made by `TensorRTBackend.load`."""
 
     def __init__(
         self,
