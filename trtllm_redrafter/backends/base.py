@@ -2,8 +2,8 @@
 
 The checkpoint, request and result types are the same for both backends, so that moving from a laptop to a GPU
 host changes one setting. The core of a runner is `submit()` and `step()`: a request joins and leaves the running
-batch between steps. `generate()` and `stream()`, written once in `Runner`, are loops around them, and the
-HTTP server drives the same two calls.
+batch between steps. `generate()` and `stream()`, written once in `Runner`, are loops around them; a server would
+drive the same two calls.
 """
 
 from __future__ import annotations
