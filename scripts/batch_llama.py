@@ -22,6 +22,9 @@ from torch.nn import functional as F
 PREFILL_SCORES = 512 * 128 * 128
 """Attention scores of a head, over all prompts that run through the model together before decoding."""
 
+PREFILL_TOKENS = 65536
+"""Their tokens, padding included."""
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -158,7 +161,7 @@ class BatchLlama:
         fill = torch.tensor([width - len(p) for p in prompts], device=self.device)
         tokens = torch.tensor([[self.end] * (width - len(p)) + p for p in prompts], device=self.device)
         slots = torch.arange(width, device=self.device)
-        last, together = [], max(1, PREFILL_SCORES // width**2)
+        last, together = [], max(1, min(PREFILL_SCORES // width**2, PREFILL_TOKENS // width))
         for start in range(0, len(prompts), together):
             row = slice(start, min(start + together, len(prompts)))
             position = (slots - fill[row, None]).clamp(min=0)

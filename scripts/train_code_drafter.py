@@ -46,6 +46,9 @@ STUB_REQUEST = (
     "Write only the signature and the docstring of a Python function{about}. The docstring says in one to three "
     "sentences what the function does and shows two examples with >>>. Do not write the body."
 )
+HEAT = 0.95
+"""Temperature of prompts."""
+
 EXERCISE_REQUEST = "State one programming exercise{about} that a short function can solve. State only the exercise."
 
 
@@ -56,13 +59,19 @@ def render(tokenizer: Any, prompt: Any) -> list[int]:
     return ids
 
 
-def write_texts(model: BatchLlama, tokenizer: Any, prompts: list[list[int]], tokens: int, heat: float) -> list[str]:
-    """Texts that ended by themselves."""
-    answers = model.generate(prompts, tokens, heat)
+def write_texts(
+    model: BatchLlama, tokenizer: Any, prompts: list[list[int]], tokens: int, *, cut: bool
+) -> list[tuple[int, str]]:
+    """Numbers of prompts and what was written to them; `cut`: also where the model had not come to an end."""
+    answers = model.generate(prompts, tokens, HEAT)
     last = answers.tokens.gather(1, (answers.lengths - 1).unsqueeze(1))[:, 0]
     ended = torch.isin(last, model.ends).tolist()
-    rows = zip(answers.tokens.tolist(), answers.lengths.tolist(), ended, strict=True)
-    return [tokenizer.decode(row[: length - 1]).strip() for row, length, done in rows if done and length > 4]
+    found = []
+    for i, row in enumerate(answers.tokens.tolist()):
+        length = int(answers.lengths[i])
+        if (ended[i] or cut) and length > 4:
+            found.append((i, tokenizer.decode(row[: length - ended[i]]).rstrip()))
+    return found
 
 
 def docstring_stub(text: str) -> str | None:
@@ -86,24 +95,26 @@ def own_prompts(model: BatchLlama, tokenizer: Any, data: dict[str, Any], until: 
         thing = thing["task"] if isinstance(thing, dict) else str(thing).replace("|", ": ")
         return parts.pick(f" related to {thing}", f" about {thing}", f", for a program that deals with {thing}", "")
 
-    def asked(request: str, count: int) -> list[list[int]]:
-        return [render(tokenizer, request.format(about=about())) for _ in range(count)]
-
     header = render(tokenizer, "\u2603")
     header = header[: header.index(tokenizer.encode("\u2603", add_special_tokens=False)[0])]
-    for count, prompts, tokens in (
-        (data["own_stubs"], lambda n: asked(STUB_REQUEST, n), 256),
-        (data["own_exercises"], lambda n: asked(EXERCISE_REQUEST, n), 160),
-        (data["own_turns"], lambda n: [header] * n, 160),
-    ):
+    for kind, count, tokens in (
+        ("stub", data["own_stubs"], 224), ("exercise", data["own_exercises"], 128), ("turn", data["own_turns"], 128),
+    ):  # fmt: skip
         for start in range(0, count, batch):
             if time.perf_counter() > until:
                 break
-            texts = write_texts(model, tokenizer, prompts(min(batch, count - start)), tokens, 0.95)
-            if tokens == 256:
-                stubs = [stub for stub in map(docstring_stub, texts) if stub]
-                texts = [wrapped_stub(stub, parts.draw) for stub in stubs]
-            found += texts
+            size = min(batch, count - start)
+            begun = [parts.one("beginnings") if kind == "turn" else "" for _ in range(size)]
+            request = STUB_REQUEST if kind == "stub" else EXERCISE_REQUEST
+            if kind == "turn":
+                asked = [header + tokenizer.encode(text, add_special_tokens=False) for text in begun]
+            else:
+                asked = [render(tokenizer, request.format(about=about())) for _ in range(size)]
+            texts = write_texts(model, tokenizer, asked, tokens, cut=kind == "stub")
+            if kind == "stub":
+                found += [wrapped_stub(stub, parts.draw) for _, text in texts if (stub := docstring_stub(text))]
+            else:
+                found += [(begun[i] + text).strip() for i, text in texts]
         say(f"{len(found)} prompts in the model's own hand")
     return [t for t in dict.fromkeys(found) if 12 <= len(t) < 2000 and "\ufffd" not in t]
 
