@@ -32,7 +32,6 @@ LAYER_TABLE = {
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 TOP_TABLE = {EMBEDDING: "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-TOKENIZERS = {"llama": "PreTrainedTokenizerFast", "qwen2": "Qwen2Tokenizer"}
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 """Kinds of tokens in a GGUF that are no ordinary pieces of text."""
 
@@ -178,7 +177,7 @@ def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     template = fields["tokenizer.chat_template"]
     config: dict[str, Any] = {
-        "tokenizer_class": TOKENIZERS[fields["general.architecture"]],
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": False,
         "add_prefix_space": False,
         **special_tokens(fields, tokens),
@@ -186,6 +185,8 @@ def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
         "model_max_length": int(fields[f"{fields['general.architecture']}.context_length"]),
         "chat_template": template,
     }
+    if fields["general.architecture"] == "qwen2":  # transformers' class for any tokenizer.json has token types too
+        config["model_input_names"] = ["input_ids", "attention_mask"]
     write_json(folder / "tokenizer_config.json", config)
     write_json(
         folder / "special_tokens_map.json",
