@@ -179,11 +179,20 @@ def write(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
     writer, answered = PartWriter(args.work / "rows"), 0
     log = (args.work / "answers.jsonl").open("a", encoding="utf-8")
     for heat, share in ((0.0, 1.0), (data["temperature"], data["sampled"])):
-        for group in batches(ids, order[: round(share * len(order))], data):
+        groups = batches(ids, order[: round(share * len(order))], data)[::-1]
+        while groups:
+            group = groups.pop()
             spent = time.perf_counter() - started
             if writer.rows and (spent > args.seconds or writer.rows > data["max_rows"]):
                 break
-            answers = model.generate([ids[i] for i in group], data["max_tokens"], heat)
+            try:
+                answers = model.generate([ids[i] for i in group], data["max_tokens"], heat)
+            except torch.OutOfMemoryError:
+                say(f"not enough memory for {len(group)} answers at once: halves")
+                torch.cuda.empty_cache()
+                half = len(group) // 2
+                groups += [group[half:], group[:half]] if half else []
+                continue
             rows = flatten(answers, 0)
             writer.add(rows)
             answered += len(group)
@@ -203,12 +212,18 @@ def write(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_rows(folder: Path, device: str) -> TrainingRows:
-    """All parts, on the device; documents are numbered through."""
-    paths, counts, width = sorted(folder.glob("part*.safetensors")), [], 0
-    for path in paths:
+    """The parts, on the device, as many as fill at most two thirds of it; documents are numbered through."""
+    paths, counts, width = list[Path](), list[int](), 0
+    space = torch.cuda.mem_get_info()[0] // 3 * 2 if device.startswith("cuda") else 1 << 40
+    for path in sorted(folder.glob("part*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            counts.append(file.get_slice("tokens").get_shape()[0])
+            count = file.get_slice("tokens").get_shape()[0]
             width = file.get_slice("hidden").get_shape()[1]
+        if (sum(counts) + count) * (2 * width + 8) > space:
+            say(f"{path.name} and what follows does not fit")
+            break
+        paths.append(path)
+        counts.append(count)
     hidden = torch.empty(sum(counts), width, dtype=torch.bfloat16, device=device)
     tokens = torch.empty(sum(counts), dtype=torch.int32, device=device)
     document, at, first = torch.empty_like(tokens), 0, 0
