@@ -107,6 +107,9 @@ class TransformersWriter:
 class RunnerWriter:
     """Answers through a backend's engine; several times faster where one is at hand."""
 
+    batches_at_once = 4
+    """A prompt takes the place of one that is answered, so the batch runs empty only at the end."""
+
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
 
@@ -167,13 +170,19 @@ def write_answers(
                 file.write(_line({"key": key, "options": asdict(options)}))
             while len(answers) < len(prompts):
                 progress("write answers", len(answers), len(prompts), "prompts")
-                part = prompts[len(answers) : len(answers) + options.batch]
+                part = prompts[len(answers) : len(answers) + at_once(writer, options)]
                 written = writer.write(part, options, len(answers))
                 file.write(b"".join(_line({"answer": answer}) for answer in written))
                 file.flush()
                 answers += written
     progress("write answers", len(prompts), len(prompts), "prompts")
     return answers
+
+
+def at_once(writer: AnswerWriter, options: WritingOptions) -> int:
+    """Prompts that a writer is given together."""
+    batches: int = getattr(writer, "batches_at_once", 1)
+    return options.batch * batches
 
 
 def answers_key(prompts: Sequence[Sequence[int]], options: WritingOptions) -> str:

@@ -10,7 +10,9 @@ Each prompt is decoded once, greedily, by the base model; the drafter then propo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,21 @@ import torch
 from trtllm_redrafter.checkpoint.draft_vocab import read_draft_vocab
 from trtllm_redrafter.checkpoint.fields import FieldReader
 from trtllm_redrafter.checkpoint.names import DRAFT_VOCAB_FILE, DRAFTER_WEIGHTS
-from trtllm_redrafter.errors import InputError, Problem, UsageError, raise_together
+from trtllm_redrafter.errors import InputError, Problem, RedrafterError, UsageError, raise_together
 from trtllm_redrafter.fsio import CREATOR, atomic_directory, check_replaceable, read_json, sha256_file, write_json
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.settings.schema import EvaluateSection
 from trtllm_redrafter.settings.values import fill
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid, token_accuracy
-from trtllm_redrafter.training.answers import AnswerWriter, TransformersWriter, WritingOptions
-from trtllm_redrafter.training.data import TokenizedText, check_range, read_prompts
+from trtllm_redrafter.training.answers import (
+    AnswerWriter,
+    TransformersWriter,
+    WritingOptions,
+    at_once,
+    engine_writer,
+)
+from trtllm_redrafter.training.data import Prompt, TokenizedText, check_range, read_prompts
 from trtllm_redrafter.training.drafter_files import read_drafter
 from trtllm_redrafter.training.frozen_base import DTYPES, FrozenBase, base_identity, dtype_problems, load_tokenizer
 from trtllm_redrafter.training.model import TrainableDrafter
@@ -133,9 +141,7 @@ def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWrit
         check_replaceable(settings.report, overwrite=options.overwrite)
     drafter = read_drafter(options.drafter, max(shape.draft_len for shape in options.grid))
     check_fits(drafter, options)
-    tokenizer, kwargs = load_tokenizer(options.base), options.chat_template_kwargs
-    prompts = read_prompts(options.prompts, tokenizer, max_tokens=settings.max_text_tokens, template_kwargs=kwargs)
-    check_range(prompts, options.prompts, tokenizer, drafter.spec.config.vocab_size)  # the base's: see check_fits
+    prompts = _prompts(options, drafter.spec.config.vocab_size)  # the base's: see check_fits
     base = FrozenBase.load(options.base, device=options.device, dtype=options.dtype)
     answers = _answers(writer or TransformersWriter(base), [p.token_ids for p in prompts], options, progress)
     texts = [TokenizedText.answer(p.token_ids, a) for p, a in zip(prompts, answers, strict=True)]
@@ -158,12 +164,45 @@ def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWrit
     return report
 
 
+def _prompts(options: EvaluateOptions, vocab_size: int) -> list[Prompt]:
+    tokenizer, kwargs = load_tokenizer(options.base), options.chat_template_kwargs
+    limit = options.settings.max_text_tokens
+    prompts = read_prompts(options.prompts, tokenizer, max_tokens=limit, template_kwargs=kwargs)
+    check_range(prompts, options.prompts, tokenizer, vocab_size)
+    return prompts
+
+
+@contextmanager
+def evaluation_writer(options: EvaluateOptions, progress: Progress) -> Iterator[AnswerWriter | None]:
+    """Who decodes an evaluation's prompts fastest: an engine of the base model, which exists as long as the block.
+
+    None, so transformers, where no engine can be made of it here. Raises what `evaluate` would refuse.
+    """
+    options.check()
+    if options.settings.report is not None:
+        check_replaceable(options.settings.report, overwrite=options.overwrite)
+    drafter = read_drafter(options.drafter, max(shape.draft_len for shape in options.grid))
+    check_fits(drafter, options)
+    longest = max(len(p.token_ids) for p in _prompts(options, drafter.spec.config.vocab_size))
+    with ExitStack() as block:
+        folder = Path(block.enter_context(tempfile.TemporaryDirectory(prefix="redrafter-evaluate-")))
+        engine = engine_writer(
+            options.base, folder, dtype=options.dtype, device=options.device, batch=options.settings.batch,
+            max_prompt=longest, max_tokens=longest + options.settings.max_tokens, progress=progress,
+        )  # fmt: skip
+        try:
+            writer: AnswerWriter | None = block.enter_context(engine)
+        except RedrafterError:
+            writer = None
+        yield writer
+
+
 def _answers(
     writer: AnswerWriter, prompts: Sequence[Sequence[int]], options: EvaluateOptions, progress: Progress
 ) -> list[list[int]]:
     answers: list[list[int]] = []
     while len(answers) < len(prompts):
-        part = prompts[len(answers) : len(answers) + options.settings.batch]
+        part = prompts[len(answers) : len(answers) + at_once(writer, options.writing)]
         answers += writer.write(part, options.writing, len(answers))
         progress("decode prompts", len(answers), len(prompts), "prompts")
     return answers
