@@ -14,13 +14,14 @@ from tests.training.conftest import VOCAB, train_options
 from tests.training.test_train import evaluate_options
 from trtllm_redrafter.backends.base import Request, Result, SamplingParams
 from trtllm_redrafter.backends.requests import SpecDecodingStats
-from trtllm_redrafter.errors import UsageError
+from trtllm_redrafter.errors import MismatchError, UsageError
 from trtllm_redrafter.fsio import sha256_file
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.training.acceptance import accepted_per_step, summarize
+from trtllm_redrafter.training.answers import RunnerWriter
 from trtllm_redrafter.training.data import read_prompts
-from trtllm_redrafter.training.evaluation import evaluate
+from trtllm_redrafter.training.evaluation import evaluate, evaluation_writer
 from trtllm_redrafter.training.execute import train
 from trtllm_redrafter.training.frozen_base import load_tokenizer
 from trtllm_redrafter.training.plan import TrainOptions, plan_training
@@ -129,3 +130,26 @@ def test_refusals_come_before_the_model_is_loaded(trained: TrainOptions, countin
     with pytest.raises(UsageError, match="answers of 1 tokens") as caught:
         evaluate(evaluate_options(trained, max_tokens=1, grid=(DraftShape(60, 2),)), no_progress)
     assert "num_beams is 60" in str(caught.value)
+
+
+def test_an_engine_decodes_the_prompts_and_nothing_of_it_is_left(
+    trained: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    options = evaluate_options(trained)
+    with evaluation_writer(options, no_progress) as writer:
+        assert isinstance(writer, RunnerWriter)
+        found = evaluate(options, no_progress, writer=writer)
+    assert found.as_dict() == evaluate(options, no_progress).as_dict()
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_no_engine_can_be_made_transformers_decodes(
+    trained: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MismatchError("this model cannot be converted")
+
+    monkeypatch.setattr("trtllm_redrafter.training.evaluation.engine_writer", refuse)
+    with evaluation_writer(evaluate_options(trained), no_progress) as writer:
+        assert writer is None

@@ -186,11 +186,11 @@ def evaluation_writer(options: EvaluateOptions, progress: Progress) -> Iterator[
     longest = max(len(p.token_ids) for p in _prompts(options, drafter.spec.config.vocab_size))
     with ExitStack() as block:
         folder = Path(block.enter_context(tempfile.TemporaryDirectory(prefix="redrafter-evaluate-")))
-        engine = engine_writer(
-            options.base, folder, dtype=options.dtype, device=options.device, batch=options.settings.batch,
-            max_prompt=longest, max_tokens=longest + options.settings.max_tokens, progress=progress,
-        )  # fmt: skip
         try:
+            engine = engine_writer(
+                options.base, folder, dtype=options.dtype, device=options.device, batch=options.settings.batch,
+                max_prompt=longest, max_tokens=longest + options.settings.max_tokens, progress=progress,
+            )  # fmt: skip
             writer: AnswerWriter | None = block.enter_context(engine)
         except RedrafterError:
             writer = None
