@@ -15,6 +15,7 @@ from tests.tiny_models import write_base, write_drafter
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.fsio import write_json
 from trtllm_redrafter.run.hardware_plan import RecipePlan, dear_search, plan_recipe, recipe_model
+from trtllm_redrafter.run.options import with_directories
 from trtllm_redrafter.settings import Resolved, file_layers, preset_layer, resolve
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -135,7 +136,7 @@ def test_plan_is_quick_and_needs_no_torch() -> None:
 
 def described(exit_dim: int, layers: int) -> tuple[Resolved, CheckpointConfig]:
     """Llama 3.1 8B with a drafter of this width."""
-    resolved = resolve(file_layers(CONFIGS / "llama-3.1-8b.yaml"))
+    resolved = with_directories(resolve(file_layers(CONFIGS / "llama-3.1-8b.yaml")), name="x")
     config = recipe_model(resolved).config
     assert config.drafter is not None
     return resolved, replace(config, drafter=replace(config.drafter, exit_dim=exit_dim, num_layers=layers))

@@ -19,9 +19,9 @@ from trtllm_redrafter.fsio import sha256_file
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.training.acceptance import accepted_per_step, summarize
-from trtllm_redrafter.training.answers import RunnerWriter
+from trtllm_redrafter.training.answers import RunnerWriter, WritingOptions
 from trtllm_redrafter.training.data import read_prompts
-from trtllm_redrafter.training.evaluation import evaluate, evaluation_writer
+from trtllm_redrafter.training.evaluation import evaluate
 from trtllm_redrafter.training.execute import train
 from trtllm_redrafter.training.frozen_base import load_tokenizer
 from trtllm_redrafter.training.plan import TrainOptions, plan_training
@@ -135,12 +135,18 @@ def test_refusals_come_before_the_model_is_loaded(trained: TrainOptions, countin
 def test_an_engine_decodes_the_prompts_and_nothing_of_it_is_left(
     trained: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    used = []
+
+    class Watched(RunnerWriter):
+        def write(self, prompts: Sequence[Sequence[int]], options: WritingOptions, first: int) -> list[list[int]]:
+            used.append(len(prompts))
+            return super().write(prompts, options, first)
+
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("trtllm_redrafter.training.answers.RunnerWriter", Watched)
     options = evaluate_options(trained)
-    with evaluation_writer(options, no_progress) as writer:
-        assert isinstance(writer, RunnerWriter)
-        found = evaluate(options, no_progress, writer=writer)
-    assert found.as_dict() == evaluate(options, no_progress).as_dict()
+    found = evaluate(options, no_progress, engine=True)
+    assert sum(used) == found.texts and found.as_dict() == evaluate(options, no_progress).as_dict()
     assert not list(tmp_path.iterdir())
 
 
@@ -150,6 +156,7 @@ def test_where_no_engine_can_be_made_transformers_decodes(
     def refuse(*_: object, **__: object) -> None:
         raise MismatchError("this model cannot be converted")
 
+    options = evaluate_options(trained)
+    plain = evaluate(options, no_progress).as_dict()
     monkeypatch.setattr("trtllm_redrafter.training.evaluation.engine_writer", refuse)
-    with evaluation_writer(evaluate_options(trained), no_progress) as writer:
-        assert writer is None
+    assert evaluate(options, no_progress, engine=True).as_dict() == plain

@@ -63,12 +63,11 @@ def evaluate(given: list[Layer], overwrite: Overwrite = False, as_json: Json = F
     """Measure a drafter's acceptance for every setting of a grid."""
     from trtllm_redrafter.run.options import evaluate_options
     from trtllm_redrafter.training import evaluate as run_evaluation
-    from trtllm_redrafter.training.evaluation import evaluation_writer
 
     resolved = resolve(given)
     options = evaluate_options(resolved, overwrite=overwrite)
-    with progress_bar() as progress, evaluation_writer(options, progress) as writer:
-        found = run_evaluation(options, progress, writer=writer)
+    with progress_bar() as progress:
+        found = run_evaluation(options, progress, engine=True)
     say(found.render())
     if as_json:
         emit("evaluate", **found.as_dict())

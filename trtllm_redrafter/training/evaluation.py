@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from trtllm_redrafter.training.answers import (
     at_once,
     engine_writer,
 )
-from trtllm_redrafter.training.data import Prompt, TokenizedText, check_range, read_prompts
+from trtllm_redrafter.training.data import TokenizedText, check_range, read_prompts
 from trtllm_redrafter.training.drafter_files import read_drafter
 from trtllm_redrafter.training.frozen_base import DTYPES, FrozenBase, base_identity, dtype_problems, load_tokenizer
 from trtllm_redrafter.training.model import TrainableDrafter
@@ -133,17 +133,30 @@ class EvaluationReport:
             write_json(work / "manifest.json", {"kind": "report", "creator": {"name": CREATOR}})
 
 
-def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWriter | None = None) -> EvaluationReport:
-    """Measure, and write the report if one is asked for. Refusals come before the base model is loaded."""
+def evaluate(
+    options: EvaluateOptions, progress: Progress, *, writer: AnswerWriter | None = None, engine: bool = False
+) -> EvaluationReport:
+    """Measure, and write the report if one is asked for. Refusals come before the base model is loaded.
+
+    `writer` decodes the prompts, else with `engine` an engine of the base model that is made for the occasion, where
+    one can be; else transformers.
+    """
     options.check()
     settings = options.settings
     if settings.report is not None:
         check_replaceable(settings.report, overwrite=options.overwrite)
     drafter = read_drafter(options.drafter, max(shape.draft_len for shape in options.grid))
     check_fits(drafter, options)
-    prompts = _prompts(options, drafter.spec.config.vocab_size)  # the base's: see check_fits
+    tokenizer, kwargs = load_tokenizer(options.base), options.chat_template_kwargs
+    prompts = read_prompts(options.prompts, tokenizer, max_tokens=settings.max_text_tokens, template_kwargs=kwargs)
+    check_range(prompts, options.prompts, tokenizer, drafter.spec.config.vocab_size)  # the base's: see check_fits
+    ids, answers = [p.token_ids for p in prompts], None
+    with nullcontext(writer) if writer or not engine else evaluation_writer(options, ids, progress) as fast:
+        if fast is not None:  # and its memory is free again for what follows
+            answers = _answers(fast, ids, options, progress)
     base = FrozenBase.load(options.base, device=options.device, dtype=options.dtype)
-    answers = _answers(writer or TransformersWriter(base), [p.token_ids for p in prompts], options, progress)
+    if answers is None:
+        answers = _answers(TransformersWriter(base), ids, options, progress)
     texts = [TokenizedText.answer(p.token_ids, a) for p, a in zip(prompts, answers, strict=True)]
     rows = record(base, texts, settings.batch_tokens, progress)
     tensors = BaseTensors(base.embedding, base.head, torch.arange(base.head.shape[0]))
@@ -164,26 +177,12 @@ def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWrit
     return report
 
 
-def _prompts(options: EvaluateOptions, vocab_size: int) -> list[Prompt]:
-    tokenizer, kwargs = load_tokenizer(options.base), options.chat_template_kwargs
-    limit = options.settings.max_text_tokens
-    prompts = read_prompts(options.prompts, tokenizer, max_tokens=limit, template_kwargs=kwargs)
-    check_range(prompts, options.prompts, tokenizer, vocab_size)
-    return prompts
-
-
 @contextmanager
-def evaluation_writer(options: EvaluateOptions, progress: Progress) -> Iterator[AnswerWriter | None]:
-    """Who decodes an evaluation's prompts fastest: an engine of the base model, which exists as long as the block.
-
-    None, so transformers, where no engine can be made of it here. Raises what `evaluate` would refuse.
-    """
-    options.check()
-    if options.settings.report is not None:
-        check_replaceable(options.settings.report, overwrite=options.overwrite)
-    drafter = read_drafter(options.drafter, max(shape.draft_len for shape in options.grid))
-    check_fits(drafter, options)
-    longest = max(len(p.token_ids) for p in _prompts(options, drafter.spec.config.vocab_size))
+def evaluation_writer(
+    options: EvaluateOptions, prompts: Sequence[Sequence[int]], progress: Progress
+) -> Iterator[AnswerWriter | None]:
+    """An engine of the base model, which exists as long as the block; None where none can be made of it here."""
+    longest = max(len(ids) for ids in prompts)
     with ExitStack() as block:
         folder = Path(block.enter_context(tempfile.TemporaryDirectory(prefix="redrafter-evaluate-")))
         try:
