@@ -1,9 +1,9 @@
-"""Write thousands of answers at a time with a small LLaMA model, and keep the hidden states on the way.
+"""Write thousands of answers at a time with a small LLaMA or Qwen2 model, and keep the hidden states on the way.
 
 Self-distillation needs tens of millions of tokens of the base model's own text, with the state behind every token.
 A decoding step over 4,096 sequences costs a GPU little more than one over 64, so this is a plain fixed-width loop:
 left-padded prompts, one key/value cache, finished sequences dropped from the batch as it empties. Greedy or sampled at
-one temperature. It is for models without biases and with tied embeddings, like SmolLM2.
+one temperature. It is for models with tied embeddings, like SmolLM2 and Qwen2.5's small ones.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-PREFILL_ROWS = 512
-"""Prompts run through the model together before decoding; bounds the attention scores' memory."""
+PREFILL_SCORES = 512 * 128 * 128
+"""Attention scores of a head, over all prompts that run through the model together before decoding."""
+
+PREFILL_TOKENS = 65536
+"""Their tokens, padding included."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Answers:
 class _Layer:
     norm_in: Tensor
     qkv: Tensor
+    qkv_bias: Tensor | None
     out: Tensor
     norm_mlp: Tensor
     gate_up: Tensor
@@ -49,8 +53,9 @@ class BatchLlama:
         config = json.loads((folder / "config.json").read_text())
         weights = {k: v.to(device, dtype) for k, v in load_file(folder / "model.safetensors").items()}
         self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        self.head_dim, self.eps = config["head_dim"], config["rms_norm_eps"]
-        self.end = config["eos_token_id"]
+        self.head_dim = config.get("head_dim") or config["hidden_size"] // self.heads
+        self.eps, self.end = config["rms_norm_eps"], config["eos_token_id"]
+        self.ends = torch.tensor(_end_tokens(folder, self.end), device=device)
         self.embedding = weights["model.embed_tokens.weight"]
         self.norm = weights["model.norm.weight"]
         self.device, self.dtype = torch.device(device), dtype
@@ -82,12 +87,14 @@ class BatchLlama:
 
     @staticmethod
     def _layer(weights: dict[str, Tensor], prefix: str) -> _Layer:
-        def take(*names: str) -> Tensor:
-            return torch.cat([weights[f"{prefix}{name}.weight"] for name in names])
+        def take(*names: str, kind: str = "weight") -> Tensor:
+            return torch.cat([weights[f"{prefix}{name}.{kind}"] for name in names])
 
+        qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         return _Layer(
             norm_in=take("input_layernorm"),
-            qkv=take("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            qkv=take(*qkv),
+            qkv_bias=take(*qkv, kind="bias") if f"{prefix}{qkv[0]}.bias" in weights else None,
             out=take("self_attn.o_proj"),
             norm_mlp=take("post_attention_layernorm"),
             gate_up=take("mlp.gate_proj", "mlp.up_proj"),
@@ -101,7 +108,8 @@ class BatchLlama:
     def _heads(self, x: Tensor, layer: _Layer, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries, rotated keys and values. [B, S, H] -> [B, heads, S, D] each."""
         b, s, _ = x.shape
-        mixed = F.linear(self._norm(x, layer.norm_in), layer.qkv).view(b, s, -1, self.head_dim).transpose(1, 2)
+        mixed = F.linear(self._norm(x, layer.norm_in), layer.qkv, layer.qkv_bias)
+        mixed = mixed.view(b, s, -1, self.head_dim).transpose(1, 2)
         turned, value = mixed[:, : -self.kv_heads], mixed[:, -self.kv_heads :]
         half = self.head_dim // 2
         swapped = torch.cat([-turned[..., half:], turned[..., :half]], dim=-1)
@@ -153,9 +161,9 @@ class BatchLlama:
         fill = torch.tensor([width - len(p) for p in prompts], device=self.device)
         tokens = torch.tensor([[self.end] * (width - len(p)) + p for p in prompts], device=self.device)
         slots = torch.arange(width, device=self.device)
-        last = []
-        for start in range(0, len(prompts), PREFILL_ROWS):
-            row = slice(start, min(start + PREFILL_ROWS, len(prompts)))
+        last, together = [], max(1, min(PREFILL_SCORES // width**2, PREFILL_TOKENS // width))
+        for start in range(0, len(prompts), together):
+            row = slice(start, min(start + together, len(prompts)))
             position = (slots - fill[row, None]).clamp(min=0)
             real = slots >= fill[row, None]
             mask = (slots.unsqueeze(0) <= slots.unsqueeze(1)) & real.unsqueeze(1)
@@ -188,7 +196,7 @@ class BatchLlama:
         for t in range(max_tokens):
             chosen = self._choose(hidden, temperature, top_k)
             tokens[active, t], states[active, t] = chosen, hidden
-            ended = (chosen == self.end) & alive
+            ended = torch.isin(chosen, self.ends) & alive
             lengths[active[ended]] = t + 1
             alive = alive & ~ended
             if t % 16 == 15 and int(alive.sum()) < 0.8 * alive.numel():  # the check waits for the GPU: not every step
@@ -205,3 +213,10 @@ class BatchLlama:
             position = (at - fill).unsqueeze(1)
             hidden = self._forward(chosen.unsqueeze(1), position, mask, caches, at, slice(None), fill)[:, 0]
         return Answers(tokens, states, lengths)
+
+
+def _end_tokens(folder: Path, end: int) -> list[int]:
+    """Tokens that end an answer: those of generation_config.json, which may name several."""
+    path = folder / "generation_config.json"
+    found = json.loads(path.read_text()).get("eos_token_id", end) if path.exists() else end
+    return found if isinstance(found, list) else [found]

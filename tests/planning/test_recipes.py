@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.backends.test_trtllm_flags import legal
 from tests.cli.tiny import Program
+from tests.tiny_models import write_base, write_drafter
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.fsio import write_json
-from trtllm_redrafter.run.hardware_plan import RecipePlan, plan_recipe
-from trtllm_redrafter.settings import file_layers, preset_layer, resolve
+from trtllm_redrafter.run.hardware_plan import RecipePlan, dear_search, plan_recipe, recipe_model
+from trtllm_redrafter.run.options import with_directories
+from trtllm_redrafter.settings import Resolved, file_layers, preset_layer, resolve
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 PRESETS = ("h100-latency", "h100-throughput", "h100-fp8")
@@ -128,3 +132,30 @@ def test_plan_is_quick_and_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def described(exit_dim: int, layers: int) -> tuple[Resolved, CheckpointConfig]:
+    """Llama 3.1 8B with a drafter of this width."""
+    resolved = with_directories(resolve(file_layers(CONFIGS / "llama-3.1-8b.yaml")), name="x")
+    config = recipe_model(resolved).config
+    assert config.drafter is not None
+    return resolved, replace(config, drafter=replace(config.drafter, exit_dim=exit_dim, num_layers=layers))
+
+
+def test_a_search_that_takes_more_than_a_quarter_of_a_step_is_told_with_what_would_help() -> None:
+    said = dear_search(*described(8192, 2))
+    assert said is not None and said.startswith("warning") and "exit_dim of 2048 instead of 8192" in said
+
+
+def test_a_drafter_that_costs_little_is_not_mentioned() -> None:
+    assert dear_search(*described(512, 1)) is None
+
+
+def test_convert_warns_of_a_dear_search(program: Program, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    drafter = write_drafter(tmp_path / "drafter")
+    flags = ["convert", "--base", base, "--drafter", drafter, "--output", tmp_path / "out", "--dry-run", "--json"]
+    assert program(*flags) == 0
+    assert any("search takes" in note for note in program.document["plan"]["notes"])
+    assert program(*[f for f in flags if f not in ("--drafter", drafter)]) == 0
+    assert not any("search takes" in note for note in program.document["plan"]["notes"])

@@ -102,3 +102,20 @@ def test_answers_of_another_run_are_refused(tmp_path: Path) -> None:
 def test_an_answer_ends_with_its_first_end_token() -> None:
     assert until_end([5, 2, 7, 2], [2]) == [5, 2]
     assert until_end([5, 7], [2]) == [5, 7]
+
+
+def test_an_engine_gets_several_batches_at_once(tmp_path: Path) -> None:
+    class Sizes(Counting):
+        batches_at_once = 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes: list[int] = []
+
+        def write(self, prompts: Sequence[Sequence[int]], options: WritingOptions, first: int) -> list[list[int]]:
+            self.sizes.append(len(prompts))
+            return super().write(prompts, options, first)
+
+    writer = Sizes()
+    answers = write_answers(PROMPTS, writer, OPTIONS, tmp_path / "a.jsonl", no_progress)
+    assert writer.sizes == [4, 1] and answers == Counting().write(PROMPTS, OPTIONS, 0)

@@ -14,11 +14,12 @@ from tests.training.conftest import VOCAB, train_options
 from tests.training.test_train import evaluate_options
 from trtllm_redrafter.backends.base import Request, Result, SamplingParams
 from trtllm_redrafter.backends.requests import SpecDecodingStats
-from trtllm_redrafter.errors import UsageError
+from trtllm_redrafter.errors import MismatchError, UsageError
 from trtllm_redrafter.fsio import sha256_file
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.training.acceptance import accepted_per_step, summarize
+from trtllm_redrafter.training.answers import RunnerWriter, WritingOptions
 from trtllm_redrafter.training.data import read_prompts
 from trtllm_redrafter.training.evaluation import evaluate
 from trtllm_redrafter.training.execute import train
@@ -129,3 +130,33 @@ def test_refusals_come_before_the_model_is_loaded(trained: TrainOptions, countin
     with pytest.raises(UsageError, match="answers of 1 tokens") as caught:
         evaluate(evaluate_options(trained, max_tokens=1, grid=(DraftShape(60, 2),)), no_progress)
     assert "num_beams is 60" in str(caught.value)
+
+
+def test_an_engine_decodes_the_prompts_and_nothing_of_it_is_left(
+    trained: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    class Watched(RunnerWriter):
+        def write(self, prompts: Sequence[Sequence[int]], options: WritingOptions, first: int) -> list[list[int]]:
+            used.append(len(prompts))
+            return super().write(prompts, options, first)
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("trtllm_redrafter.training.answers.RunnerWriter", Watched)
+    options = evaluate_options(trained)
+    found = evaluate(options, no_progress, engine=True)
+    assert sum(used) == found.texts and found.as_dict() == evaluate(options, no_progress).as_dict()
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_no_engine_can_be_made_transformers_decodes(
+    trained: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MismatchError("this model cannot be converted")
+
+    options = evaluate_options(trained)
+    plain = evaluate(options, no_progress).as_dict()
+    monkeypatch.setattr("trtllm_redrafter.training.evaluation.engine_writer", refuse)
+    assert evaluate(options, no_progress, engine=True).as_dict() == plain

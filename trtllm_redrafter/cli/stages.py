@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,10 +27,13 @@ def convert(given: list[Layer], dry_run: DryRun = False, overwrite: Overwrite = 
     """Convert a Hugging Face base model and a ReDrafter drafter into a TensorRT-LLM checkpoint."""
     from trtllm_redrafter.conversion.plan import plan_conversion
     from trtllm_redrafter.conversion.writer import convert as run_conversion
+    from trtllm_redrafter.run.hardware_plan import dear_search
     from trtllm_redrafter.run.options import convert_options
 
     resolved = resolve(given)
     plan = plan_conversion(convert_options(resolved, overwrite=overwrite))
+    dear = dear_search(resolved, plan.config)
+    plan = plan if dear is None else replace(plan, notes=(*plan.notes, dear))
     if dry_run:
         say(resolved.render("", "convert") + "\n\n" + plan.render())
     else:

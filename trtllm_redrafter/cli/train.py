@@ -67,7 +67,7 @@ def evaluate(given: list[Layer], overwrite: Overwrite = False, as_json: Json = F
     resolved = resolve(given)
     options = evaluate_options(resolved, overwrite=overwrite)
     with progress_bar() as progress:
-        found = run_evaluation(options, progress)
+        found = run_evaluation(options, progress, engine=True)
     say(found.render())
     if as_json:
         emit("evaluate", **found.as_dict())

@@ -14,7 +14,7 @@ length, above which drafting pays:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
@@ -33,6 +33,9 @@ KERNELS_PER_LAYER = 10
 KERNELS_PER_DRAFT = 84
 """Per drafted position: RNN, blocks, LM head, top-50, log-softmax, two top-k, gathers. Derived from 180 to 200 us on
 top of reading the weights, measured with the torch backend's graphs on an H200 (benchmarks/results/gpu_steps.json)."""
+
+DEAR_SHARE = 0.25
+"""Of a plain step: a search that takes more asks for a slimmer drafter before anything else."""
 
 LINK_LATENCY_US = 10.0
 """Assumed latency of one all-reduce over NVLink, in addition to moving its bytes."""
@@ -72,6 +75,19 @@ class LatencyRow:
     def speedup(self, acceptance_length: float) -> float:
         return acceptance_length / self.break_even
 
+    @property
+    def dear(self) -> bool:
+        """Does the search take more than a quarter of a plain step?"""
+        return self.draft_ms > DEAR_SHARE * self.plain_ms
+
+
+@dataclass(frozen=True)
+class SlimmerRow:
+    """A request alone with a drafter of another `exit_dim`, all else equal. It would have to be trained."""
+
+    exit_dim: int
+    row: LatencyRow
+
 
 @dataclass(frozen=True)
 class LatencyEstimate:
@@ -82,6 +98,7 @@ class LatencyEstimate:
     rows: tuple[LatencyRow, ...]
     assumptions: Assumptions
     acceptance_length: float | None
+    slimmer: tuple[SlimmerRow, ...] = ()
 
     def render(self) -> str:
         a, accepted = self.assumptions, self.acceptance_length
@@ -100,7 +117,21 @@ class LatencyEstimate:
             lines.append(
                 "  break-even: tokens per step from which drafting is faster; `evaluate` measures what you have"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._render_slimmer()])
+
+    def _render_slimmer(self) -> list[str]:
+        if not self.slimmer:
+            return []
+        lines = ["  slimmer drafters, to be trained, batch 1:"]
+        for slim in self.slimmer:
+            text = f"    exit_dim {slim.exit_dim:>5}: {slim.row.draft_ms:.2f} ms a search, break-even "
+            text += f"{slim.row.break_even:.2f}"
+            if self.acceptance_length is not None:
+                now = self.rows[0]
+                equal = self.acceptance_length * slim.row.break_even / now.break_even
+                text += f"; as fast as now at {equal:.2f} tokens per step"
+            lines.append(text)
+        return lines
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -109,6 +140,10 @@ class LatencyEstimate:
             "assumptions": dict(vars(self.assumptions)),
             "acceptance_length": self.acceptance_length,
             "rows": [{**vars(row), "break_even": row.break_even, "speedup": self._speedup(row)} for row in self.rows],
+            "slimmer": [
+                {"exit_dim": slim.exit_dim, **vars(slim.row), "break_even": slim.row.break_even}
+                for slim in self.slimmer
+            ],
         }
 
     def _speedup(self, row: LatencyRow) -> float | None:
@@ -138,7 +173,22 @@ def estimate_latency(
         verify = plain if shape is None else roof.base_step(batch, shape.max_tree_tokens)
         draft = 0.0 if shape is None else roof.drafting(batch)
         rows.append(LatencyRow(batch, 1e3 * plain, 1e3 * verify, 1e3 * draft))
-    return LatencyEstimate(target, config.tp_size, tuple(rows), assumptions, acceptance_length)
+    slimmer = _slimmer(config, target, assumptions, rows[0])
+    return LatencyEstimate(target, config.tp_size, tuple(rows), assumptions, acceptance_length, slimmer)
+
+
+def _slimmer(
+    config: CheckpointConfig, target: Gpu, assumptions: Assumptions, now: LatencyRow
+) -> tuple[SlimmerRow, ...]:
+    """What the widths H, H/2 and H/4 would cost, as far as they are below the drafter's own."""
+    found = []
+    for part in (1, 2, 4):
+        width = config.hidden_size // part
+        if config.drafter is not None and width < config.drafter.exit_dim and width % config.tp_size == 0:
+            slim = replace(config, drafter=replace(config.drafter, exit_dim=width))
+            draft_ms = 1e3 * _Roof(slim, target, assumptions).drafting(1)
+            found.append(SlimmerRow(width, LatencyRow(1, now.plain_ms, now.verify_ms, draft_ms)))
+    return tuple(found)
 
 
 def _overlapped(reading: float, computing: float) -> float:

@@ -13,11 +13,13 @@ from typing import Any
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.engine_config import TENSORRT
 from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan, plan_for
+from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import DRAFTER_WEIGHTS
 from trtllm_redrafter.doctor import Needs
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, UsageError, raise_together
 from trtllm_redrafter.planning.acceptance import MeasuredAcceptance, read_acceptance
+from trtllm_redrafter.planning.gpus import gpu
 from trtllm_redrafter.planning.latency import Assumptions, LatencyEstimate, estimate_latency
 from trtllm_redrafter.planning.memory import weight_bytes
 from trtllm_redrafter.planning.model import PlannedModel, checkpoint_model, planned_model
@@ -30,6 +32,9 @@ from trtllm_redrafter.run.options import (
 )
 from trtllm_redrafter.settings.layers import Resolved
 from trtllm_redrafter.settings.values import fill
+
+SLIMMER_HELPS = 0.95
+"""Break-even relative to now below which a slimmer drafter is worth naming."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,29 @@ def plan_recipe(resolved: Resolved, *, name: str) -> RecipePlan:
     )
     model = replace(model, notes=(*model.notes, *notes))
     return RecipePlan(resolved, model, build, latency, measured)
+
+
+def dear_search(resolved: Resolved, config: CheckpointConfig) -> str | None:
+    """What to say of a drafter whose search would take much of a step of TensorRT-LLM; None where it would not."""
+    if config.drafter is None:
+        return None
+    target = gpu(resolved.recipe.tensorrt_llm.gpu)
+    taken = assumptions(resolved, min(2048, config.max_position_embeddings))
+    latency = estimate_latency(config, target, taken, max_batch_size=1, acceptance_length=None)
+    row, slimmer = latency.rows[0], latency.slimmer
+    if not row.dear:
+        return None
+    text = (
+        f"warning: planned for TensorRT-LLM on one {target.title}, the drafter's search takes {row.draft_ms:.2f} ms "
+        f"beside a plain step of {row.plain_ms:.2f} ms, so drafting pays from {row.break_even:.2f} tokens per step"
+    )
+    best = slimmer[min(1, len(slimmer) - 1)] if slimmer else None
+    if best is not None and best.row.break_even < SLIMMER_HELPS * row.break_even:
+        text += (
+            f"; with an exit_dim of {best.exit_dim} instead of {config.drafter.exit_dim} (another training) it would "
+            f"pay from {best.row.break_even:.2f}"
+        )
+    return text
 
 
 def _acceptance(

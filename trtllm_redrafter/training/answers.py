@@ -102,6 +102,9 @@ class TransformersWriter:
 class RunnerWriter:
     """Answers through a backend's engine, several times faster."""
 
+    batches_at_once = 4
+    """A prompt takes the place of one that is answered, so the batch runs empty only at the end."""
+
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
 
@@ -171,9 +174,10 @@ def write_answers(
 def in_batches(
     prompts: Sequence[Sequence[int]], writer: AnswerWriter, options: WritingOptions, first: int = 0
 ) -> Iterator[list[list[int]]]:
-    """Answers to the prompts from number `first` on, batch by batch."""
-    for start in range(first, len(prompts), options.batch):
-        yield writer.write(prompts[start : start + options.batch], options, start)
+    """Answers to the prompts from number `first` on, as many at a time as the writer is best given."""
+    step = options.batch * getattr(writer, "batches_at_once", 1)
+    for start in range(first, len(prompts), step):
+        yield writer.write(prompts[start : start + step], options, start)
 
 
 def answers_key(prompts: Sequence[Sequence[int]], options: WritingOptions) -> str:

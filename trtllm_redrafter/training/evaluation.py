@@ -10,7 +10,9 @@ Each prompt is decoded once, greedily, by the base model; the drafter then propo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,20 @@ from trtllm_redrafter.backends.torch.weights import DTYPES
 from trtllm_redrafter.checkpoint.draft_vocab import read_draft_vocab
 from trtllm_redrafter.checkpoint.fields import FieldReader
 from trtllm_redrafter.checkpoint.names import DRAFT_VOCAB_FILE, DRAFTER_WEIGHTS
-from trtllm_redrafter.errors import InputError, Problem, UsageError, raise_together
+from trtllm_redrafter.errors import InputError, Problem, RedrafterError, UsageError, raise_together
 from trtllm_redrafter.fsio import CREATOR, atomic_directory, check_replaceable, read_json, sha256_file, write_json
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.settings.schema import EvaluateSection
 from trtllm_redrafter.settings.values import fill
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid, token_accuracy
-from trtllm_redrafter.training.answers import AnswerWriter, TransformersWriter, WritingOptions, in_batches
+from trtllm_redrafter.training.answers import (
+    AnswerWriter,
+    TransformersWriter,
+    WritingOptions,
+    engine_writer,
+    in_batches,
+)
 from trtllm_redrafter.training.cache import rows_in_memory
 from trtllm_redrafter.training.data import TokenizedText, check_range, read_prompts
 from trtllm_redrafter.training.drafter_files import read_drafter
@@ -125,8 +133,14 @@ class EvaluationReport:
             write_json(work / "manifest.json", {"kind": "report", "creator": {"name": CREATOR}})
 
 
-def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWriter | None = None) -> EvaluationReport:
-    """Measure, and write the report if one is asked for. Refusals come before the base model is loaded."""
+def evaluate(
+    options: EvaluateOptions, progress: Progress, *, writer: AnswerWriter | None = None, engine: bool = False
+) -> EvaluationReport:
+    """Measure, and write the report if one is asked for. Refusals come before the base model is loaded.
+
+    `writer` decodes the prompts, else with `engine` an engine of the base model that is made for the occasion, where
+    one can be; else transformers.
+    """
     options.check()
     settings = options.settings
     if settings.report is not None:
@@ -136,11 +150,13 @@ def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWrit
     tokenizer, kwargs = load_tokenizer(options.base), options.chat_template_kwargs
     prompts = read_prompts(options.prompts, tokenizer, max_tokens=settings.max_text_tokens, template_kwargs=kwargs)
     check_range(prompts, options.prompts, tokenizer, drafter.spec.config.vocab_size)  # the base's: see check_fits
+    ids, answers = [p.token_ids for p in prompts], None
+    with nullcontext(writer) if writer or not engine else evaluation_writer(options, ids, progress) as fast:
+        if fast is not None:  # and its memory is free again for what follows
+            answers = _answers(fast, ids, options, progress)
     base = FrozenBase.load(options.base, device=options.device, dtype=options.dtype)
-    answers: list[list[int]] = []
-    for written in in_batches([p.token_ids for p in prompts], writer or TransformersWriter(base), options.writing):
-        answers += written
-        progress("decode prompts", len(answers), len(prompts), "prompts")
+    if answers is None:
+        answers = _answers(TransformersWriter(base), ids, options, progress)
     texts = [TokenizedText.answer(p.token_ids, a) for p, a in zip(prompts, answers, strict=True)]
     rows = rows_in_memory(texts, base, settings.batch_tokens, progress)
     tensors = BaseTensors(base.embedding, base.head, torch.arange(base.head.shape[0]))
@@ -159,6 +175,35 @@ def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWrit
     if settings.report is not None:
         report.write(settings.report)
     return report
+
+
+@contextmanager
+def evaluation_writer(
+    options: EvaluateOptions, prompts: Sequence[Sequence[int]], progress: Progress
+) -> Iterator[AnswerWriter | None]:
+    """An engine of the base model, which exists as long as the block; None where none can be made of it here."""
+    longest = max(len(ids) for ids in prompts)
+    with ExitStack() as block:
+        folder = Path(block.enter_context(tempfile.TemporaryDirectory(prefix="redrafter-evaluate-")))
+        try:
+            engine = engine_writer(
+                options.base, folder, dtype=options.dtype, device=options.device, batch=options.settings.batch,
+                max_prompt=longest, max_tokens=longest + options.settings.max_tokens, progress=progress,
+            )  # fmt: skip
+            writer: AnswerWriter | None = block.enter_context(engine)
+        except RedrafterError:
+            writer = None
+        yield writer
+
+
+def _answers(
+    writer: AnswerWriter, prompts: Sequence[Sequence[int]], options: EvaluateOptions, progress: Progress
+) -> list[list[int]]:
+    answers: list[list[int]] = []
+    for written in in_batches(prompts, writer, options.writing):
+        answers += written
+        progress("decode prompts", len(answers), len(prompts), "prompts")
+    return answers
 
 
 def draft_vocab(drafter: Path) -> torch.Tensor | None:

@@ -99,7 +99,7 @@ def _train(plan: TrainPlan, base: FrozenBase, writer: AnswerWriter, progress: Pr
         learnt, held_out = split_texts(texts, options.settings.held_out, options.settings.seed)
         cache = _cached(plan, base, learnt, "cache", progress)
     tensors = BaseTensors(base.embedding, base.head, _loss_vocab(plan, cache.rows))
-    trainer = make_trainer(plan, cache.rows, tensors)
+    trainer = make_trainer(plan, near(cache.rows, base.head.device), tensors)
     started = time.perf_counter()
     _run(trainer, options.work_dir, options.resume, options.settings.save_every, progress)
     metrics: dict[str, Any] = {
@@ -128,6 +128,16 @@ def split_texts(
     count = min(len(texts) - 1, round(share * len(texts)))
     held = set(order[:count])
     return [t for i, t in enumerate(texts) if i not in held], [t for i, t in enumerate(texts) if i in held]
+
+
+def near(rows: TrainingRows, device: torch.device) -> TrainingRows:
+    """The rows in a GPU's memory if they take at most half of what is free; every step reads windows all over them."""
+    if device.type != "cuda":
+        return rows
+    arrays = (rows.hidden, rows.tokens, rows.document)
+    if 2 * sum(a.numel() * a.element_size() for a in arrays) > torch.cuda.mem_get_info(device)[0]:
+        return rows
+    return TrainingRows(*(array.to(device) for array in arrays))
 
 
 def make_trainer(plan: TrainPlan, rows: TrainingRows, base: BaseTensors) -> Trainer:

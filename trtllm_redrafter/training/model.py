@@ -147,13 +147,32 @@ class TrainableDrafter(nn.Module):
             self.full_head.weight.data.copy_(base_head)
 
     def states(self, following: Tensor, rows: int) -> Tensor:
-        """States after 1..L of the tokens that follow each row. [W, S + L - 1 or more, H] -> [W, L, S, H]."""
+        """States after 1..L of the tokens that follow each row. [W, S + L - 1 or more, H] -> [W, L, S, H].
+
+        `Drafter.next_state` for every row and position; a token's own product serves all rows that it follows.
+        """
+        core, read = self.core, following
+        if core.rnn_w is not None:
+            read = core.rnn_w(following)
         state = following.new_zeros(following.shape[0], rows, following.shape[2])
         states = []
         for j in range(self.spec.draft_len):
-            state = self.core.next_state(state, following[:, j : j + rows])
+            own = read[:, j : j + rows]
+            state = own + state if core.rnn_u is None else F.silu(own + core.rnn_u(state))
             states.append(state)
         return torch.stack(states, dim=1)
+
+    def _features(self, context: Tensor, states: Tensor) -> Tensor:
+        """`Drafter.features`; the context's product is computed once for all positions. -> [W, L, S, E]."""
+        core = self.core
+        if core.input_proj is None:
+            return core.features(context.unsqueeze(1).expand_as(states), states)
+        weight, width = core.input_proj.weight, context.shape[-1]
+        x = F.linear(context, weight[:, :width], core.input_proj.bias).unsqueeze(1)
+        x = x + F.linear(states, weight[:, width:])
+        for layer in core.layers:
+            x = layer(x)
+        return x
 
     def forward(self, context: Tensor, following: Tensor) -> Tensor:
         """What the head reads, for every row and position.
@@ -161,8 +180,7 @@ class TrainableDrafter(nn.Module):
         context [W, S, H]: base hidden state of each row. following [W, >= S + L - 1, H]: embeddings; row i's first
         following token is at i. Returns [W, L, S, D] with D the width of `head_of`'s rows.
         """
-        states = self.states(following, context.shape[1])
-        features = self.core.features(context.unsqueeze(1).expand_as(states), states)
+        features = self._features(context, self.states(following, context.shape[1]))
         return features if self.factor is None else self.factor(features)
 
     def project(self, context: Tensor, state: Tensor) -> Tensor:

@@ -21,8 +21,16 @@ from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.paths import check_place, existing_parent
 from trtllm_redrafter.version import __version__
 
-DRAFT_HEAD_ROWS = 8192
-"""Rows of the drafter's LM head that are computed, where the checkpoint says which are the most frequent."""
+LEAST_DRAFT_HEAD_ROWS = 8192
+
+
+def draft_head_rows(vocab_size: int) -> int:
+    """Rows of the drafter's LM head that are computed, where the checkpoint says which are the most frequent.
+
+    A sixth of the vocabulary: 8,192 of 49,152 hold 99 % of what SmolLM2 writes, but only 97 % of what a model with
+    151,936 tokens does, where every token that cannot be drafted ends a draft.
+    """
+    return max(LEAST_DRAFT_HEAD_ROWS, vocab_size // 6 // 1024 * 1024)
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,11 @@ class TorchBuildPlan:
         return kv_cache_bytes(config, self.options.max_batch_size, self.options.max_seq_len + tree)
 
     @property
+    def head_rows(self) -> int:
+        """0 without a drafter."""
+        return 0 if self.checkpoint.config.draft_shape is None else draft_head_rows(self.checkpoint.config.vocab_size)
+
+    @property
     def tokenizer(self) -> Path | None:
         """Where the tokenizer's files are copied from."""
         return self.text.source
@@ -63,7 +76,7 @@ class TorchBuildPlan:
                 "max_input_len": options.max_input_len,
                 "max_seq_len": options.max_seq_len,
             },
-            "draft_head_rows": 0 if self.checkpoint.config.draft_shape is None else DRAFT_HEAD_ROWS,
+            "draft_head_rows": self.head_rows,
             RECORDED: list(self.text.end_token_ids),
         }
 
@@ -85,7 +98,7 @@ class TorchBuildPlan:
             RECORDED: list(self.text.end_token_ids),
             "notes": list(self.text.notes),
             **self.engine_config()["build_config"],
-            "draft": None if shape is None else {**asdict(shape), "head_rows": DRAFT_HEAD_ROWS},
+            "draft": None if shape is None else {**asdict(shape), "head_rows": self.head_rows},
         }
 
     def render(self) -> str:
