@@ -213,9 +213,14 @@ def _read_drafter(fields: FieldReader, hidden: int, vocab: int) -> tuple[Drafter
         num_layers=fields.size("redrafter_num_layers", minimum=0),
         rnn=fields.flag("redrafter_is_rnn", None),
     )
+    return drafter, read_draft_shape(fields)
+
+
+def read_draft_shape(fields: FieldReader) -> DraftShape:
+    """How much a checkpoint with a drafter drafts, or an engine, which keeps its model's config."""
     shape = DraftShape(fields.size("redrafter_num_beams"), fields.size("redrafter_draft_len_per_beam"))
     fields.problems += [replace(problem, where=str(fields.where)) for problem in shape.problems()]
-    return drafter, shape
+    return shape
 
 
 def _rank_count(mapping: Mapping[str, Any], key: str, fields: FieldReader) -> int:
