@@ -22,7 +22,7 @@ from trtllm_redrafter.conversion.drafter import DrafterFiles
 from trtllm_redrafter.conversion.drafter_config import RETRAIN, draft_shape, size_problems
 from trtllm_redrafter.conversion.options import ConvertOptions, option_problems
 from trtllm_redrafter.conversion.sources import RankFile, rank_tensor
-from trtllm_redrafter.errors import InputError, MismatchError, Problem, RedrafterError
+from trtllm_redrafter.errors import InputError, MismatchError, Problem, RedrafterError, raise_together
 from trtllm_redrafter.fsio import check_replaceable
 from trtllm_redrafter.paths import check_place
 from trtllm_redrafter.redrafter.config import DraftShape
@@ -110,7 +110,7 @@ class ConversionPlan:
         """The plan for programs."""
         return {
             "options": self.options.as_dict(),
-            "reads": [_file(path) for path in self.inputs],
+            "reads": [{"file": str(path), "bytes": path.stat().st_size} for path in self.inputs],
             "writes": [{"file": r.name, "tensors": len(r.tensors), "bytes": r.size} for r in self.ranks],
             "copies": [{"from": str(source), "to": target} for source, target in self.copies],
             "config": config_dict(self.config),
@@ -127,10 +127,6 @@ def _human_bytes(count: int) -> str:
             return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     raise AssertionError
-
-
-def _file(path: Path) -> dict[str, Any]:
-    return {"file": str(path), "bytes": path.stat().st_size}
 
 
 T = TypeVar("T")
@@ -155,13 +151,8 @@ class _Collector:
         self.kinds += [kind] * bool(problems)
 
     def raise_all(self, where: Path) -> None:
-        if not self.problems:
-            return
         kind = self.kinds[0] if len(set(self.kinds)) == 1 else MismatchError
-        if len(self.problems) == 1:
-            p = self.problems[0]
-            raise kind(p.what, where=p.where, why=p.why, remedy=p.remedy)
-        raise kind("the conversion cannot be done", where=where, problems=self.problems)
+        raise_together(kind, self.problems, "the conversion cannot be done", where=where)
 
 
 def plan_conversion(options: ConvertOptions) -> ConversionPlan:
@@ -176,7 +167,9 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     drafter, shape, shape_notes = _open_drafter(options, found)
     config = None
     if base is not None:
-        config = _target_config(base.config, drafter, shape, options)
+        config = base.config
+        if drafter is not None and shape is not None:
+            config = config.with_drafter(drafter.config, shape, greedy=options.greedy)
         found.add(MismatchError, [*base.problems, *(_pair_problems(base, drafter) if drafter else ())])
         if options.tp_size >= 1:
             found.add(MismatchError, divisibility_problems(config, str(options.base)))
@@ -206,14 +199,6 @@ def _open_drafter(
     shape, notes, problems = draft_shape(drafter, num_beams=options.num_beams, draft_len=options.draft_len)
     found.add(MismatchError, problems)
     return drafter, shape, notes
-
-
-def _target_config(
-    base: CheckpointConfig, drafter: DrafterFiles | None, shape: DraftShape | None, options: ConvertOptions
-) -> CheckpointConfig:
-    if drafter is None or shape is None:
-        return base
-    return base.with_drafter(drafter.config, shape, greedy=options.greedy)
 
 
 def _rank(base: Base, drafter: DrafterFiles | None, config: CheckpointConfig, rank: int) -> RankFile:

@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtllm_redrafter.backends.tensorrt_llm.engine_dir import NOTES_FILE
 from trtllm_redrafter.checkpoint.kinds import Kind, kind_of, wrong_kind
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT, MANIFEST, RECORDED
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
 from trtllm_redrafter.errors import InputError, RedrafterError
 from trtllm_redrafter.fsio import read_json
-
-_TENSORRT_NOTES = "redrafter.json"
-"""File of a TensorRT engine built by this program, for what TensorRT-LLM's config.json has no field for."""
 
 _BASE_FACTS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -137,8 +135,8 @@ def inspect(path: Path) -> Inspection:
 
 def _end_tokens(path: Path, kind: Kind, config: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
     """The end tokens of a model, checkpoint or engine, which keep them elsewhere than in config.json."""
-    if kind is Kind.TENSORRT_ENGINE and (path / _TENSORRT_NOTES).is_file():
-        return {RECORDED: read_json(path / _TENSORRT_NOTES).get(RECORDED, [])}
+    if kind is Kind.TENSORRT_ENGINE and (path / NOTES_FILE).is_file():
+        return {RECORDED: read_json(path / NOTES_FILE).get(RECORDED, [])}
     if kind is Kind.CHECKPOINT and manifest is not None:
         return {RECORDED: manifest.end_tokens}
     if kind is not Kind.BASE_MODEL or type(config.get("vocab_size")) is not int:
