@@ -92,7 +92,7 @@ class RedrafterError(Exception):
 
 
 class UsageError(RedrafterError):
-    """An option, recipe key or combination of them cannot be meant."""
+    """An option, a recipe key or a combination of them is not valid."""
 
     exit_code = 2
     kind = "usage"
@@ -106,7 +106,7 @@ class InputError(RedrafterError):
 
 
 class MismatchError(RedrafterError):
-    """Inputs are fine each, but do not fit each other or the options."""
+    """Inputs are valid one by one, but do not fit each other or the options."""
 
     exit_code = 4
     kind = "mismatch"

@@ -217,7 +217,7 @@ def _read_drafter(fields: FieldReader, hidden: int, vocab: int) -> tuple[Drafter
 
 
 def read_draft_shape(fields: FieldReader) -> DraftShape:
-    """How much a checkpoint with a drafter drafts, or an engine, which keeps its model's config."""
+    """The draft shape in a checkpoint's config, or in an engine's copy of it."""
     shape = DraftShape(fields.size("redrafter_num_beams"), fields.size("redrafter_draft_len_per_beam"))
     fields.problems += [replace(problem, where=str(fields.where)) for problem in shape.problems()]
     return shape

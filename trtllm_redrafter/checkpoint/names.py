@@ -15,7 +15,7 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 TOKENIZER_DIRECTORY = "tokenizer"
-"""Of a checkpoint or an engine: what reads its texts."""
+"""Of checkpoints and engines."""
 
 DRAFT_VOCAB_FILE = "draft_vocab.safetensors"
 QUANT_CFG = "quant_cfg.json"

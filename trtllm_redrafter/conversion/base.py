@@ -185,7 +185,7 @@ def checkpoint_head(checkpoint: Checkpoint) -> tuple[Source, ...]:
 
 
 def chosen_head(model: HFModel, choice: str) -> tuple[CheckpointConfig, tuple[str, ...]]:
-    """The model's config with the head that was chosen, and what people should know."""
+    """The model's config with the chosen head, and notes."""
     config = model.config
     if choice == FILE_HEAD and config.tie_word_embeddings:
         config = replace(config, tie_word_embeddings=False)

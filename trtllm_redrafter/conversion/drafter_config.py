@@ -49,7 +49,7 @@ class DrafterSettings:
 
 
 def read_drafter_config(path: Path) -> DrafterSettings:
-    """Of the drafter in directory `path`; `InputError` lists every key that is missing or wrong."""
+    """The settings of the drafter in directory `path`; `InputError` lists every key that is missing or wrong."""
     if not path.is_dir():
         raise InputError("the drafter directory does not exist", where=path, remedy="check --drafter")
     raw = read_json(path / "config.json")
@@ -69,7 +69,7 @@ def read_drafter_config(path: Path) -> DrafterSettings:
 
 
 def _trained_draft_len(path: Path, fields: FieldReader) -> tuple[int | None, str]:
-    """How many tokens ahead the drafter was trained, and who says so."""
+    """How many tokens ahead the drafter was trained, and where that is stated."""
     stated = fields.optional_size("draft_len")
     if stated is not None:
         return stated, "draft_len in the drafter's config.json"
@@ -105,7 +105,7 @@ def draft_shape(
 
 
 def _shape_problems(shape: DraftShape, drafter: DrafterSettings) -> Iterator[Problem]:
-    """What no drafter can draft, and what this one cannot."""
+    """Limits of every drafter, and of this one, that the shape exceeds."""
     for problem in shape.problems():
         yield replace(problem, where="--num-beams" if problem.what.startswith("num_beams") else "--draft-len")
     vocab_size, trained = drafter.config.vocab_size, drafter.trained_draft_len

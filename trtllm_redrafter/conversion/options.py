@@ -48,7 +48,7 @@ class ConvertOptions:
 
 
 def option_problems(options: ConvertOptions) -> tuple[type[RedrafterError], list[Problem]]:
-    """Options that cannot be meant, whatever the files say."""
+    """Options that are not valid, whatever the input files are."""
     found = []
     if options.tp_size < 1:
         found.append(Problem(f"tp_size is {options.tp_size}", "--tp-size", None, "use 1 or more"))

@@ -219,7 +219,7 @@ def _copies(base: Base, drafter: DrafterFiles | None) -> tuple[tuple[Path, str],
 
 
 def _notes(base: Base, drafter: DrafterFiles | None, options: ConvertOptions) -> list[str]:
-    """What people should know of the two together."""
+    """Notes on the pair of base and drafter."""
     notes = []
     if base.tokenizer_sha256 is None:
         notes.append("the base has no tokenizer files; pass --tokenizer to build")

@@ -125,7 +125,7 @@ class Cancelled(Exception):
 
 
 class Meter:
-    """Counts bytes from several threads for one progress bar, and carries the order to stop.
+    """Counts bytes from several threads for one progress bar, and tells them to stop.
 
     Meters that share `lock` never call `progress` at the same time; it need not be thread-safe.
     """
@@ -202,7 +202,7 @@ def write_rank(plan: RankFile, path: Path, meter: Meter) -> FileRecord:
 
 
 def reserve(fd: int, size: int) -> None:
-    """Take the disk space now; file systems that cannot are left to find it while writing."""
+    """Reserve the disk space now, if the file system can."""
     try:
         os.posix_fallocate(fd, 0, max(size, 1))
     except OSError as e:

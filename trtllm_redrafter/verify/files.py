@@ -70,7 +70,7 @@ def checkpoint_directory(path: Path) -> Path:
 def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
     """Manifest, names, shapes and dtypes. Unreadable files are problems like any other.
 
-    `InputError` when there is no checkpoint or engine that could be right or wrong.
+    `InputError` when `path` is neither a checkpoint nor an engine.
     """
     _refuse_others(path)
     checks: list[str] = []

@@ -66,8 +66,8 @@ MEANINGS = (
 
 
 def parity_gate(request: GateRequest) -> GateReport:
-    """Decode with the engine, close it, then compute the reference, so that never both are in memory."""
-    differing = check_config(request.config, request.reference)  # raises if this is no engine, and says what it is
+    """Decode with the engine, close it, then compute the reference, so that the two are never in memory together."""
+    differing = check_config(request.config, request.reference)  # raises if `engine` is not an engine
     require_sound(request.checkpoint)  # a damaged reference proves nothing
     compared, changed = check_weights(request.config, request.reference)
     model, on_torch = request.checkpoint.config, request.config.backend == TORCH

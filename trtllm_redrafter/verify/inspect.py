@@ -46,7 +46,7 @@ _KINDS: Mapping[Kind, tuple[str, tuple[str, ...]]] = {
     ),
     Kind.TENSORRT_ENGINE: ("TensorRT-LLM engine", ("version", "build_config")),
 }
-"""What a kind is called here, and the keys of its config.json to show."""
+"""Each kind's name, and the keys of its config.json to show."""
 
 
 @dataclass(frozen=True)

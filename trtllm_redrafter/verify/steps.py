@@ -1,6 +1,6 @@
 """Did the engine take the steps that the checkpoint's drafter takes for the same text? The gate's check of speed.
 
-A wrong drafter changes no token of a greedy text, only the number of steps. So the steps that this very text takes are
+A wrong drafter changes no token of a greedy text, only the number of steps. So the steps that this text takes are
 counted, and both counts are compared by prompt and by position; too few and too many are both alarms.
 
     replay = load_replay(engine, checkpoint, runner, DraftShape(5, 5), "cpu", greedy=True)
