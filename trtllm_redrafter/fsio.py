@@ -186,6 +186,14 @@ def sample_sha256(path: Path, pages: int = 16, page_bytes: int = 4096) -> str:
     return digest.hexdigest()
 
 
+def human_bytes(count: int) -> str:
+    """`269.1 MB`; powers of ten, as disks are sold."""
+    if count < 1000:
+        return f"{count} B"
+    power = min((len(str(count)) - 1) // 3, 3)
+    return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"
+
+
 def safe_join(base: Path, relative: str) -> Path:
     """`base / relative`, refused when it would leave `base` (absolute, `..`, or through a symbolic link).
 

@@ -22,6 +22,7 @@ import typer
 
 from trtllm_redrafter.cli import signals
 from trtllm_redrafter.errors import RedrafterError
+from trtllm_redrafter.fsio import human_bytes
 from trtllm_redrafter.progress import Progress, no_progress
 from trtllm_redrafter.prompts.jsonl import OBEYED, dump_line
 
@@ -164,7 +165,7 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def _amount(count: int, unit: str) -> str:
-    return f"{count / 1e6:.1f} MB" if unit == "bytes" else f"{count} {unit}"
+    return human_bytes(count) if unit == "bytes" else f"{count} {unit}"
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from trtllm_redrafter.conversion.drafter_config import RETRAIN, draft_shape, siz
 from trtllm_redrafter.conversion.options import ConvertOptions, option_problems
 from trtllm_redrafter.conversion.sources import RankFile, rank_tensor
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, RedrafterError, raise_together
-from trtllm_redrafter.fsio import check_replaceable
+from trtllm_redrafter.fsio import check_replaceable, human_bytes
 from trtllm_redrafter.paths import check_place
 from trtllm_redrafter.redrafter.config import DraftShape
 
@@ -95,9 +95,9 @@ class ConversionPlan:
                 f"  drafter   {self.drafter.path}: {d.num_layers} layers, exit_dim {d.exit_dim}, {kind}"
                 + (", LM head from the base" if self.drafter.tie_lm_head else "")
             )
-        lines.append(f"  reads     {len(self.inputs)} files, {_human_bytes(read)}")
+        lines.append(f"  reads     {len(self.inputs)} files, {human_bytes(read)}")
         lines += [
-            f"  writes    {rank.name}, {len(rank.tensors)} tensors, {_human_bytes(rank.size)}" for rank in self.ranks
+            f"  writes    {rank.name}, {len(rank.tensors)} tensors, {human_bytes(rank.size)}" for rank in self.ranks
         ]
         lines += [f"  copies    {target}" for _, target in self.copies]
         lines.append("  derived")
@@ -117,16 +117,6 @@ class ConversionPlan:
             "derived": self.derived,
             "notes": list(self.notes),
         }
-
-
-def _human_bytes(count: int) -> str:
-    """`269.1 MB`; powers of ten, as disks are sold."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    raise AssertionError
 
 
 T = TypeVar("T")

@@ -23,7 +23,7 @@ from typing import Any
 
 from trtllm_redrafter.checkpoint.config import config_dict
 from trtllm_redrafter.checkpoint.manifest import FileRecord, Manifest
-from trtllm_redrafter.checkpoint.names import RECORDED, TRAINED_DRAFT_LEN, rank_file
+from trtllm_redrafter.checkpoint.names import EOS_TOKEN_IDS, TRAINED_DRAFT_LEN, rank_file
 from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor, tensor_bytes
 from trtllm_redrafter.conversion.plan import ConversionPlan
 from trtllm_redrafter.conversion.sources import Block, RankFile, blocks
@@ -89,7 +89,7 @@ def _wait_for(futures: list[Future[Any]]) -> None:
 
 def _manifest(plan: ConversionPlan, records: dict[str, FileRecord], inputs: dict[Path, FileRecord]) -> Manifest:
     """`derived` has only what config.json has no key for."""
-    derived: dict[str, Any] = {RECORDED: list(plan.base.eos_token_ids)}
+    derived: dict[str, Any] = {EOS_TOKEN_IDS: list(plan.base.eos_token_ids)}
     sections: dict[str, Any] = {
         "base": {
             "path": str(plan.options.base),

@@ -16,7 +16,7 @@ from typing import Any
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import NOTES_FILE
 from trtllm_redrafter.checkpoint.kinds import Kind, kind_of, wrong_kind
 from trtllm_redrafter.checkpoint.manifest import Manifest
-from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT, MANIFEST, RECORDED
+from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT, EOS_TOKEN_IDS, MANIFEST
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
 from trtllm_redrafter.errors import InputError, RedrafterError
 from trtllm_redrafter.fsio import read_json
@@ -136,9 +136,9 @@ def inspect(path: Path) -> Inspection:
 def _end_tokens(path: Path, kind: Kind, config: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
     """The end tokens of a model, checkpoint or engine, which keep them elsewhere than in config.json."""
     if kind is Kind.TENSORRT_ENGINE and (path / NOTES_FILE).is_file():
-        return {RECORDED: read_json(path / NOTES_FILE).get(RECORDED, [])}
+        return {EOS_TOKEN_IDS: read_json(path / NOTES_FILE).get(EOS_TOKEN_IDS, [])}
     if kind is Kind.CHECKPOINT and manifest is not None:
-        return {RECORDED: manifest.end_tokens}
+        return {EOS_TOKEN_IDS: manifest.end_tokens}
     if kind is not Kind.BASE_MODEL or type(config.get("vocab_size")) is not int:
         return {}
     from trtllm_redrafter.base_models.tokenizer_setup import tokenizer_setup
@@ -146,8 +146,8 @@ def _end_tokens(path: Path, kind: Kind, config: Mapping[str, Any], manifest: Man
     try:
         text = tokenizer_setup(path, vocab_size=config["vocab_size"], remedy="download the tokenizer again")
     except RedrafterError as error:
-        return {RECORDED: f"not known: {error.problem.what}"}
-    return {RECORDED: list(text.end_token_ids)}
+        return {EOS_TOKEN_IDS: f"not known: {error.problem.what}"}
+    return {EOS_TOKEN_IDS: list(text.end_token_ids)}
 
 
 def _rows(file: SafetensorsFile, name: str) -> Iterator[TensorRow]:
