@@ -103,12 +103,11 @@ def test_passes_have_at_most_256_rows() -> None:
         padded(257)
 
 
-ONE_TEAM = {"TEAMS": 1, "ROW_TEAMS": 1}
 HEADS = {"D": 128, "HEADS": 12, "KV_HEADS": 2}
 VARIANTS: Sequence[tuple[str, dict[str, int | None], int]] = (
-    ("linear.cu", {"ROWS": 8, "GROUPS": 9, **ONE_TEAM, "STAGES": 5, "PARTIAL": None}, 8),
-    ("linear.cu", {"ROWS": 32, "GROUPS": 7, **ONE_TEAM, "STAGES": 5, "GATED": None, "DTYPE_HALF": None}, 32),
-    ("linear.cu", {"ROWS": 256, "GROUPS": 8, "TEAMS": 1, "ROW_TEAMS": 2, "STAGES": 3, "LOGITS": None}, 128),
+    ("linear.cu", {"ROWS": 8, "GROUPS": 9, "TEAMS": 1, "STAGES": 5, "PARTIAL": None}, 8),
+    ("linear.cu", {"ROWS": 32, "GROUPS": 7, "TEAMS": 1, "STAGES": 5, "GATED": None, "DTYPE_HALF": None}, 32),
+    ("linear.cu", {"ROWS": 256, "GROUPS": 8, "TEAMS": 2, "STAGES": 3, "LOGITS": None}, 128),
     ("step.cu", {"BEAMS": 5, "LENGTH": 5, "PATH": 8}, 0),
     ("step.cu", {"BEAMS": 1, "LENGTH": 0, "PATH": 8}, 0),
     ("norm.cu", {"WIDTH": 1536, "THREADS": 768}, 0),

@@ -52,6 +52,8 @@ class _Sequence(RunningRequest):
     """Do the next step with the root alone: with drafts, the last one's numbers were not finite."""
     on_device: bool = False
     """Are the next root and context, and how many positions are committed, kept by `DeviceSteps`?"""
+    ahead: int = 0
+    """Steps under way."""
 
 
 class TorchRunner(Runner):
@@ -236,6 +238,8 @@ class TorchRunner(Runner):
     def _launch(self, batch: list[_Sequence], steps: DeviceSteps) -> None:
         longest = max(a.base + self._most_written(a) for a in batch)
         drafting = any(self._drafts(a) for a in batch)
+        for sequence in batch:
+            sequence.ahead += 1
         self._ahead.append((batch, steps.launch([a.slot for a in batch], drafting=drafting, longest=longest)))
 
     def _read_step(self) -> list[Update]:
@@ -246,6 +250,7 @@ class TorchRunner(Runner):
         elapsed, self._last_read = max(0.0, now - self._last_read), now
         updates = []
         for sequence, outcome in zip(sequences, outcomes, strict=True):
+            sequence.ahead -= 1
             if sequence.result.finish_reason is not None:
                 continue
             sequence.result.decode_seconds += elapsed
@@ -273,7 +278,7 @@ class TorchRunner(Runner):
     def _most_written(self, sequence: _Sequence) -> int:
         """Tokens that the steps under way can have written at most, and so positions committed."""
         width = 1 + (self._drafting.shape.draft_len if self._drafting is not None and self._drafts(sequence) else 0)
-        return width * sum(sequence in batch for batch, _ in self._ahead)
+        return width * sequence.ahead
 
     def _drafts(self, sequence: _Sequence) -> bool:
         return self._drafting is not None and sequence.request.draft

@@ -249,19 +249,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         __syncwarp();
         wait_for_previous();
         const Rows all{query + (first * HEADS + kv * GROUP) * D, (int)count * GROUP};
-        float* exchange = (float*)(shared_memory + WARPS * WARP_BYTES);  // [WARPS][16][D]
+        // [WARPS][16][D], where the warps' keys were if no further tile needs them
+        float* exchange = (float*)(shared_memory + (group_tiles == 1 ? 0 : WARPS * WARP_BYTES));
+        const int pitch = group_tiles == 1 ? WARP_BYTES / 4 : 16 * D;
         for (int tile = group * group_tiles; tile < tiles && tile < (group + 1) * group_tiles; tile++) {
             u32 q[D / 16][4];
             State state;
             if (here) {
                 all.load(q, tile * 16);
                 state.attend(q, own, own_values, BLOCK, scale);
+                __syncwarp();
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int r = (lane >> 2) + 8 * half;
 #pragma unroll
                     for (int n = 0; n < D / 8; n++)
-                        *(float2*)(exchange + (warp * 16 + r) * D + 8 * n + 2 * (lane & 3)) =
+                        *(float2*)(exchange + warp * pitch + r * D + 8 * n + 2 * (lane & 3)) =
                             make_float2(state.out[n][2 * half], state.out[n][2 * half + 1]);
                     if ((lane & 3) == 0) tops[warp][r] = state.top[half], sums[warp][r] = state.sum[half];
                 }
@@ -272,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
                 const int r = i / D, column = i % D, flat = tile * 16 + r;
                 if (flat >= all.count) break;
                 float top = tops[0][r], sum = sums[0][r], out = exchange[r * D + column];
-                for (int w = 1; w < used; w++) fold(top, sum, out, tops[w][r], sums[w][r], exchange[(w * 16 + r) * D + column]);
+                for (int w = 1; w < used; w++) fold(top, sum, out, tops[w][r], sums[w][r], exchange[w * pitch + r * D + column]);
                 const u64 place = ((u64)segment * rows + first + flat / GROUP) * HEADS + kv * GROUP + flat % GROUP;
                 parts[place * D + column] = out;
                 if (column == 0) weights[place] = make_float2(top, sum);

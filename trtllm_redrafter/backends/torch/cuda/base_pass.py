@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.backends.torch.cuda.compiler import compiled, pointer
-from trtllm_redrafter.backends.torch.cuda.linear import Linear
+from trtllm_redrafter.backends.torch.cuda.linear import SMALL, Linear
 from trtllm_redrafter.backends.torch.layout import Layout
 from trtllm_redrafter.backends.torch.weights import LayerWeights, ModelWeights
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
@@ -72,9 +72,9 @@ class _Products:
     def of(cls, layer: LayerWeights, multiprocessors: int) -> _Products:
         return cls(
             Linear(layer.qkv, "partial", multiprocessors),
-            Linear(layer.dense, "partial", multiprocessors),
+            Linear(layer.dense, "partial", multiprocessors, shared=SMALL),
             Linear(torch.cat([layer.gate_proj, layer.up_proj]), "gated", multiprocessors),
-            Linear(layer.down_proj, "partial", multiprocessors),
+            Linear(layer.down_proj, "partial", multiprocessors, shared=SMALL),
         )
 
     @property
@@ -201,7 +201,7 @@ class BasePass:
         groups = max(1, min(tiles, 2 * self._count // max(1, segments * kv_heads * layout.batch)))
         group_tiles = -(-tiles // groups)
         parts, weights = self._parts_for(segments + tails)
-        shared = 4 * 2 * _BLOCK * size * 2 + 4 * 16 * size * 4
+        shared = 4 * 2 * _BLOCK * size * 2 + (4 * 16 * size * 4 if group_tiles > 1 else 0)
         integers = [ctypes.c_int(n) for n in (rows, segments, groups, group_tiles)]
         compiled("attention.cu", "attend", constants, shared_bytes=shared).launch(
             (segments * groups + -(-nodes * tails // 4), kv_heads, layout.batch), _ATTEND_THREADS,

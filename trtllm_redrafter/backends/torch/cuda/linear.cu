@@ -11,23 +11,21 @@
 // A row's bits do not depend on how many rows there are: one product adds 16 columns, in rising order, over ranges of
 // columns that follow from the matrix and the GPU alone. Sums of several ranges are added by the kernel that reads them.
 //
-// Compile-time: ROWS (rows of x, padded to 8), GROUPS, TEAMS (warpgroups that share a pass's tiles of 64 rows), ROW_TEAMS
-// (that share the rows of x: with many, a thread holds up to 192 sums, and takes the registers for them from the warpgroup
-// that loads), STAGES, and what becomes of the sums: PARTIAL writes [splits, rows, M] float32; GATED silu(gate) * up as 16 bits [rows, M / 2], a
+// Compile-time: ROWS (rows of x, padded to 8), GROUPS, TEAMS (warpgroups that share the rows of x; with two a thread may
+// hold 192 sums, and takes the registers for them from the warpgroup that loads), STAGES, and what becomes of the sums: PARTIAL writes [splits, rows, M] float32; GATED silu(gate) * up as 16 bits [rows, M / 2], a
 // group being 8 gate rows and the 8 up rows of the same places; LOGITS 16 bits [rows, M] and, per block, the largest of
 // each row (NaN counts as infinite, so that it is noticed).
 #include "common.cuh"
 #include "wgmma.cuh"
 
 #define TILES ((GROUPS + 3) / 4)
-#define OWN_TILES ((TILES + TEAMS - 1) / TEAMS)
 #define GROUP_BYTES 2048
 #define WEIGHT_BYTES (GROUPS * GROUP_BYTES)
 #define INPUT_BYTES (ROWS * 128)
 #define STAGE_BYTES ((WEIGHT_BYTES + INPUT_BYTES + 1023) / 1024 * 1024)
-#define CONSUMERS (TEAMS * ROW_TEAMS * 128)
-#define THREADS (CONSUMERS + (ROW_TEAMS > 1 ? 128 : 32))
-#define TEAM_ROWS (ROWS / ROW_TEAMS)
+#define CONSUMERS (TEAMS * 128)
+#define THREADS (CONSUMERS + (TEAMS > 1 ? 128 : 32))
+#define TEAM_ROWS (ROWS / TEAMS)
 
 struct Work {
     int groups, parts, k_tiles, splits, passes, rows, width;  // width: M
@@ -74,8 +72,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     extern __shared__ u8 shared_memory[];
     __shared__ alignas(8) u64 full[STAGES], empty[STAGES];
 #ifdef LOGITS
-    __shared__ float block_value[TEAMS * 4][ROWS];  // the largest that each warp has seen
-    __shared__ int block_index[TEAMS * 4][ROWS];
+    __shared__ float block_value[4][ROWS];  // the largest that each warp has seen
+    __shared__ int block_index[4][ROWS];
 #endif
     const u32 base = (shared_address(shared_memory) + 1023u) & ~1023u;
     const int thread = threadIdx.x;
@@ -90,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     launch_next();
 
     if (thread >= CONSUMERS) {
-#if ROW_TEAMS > 1
+#if TEAMS > 1
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
 #endif
         if (thread != CONSUMERS) return;
@@ -115,14 +113,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         return;
     }
 
-#if ROW_TEAMS > 1
+#if TEAMS > 1
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
 #endif
-    const int team = (thread >> 7) % TEAMS, first_row = (thread >> 7) / TEAMS * TEAM_ROWS;
+    const int first_row = (thread >> 7) * TEAM_ROWS;
     const int warp = (thread >> 5) & 3, lane = thread & 31;
-    float sums[OWN_TILES][TEAM_ROWS / 2];
+    float sums[TILES][TEAM_ROWS / 2];
 #ifdef LOGITS
-    for (int i = thread; i < TEAMS * 4 * ROWS; i += CONSUMERS)
+    for (int i = thread; i < 4 * ROWS; i += CONSUMERS)
         (&block_value[0][0])[i] = __int_as_float(0xff800000), (&block_index[0][0])[i] = 0x7fffffff;
     asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
 #endif
@@ -132,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     u32 parity = 0;
     for (; !at.done(work); at.pass++, at.open(work)) {
 #pragma unroll
-        for (int t = 0; t < OWN_TILES; t++)
+        for (int t = 0; t < TILES; t++)
 #pragma unroll
             for (int i = 0; i < TEAM_ROWS / 2; i++) sums[t][i] = 0.0f;
         for (int k = at.first; k < at.last; k++) {
@@ -142,9 +140,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
             for (int step = 0; step < 4; step++)
 #pragma unroll
-                for (int t = 0; t < OWN_TILES; t++)
-                    if (t * TEAMS + team < TILES)  // rows beyond the pass's last are what else lies there, and not used
-                        wgmma(sums[t], descriptor(a + (t * TEAMS + team) * 8192 + 32 * step), descriptor(b + 32 * step));
+                for (int t = 0; t < TILES; t++)  // rows beyond the pass's last are what else lies there, and not used
+                    wgmma(sums[t], descriptor(a + t * 8192 + 32 * step), descriptor(b + 32 * step));
             wgmma_commit();
             if (k > at.first) {  // this box's products go on while the one before it is given back
                 wgmma_wait<1>();
@@ -163,8 +160,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int i = 0; i < TEAM_ROWS / 4; i++) top_value[i] = __int_as_float(0xff800000), top_index[i] = 0x7fffffff;
 #endif
 #pragma unroll
-        for (int t = 0; t < OWN_TILES; t++) {
-            const int own = (t * TEAMS + team) * 4 + warp;
+        for (int t = 0; t < TILES; t++) {
+            const int own = t * 4 + warp;
             if (own >= at.size) continue;
             const int group = at.group + own, place = group * 16 + (lane >> 2), first = first_row + 2 * (lane & 3);
 #if defined(PARTIAL)
@@ -218,8 +215,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     top_value[i] = other, top_index[i] = where;
             }
             const int n = first_row + 8 * (i / 2) + 2 * lane + (i & 1);
-            if (lane < 4 && top_value[i] > block_value[team * 4 + warp][n])  // earlier passes have lower places
-                block_value[team * 4 + warp][n] = top_value[i], block_index[team * 4 + warp][n] = top_index[i];
+            if (lane < 4 && top_value[i] > block_value[warp][n])  // earlier passes have lower places
+                block_value[warp][n] = top_value[i], block_index[warp][n] = top_index[i];
         }
 #endif
     }
@@ -228,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int n = thread; n < work.rows; n += CONSUMERS) {
         float value = block_value[0][n];
         int index = block_index[0][n];
-        for (int w = 1; w < TEAMS * 4; w++) {
+        for (int w = 1; w < 4; w++) {
             const float other = block_value[w][n];
             const int where = block_index[w][n];
             if (other > value || (other == value && where < index)) value = other, index = where;

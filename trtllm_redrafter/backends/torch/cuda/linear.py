@@ -21,15 +21,14 @@ EVICT_FIRST, EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000
 _BOX = 64  # columns of a box: 128 bytes
 _GROUP = 16  # rows of a weight that are dealt out together
 _MOST_GROUPS = 9  # of a pass
-_SHARED = 100 << 10
-"""Bytes a block takes, so that the next kernel's blocks fit beside it and can ask for their weights."""
+LARGE, SMALL = 124 << 10, 96 << 10
+"""Bytes of shared memory that a block takes. Products take them in turn: a block and one of the next product, which
+asks for its weights meanwhile, fit one multiprocessor; two large ones do not, since two blocks of one product would
+share a multiprocessor's bandwidth while another has none."""
 _SHARED_WIDE = 200 << 10
-_SLACK = 9 << 10
-"""Of them for alignment and for what a block's last, partly empty tile reads beyond its boxes."""
 _WIDE = 64
-"""With more rows a product is bound by arithmetic too, and blocks take the whole multiprocessor."""
-_TEAM_ROWS = 128
-"""With more rows two warpgroups take half of them each, with the registers of the one that loads."""
+"""With more rows a product is bound by arithmetic too: a block takes the whole multiprocessor, and two warpgroups half
+of the rows each."""
 _SMALL_BOX = 4
 """A box of fewer groups takes no less time: handing it over takes longer than reading it."""
 _SPLIT_COST = 2
@@ -65,8 +64,11 @@ class Linear:
     For "gated" the weight is [2 I, K]: gate rows, then up rows.
     """
 
-    def __init__(self, weight: Tensor, kind: Kind, multiprocessors: int, *, streamed: bool = True) -> None:
-        self.kind = kind
+    def __init__(
+        self, weight: Tensor, kind: Kind, multiprocessors: int, *, shared: int = LARGE, streamed: bool = True
+    ) -> None:
+        """`shared`: LARGE and SMALL in turn, from product to product."""
+        self.kind, self._shared = kind, shared
         self._policy = ctypes.c_uint64(EVICT_FIRST if streamed else EVICT_LAST)
         self.width, self.columns = weight.shape
         self.k_tiles = -(-self.columns // _BOX)
@@ -88,23 +90,25 @@ class Linear:
         size = padded(rows)
         wide = size > _WIDE
         groups = self._pass_groups
-        row_teams = 2 if size > _TEAM_ROWS else 1
-        teams = min(2, -(-groups // 4)) if wide and row_teams == 1 else 1
+        teams = 2 if wide else 1
         stage = -(-(groups * _GROUP + size) * 2 * _BOX // 1024) * 1024
-        stages = max(2, min(((_SHARED_WIDE if wide else _SHARED) - _SLACK) // stage, 24))
+        boxes = self.passes * -(-self.k_tiles // self.splits)  # of a block
+        slack = 1024 + max(0, -(-groups // 4) * 64 * 2 * _BOX - stage)  # alignment, and what a partly empty tile reads
+        shared = _SHARED_WIDE if wide else self._shared
+        stages = max(2, min((shared - slack) // stage, boxes, 24))
         constants: dict[str, int | None] = {
-            "ROWS": size, "GROUPS": groups, "TEAMS": teams, "ROW_TEAMS": row_teams, "STAGES": stages,
+            "ROWS": size, "GROUPS": groups, "TEAMS": teams, "STAGES": stages,
             self.kind.upper(): None,
         }  # fmt: skip
         if self.packed.dtype == torch.float16:
             constants["DTYPE_HALF"] = None
         kernel = compiled(
-            "linear.cu", "linear", constants, rows=size // row_teams, shared_bytes=stages * stage + _SLACK
+            "linear.cu", "linear", constants, rows=size // teams, shared_bytes=max(shared, stages * stage + slack)
         )
         work = _Work(self._groups, self.parts, self.k_tiles, self.splits, self.passes, rows, self.width)
         values, places = (None, None) if best is None else best
         kernel.launch(
-            (self.blocks,), 128 * teams * row_teams + (128 if row_teams > 1 else 32),
+            (self.blocks,), 128 * teams + (128 if wide else 32),
             [pointer(self.packed), self._input_map(x, size), work, pointer(out), pointer(values), pointer(places),
              self._policy],
         )  # fmt: skip
