@@ -23,7 +23,7 @@ import torch
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
 from trtllm_redrafter.backends.engine_config import TORCH
-from trtllm_redrafter.backends.torch.temporary import temporary_directory, temporary_runner
+from trtllm_redrafter.backends.torch.temporary import temporary_runner
 from trtllm_redrafter.base_models.transformers_model import load_model
 from trtllm_redrafter.checkpoint.kinds import Kind, kind_at
 from trtllm_redrafter.checkpoint.reader import Checkpoint
@@ -105,12 +105,11 @@ def _runner(path: Path) -> Iterator[Runner]:
             runner.close()
         return
     length = min(Checkpoint.open(path).config.max_position_embeddings, max(PROMPT_LENGTHS) + TOKENS)
-    with temporary_directory(beside=path) as folder:
-        engine = temporary_runner(
-            path, folder, max_batch_size=len(PROMPT_LENGTHS), max_input_len=length - 1, max_seq_len=length, device="cpu"
-        )
-        with engine as built:
-            yield built
+    engine = temporary_runner(
+        path, max_batch_size=len(PROMPT_LENGTHS), max_input_len=length - 1, max_seq_len=length, device="cpu"
+    )
+    with engine as built:
+        yield built
 
 
 def _transformers_logits(path: Path, against: Path, dtype: str, texts: Sequence[Text]) -> ReferenceLogits:
