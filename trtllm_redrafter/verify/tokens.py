@@ -12,7 +12,7 @@ it, and logits may be no further from exact than rounding explains (`distributio
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,11 +98,8 @@ def _prompt(length: int, vocab_size: int) -> tuple[int, ...]:
 def _runner(path: Path) -> Iterator[Runner]:
     """The engine at `path`, or a temporary one built from the checkpoint there."""
     if kind_at(path) is Kind.TORCH_ENGINE:
-        runner = load_backend(TORCH).load(path, device="cpu", verify_hashes=False)
-        try:
+        with closing(load_backend(TORCH).load(path, device="cpu", verify_hashes=False)) as runner:
             yield runner
-        finally:
-            runner.close()
         return
     length = min(Checkpoint.open(path).config.max_position_embeddings, max(PROMPT_LENGTHS) + TOKENS)
     engine = temporary_runner(
