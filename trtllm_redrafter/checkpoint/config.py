@@ -106,7 +106,7 @@ class CheckpointConfig:
 
     @property
     def parameters_hint(self) -> str:
-        """One line for people: `LlamaForCausalLM, 32 layers, hidden 4096, 32/8 heads of 128, vocabulary 128256`."""
+        """One line of text: `LlamaForCausalLM, 32 layers, hidden 4096, 32/8 heads of 128, vocabulary 128256`."""
         return (
             f"{self.base_architecture}, {self.num_hidden_layers} layers, hidden {self.hidden_size}, "
             f"{self.num_attention_heads}/{self.num_key_value_heads} heads of {self.head_size}, "

@@ -146,7 +146,7 @@ class Checkpoint:
             raise BackendError(
                 f"tensor {name!r} cannot be joined over {len(self.ranks)} ranks",
                 where=self.path,
-                why=f"how quantization {self.config.quant_algo!r} divides it is not known here",
+                why=f"how quantization {self.config.quant_algo!r} splits it is not known here",
                 remedy="use a checkpoint with one rank, or the tensorrt-llm backend",
             )
         return spec

@@ -20,7 +20,7 @@ class ConvertOptions:
 
     `dtype` is "auto" (the base's own) or a name. `num_beams` and `draft_len` None: what the drafter was trained for.
     `lm_head` is "auto" (the base's config.json decides), "embedding" or "file": see `conversion.base`.
-    `parallel_embedding` divides the embedding's rows over ranks; a checkpoint as base keeps its own setting.
+    `parallel_embedding` splits the embedding's rows over ranks; a checkpoint as base keeps its own setting.
     """
 
     base: Path

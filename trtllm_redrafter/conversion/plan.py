@@ -52,7 +52,7 @@ class ConversionPlan:
 
     @cached_property
     def derived(self) -> dict[str, Any]:
-        """Values that follow from inputs and options, for people; files of the checkpoint hold each of them once."""
+        """Values that follow from inputs and options, to be shown; the checkpoint stores each of them once."""
         config = self.config
         values: dict[str, Any] = {
             "architecture": config.architecture,
@@ -81,7 +81,7 @@ class ConversionPlan:
         return values
 
     def render(self) -> str:
-        """The plan for people: reads, writes, derived values, notes."""
+        """The plan as text: reads, writes, derived values, notes."""
         options = self.options
         read = sum(path.stat().st_size for path in self.inputs)
         lines = [
@@ -237,6 +237,6 @@ def _pair_problems(base: Base, drafter: DrafterFiles) -> list[Problem]:
     found = size_problems(drafter, base.config)
     if drafter.tie_lm_head and not base.head:
         what = "the drafter borrows the base's LM head, which cannot be read"
-        why = "the base checkpoint's LM head is quantized, or divided by columns"
+        why = "the base checkpoint's LM head is quantized, or split by columns"
         found.append(Problem(what, str(drafter.path), why, RETRAIN))
     return found
