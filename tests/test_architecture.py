@@ -112,4 +112,4 @@ def test_modules_in_the_list_of_packages_exist() -> None:
     text = Path("docs/architecture.md").read_text()
     for package, owned in re.findall(r"^\| `(\w+)/` \| (.+) \|$", text, re.MULTILINE):
         for name in re.findall(r"`(\w+)`", owned):
-            assert f"{PACKAGE}.{package}.{name}" in modules() or name in ("tensorrt_llm",), (package, name)
+            assert f"{PACKAGE}.{package}.{name}" in modules(), (package, name)

@@ -45,6 +45,10 @@ class Problem:
             lines.append(f"  remedy: {self.remedy}")
         return "\n".join(lines)
 
+    def bullet(self) -> str:
+        """The same as an entry of a list."""
+        return "- " + self.render().replace("\n", "\n  ")
+
     def as_dict(self) -> dict[str, str | None]:
         return {"what": self.what, "where": self.where, "why": self.why, "remedy": self.remedy}
 
@@ -71,10 +75,7 @@ class RedrafterError(Exception):
         super().__init__(self.render())
 
     def render(self) -> str:
-        text = self.problem.render()
-        for problem in self.problems:
-            text += "\n- " + problem.render().replace("\n", "\n  ")
-        return text
+        return "\n".join([self.problem.render(), *(problem.bullet() for problem in self.problems)])
 
     def at(self: SomeError, where: str | Path) -> SomeError:
         """The same error with the place that only its caller knows."""

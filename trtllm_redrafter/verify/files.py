@@ -49,7 +49,7 @@ class VerifyReport:
         outcome = "all checks passed" if self.ok else f"{len(self.problems)} problem(s)"
         lines = [f"{self.path}: {outcome}", *(f"  checked: {check}" for check in self.checks)]
         lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines + ["- " + p.render().replace("\n", "\n  ") for p in self.problems])
+        return "\n".join(lines + [problem.bullet() for problem in self.problems])
 
     def as_dict(self) -> dict[str, Any]:
         return {
