@@ -30,6 +30,9 @@ MAX_ROWS = 256
 SEGMENT = 128
 _BLOCK = 32
 _ATTEND_THREADS = 128
+_CHAIN_BLOCKS = 2
+"""Blocks per multiprocessor that a prompt's queries are dealt out to, each of which reads the committed positions; with
+trees every sixteen queries have a block of their own."""
 
 
 _PARTS = ("sequence", "depths", "paths", "slots", "bases", "first")
@@ -198,7 +201,9 @@ class BasePass:
         tails = tail_blocks(layout.path)
         nodes = min(rows, layout.nodes)
         tiles = -(-nodes * (heads // kv_heads) // 16)
-        groups = max(1, min(tiles, 2 * self._count // max(1, segments * kv_heads * layout.batch)))
+        groups = tiles
+        if layout.chain:
+            groups = max(1, min(tiles, _CHAIN_BLOCKS * self._count // max(1, segments * kv_heads * layout.batch)))
         group_tiles = -(-tiles // groups)
         parts, weights = self._parts_for(segments + tails)
         shared = 4 * 2 * _BLOCK * size * 2 + (4 * 16 * size * 4 if group_tiles > 1 else 0)
