@@ -149,10 +149,7 @@ def main() -> None:
 
     shapes = [DraftShape(*(int(n) for n in s.split("x"))) for s in options.shapes.split(",")]
     backend = TorchBackend()
-    runners = {
-        f"{s.num_beams}x{s.draft_len}": backend.load(options.engine, device="cpu", verify_hashes=False, draft_shape=s)
-        for s in shapes
-    }
+    runners = {s.name: backend.load(options.engine, device="cpu", verify_hashes=False, draft_shape=s) for s in shapes}
     first = next(iter(runners.values()))
     lines = options.prompts.read_text().splitlines()
     step = max(1, len(lines) // options.count)

@@ -101,7 +101,7 @@ def planted(weights: ModelWeights, config: CheckpointConfig, name: str, size: fl
     for i in range(len(layers)) if name.startswith("all") else [index]:
         layer = layers[i]
         if name in ("all MLPs x", "one MLP x"):
-            layers[i] = replace(layer, down=layer.down * size)
+            layers[i] = replace(layer, down_proj=layer.down_proj * size)
         elif name == "one layer's norm x":
             layers[i] = replace(layer, input_norm=layer.input_norm * size)
         elif name == "one norm weight x":
@@ -153,16 +153,18 @@ class Bench:
         self.limits, self.head_rows = config.limits, config.head_rows
 
     def _along(self, text: Text) -> Any:
-        return self.runner.along(text.prompt, text.tokens)
+        return self.runner.teacher_forced(text.prompt, text.tokens)
 
     def base(self, name: str | None, size: float = 1.0, place: int = 0) -> tuple[bool, dict[str, float]]:
         """Is it seen, and by which figures?"""
         weights, config = self.weights, self.checkpoint.config
         if name is not None:
             weights, config = planted(weights, config, name, size, place, self.token)
-        executor = _make_executor(config, weights, self.limits, self.runner.info.draft_shape)
+        executor, _ = _make_executor(config, weights, self.limits, self.runner.info.draft_shape)
         runner = TorchRunner(self.runner.info, executor, None, None, frozenset())
-        rows = ((runner.along(t.prompt, t.tokens).logits, *self.pair.rows(i)) for i, t in enumerate(self.texts))
+        rows = (
+            (runner.teacher_forced(t.prompt, t.tokens).logits, *self.pair.rows(i)) for i, t in enumerate(self.texts)
+        )
         found = check_distributions(rows, self.pair.dtype)
         runner.close()
         return bool(found.exceeded() or found.not_finite), {k: v for k, (v, _) in found.figures().items()}

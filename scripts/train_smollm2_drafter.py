@@ -215,9 +215,7 @@ def measure(
         )
         accuracy = token_accuracy(model, material.base, chosen.rows, head=head, batch=2048)
         found[name] = {"acceptance": [r.as_dict() for r in results], "accuracy": accuracy, "rows": len(chosen.rows)}
-        say(
-            name + " " + " ".join(f"{r.shape.num_beams}x{r.shape.draft_len}={r.acceptance_length:.3f}" for r in results)
-        )
+        say(name + " " + " ".join(f"{r.shape.name}={r.acceptance_length:.3f}" for r in results))
         say(name + " top1 " + " ".join(f"{a['top1']:.3f}" for a in accuracy))
     return found
 

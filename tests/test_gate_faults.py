@@ -250,8 +250,8 @@ def test_a_large_reference_reads_one_layer_at_a_time(tmp_path: Path, monkeypatch
 def test_a_runner_shows_what_it_computes_as_it_decodes(tmp_path: Path) -> None:
     runner = load(build_engine(write_checkpoint(tmp_path), tmp_path / "engine"))
     tokens = list(range(20, 50))
-    found = runner.along((5, 6, 7), tokens)
-    whole = runner.along((5, 6, 7, *tokens[:29]), tokens[29:])  # the last position, from a prompt
+    found = runner.teacher_forced((5, 6, 7), tokens)
+    whole = runner.teacher_forced((5, 6, 7, *tokens[:29]), tokens[29:])  # the last position, from a prompt
     assert found.logits.shape == (30, runner.info.vocab_size) and found.states is not None
     torch.testing.assert_close(found.logits[29:], whole.logits, atol=1e-4, rtol=1e-4)
     beams = runner.drafts(found.states, [1] * 30)

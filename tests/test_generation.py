@@ -10,6 +10,7 @@ import pytest
 
 from tests.prompts.test_sampling import WithMinP
 from trtllm_redrafter.backends.base import EngineInfo, Request, Result, Runner, SamplingParams, Update
+from trtllm_redrafter.backends.requests import SpecDecodingStats
 from trtllm_redrafter.errors import BackendError, InputError, RequestError
 from trtllm_redrafter.prompts.messages import Prompt
 from trtllm_redrafter.run.jobs import Job, RunSummary, prompt_jobs, read_jobs
@@ -211,3 +212,17 @@ def test_figures_of_nothing() -> None:
     values = RunSummary().as_dict()
     assert values["acceptance_length"] is None and values["tokens_per_second"] is None
     assert values["acceptance_rate_per_position"] == []
+
+
+def test_positions_that_are_not_known_for_one_request_are_not_known_for_all() -> None:
+    """TensorRT-LLM may merge responses; the rates of the other requests' positions would be too low."""
+    total = SpecDecodingStats()
+    undrafted = SpecDecodingStats(steps=4)
+    known = SpecDecodingStats(steps=3, drafted_tokens=6, accepted_tokens=3, accepted_per_position=[2, 1])
+    for part in (undrafted, known):
+        total.add(part)
+    assert total.accepted_per_position == [2, 1] and total.acceptance_length == 1 + 3 / 7
+    total.add(SpecDecodingStats(steps=2, drafted_tokens=4, accepted_tokens=2))
+    assert total.accepted_per_position == total.acceptance_rate_per_position == []
+    total.add(known)
+    assert total.accepted_per_position == [] and total.acceptance_rate == 8 / 16

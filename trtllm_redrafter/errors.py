@@ -148,8 +148,12 @@ class NumericalError(RedrafterError):
     kind = "numerical"
 
 
-def not_finite(what: str, dtype: str, *, where: str | Path | None = None) -> NumericalError:
-    """`what` ("the logits after 3 tokens") is NaN or infinite; the remedy depends on the dtype it was computed in."""
+def not_finite(what: str, dtype: object, *, where: str | Path | None = None) -> NumericalError:
+    """`what` ("the logits after 3 tokens") is NaN or infinite; the remedy depends on the dtype it was computed in.
+
+    `dtype` is torch's, or its name.
+    """
+    dtype = str(dtype).removeprefix("torch.")
     if dtype == "float16":
         why = "float16 ends at 65504, which the activations of some models exceed; or weights are damaged"
         remedy = "use bfloat16 (convert with --dtype bfloat16); if that fails too, download the model again"

@@ -20,8 +20,8 @@ from tests.standins.host import GPU_LINE, ROOT, Host
 from tests.trtllm_options import options, settings
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import BuildOptions
-from trtllm_redrafter.backends.tensorrt_llm.build_log import BuildProgress, warnings_in
 from trtllm_redrafter.backends.tensorrt_llm.build_plan import plan_build
+from trtllm_redrafter.backends.tensorrt_llm.builder import BuildProgress, warnings_in
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import read_engine
 from trtllm_redrafter.backends.tensorrt_llm.failures import FAILURES, explain
 from trtllm_redrafter.checkpoint.manifest import Manifest
@@ -350,7 +350,10 @@ def test_progress_from_the_log() -> None:
     state = BuildProgress(ranks=2)
     lines = ["[TRT-LLM] [I] Set gemm_plugin to bfloat16.", "[TRT-LLM] [I] Build TensorRT engine Unnamed Network 0",
              "[TRT-LLM] [I] Serializing engine to x/rank0.engine...", "[TRT-LLM] [I] Engine serialized."]  # fmt: skip
-    headlines = [state.headline for line in lines if state.line(line)]
+    headlines = []
+    for line in lines:
+        state.line(line)
+        headlines.append(state.headline)
     assert headlines[:2] == ["build: reading the configuration, rank 0", "build: compiling, rank 0"]
     assert headlines[-1] == "build: engine written, rank 1"
     assert warnings_in("[TRT-LLM] [W] a\n[TRT-LLM] [W] a\n[TRT-LLM] [W] b\n[TRT-LLM] [I] c") == ["a", "b"]

@@ -20,8 +20,8 @@ from tests.engines import build_engine, write_checkpoint, write_tokenizer
 from tests.standins.host import CONTRACT, GPU_LINE, Host
 from tests.trtllm_options import settings
 from trtllm_redrafter.backends.base import FinishReason, Request, Result, Runner, SamplingParams
+from trtllm_redrafter.backends.tensorrt_llm.backend import TensorRTBackend
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
-from trtllm_redrafter.backends.tensorrt_llm.loading import load_runner
 from trtllm_redrafter.backends.tensorrt_llm.options import Api, RuntimeOptions
 from trtllm_redrafter.backends.tensorrt_llm.remote_client import worker_command, worker_environment
 from trtllm_redrafter.checkpoint.manifest import Manifest
@@ -37,7 +37,7 @@ SLURM = {"SLURM_JOB_ID": "7"}
 
 
 def load(engine: Path, api: Api | None = "llm", device: str = "auto") -> Runner:
-    return load_runner(engine, device=device, verify_hashes=False, draft_shape=None, api=api)
+    return TensorRTBackend().load(engine, device=device, verify_hashes=False, draft_shape=None, api=api)
 
 
 def timeless(results: list[Result]) -> list[dict[str, Any]]:
@@ -173,7 +173,9 @@ def test_settings_reach_the_api(host: Host, checkpoints: Path, tmp_path: Path, m
     load(engine, None, "cuda:1").close()
     seen = read_json(tmp_path / "seen.json")
     assert seen["kv"] == {"enable_block_reuse": True, "free_gpu_memory_fraction": 0.5, "max_tokens": None}
-    load_runner(engine, device="auto", verify_hashes=False, draft_shape=None, api="llm", kv_cache_tokens=4096).close()
+    TensorRTBackend().load(
+        engine, device="auto", verify_hashes=False, draft_shape=None, api="llm", kv_cache_tokens=4096
+    ).close()
     assert read_json(tmp_path / "seen.json")["kv"]["max_tokens"] == 4096
     assert seen["knobs"] == {"multi_block_mode": False}
     assert seen["environment"]["CUDA_VISIBLE_DEVICES"] == "1"

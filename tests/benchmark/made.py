@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from trtllm_redrafter.benchmark.records import ArmRecords, BatchRecords, BenchResult, Difference, Record
+from trtllm_redrafter.benchmark.records import BatchRecords, BenchResult, Difference, Record, SideRecords
 
 CATEGORIES = ("translation", "question answering")
 
@@ -48,22 +48,22 @@ def batch_records(
         for prompt in range(prompts):
             base = (1 + prompt % 5) / machine
             category = CATEGORIES[prompt % 2]
-            for arm, seconds, steps, accepted, step in (
+            for side, seconds, steps, accepted, step in (
                 (made.drafting, base / faster, 50, 49, 1.0 / 50),
                 (made.autoregression, base, 99, 0, 1.0 / 99),
             ):
                 seconds *= 1 + rng.gauss(0, noise)
-                arm.records.append(
+                side.records.append(
                     record(f"p{prompt:02}", repeat, seconds, steps=steps, accepted=accepted,
                            step_seconds=step * steps, category=category)
                 )  # fmt: skip
-                _account(arm, seconds, rng)
+                _account(side, seconds, rng)
     return made
 
 
-def _account(arm: ArmRecords, seconds: float, rng: random.Random) -> None:
-    arm.wall_seconds += seconds
-    arm.gaps += [seconds / 100 * rng.uniform(0.9, 1.3) for _ in range(5)]
+def _account(side: SideRecords, seconds: float, rng: random.Random) -> None:
+    side.wall_seconds += seconds
+    side.gaps += [seconds / 100 * rng.uniform(0.9, 1.3) for _ in range(5)]
 
 
 def result(*batches: BatchRecords, complete: bool = True) -> BenchResult:

@@ -62,8 +62,8 @@ def test_notes_name_what_else_differs() -> None:
 def test_an_interrupted_result_is_not_slower_for_the_prompts_it_reached() -> None:
     """The second repeat ended after the slowest prompts: counted, they would weigh twice and look like a regression."""
     new = batch_records(1.5, repeats=2)
-    for arm in (new.drafting, new.autoregression):
-        arm.records = [r for r in arm.records if r.repeat == 0 or int(r.item[1:]) % 5 == 4]
+    for side in (new.drafting, new.autoregression):
+        side.records = [r for r in side.records if r.repeat == 0 or int(r.item[1:]) % 5 == 4]
     found = compare([("old", result(batch_records(1.5))), ("new", result(new))], BOOTSTRAP, tolerance=0.02)
     assert [c.ratio.value for c in found.changes] == pytest.approx([1.0, 1.0, 1.0]) and found.exit_code == 0
 

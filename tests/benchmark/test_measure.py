@@ -36,7 +36,7 @@ def test_both_sides_are_measured_on_the_same(runner: TorchRunner) -> None:
     assert [b.batch for b in session.batches] == [1, 3]
     for batch in session.batches:
         assert not batch.differences
-        keys = [{(r.item, r.repeat): r for r in arm.records} for arm in (batch.drafting, batch.autoregression)]
+        keys = [{(r.item, r.repeat): r for r in side.records} for side in (batch.drafting, batch.autoregression)]
         assert keys[0].keys() == keys[1].keys() and len(keys[0]) == len(ITEMS) * OPTIONS.repeats
         for key, mine in keys[0].items():
             plain = keys[1][key]
@@ -45,12 +45,12 @@ def test_both_sides_are_measured_on_the_same(runner: TorchRunner) -> None:
             assert mine.drafted_tokens > 0 and plain.drafted_tokens == 0
             assert 0 < mine.first_token_seconds <= mine.seconds
             assert mine.step_seconds <= mine.decode_seconds < mine.seconds
-        plain_arm = batch.autoregression
+        plain_side = batch.autoregression
         # the first token comes with the first step's, every other one alone
-        assert [r.gaps for r in plain_arm.records] == [max(0, r.tokens - 2) for r in plain_arm.records]
-        assert all(len(arm.gaps) == sum(r.gaps or 0 for r in arm.records) for arm in (batch.drafting, plain_arm))
-        assert min(plain_arm.gaps) > 0
-        assert sum(r.seconds for r in plain_arm.records) <= batch.batch * plain_arm.wall_seconds
+        assert [r.gaps for r in plain_side.records] == [max(0, r.tokens - 2) for r in plain_side.records]
+        assert all(len(side.gaps) == sum(r.gaps or 0 for r in side.records) for side in (batch.drafting, plain_side))
+        assert min(plain_side.gaps) > 0
+        assert sum(r.seconds for r in plain_side.records) <= batch.batch * plain_side.wall_seconds
     assert not runner.has_work
 
 

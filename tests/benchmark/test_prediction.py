@@ -120,7 +120,7 @@ def test_steps_are_timed_apart(tmp_path: Path) -> None:
     assert not runner.has_work and len(runner._free) == runner.info.max_batch_size
     short = load(build_engine(write_checkpoint(tmp_path / "b"), tmp_path / "short", max_input_len=31, max_seq_len=32))
     full = [Item("long", "", tuple(range(3, 33)))]  # 30 of 32 positions
-    with pytest.raises(UsageError, match="no room"):
+    with pytest.raises(UsageError, match="too small to time"):
         time_steps(short, short, Slow.shape, full, 1, steps=8)
 
 

@@ -71,5 +71,5 @@ def test_turns_are_answered_and_long_prompts_refused(tmp_path: Path) -> None:
     assert [i.item_id for i in items] == ["1-turn-1", "1-turn-2"]
     assert len(items[1].token_ids) > len(items[0].token_ids)
     assert {question_of(i.item_id) for i in items} == {"1"}
-    with pytest.raises(MismatchError, match="the engine has room for"):
+    with pytest.raises(MismatchError, match="tokens, the engine takes"):
         make_items(runner, read_prompts(file), max_tokens=190)

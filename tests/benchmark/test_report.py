@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.benchmark.made import batch_records, record, result
-from trtllm_redrafter.benchmark.figures import arm_figures
+from trtllm_redrafter.benchmark.figures import side_figures
 from trtllm_redrafter.benchmark.plots import log_ticks
 from trtllm_redrafter.benchmark.records import BatchRecords, read_result
 from trtllm_redrafter.benchmark.report import draw_plots, render_html, render_markdown, render_text, write_report
@@ -80,7 +80,7 @@ def test_html_is_well_formed_and_alone(summary: BenchSummary) -> None:
 def test_markdown_and_text_show_the_same_figures(summary: BenchSummary) -> None:
     markdown, text = render_markdown(summary, draw_plots(summary)), render_text(summary)
     speed = f"{summary.batches[0].figures.speedup.value:.2f}"
-    assert speed in markdown and speed in text and "no-go" in text and "| kind of prompt |" in markdown
+    assert speed in markdown and speed in text and "no-go" in text and "| kind of prompt " in markdown
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in rows)
 
@@ -143,8 +143,8 @@ def test_every_tick_of_the_latencies_has_its_number(summary: BenchSummary) -> No
 
 def test_a_category_is_a_name_and_no_formula() -> None:
     made = batch_records(1.4, noise=0.05)
-    for arm in (made.drafting, made.autoregression):
-        arm.records = [record(r.item, r.repeat, r.seconds, category=r"$\frac$ & <b>") for r in arm.records]
+    for side in (made.drafting, made.autoregression):
+        side.records = [record(r.item, r.repeat, r.seconds, category=r"$\frac$ & <b>") for r in side.records]
     shown = summarize(result(made), Bootstrap(100, 0.95, 0))
     html = render_html(shown, draw_plots(shown))
     check_page(html)
@@ -165,8 +165,8 @@ def test_spec_bench_counts_questions_by_task() -> None:
     assert row.baseline_tokens_per_second == pytest.approx((75 + 50 + 50) / 3)
     assert row.speedup == pytest.approx(300 / 175) and row.acceptance_length == pytest.approx(1.5)
     assert row.tasks == {MULTI_TURN: pytest.approx((150 + 100) / (75 + 50)), "translation": pytest.approx(1.0)}
-    for arm in (made.drafting, made.autoregression):  # another file's categories stay its own
-        arm.records.append(record("z", 0, 1.0, category="my own"))
+    for side in (made.drafting, made.autoregression):  # another file's categories stay its own
+        side.records.append(record("z", 0, 1.0, category="my own"))
     row = spec_bench_row(made)
     assert row is not None and set(row.tasks) == {"writing", "stem", "translation", "my own"}
 
@@ -175,6 +175,6 @@ def test_results_of_earlier_versions_are_read() -> None:
     """Their records have `drafted`, `accepted` and `accepted_at`; the published measurement is one."""
     folder = Path(__file__).parents[2] / "benchmarks/results/bench-smollm2"
     values = json.loads((folder / "result.json").read_text())
-    found = arm_figures(read_result(folder).batches[0].drafting)
+    found = side_figures(read_result(folder).batches[0].drafting)
     assert found.acceptance_length == pytest.approx(values["summary"][0]["drafting"]["acceptance_length"])
     assert found.acceptance_rate_per_position == pytest.approx(values["summary"][0]["drafting"]["accepted_share"])

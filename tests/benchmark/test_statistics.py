@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.benchmark.made import batch_records, record
-from trtllm_redrafter.benchmark.figures import arm_figures, batch_figures
-from trtllm_redrafter.benchmark.records import ArmRecords, BatchRecords
+from trtllm_redrafter.benchmark.figures import batch_figures, side_figures
+from trtllm_redrafter.benchmark.records import BatchRecords, SideRecords
 from trtllm_redrafter.benchmark.statistics import Bootstrap, Estimate, Table, percentiles, speed_ratio, speedup
 
 BOOTSTRAP = Bootstrap(draws=2000, level=0.95, seed=0)
@@ -80,7 +80,7 @@ def test_weights_are_reproducible_and_sum_up() -> None:
 def test_figures_of_one_side() -> None:
     # two requests of 101 tokens in 2 s each, one after the other, 50 steps of 30 ms, 50 drafts accepted
     records = [record(i, 0, 2.0, tokens=101, steps=50, accepted=50, step_seconds=1.5) for i in "ab"]
-    found = arm_figures(ArmRecords(records, wall_seconds=4.0, gaps=[0.01, 0.03]))
+    found = side_figures(SideRecords(records, wall_seconds=4.0, gaps=[0.01, 0.03]))
     assert found.tokens == 202 and found.tokens_per_second == pytest.approx(50.5)
     assert found.decode_tokens_per_second == pytest.approx(200 / 3.6)  # the first tenth is the prompt's
     assert found.seconds_per_token == pytest.approx(3.6 / 200)
@@ -93,7 +93,7 @@ def test_figures_of_one_side() -> None:
 def test_step_time_ratio_and_categories() -> None:
     figures = batch_figures(batch_records(1.5), BOOTSTRAP)
     assert figures.step_time_ratio == pytest.approx(99 / 50)
-    assert figures.as_dict()["break_even_acceptance_length"] == figures.step_time_ratio
+    assert figures.as_dict()["step_time_ratio"] == figures.step_time_ratio
     assert {name: c.prompts for name, c in figures.categories.items()} == {"translation": 10, "question answering": 10}
     assert all(c.speedup.value == pytest.approx(1.5) for c in figures.categories.values())
     assert figures.total_speedup == pytest.approx(1.5)
@@ -124,12 +124,12 @@ def test_a_repeat_cut_short_can_be_left_out() -> None:
 
 
 def test_gaps_belong_to_their_category() -> None:
-    arm = ArmRecords(
+    side = SideRecords(
         [record("a", 0, 1.0, gaps=2), record("b", 0, 1.0, category="other", gaps=1), record("c", 0, 1.0, gaps=1)],
         gaps=[0.01, 0.02, 0.3, 0.04],
     )
-    own = arm.of_category("translation")
+    own = side.of_category("translation")
     assert [r.item for r in own.records] == ["a", "c"] and own.gaps == [0.01, 0.02, 0.04]
-    assert arm.of_category("other").gaps == [0.3]
-    old = ArmRecords([record("a", 0, 1.0)], gaps=[0.01])  # a result that does not say
-    assert arm_figures(old.of_category("translation")).gap_seconds["p50"] is None
+    assert side.of_category("other").gaps == [0.3]
+    old = SideRecords([record("a", 0, 1.0)], gaps=[0.01])  # a result that does not say
+    assert side_figures(old.of_category("translation")).gap_seconds["p50"] is None

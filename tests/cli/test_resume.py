@@ -1,4 +1,4 @@
-"""Results in a file: what an interrupted run leaves, and how it is gone on with."""
+"""Results in a file: what an interrupted run leaves, and how it is continued."""
 
 from __future__ import annotations
 

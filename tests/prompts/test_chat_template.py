@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from tests.engines import write_tokenizer
 from trtllm_redrafter.errors import RequestError
 from trtllm_redrafter.prompts import chat_template
-from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_any, encode_prompt
+from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_prompt
 from trtllm_redrafter.prompts.messages import Prompt
 
 CHAT = [
@@ -183,16 +184,17 @@ def test_prompts_through_the_template_or_without(tokenizer: Any, tmp_path: Path)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}{{ mood }}"
     template = ChatTemplate.of(tokenizer)
 
-    def text(prompt: Prompt, **options: Any) -> str:
-        return str(tokenizer.decode(encode_prompt(tokenizer, template, prompt, **options)))
+    def text(prompt: Prompt) -> str:
+        return str(tokenizer.decode(encode_prompt(tokenizer, template, prompt)))
 
     assert text(Prompt("a", template_kwargs={"mood": "!"})) == "<a>!"
-    assert text(Prompt("a"), chat=False) == text(Prompt("a", chat=False), chat=True) == "a"
+    assert text(Prompt("a", chat=False)) == text(Prompt("a", chat=False).for_model(has_template=True)) == "a"
     chat = Prompt(({"role": "user", "content": "b"},))
     assert text(chat) == "<b>"
     with pytest.raises(RequestError, match="no chat template"):
-        encode_prompt(tokenizer, None, chat, chat=True)
+        encode_prompt(tokenizer, None, replace(chat, chat=True))
     assert tokenizer.decode(encode_prompt(tokenizer, None, Prompt("a"))) == "a"
-    assert tokenizer.decode(encode_any(tokenizer, None, Prompt(tuple(CHAT)))) == "s  \n<&> é\n\nyes"
+    plain = Prompt(tuple(CHAT), template_kwargs={"mood": "?"}).for_model(has_template=False)
+    assert tokenizer.decode(encode_prompt(tokenizer, None, plain)) == "s  \n<&> é\n\nyes"
     with pytest.raises(RequestError, match="not valid Unicode"):
         encode_prompt(tokenizer, None, Prompt("a\udcff"))

@@ -228,7 +228,7 @@ class Executor:
 
             engine = Path(os.environ["STANDIN_LOGITS"])
             self._torch = TorchBackend().load(engine, device="cpu", verify_hashes=False)
-        return self._torch.along(request.input_token_ids, [0]).logits.unsqueeze(0)
+        return self._torch.teacher_forced(request.input_token_ids, [0]).logits.unsqueeze(0)
 
     def _generate(self, running: Running) -> tuple[list[int], Any]:
         """One iteration: the prefill emits one token, later ones between 1 and draft length + 1."""

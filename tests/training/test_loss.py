@@ -77,12 +77,3 @@ def test_a_batch_without_a_single_target_is_zero_not_nan() -> None:
     found.total.backward()  # type: ignore[no-untyped-call]
     assert found.total.item() == 0.0
     assert data["features"].grad is not None and not data["features"].grad.any()
-
-
-def test_bad_options_are_named_together() -> None:
-    found = options(kd_weight=-1.0, kd_temperature=0.0, chunk_windows=0).problems()
-    assert [p.what for p in found] == [
-        "a loss weight is negative, or all are zero",
-        "kd_temperature is 0.0",
-        "chunk_windows is 0",
-    ]

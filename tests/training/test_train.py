@@ -120,10 +120,13 @@ def test_epochs_become_steps(counting_base: Path, tmp_path: Path) -> None:
 
 
 def test_bad_options_are_refused_together(counting_base: Path, tmp_path: Path) -> None:
-    bad = train_options(counting_base, tmp_path, data=tmp_path, dtype="int8", epochs=2.0, windows=5, accumulation=2)
+    weights = {"kd_weight": 0.0, "ce_weight": 0.0}
+    parts = {"windows": 5, "accumulation": 2}
+    bad = train_options(counting_base, tmp_path, data=tmp_path, dtype="int8", epochs=2.0, **weights, **parts)
     with pytest.raises(UsageError) as caught:
         plan_training(bad)
     assert [p.what for p in caught.value.problems] == [
+        "kd_weight and ce_weight are both 0",
         "5 windows cannot be split in 2 equal parts",
         "epochs and max_steps are both given",
         "exactly one of data and prompts is needed",

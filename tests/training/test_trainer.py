@@ -116,13 +116,3 @@ def test_the_rate_warms_up_and_ends_at_its_final_ratio() -> None:
     assert [options.rate_at(s) for s in (0, 1, 2, 11)] == pytest.approx([0.5, 1.0, 1.0, 0.1])
     assert replace(options, schedule="cosine").rate_at(11) == pytest.approx(0.1)
     assert replace(options, schedule="constant").rate_at(9) == 1.0
-
-
-def test_bad_options_are_named_together() -> None:
-    found = fit_options(max_steps=0, schedule="steps", learning_rate=0.0, windows=5, accumulation=2).problems()
-    assert [p.what for p in found] == [
-        "max_steps is 0",
-        "schedule is 'steps'",
-        "learning_rate is 0.0",
-        "5 windows cannot be split in 2 equal parts",
-    ]

@@ -26,7 +26,7 @@ BACKEND_NAMES = tuple(_BACKENDS)
 
 
 def load_backend(name: str) -> Backend:
-    """The backend called `name`; `UsageError` names those there are."""
+    """The backend called `name`; `UsageError` lists the ones there are."""
     if name not in _BACKENDS:
         raise UsageError(
             f"there is no backend {name!r} in this version", remedy=f"use one of: {', '.join(BACKEND_NAMES)}"

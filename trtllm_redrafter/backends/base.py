@@ -1,9 +1,9 @@
 """What every backend offers: build an engine from a checkpoint, run requests on it.
 
 The checkpoint, request and result types are the same for both backends, so that moving from a laptop to a GPU
-host changes one word. The core of a runner is `submit()` and `step()`: a request joins and leaves the running
-batch between steps. `generate()` and `stream()`, written once in `Runner`, are loops around them, and the
-HTTP server drives the same two calls.
+host changes one setting. The core of a runner is `submit()` and `step()`: a request joins and leaves the running
+batch between steps. `generate()` and `stream()`, written once in `Runner`, are loops around them; a server would
+drive the same two calls.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
     from trtllm_redrafter.redrafter.beam_search import Beams
 
 __all__ = [
-    "Along", "Backend", "BuildOptions", "BuildPlan", "EngineInfo", "FinishReason", "Request", "Result", "Runner",
-    "SamplingParams", "Update", "acceptance_length",
+    "Backend", "BuildOptions", "BuildPlan", "EngineInfo", "FinishReason", "Request", "Result", "Runner",
+    "SamplingParams", "TeacherForced", "Update", "acceptance_length",
 ]  # fmt: skip
 """Requests and results are defined in `requests`, options of decoding in `prompts.sampling`."""
 
 
 @dataclass(frozen=True)
-class Along:
-    """What an engine computes along a given text of n tokens, one row before each of them."""
+class TeacherForced:
+    """What an engine computes along a given text of n tokens: row i is what token i is chosen from."""
 
     logits: Tensor  # [n, V] float32
     states: Tensor | None
@@ -57,11 +57,11 @@ class Runner(ABC):
 
     info: EngineInfo
     notes: tuple[str, ...] = ()
-    """What a user should know of how the engine runs on this machine."""
+    """What a user should know about how the engine runs on this machine."""
     row_invariant: bool = False
     """Are the bits of a token's logits independent of what else is in the batch? Then greedy texts are, too."""
     drafter_error: NumericalError | None = None
-    """Set once a step went undrafted because the drafter's numbers were not finite; texts are right all the same."""
+    """Set once a step has run without drafts because the drafter's numbers were not finite. Texts are unaffected."""
     _tokenizer: EngineTokenizer | None
 
     @abstractmethod
@@ -78,7 +78,7 @@ class Runner(ABC):
 
     @abstractmethod
     def cancel(self, request_id: str) -> Result | None:
-        """Drop a request between steps; its partial result, or None if it is not known (any more)."""
+        """Drop a request between steps; returns its partial result, or None if there is no such request (any more)."""
 
     @property
     @abstractmethod
@@ -91,7 +91,7 @@ class Runner(ABC):
         return self._tokenizer is not None and self._tokenizer.has_chat_template
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt, through the chat template as `prompt.chat` says; None: if there is one."""
+        """Token ids of a prompt. `prompt.chat` says whether the chat template is used; None: if there is one."""
         if self._tokenizer is None:
             raise RequestError(
                 "the engine has no tokenizer",
@@ -116,36 +116,36 @@ class Runner(ABC):
         return self.encode(Prompt(content, chat=chat, template_kwargs=template_kwargs or {}))
 
     def autoregressive(self) -> Runner:
-        """The runner to compare drafting with: this one, or one of the same weights that decodes faster undrafted.
+        """The runner to compare drafting with: this one, or one of the same weights that is faster without drafting.
 
-        Where it is another one, it is closed by itself.
+        Another one has to be closed as well.
         """
         return self
 
-    def along(self, prompt: Sequence[int], tokens: Sequence[int]) -> Along | None:
-        """What the engine computes before each of `tokens` is chosen, as decoding computes it.
+    def teacher_forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> TeacherForced | None:
+        """Logits and states before each of `tokens`, which follow `prompt`, computed as in decoding.
 
-        None where an engine does not show its logits. The runner must be idle.
+        None if the engine does not expose its logits. The runner must be idle.
         """
         return None
 
     def drafts(self, contexts: Tensor, roots: Sequence[int]) -> Beams | None:
         """What the engine drafts after states [B, H] and the tokens that follow them, with the drafter's scores.
 
-        None where it has no drafter, or does not show what it drafts. The runner must be idle.
+        None if it has no drafter, or does not expose what it drafts. The runner must be idle.
         """
         return None
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the engine's memory."""
+        """Release the engine's memory."""
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """Run requests to the end and return results in their order.
 
-        A request that is refused keeps all from running: the error names every refused one. A request that fails on the
-        way does not end the others; the first such error is raised when all are done, with everybody's results in its
-        `results`. Nothing stays queued when this raises, whatever it raises.
+        If any request is refused, none is run, and the error names every refused one. A request that fails later does
+        not end the others; the first such error is raised when all are done, with the results of all in its `results`.
+        Whatever is raised, nothing stays queued.
         """
         if not requests:
             raise RequestError("the list of prompts is empty", remedy="pass at least one prompt")
@@ -201,7 +201,7 @@ class Runner(ABC):
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What `build` is asked for; every field is resolved (the recipe holds the defaults)."""
+    """Options of a build, all resolved (the recipe has the defaults)."""
 
     checkpoint: Path
     output: Path
@@ -250,7 +250,7 @@ class Backend(Protocol):
         """`draft_shape` overrides the engine's own where the backend can (a TensorRT engine has it baked in).
 
         `api` overrides the interface a TensorRT engine was built to be executed through. `kv_cache_tokens` is the
-        number of tokens that all running requests hold at most: a TensorRT engine, which would otherwise take its
+        largest number of tokens that all running requests hold: a TensorRT engine, which would otherwise take its
         share of the whole GPU, then leaves the rest to a second one. (A torch engine's cache has the size it was built
         with.)
         """

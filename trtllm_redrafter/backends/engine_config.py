@@ -38,7 +38,7 @@ _WHAT = "the engine's config.json is not usable"
 _REMEDY = "build the engine again"
 
 
-class Limits(Schema):
+class EngineLimits(Schema):
     """What an engine was built for. TensorRT-LLM's `max_seq_len` includes the drafted tokens."""
 
     max_batch_size: Size
@@ -71,7 +71,7 @@ class _TorchFile(Schema):
 
     backend: Literal["torch"]
     version: str = ""
-    build_config: Limits
+    build_config: EngineLimits
     draft_head_rows: HeadRows = 0
     draft: _Format1 | None = None
     eos_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
@@ -82,7 +82,7 @@ class _TensorRTFile(Schema):
 
     version: str = ""
     pretrained_config: ModelConfig
-    build_config: Limits
+    build_config: EngineLimits
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class EngineConfig:
     path: Path
     backend: str
     version: str
-    limits: Limits
+    limits: EngineLimits
     model: ModelConfig
     model_values: Mapping[str, Any]
     """The whole of the model's config, as it is in the file `model_file`."""

@@ -1,4 +1,4 @@
-"""Requests and results, the same for every backend, and what keeps a request from running on an engine.
+"""Requests and results, the same for every backend, and why an engine may refuse one.
 
 Request(token_ids, SamplingParams(max_tokens=64))  ->  Update, Update, ... , the last one with its Result
 """
@@ -34,7 +34,7 @@ class Request:
     sampling: SamplingParams
     request_id: str | None = None
     draft: bool = True
-    """False decodes this request autoregressively, through the same code with an empty tree."""
+    """False: decode this request autoregressively, by the same code with trees of one node."""
 
 
 def acceptance_length(steps: int, accepted_tokens: int) -> float | None:
@@ -64,12 +64,13 @@ class SpecDecodingStats:
             self.accepted_per_position[position] += 1
 
     def add(self, other: SpecDecodingStats) -> None:
-        """Count the steps of another request as well."""
+        """Count the steps of another request as well. Positions that are not known for one are not known for both."""
+        known = all(stats.accepted_per_position or not stats.drafted_tokens for stats in (self, other))
+        pairs = zip_longest(self.accepted_per_position, other.accepted_per_position, fillvalue=0)
+        self.accepted_per_position = [mine + theirs for mine, theirs in pairs] if known else []
         self.steps += other.steps
         self.drafted_tokens += other.drafted_tokens
         self.accepted_tokens += other.accepted_tokens
-        pairs = zip_longest(self.accepted_per_position, other.accepted_per_position, fillvalue=0)
-        self.accepted_per_position = [mine + theirs for mine, theirs in pairs]
 
     @property
     def acceptance_length(self) -> float | None:
@@ -85,6 +86,17 @@ class SpecDecodingStats:
     def acceptance_rate_per_position(self) -> list[float]:
         """[j]: share of the steps that accepted at least j + 1 drafts."""
         return [count / self.steps for count in self.accepted_per_position] if self.steps else []
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
+            "accepted_per_position": self.accepted_per_position,
+            "acceptance_length": self.acceptance_length,
+            "acceptance_rate": self.acceptance_rate,
+            "acceptance_rate_per_position": self.acceptance_rate_per_position,
+        }
 
 
 @dataclass
@@ -105,7 +117,7 @@ class Result(SpecDecodingStats):
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     error: RedrafterError | None = None
-    """Why the request ended early (`FinishReason.ERROR`); tokens and text are those from before."""
+    """Why the request ended early (`FinishReason.ERROR`); tokens and text are what was written until then."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -123,12 +135,7 @@ class Result(SpecDecodingStats):
             "stop_reason": self.stop_reason,
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": len(self.token_ids),
-            "steps": self.steps,
-            "acceptance_length": self.acceptance_length,
-            "acceptance_rate": self.acceptance_rate,
-            "drafted_tokens": self.drafted_tokens,
-            "accepted_tokens": self.accepted_tokens,
-            "accepted_per_position": self.accepted_per_position,
+            **super().as_dict(),
             "queue_seconds": self.queue_seconds,
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,
@@ -149,7 +156,7 @@ class Update:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What callers need to know of a loaded engine."""
+    """What callers need to know about a loaded engine."""
 
     path: Path
     backend: str
@@ -164,7 +171,7 @@ class EngineInfo:
 
 
 def limit_problems(request: Request, info: EngineInfo, *, has_tokenizer: bool) -> list[Problem]:
-    """Values out of range, and everything that exceeds the engine; found before any work."""
+    """Values that are out of range or exceed the engine's limits, found before any work."""
     count, sampling = len(request.token_ids), request.sampling
     found = sampling.problems()
     if count == 0:

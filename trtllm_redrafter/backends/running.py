@@ -1,4 +1,4 @@
-"""A request that a runner has taken and not finished: tokens in, updates out, by the same rules on every backend."""
+"""A request that a runner has accepted and not finished: tokens in, updates out, by the same rules on all backends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trtllm_redrafter.backends.text import TextStream
 
 @dataclass
 class RunningRequest:
-    """A request from its submission on, and the result it fills. A backend's own kind adds where it runs."""
+    """A submitted request and its result so far. Backends add where it runs."""
 
     request: Request
     result: Result
@@ -25,7 +25,7 @@ class RunningRequest:
         return self.request.sampling.max_tokens - len(self.result.token_ids)
 
     def add(self, tokens: Sequence[int], end_tokens: Collection[int]) -> tuple[int, FinishReason | None]:
-        """Append tokens up to one that ends the request: how many that were, and why it ends, None if it goes on."""
+        """Append tokens up to one that ends the request; returns how many, and why it ends, or None if it continues."""
         for count, token in enumerate(tokens, start=1):
             self.result.token_ids.append(token)
             if self._ends(token, end_tokens):
@@ -37,7 +37,7 @@ class RunningRequest:
     def _ends(self, token: int, end_tokens: Collection[int]) -> bool:
         """Add a token to the text; True when it, or a stop string it completes, ends the text.
 
-        A stop token id leaves no text, whatever it is; why the text ended is noted in the result.
+        A stop token id adds no text. What ended the text is noted in the result.
         """
         sampling = self.request.sampling
         if token in sampling.stop_token_ids:
@@ -56,7 +56,7 @@ class RunningRequest:
         self.result.finish_reason = reason
 
     def update(self, tokens: Sequence[int] = ()) -> Update:
-        """What to hand out after `tokens` were added: the text that is settled, and the result once it is finished."""
+        """The update after `tokens` were added: the text that is final, and the result once it is complete."""
         final = self.result.finish_reason is not None
         piece = self.text.take(final=final)
         return Update(self.result.request_id, tuple(tokens), piece, self.result if final else None)

@@ -2,7 +2,7 @@
 
 A character can span tokens and a stop string can span steps, so text that might still change is held back: an
 unfinished UTF-8 sequence, and any tail that could be the beginning of a stop string. Special tokens are left out of the
-text, but a stop string may be one, contain one or run into one: where that is so, they are seen by the search alone.
+text, but a stop string may be one, contain one or overlap with one; then the search for stop strings sees them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_HELD = 32
 
 
 class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that texts are made with."""
+    """The part of a transformers tokenizer that decoding needs."""
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str: ...
 
@@ -45,12 +45,12 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._skip = skip_special_tokens
-        self._unseen = _met_by(self._stop, special_tokens) if skip_special_tokens else {}
+        self._unseen = _overlapping(self._stop, special_tokens) if skip_special_tokens else {}
         self._token_ids: list[int] = []
         self._start = 0  # decoding begins here, at a token whose text is settled
         self._read = 0  # tokens before this are in `text`
         self._given = 0
-        self._searched = ""  # `text` with the special tokens that stop strings meet, where there are any
+        self._searched = ""  # `text` with the special tokens that overlap with stop strings, if there are any
         self._gaps: list[tuple[int, int, int]] = []  # their place in `_searched`, their size, and their place in `text`
         self.text = ""
         self.stop_reason: str | None = None
@@ -72,7 +72,7 @@ class TextStream:
         if self._tokenizer is None or not self._stop:
             return False  # without stop strings, decoding can wait until someone takes the text
         before, special = len(self._seen), self._unseen.get(token_id)
-        self._settle(final=special is not None)  # no character goes on behind a special token
+        self._settle(final=special is not None)  # no character continues after a special token
         if special is not None:
             self._gaps.append((len(self._searched), len(special), len(self.text)))
             self._searched += special
@@ -145,15 +145,15 @@ class TextStream:
         return longest
 
 
-def _met_by(stops: Sequence[str], special_tokens: Mapping[int, str]) -> dict[int, str]:
-    """The special tokens that some stop string is, has in it, ends in or begins in.
+def _overlapping(stops: Sequence[str], special_tokens: Mapping[int, str]) -> dict[int, str]:
+    """The special tokens that overlap with a stop string: equal to it, contained in it, or sharing its start or end.
 
-    One that lies within a special token's text is not among them: who asks for "<" does not mean a token nobody sees.
+    A stop string inside a special token's text does not count: "<" is not meant to match a token that is not shown.
     """
-    return {token: text for token, text in special_tokens.items() if any(_meet(stop, text) for stop in stops)}
+    return {token: text for token, text in special_tokens.items() if any(_overlap(stop, text) for stop in stops)}
 
 
-def _meet(stop: str, special: str) -> bool:
+def _overlap(stop: str, special: str) -> bool:
     if special in stop:
         return bool(special)
     sizes = range(1, min(len(stop), len(special)))

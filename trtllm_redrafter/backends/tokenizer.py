@@ -1,18 +1,26 @@
-"""The engine's tokenizer and chat template, through transformers."""
+"""The text side of engines: which tokenizer a build puts into one, whether it is the model's, and what ends a text.
+
+build_text(None, checkpoint).end_token_ids                  # of an engine to be built: (2,)
+tokenizer, ends = engine_text(engine, vocab_size=config.vocab_size, recorded=())        # of one that is loaded
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trtllm_redrafter.base_models.tokenizer import load_tokenizer
+from trtllm_redrafter.base_models.tokenizer import has_tokenizer, load_tokenizer, tokenizer_files, tokenizer_sha256
 from trtllm_redrafter.base_models.tokenizer_setup import tokenizer_setup
 from trtllm_redrafter.checkpoint.names import TOKENIZER_DIRECTORY
-from trtllm_redrafter.errors import RequestError
+from trtllm_redrafter.errors import InputError, RequestError, raise_together
 from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_prompt
 from trtllm_redrafter.prompts.messages import Prompt
+
+if TYPE_CHECKING:
+    from trtllm_redrafter.checkpoint.reader import Checkpoint  # imports torch, which planning does without
 
 REMEDY = "build the engine again with --tokenizer DIR"
 
@@ -73,3 +81,48 @@ def engine_text(engine: Path, *, vocab_size: int, recorded: object) -> tuple[Eng
     text = tokenizer_setup(folder, vocab_size=vocab_size, remedy=REMEDY, recorded=recorded)
     tokenizer = None if text.tokenizer is None else EngineTokenizer(folder, text.tokenizer)
     return tokenizer, frozenset(text.end_token_ids)
+
+
+_ENDS_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class BuildText:
+    """`source` is copied into the engine; None: there is nothing. `notes` are for people."""
+
+    source: Path | None
+    takes_text: bool
+    end_token_ids: tuple[int, ...]
+    notes: tuple[str, ...]
+
+    def render(self) -> str:
+        text = str(self.source) if self.takes_text else "no tokenizer: the engine will take token ids only"
+        ends = ", ".join(map(str, self.end_token_ids[:_ENDS_SHOWN])) or "none known"
+        return f"{text}; end tokens {ends}"
+
+
+def tokenizer_source(given: Path | None, checkpoint: Path) -> Path | None:
+    """`--tokenizer`, or what `convert` put into the checkpoint; nothing is loaded."""
+    if given is None:
+        inside = checkpoint / TOKENIZER_DIRECTORY
+        return inside if tokenizer_files(inside) else None
+    if not has_tokenizer(given):
+        remedy = "pass the directory that holds tokenizer.json"
+        raise InputError("there is no tokenizer here", where=given, remedy=remedy)
+    return given
+
+
+def build_text(given: Path | None, checkpoint: Checkpoint) -> BuildText:
+    """Load and check the tokenizer (`given` by --tokenizer); `InputError` when it is damaged or not for this model."""
+    source, manifest = tokenizer_source(given, checkpoint.path), checkpoint.manifest
+    if manifest is not None and given is None:
+        problems = manifest.check_tokenizer(checkpoint.path)
+        raise_together(InputError, problems, "the checkpoint's tokenizer is damaged", where=checkpoint.path)
+    remedy = f"pass {'another one' if given is None else 'the tokenizer of this model'} with --tokenizer"
+    recorded = () if manifest is None else manifest.end_tokens
+    text = tokenizer_setup(source, vocab_size=checkpoint.config.vocab_size, remedy=remedy, recorded=recorded)
+    notes = list(text.notes)
+    known = None if manifest is None else manifest.tokenizer_sha256
+    if given is not None and known is not None and known != tokenizer_sha256(given):
+        notes.append(f"{given} is not the tokenizer the base model came with: check that the two agree")
+    return BuildText(source, text.tokenizer is not None, text.end_token_ids, tuple(notes))

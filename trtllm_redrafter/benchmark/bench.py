@@ -168,6 +168,6 @@ def _engine(runner: Runner) -> dict[str, Any]:
         "backend": info.backend,
         "device": info.device,
         "dtype": info.dtype,
-        "draft_shape": None if shape is None else f"{shape.num_beams}x{shape.draft_len}",
+        "draft_shape": None if shape is None else shape.name,
         "max_batch_size": info.max_batch_size,
     }

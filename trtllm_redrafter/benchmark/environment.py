@@ -9,17 +9,16 @@ import datetime
 import os
 import platform
 import resource
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import EngineInfo
 from trtllm_redrafter.backends.engine_config import read_engine_config
+from trtllm_redrafter.backends.tensorrt_llm.machine import installed_version, query_gpus
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.planning.gpus import gpu_by_driver_name
 from trtllm_redrafter.planning.memory import weight_bytes
@@ -31,11 +30,12 @@ _VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "REDRAFTER_THREADS", "REDRAF
 
 def describe(info: EngineInfo, command: Sequence[str]) -> dict[str, Any]:
     """The environment before the measurement."""
+    versions = {name: found for name in _PACKAGES if (found := installed_version(name)) is not None}
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(command),
         "commit": _commit(),
-        "versions": {"trtllm-redrafter": __version__, "python": platform.python_version(), **_versions()},
+        "versions": {"trtllm-redrafter": __version__, "python": platform.python_version(), **versions},
         "machine": machine(info),
         "clocks": clocks(info),
         "load_before": _load(),
@@ -99,32 +99,13 @@ def clocks(info: EngineInfo) -> dict[str, Any]:
 
 def gpu_clocks() -> list[dict[str, str]]:
     """Current MHz of each GPU's cores and memory, and the cores' maximum; [] if the driver does not report them."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
     names = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "clocks.max.sm": "max_sm_mhz"}
-    command = [program, f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    lines = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
-    return [dict(zip(names.values(), line, strict=True)) for line in lines if len(line) == len(names)]
+    return [dict(zip(names.values(), values, strict=True)) for values in query_gpus(*names)]
 
 
 def _load() -> float | None:
     """Mean number of runnable processes over the last minute."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _commit() -> str | None:

@@ -21,9 +21,9 @@ from trtllm_redrafter.benchmark.records import (
     FAULT,
     TIE,
     UNEXAMINED,
-    ArmRecords,
     BatchRecords,
     Difference,
+    SideRecords,
 )
 from trtllm_redrafter.benchmark.statistics import FEWEST, Bootstrap, Estimate, Table, divide, percentiles, speedup
 
@@ -31,7 +31,7 @@ GO, NO_GO, NOT_SIGNIFICANT = "go", "no-go", "not significant"
 
 
 @dataclass(frozen=True)
-class ArmFigures:
+class SideFigures:
     """One side at one batch size."""
 
     requests: int
@@ -58,22 +58,22 @@ class ArmFigures:
         return dict(vars(self))
 
 
-def arm_figures(arm: ArmRecords) -> ArmFigures:
-    records, stats = arm.records, SpecDecodingStats()
+def side_figures(side: SideRecords) -> SideFigures:
+    records, stats = side.records, SpecDecodingStats()
     for record in records:
         stats.add(record)
     drafted = stats.drafted_tokens > 0
     decoded = sum(r.tokens - 1 for r in records)
     decode_seconds = sum(r.decode_seconds for r in records)
-    return ArmFigures(
+    return SideFigures(
         requests=len(records),
-        tokens=arm.tokens,
-        tokens_per_second=divide(arm.tokens, arm.wall_seconds),
-        user_tokens_per_second=divide(arm.tokens, sum(r.seconds for r in records)),
+        tokens=side.tokens,
+        tokens_per_second=divide(side.tokens, side.wall_seconds),
+        user_tokens_per_second=divide(side.tokens, sum(r.seconds for r in records)),
         decode_tokens_per_second=divide(decoded, decode_seconds),
-        concurrency=divide(sum(r.seconds for r in records), arm.wall_seconds),
+        concurrency=divide(sum(r.seconds for r in records), side.wall_seconds),
         first_token_seconds=percentiles([r.first_token_seconds for r in records]),
-        gap_seconds=percentiles(arm.gaps),
+        gap_seconds=percentiles(side.gaps),
         seconds_per_token=divide(decode_seconds, decoded),
         step_seconds=divide(sum(r.step_seconds for r in records), stats.steps),
         steps=stats.steps,
@@ -83,83 +83,72 @@ def arm_figures(arm: ArmRecords) -> ArmFigures:
     )
 
 
-def _step_time_ratio(mine: ArmFigures, plain: ArmFigures) -> float:
-    return divide(mine.step_seconds, plain.step_seconds)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CategoryFigures:
-    """One kind of prompt."""
+    """Both sides over one kind of prompt, and how they compare."""
 
     prompts: int
-    drafting: ArmFigures
-    autoregression: ArmFigures
+    drafting: SideFigures
+    autoregression: SideFigures
     speedup: Estimate
+    """End to end, per request: prompt and answer."""
 
     @property
     def step_time_ratio(self) -> float:
-        return _step_time_ratio(self.drafting, self.autoregression)
+        """A drafting step's time over a plain one's: the acceptance length above which drafting pays."""
+        return divide(self.drafting.step_seconds, self.autoregression.step_seconds)
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "step_time_ratio": self.step_time_ratio,
             "prompts": self.prompts,
             DRAFTING: self.drafting.as_dict(),
             AUTOREGRESSION: self.autoregression.as_dict(),
             "speedup": self.speedup.as_dict(),
+            "step_time_ratio": self.step_time_ratio,
         }
 
 
-@dataclass(frozen=True)
-class BatchFigures:
-    """Both sides at one batch size, and how they compare."""
+@dataclass(frozen=True, kw_only=True)
+class BatchFigures(CategoryFigures):
+    """Both sides over all prompts at one batch size."""
 
     batch: int
-    drafting: ArmFigures
-    autoregression: ArmFigures
-    speedup: Estimate
-    """End to end, per request: prompt and answer."""
     decode_speedup: Estimate
     total_speedup: float
     """All tokens over all time, drafting over autoregression."""
     categories: dict[str, CategoryFigures]
 
-    @property
-    def step_time_ratio(self) -> float:
-        """A drafting step's time over a plain one's: the break-even acceptance length."""
-        return _step_time_ratio(self.drafting, self.autoregression)
-
     def as_dict(self) -> dict[str, Any]:
         return {
             "batch": self.batch,
-            DRAFTING: self.drafting.as_dict(),
-            AUTOREGRESSION: self.autoregression.as_dict(),
-            "speedup": self.speedup.as_dict(),
+            **super().as_dict(),
             "decode_speedup": self.decode_speedup.as_dict(),
             "total_speedup": self.total_speedup,
-            "step_time_ratio": self.step_time_ratio,
-            "break_even_acceptance_length": self.step_time_ratio,
             "categories": {name: c.as_dict() for name, c in self.categories.items()},
         }
 
 
 def batch_figures(batch: BatchRecords, bootstrap: Bootstrap) -> BatchFigures:
     table = Table.of(batch)
-    mine, plain = arm_figures(batch.drafting), arm_figures(batch.autoregression)
+    mine, plain = side_figures(batch.drafting), side_figures(batch.autoregression)
     return BatchFigures(
-        batch.batch,
-        mine,
-        plain,
+        batch=batch.batch,
+        prompts=len(table.items),
+        drafting=mine,
+        autoregression=plain,
         speedup=speedup(table, "seconds", bootstrap),
         decode_speedup=speedup(table, "decode_seconds", bootstrap),
         total_speedup=divide(mine.tokens_per_second, plain.tokens_per_second),
-        categories={name: _category(batch, name, part, bootstrap) for name, part in table.by_category().items()},
+        categories={
+            name: CategoryFigures(
+                prompts=len(part.items),
+                drafting=side_figures(batch.drafting.of_category(name)),
+                autoregression=side_figures(batch.autoregression.of_category(name)),
+                speedup=speedup(part, "seconds", bootstrap),
+            )
+            for name, part in table.by_category().items()
+        },
     )
-
-
-def _category(batch: BatchRecords, name: str, part: Table, bootstrap: Bootstrap) -> CategoryFigures:
-    mine, plain = (arm_figures(batch.arm(side).of_category(name)) for side in (DRAFTING, AUTOREGRESSION))
-    return CategoryFigures(len(part.items), mine, plain, speedup(part, "seconds", bootstrap))
 
 
 @dataclass(frozen=True)

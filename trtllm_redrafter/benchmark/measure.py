@@ -21,16 +21,16 @@ from pathlib import Path
 from trtllm_redrafter.backends.base import Request, Result, Runner, SamplingParams, Update
 from trtllm_redrafter.benchmark.prompts import Item
 from trtllm_redrafter.benchmark.records import (
-    ARMS,
     AUTOREGRESSION,
     DRAFTING,
     FAULT,
+    SIDES,
     TIE,
     UNEXAMINED,
-    ArmRecords,
     BatchRecords,
     Difference,
     Record,
+    SideRecords,
 )
 from trtllm_redrafter.errors import Problem, UsageError, raise_together
 from trtllm_redrafter.progress import Progress
@@ -65,13 +65,9 @@ class MeasureOptions:
         raise_together(UsageError, found, "the benchmark cannot start", where=where)
 
 
-def _autoregressive(runner: Runner) -> Runner:
-    return runner.autoregressive()
-
-
 @contextmanager
 def both_sides(
-    runner: Runner, baseline: Callable[[Runner], Runner] = _autoregressive
+    runner: Runner, baseline: Callable[[Runner], Runner] = Runner.autoregressive
 ) -> Iterator[tuple[Runner, Runner]]:
     """The runner that drafts and the baseline, which may be the same; both are closed at the end."""
     with closing(runner):
@@ -194,13 +190,13 @@ class Session:
 
     def _pair(self, batch: int, items: Sequence[Item], turn: int, repeat: int = 0) -> dict[str, RoundResult]:
         """Run one round on both sides; even turns begin with drafting."""
-        order = ARMS if turn % 2 == 0 else ARMS[::-1]
+        order = SIDES if turn % 2 == 0 else SIDES[::-1]
         tokens = self._options.max_tokens
         found = {
-            arm: run_round(
-                self._runners[arm], items, batch=batch, max_tokens=tokens, draft=arm == DRAFTING, repeat=repeat
+            side: run_round(
+                self._runners[side], items, batch=batch, max_tokens=tokens, draft=side == DRAFTING, repeat=repeat
             )
-            for arm in order
+            for side in order
         }
         error = self._runners[DRAFTING].drafter_error
         if error is not None:  # undrafted steps would be measured as drafting
@@ -212,11 +208,11 @@ class Session:
         if kept is None:
             kept = BatchRecords(batch)
             self.batches.append(kept)
-        for arm, found in pair.items():
-            _add(kept.arm(arm), found)
+        for side, found in pair.items():
+            _add(kept.side(side), found)
         seen = {d.item for d in kept.differences}
         for item in items:
-            mine, plain = (pair[arm].results[item.item_id] for arm in ARMS)
+            mine, plain = (pair[side].results[item.item_id] for side in SIDES)
             if mine.token_ids != plain.token_ids and item.item_id not in seen:
                 runner = self._runners[AUTOREGRESSION]
                 alike = runner is self._runners[DRAFTING]
@@ -246,10 +242,10 @@ def _warm_up(rounds: Sequence[Sequence[Item]], count: int) -> list[Sequence[Item
     return [ordered[number * (len(ordered) - 1) // last] for number in range(count)]
 
 
-def _add(arm: ArmRecords, found: RoundResult) -> None:
-    arm.records.extend(found.records)
-    arm.gaps.extend(found.gaps)
-    arm.wall_seconds += found.wall_seconds
+def _add(side: SideRecords, found: RoundResult) -> None:
+    side.records.extend(found.records)
+    side.gaps.extend(found.gaps)
+    side.wall_seconds += found.wall_seconds
 
 
 def examine(
@@ -264,7 +260,7 @@ def examine(
     position = next((i for i, (a, b) in enumerate(zip(drafted, plain, strict=False)) if a != b), None)
     if position is None:  # one text ends where the other goes on
         return Difference(item.item_id, batch, min(len(drafted), len(plain)), FAULT, None, None)
-    found = runner.along((*item.token_ids, *plain[:position]), plain[position : position + 1])
+    found = runner.teacher_forced((*item.token_ids, *plain[:position]), plain[position : position + 1])
     if found is None:  # this backend does not show its logits
         return Difference(item.item_id, batch, position, UNEXAMINED, None, None)
     logits = found.logits[0]

@@ -103,5 +103,9 @@ def facts(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    """Padded to be readable in a terminal, too; the first column is left-aligned, the others are right-aligned."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
+    first, *others = (max(3, *(len(cell) for cell in column)) for column in zip(*lines, strict=True))
+    rule = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
+    padded = [[line[0].ljust(first), *map(str.rjust, line[1:], others)] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (padded[0], rule, *padded[1:]))

@@ -141,12 +141,12 @@ def latency_distribution(batch: BatchSummary, summary: BenchSummary) -> str:
     records = next(b for b in summary.result.batches if b.batch == batch.figures.batch)
 
     def paint(figure: Any, axis: Any) -> None:
-        for arm, colour, dash in ((AUTOREGRESSION, SECOND, "--"), (DRAFTING, ACCENT, "-")):
-            gaps = sorted(1e3 * g for g in records.arm(arm).gaps)
+        for side, colour, dash in ((AUTOREGRESSION, SECOND, "--"), (DRAFTING, ACCENT, "-")):
+            gaps = sorted(1e3 * g for g in records.side(side).gaps)
             step = max(1, len(gaps) // 400)  # a curve needs no more points
             share = [100 * (i + 1) / len(gaps) for i in range(len(gaps))]
             x, y = gaps[::step] + gaps[-1:], share[::step] + share[-1:]  # including the longest wait
-            axis.plot(x, y, color=colour, linestyle=dash, linewidth=2, label=arm)
+            axis.plot(x, y, color=colour, linestyle=dash, linewidth=2, label=side)
         axis.set_xscale("log")
         _readable_ticks(axis)
         axis.set_ylim(0, 101)

@@ -59,7 +59,7 @@ class Prediction:
 
     @property
     def name(self) -> str:
-        return shape_name(self.shape)
+        return self.shape.name
 
     @property
     def total_tokens_per_second(self) -> float:
@@ -78,10 +78,6 @@ class Prediction:
             "plain_user_tokens_per_second": self.plain_tokens_per_second,
             "speedup": self.speedup.as_dict(),
         }
-
-
-def shape_name(shape: DraftShape) -> str:
-    return f"{shape.num_beams}x{shape.draft_len}"
 
 
 def predict(acceptance: Acceptance, cost: StepCost, text: TextSize) -> Prediction:
@@ -133,7 +129,7 @@ class Recommendation:
         return f"batch {self.batch}: {self.choice}, {self.reason}"
 
     def as_dict(self) -> dict[str, Any]:
-        chosen = None if self.shape is None else shape_name(self.shape)
+        chosen = None if self.shape is None else self.shape.name
         return {"batch": self.batch, "setting": chosen, "best": self.best.as_dict()}
 
 

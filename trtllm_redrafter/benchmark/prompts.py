@@ -104,13 +104,13 @@ class _TooLong(Exception):
 
 
 def _items_of(runner: Runner, bench: BenchPrompt, max_tokens: int, template_kwargs: Mapping[str, Any]) -> list[Item]:
-    prompt, items = bench.prompt, []
+    prompt, items = bench.prompt.with_template_kwargs(template_kwargs), []
     later = list(prompt.later)
     for number in itertools.count(1):
-        ids = _encode(runner, prompt, template_kwargs)
+        ids = runner.encode(prompt.for_model(has_template=runner.has_chat_template))
         most = min(runner.info.max_input_len, runner.info.max_seq_len - max_tokens)
         if len(ids) > most:
-            raise _TooLong(f"{len(ids)} tokens, the engine has room for {most} beside {max_tokens} written ones")
+            raise _TooLong(f"{len(ids)} tokens, the engine takes {most} with an answer of {max_tokens}")
         name = bench.prompt_id if not bench.prompt.later else f"{bench.prompt_id}{_TURN}{number}"
         items.append(Item(name, bench.category, ids))
         if not later:
@@ -124,14 +124,6 @@ def _items_of(runner: Runner, bench: BenchPrompt, max_tokens: int, template_kwar
 def question_of(item_id: str) -> str:
     """Id of the prompt that an item is a turn of."""
     return _LAST_TURN.sub("", item_id)
-
-
-def _encode(runner: Runner, prompt: Prompt, template_kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """Token ids through the chat template; without one, of the plain texts, line by line."""
-    if runner.has_chat_template and prompt.chat is not False:
-        kwargs = {**template_kwargs, **prompt.template_kwargs}
-        return runner.encode_prompt(prompt.content, chat=True, template_kwargs=kwargs)
-    return runner.encode_prompt(prompt.as_text(), chat=False)
 
 
 def prompts_of(settings: BenchSection | TuneSection) -> list[BenchPrompt]:

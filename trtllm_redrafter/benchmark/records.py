@@ -6,7 +6,7 @@ Derived figures (`statistics.py`) are in the file too, for people, and are never
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from trtllm_redrafter.fsio import read_json
 
 SCHEMA = 1
 DRAFTING, AUTOREGRESSION = "drafting", "autoregression"
-ARMS = (DRAFTING, AUTOREGRESSION)
+SIDES = (DRAFTING, AUTOREGRESSION)
 
 
 @dataclass(kw_only=True)
@@ -44,7 +44,7 @@ class Record(SpecDecodingStats):
 
 
 @dataclass
-class ArmRecords:
+class SideRecords:
     """All requests of one side at one batch size. `gaps` are seconds between updates, as a client sees them."""
 
     records: list[Record] = field(default_factory=list)
@@ -55,9 +55,9 @@ class ArmRecords:
     def tokens(self) -> int:
         return sum(r.tokens for r in self.records)
 
-    def of_category(self, name: str) -> ArmRecords:
+    def of_category(self, name: str) -> SideRecords:
         """The category's requests and their gaps. There is no wall time, since rounds mix categories."""
-        found, first = ArmRecords(), 0
+        found, first = SideRecords(), 0
         for record in self.records:
             if record.category == name:
                 found.records.append(record)
@@ -86,11 +86,11 @@ class BatchRecords:
     """Both sides at one batch size."""
 
     batch: int
-    drafting: ArmRecords = field(default_factory=ArmRecords)
-    autoregression: ArmRecords = field(default_factory=ArmRecords)
+    drafting: SideRecords = field(default_factory=SideRecords)
+    autoregression: SideRecords = field(default_factory=SideRecords)
     differences: list[Difference] = field(default_factory=list)
 
-    def arm(self, name: str) -> ArmRecords:
+    def side(self, name: str) -> SideRecords:
         return self.drafting if name == DRAFTING else self.autoregression
 
 
@@ -117,15 +117,15 @@ class BenchResult:
 
 
 def _batch_dict(batch: BatchRecords) -> dict[str, Any]:
-    arms = {
+    sides = {
         name: {
-            "wall_seconds": batch.arm(name).wall_seconds,
-            "gaps_ms": [round(1e3 * gap, 3) for gap in batch.arm(name).gaps],
-            "records": [asdict(r) for r in batch.arm(name).records],
+            "wall_seconds": batch.side(name).wall_seconds,
+            "gaps_ms": [round(1e3 * gap, 3) for gap in batch.side(name).gaps],
+            "records": [asdict(r) for r in batch.side(name).records],
         }
-        for name in ARMS
+        for name in SIDES
     }
-    return {"batch": batch.batch, **arms, "differences": [asdict(d) for d in batch.differences]}
+    return {"batch": batch.batch, **sides, "differences": [asdict(d) for d in batch.differences]}
 
 
 def read_result(path: Path) -> BenchResult:
@@ -156,15 +156,11 @@ _FORMER_NAMES = {
 
 
 def _read_batch(value: Mapping[str, Any]) -> BatchRecords:
-    arms = {name: _read_arm(value[name]) for name in ARMS}
+    sides = {name: _read_side(value[name]) for name in SIDES}
     differences = [Difference(**d) for d in value["differences"]]
-    return BatchRecords(int(value["batch"]), arms[DRAFTING], arms[AUTOREGRESSION], differences)
+    return BatchRecords(int(value["batch"]), sides[DRAFTING], sides[AUTOREGRESSION], differences)
 
 
-def _read_arm(value: Mapping[str, Any]) -> ArmRecords:
+def _read_side(value: Mapping[str, Any]) -> SideRecords:
     records = [Record(**{_FORMER_NAMES.get(name, name): v for name, v in r.items()}) for r in value["records"]]
-    return ArmRecords(records, float(value["wall_seconds"]), [g / 1e3 for g in _floats(value["gaps_ms"])])
-
-
-def _floats(values: Sequence[Any]) -> list[float]:
-    return [float(v) for v in values]
+    return SideRecords(records, float(value["wall_seconds"]), [float(gap) / 1e3 for gap in value["gaps_ms"]])

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.benchmark import page, plots
-from trtllm_redrafter.benchmark.figures import ArmFigures
-from trtllm_redrafter.benchmark.records import AUTOREGRESSION, DRAFTING
+from trtllm_redrafter.benchmark.figures import SideFigures
+from trtllm_redrafter.benchmark.records import DRAFTING, SIDES
 from trtllm_redrafter.benchmark.summary import BatchSummary, BenchSummary
 from trtllm_redrafter.fsio import CREATOR, atomic_directory, write_json
 
@@ -41,19 +41,18 @@ CATEGORY_HEADER = ["kind of prompt", "batch", "prompts", "speed-up", "interval",
 
 
 def speed_rows(summary: BenchSummary) -> Rows:
-    arms = ((DRAFTING, "drafting"), (AUTOREGRESSION, "autoregression"))
     return [
-        [str(b.figures.batch), label, *_speed(b.figures.drafting if name == DRAFTING else b.figures.autoregression)]
+        [str(b.figures.batch), name, *_speed(b.figures.drafting if name == DRAFTING else b.figures.autoregression)]
         for b in summary.batches
-        for name, label in arms
+        for name in SIDES
     ]
 
 
-def _speed(arm: ArmFigures) -> list[str]:
-    first, gap = arm.first_token_seconds, arm.gap_seconds
-    rates = [arm.tokens_per_second, arm.user_tokens_per_second, arm.decode_tokens_per_second]
-    times = [first["p50"], first["p95"], gap["p50"], gap["p95"], gap["p99"], arm.step_seconds]
-    return [number(arm.concurrency), *(number(r) for r in rates), *(number(t, ".1f", 1e3) for t in times)]
+def _speed(side: SideFigures) -> list[str]:
+    first, gap = side.first_token_seconds, side.gap_seconds
+    rates = [side.tokens_per_second, side.user_tokens_per_second, side.decode_tokens_per_second]
+    times = [first["p50"], first["p95"], gap["p50"], gap["p95"], gap["p99"], side.step_seconds]
+    return [number(side.concurrency), *(number(r) for r in rates), *(number(t, ".1f", 1e3) for t in times)]
 
 
 def pays_rows(summary: BenchSummary) -> Rows:
@@ -164,16 +163,10 @@ def _interruption(summary: BenchSummary) -> list[str]:
 
 def render_text(summary: BenchSummary) -> str:
     """For a terminal."""
-    parts = [*_interruption(summary), _aligned(SPEED_HEADER, speed_rows(summary)), ""]
-    parts += [_aligned(PAYS_HEADER, pays_rows(summary)), "", *position_lines(summary), *spec_bench_lines(summary)]
+    parts = [*_interruption(summary), page.markdown_table(SPEED_HEADER, speed_rows(summary)), ""]
+    parts += [page.markdown_table(PAYS_HEADER, pays_rows(summary)), ""]
+    parts += position_lines(summary) + spec_bench_lines(summary)
     return "\n".join([*parts, *(v.render() for v in summary.verdicts)])
-
-
-def _aligned(header: list[str], rows: Rows) -> str:
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)) for line in [header, *rows]
-    )
 
 
 def render_markdown(summary: BenchSummary, drawn: Sequence[Plot]) -> str:
@@ -187,7 +180,7 @@ def render_markdown(summary: BenchSummary, drawn: Sequence[Plot]) -> str:
     ]
     parts += [page.markdown_table(SPEED_HEADER, speed_rows(summary)), "", DEFINITIONS, ""]
     parts += [page.markdown_table(CATEGORY_HEADER, category_rows(summary)), ""]
-    parts += [page.markdown_table(["measured with", ""], [[k, v] for k, v in fact_rows(summary)]), ""]
+    parts += ["Measured with:", "", *(f"- {name}: {value}" for name, value in fact_rows(summary)), ""]
     return "\n".join(parts)
 
 

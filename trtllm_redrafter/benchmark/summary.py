@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trtllm_redrafter.benchmark.figures import BatchFigures, Verdict, arm_figures, batch_figures, judge
+from trtllm_redrafter.benchmark.figures import BatchFigures, Verdict, batch_figures, judge, side_figures
 from trtllm_redrafter.benchmark.prompts import question_of
 from trtllm_redrafter.benchmark.records import FAULT, TIE, UNEXAMINED, BatchRecords, BenchResult, Record
 from trtllm_redrafter.benchmark.statistics import Bootstrap, divide
@@ -148,14 +148,14 @@ def _roof(engine: Mapping[str, Any], figures: BatchFigures) -> RoofShare | None:
 
 def spec_bench_row(batch: BatchRecords) -> SpecBench | None:
     """Spec-Bench's figures; a question's speed is the tokens of all its turns over their time, prompts included."""
-    sides = [_question_speeds(arm.records) for arm in (batch.drafting, batch.autoregression)]
+    sides = [_question_speeds(side.records) for side in (batch.drafting, batch.autoregression)]
     if not sides[0] or not sides[1]:
         return None
     task_of = _spec_bench_tasks({r.category for r in batch.drafting.records})
     means = [_means_by_task(side, task_of) for side in sides]
     tasks = {task: divide(speed, means[1].get(task, 0.0)) for task, speed in sorted(means[0].items())}
     mine, plain = (sum(speed for _, speed in side) / len(side) for side in sides)
-    return SpecBench(mine, plain, arm_figures(batch.drafting).acceptance_length, tasks)
+    return SpecBench(mine, plain, side_figures(batch.drafting).acceptance_length, tasks)
 
 
 def _question_speeds(records: Sequence[Record]) -> list[tuple[str, float]]:

@@ -18,27 +18,10 @@ from trtllm_redrafter.benchmark.tuning import THIS, TuneResult
 from trtllm_redrafter.fsio import CREATOR, atomic_directory, without_nan, write_json
 
 TITLE = "Draft shapes"
-HEADER = [
-    "batch",
-    "setting",
-    "acceptance length",
-    "interval",
-    "step-time ratio",
-    "speed-up",
-    "interval",
-    "per user",
-    "total",
-]
-CHECK_HEADER = [
-    "batch",
-    "setting",
-    "predicted speed-up",
-    "measured",
-    "off by",
-    "predicted tokens/s",
-    "measured",
-    "off by",
-]
+HEADER = ["batch", "setting", "acceptance length", "interval", "step-time ratio", "speed-up", "interval", "per user",
+          "total"]  # fmt: skip
+CHECK_HEADER = ["batch", "setting", "predicted speed-up", "measured", "off by", "predicted tokens/s", "measured",
+                "off by"]  # fmt: skip
 
 
 def rows(found: TuneResult) -> list[list[str]]:

@@ -30,7 +30,7 @@ from trtllm_redrafter.benchmark.prediction import (
     ranked,
     recommend,
 )
-from trtllm_redrafter.benchmark.prompts import BenchPrompt, Item, make_items, prompts_of
+from trtllm_redrafter.benchmark.prompts import Item, make_items, prompts_of
 from trtllm_redrafter.benchmark.statistics import Bootstrap
 from trtllm_redrafter.benchmark.tuning_inputs import (
     Texts,
@@ -139,23 +139,8 @@ class TuneResult:
 def tune(options: TuneOptions, progress: Progress) -> TuneResult:
     """Record texts, draft along them with every shape, time the steps, predict; measure the best `budget` settings."""
     options.check()
-    prompts, max_tokens = prompts_of(options.settings), options.settings.max_tokens
     base = FrozenBase.load(options.base, device=options.device, dtype=options.dtype)
-    items: list[Item] = []
-    facts: dict[str, Any] = {}
-    if options.engine is None:
-        texts = transformers_texts(
-            base,
-            prompts,
-            max_tokens=max_tokens,
-            batch=16,
-            progress=progress,
-            template_kwargs=options.chat_template_kwargs,
-        )
-    else:
-        with closing(_load(options.engine, options.device, None)) as runner:
-            items, texts = _recorded(runner, prompts, options, progress)
-            facts["environment"] = environment.describe(runner.info, options.command)
+    items, texts, facts = _recorded(options, base, progress)
     if texts.mean_tokens <= 1.0:
         raise UsageError(
             "the base model ends every text at its first token, so there is nothing to draft",
@@ -174,7 +159,7 @@ def tune(options: TuneOptions, progress: Progress) -> TuneResult:
         "texts": len(texts.categories),
         "tokens": len(texts.rows),
         "written_by": texts.written_by,
-        "max_tokens": max_tokens,
+        "max_tokens": options.settings.max_tokens,
         "step_cost": "roofline" if options.roof else f"means of {options.settings.steps} steps",
     }
     checks: list[PredictionCheck] = []
@@ -210,17 +195,26 @@ def _load(engine: Path, device: str, shape: DraftShape | None) -> TorchRunner:
     return TorchBackend().load(engine, device=device, verify_hashes=False, draft_shape=shape)
 
 
-def _recorded(
-    runner: TorchRunner, prompts: Sequence[BenchPrompt], options: TuneOptions, progress: Progress
-) -> tuple[list[Item], Texts]:
-    max_tokens = options.settings.max_tokens
-    if options.roof is None:
-        MeasureOptions(options.batches, max_tokens, CHECK_REPEATS, 1).check(runner, runner.info.path)
-    kwargs = options.chat_template_kwargs
-    items = make_items(runner, prompts, max_tokens=max_tokens, template_kwargs=kwargs)
-    if options.settings.budget:
-        check_enough(items, options.batches)
-    return items, engine_texts(runner, items, max_tokens=max_tokens, progress=progress)
+def _recorded(options: TuneOptions, base: FrozenBase, progress: Progress) -> tuple[list[Item], Texts, dict[str, Any]]:
+    """The prompts' texts, by the engine if there is one; its requests to time steps with; what it was measured on."""
+    prompts, max_tokens, kwargs = (
+        prompts_of(options.settings),
+        options.settings.max_tokens,
+        options.chat_template_kwargs,
+    )
+    if options.engine is None:
+        texts = transformers_texts(
+            base, prompts, max_tokens=max_tokens, batch=16, progress=progress, template_kwargs=kwargs
+        )
+        return [], texts, {}
+    with closing(_load(options.engine, options.device, None)) as runner:
+        if options.roof is None:
+            MeasureOptions(options.batches, max_tokens, CHECK_REPEATS, 1).check(runner, runner.info.path)
+        items = make_items(runner, prompts, max_tokens=max_tokens, template_kwargs=kwargs)
+        if options.settings.budget:
+            check_enough(items, options.batches)
+        texts = engine_texts(runner, items, max_tokens=max_tokens, progress=progress)
+        return items, texts, {"environment": environment.describe(runner.info, options.command)}
 
 
 def _predict(

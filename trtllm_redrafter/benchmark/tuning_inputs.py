@@ -30,17 +30,19 @@ from torch import Tensor
 from trtllm_redrafter.backends.base import Request, Runner, SamplingParams, Update
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.benchmark.measure import both_sides
-from trtllm_redrafter.benchmark.prediction import StepCost, shape_name
+from trtllm_redrafter.benchmark.prediction import StepCost
 from trtllm_redrafter.benchmark.prompts import BenchPrompt, Item
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.errors import UsageError
 from trtllm_redrafter.planning.gpus import Gpu
 from trtllm_redrafter.planning.latency import Assumptions, estimate_latency
 from trtllm_redrafter.progress import Progress
-from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_any
+from trtllm_redrafter.prompts.chat_template import ChatTemplate, encode_prompt
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid
-from trtllm_redrafter.training.answers import TransformersWriter, WritingOptions
+from trtllm_redrafter.training.answers import TransformersWriter, WritingOptions, in_batches
+from trtllm_redrafter.training.cache import rows_in_memory
+from trtllm_redrafter.training.data import TokenizedText
 from trtllm_redrafter.training.drafter_files import read_drafter
 from trtllm_redrafter.training.evaluation import draft_vocab
 from trtllm_redrafter.training.frozen_base import FrozenBase, load_tokenizer
@@ -49,6 +51,10 @@ from trtllm_redrafter.training.trainer import BaseTensors
 
 ROWS_AT_ONCE = 256
 """Positions to draft from at once; bounds the size of the [rows, beams, vocabulary] array."""
+
+
+TOKENS_AT_ONCE = 8192
+"""Tokens that the base model reads together."""
 
 
 @dataclass(frozen=True)
@@ -95,19 +101,15 @@ def transformers_texts(
     """The same without an engine. Of several turns, only the first is answered."""
     tokenizer = load_tokenizer(base.path)
     template = ChatTemplate.of(tokenizer)
-    asked = [replace(p.prompt, template_kwargs={**template_kwargs, **p.prompt.template_kwargs}) for p in prompts]
-    ids = [encode_any(tokenizer, template, prompt) for prompt in asked]
-    writer, parts, tokens = TransformersWriter(base), [], 0
-    options = WritingOptions(max_tokens, 0.0, 0, batch)
-    for first in range(0, len(ids), batch):
-        some = ids[first : first + batch]
-        for prompt, answer in zip(some, writer.write(some, options, first), strict=True):
-            [states] = base.hidden([(*prompt, *answer)])
-            parts.append((states[len(prompt) - 1 : -1].cpu(), torch.tensor(answer)))
-            tokens += len(answer)
-        progress("record texts", min(first + batch, len(ids)), len(ids), "texts")
-    categories = tuple(p.category for p in prompts)
-    return Texts(TrainingRows.join(parts), categories, tokens / len(ids), None, "transformers")
+    asked = [p.prompt.with_template_kwargs(template_kwargs) for p in prompts]
+    ids = [encode_prompt(tokenizer, template, p.for_model(has_template=template is not None)) for p in asked]
+    answers: list[list[int]] = []
+    for written in in_batches(ids, TransformersWriter(base), WritingOptions(max_tokens, 0.0, 0, batch)):
+        answers += written
+        progress("record texts", len(answers), len(ids), "texts")
+    texts = [TokenizedText.answer(prompt, answer) for prompt, answer in zip(ids, answers, strict=True)]
+    rows = rows_in_memory(texts, base, TOKENS_AT_ONCE, progress)
+    return Texts(rows, tuple(p.category for p in prompts), len(rows) / len(ids), None, "transformers")
 
 
 def grid_acceptance(
@@ -181,7 +183,7 @@ def time_steps(
             ratios.append(statistics.fmean(times[True]) / statistics.fmean(times[False]))
     if len(ratios) < 2:
         raise UsageError(
-            f"there is no room to time {shape_name(shape)} at batch {batch}",
+            f"the engine is too small to time {shape.name} at batch {batch}",
             where=runner.info.path,
             remedy="build with a larger --max-seq-len, or use shorter prompts",
         )
@@ -238,6 +240,6 @@ def roofline_costs(
         for batch in batches:
             plan = estimate_latency(changed, gpu, assumptions, max_batch_size=batch, acceptance_length=None)
             row = plan.rows[-1]
-            assert row.batch == batch, shape_name(shape)
+            assert row.batch == batch, shape.name
             found.append(StepCost(shape, batch, 1e-3 * row.redrafter_ms, 1e-3 * row.plain_ms, 0.0))
     return found

@@ -235,7 +235,8 @@ def stats_table(report: RunReport) -> str:
         )
         rates = enumerate(s.acceptance_rate_per_position, start=1)
         shares = "  ".join(f"{j}: {100 * rate:.0f} %" for j, rate in rates)
-        lines.append(("by position", shares))
+        if shares:  # positions may be unknown
+            lines.append(("by position", shares))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 

@@ -61,7 +61,7 @@ def read_acceptance(path: Path, shape: DraftShape) -> MeasuredAcceptance:
     file = path / REPORT_FILE if path.is_dir() else path
     report = _document(file)
     rows = {row["setting"]: row for row in _rows(report, file)}
-    wanted = f"{shape.num_beams}x{shape.draft_len}"
+    wanted = shape.name
     if wanted not in rows:
         raise MismatchError(
             f"the report has no row for {wanted}", where=file, why=f"it has {', '.join(rows)}",

@@ -24,7 +24,7 @@ MAX_SECONDS = 5.0
 
 MAX_TEMPLATE_CHARACTERS = 2**20
 STRIKES = 3
-"""Number of conversations that may hit the time limit before the template is given up."""
+"""Number of conversations that may hit the time limit before the template is not tried again."""
 
 _REPAIR = "correct the chat template beside the tokenizer, or give the prompt as plain text (--no-chat)"
 _ARGUMENTS = "give roles in the order the model was trained on, and check chat_template_kwargs"
@@ -108,17 +108,13 @@ class ChatTemplate:
         return self._compiled[source]
 
 
-def encode_prompt(
-    tokenizer: TextTokenizer, template: ChatTemplate | None, prompt: Prompt, *, chat: bool | None = None
-) -> tuple[int, ...]:
+def encode_prompt(tokenizer: TextTokenizer, template: ChatTemplate | None, prompt: Prompt) -> tuple[int, ...]:
     """Token ids of a prompt, by the same rule for engines, training and evaluation.
 
-    A text goes through the template if there is one, unless `prompt.chat` or else `chat` says otherwise. A conversation
-    always does. `RequestError` if that is not possible.
+    A text goes through the template if there is one, unless `prompt.chat` says otherwise. A conversation always does.
+    `RequestError` if that is not possible.
     """
-    through = prompt.chat if prompt.chat is not None else chat
-    if through is None:
-        through = template is not None
+    through = template is not None if prompt.chat is None else prompt.chat
     if not through and not isinstance(prompt.content, str):
         raise RequestError("messages need the chat template", remedy="pass --chat, or a plain prompt")
     if not through:
@@ -129,13 +125,6 @@ def encode_prompt(
         raise RequestError("the tokenizer has no chat template", remedy=remedy)
     text = template.render(prompt.as_messages(), prompt.template_kwargs, answer_next=True).text
     return encode_text(tokenizer, text, add_special_tokens=False)
-
-
-def encode_any(tokenizer: TextTokenizer, template: ChatTemplate | None, prompt: Prompt) -> tuple[int, ...]:
-    """The same, but without a template (or with `chat` false) a conversation becomes plain text."""
-    if template is None or prompt.chat is False:
-        return encode_text(tokenizer, prompt.as_text())
-    return encode_prompt(tokenizer, template, prompt, chat=True)
 
 
 def encode_text(tokenizer: TextTokenizer, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:

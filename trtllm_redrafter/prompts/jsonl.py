@@ -38,8 +38,8 @@ _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _REMEDY = "write one JSON object per line, in UTF-8"
 OBEYED = "\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
-"""Of a regular expression's class: characters beyond ASCII's controls that no output has as they are. They are DEL, C1,
-marks of writing direction and halves of surrogate pairs."""
+"""For a regular expression's class: characters besides ASCII's controls that are never written as they are (DEL, C1,
+marks of writing direction, halves of surrogate pairs)."""
 
 _ESCAPED = re.compile(f"[{OBEYED}\u2028\u2029]")
 
@@ -88,7 +88,7 @@ def read_lines(path: Path) -> Iterator[NumberedLine]:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """The file, for reading. A named pipe opens when somebody writes into it, so that is not waited for without end."""
+    """The file, for reading. A named pipe opens only once there is a writer; the wait for one is limited."""
     if not stat.S_ISFIFO(path.stat().st_mode):
         return path.open("rb")
     found: Queue[int | OSError] = Queue()
@@ -103,7 +103,7 @@ def _opened(path: Path) -> IO[bytes]:
     try:
         opened = found.get(timeout=WRITER_SECONDS)
     except Empty:
-        with suppress(OSError):  # the thread need not wait on
+        with suppress(OSError):  # let the thread end
             os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
             late = found.get()
             if isinstance(late, int):

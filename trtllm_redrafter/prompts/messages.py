@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from trtllm_redrafter.errors import InputError, brief
@@ -55,6 +55,16 @@ class Prompt:
     later: tuple[str, ...] = ()
     chat: bool | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_template_kwargs(self, defaults: Mapping[str, Any]) -> Prompt:
+        """The prompt with further template arguments, unless it has its own of the same names."""
+        return replace(self, template_kwargs={**defaults, **self.template_kwargs})
+
+    def for_model(self, *, has_template: bool) -> Prompt:
+        """The prompt for a model with or without a chat template: without one, a conversation becomes plain text."""
+        if has_template and self.chat is not False:
+            return replace(self, chat=True)
+        return replace(self, content=self.as_text(), chat=False)
 
     def as_messages(self) -> list[Message]:
         """The conversation; a text is a single user message."""

@@ -1,4 +1,4 @@
-"""Options of decoding: what a recipe, a line of a prompt file and a Python call can ask for.
+"""Decoding options: what a recipe, a line of a prompt file and a Python call can ask for.
 
 The fields of `SamplingParams` are the one list of them. A field's type says how a line's JSON value is checked.
 
@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 from trtllm_redrafter.errors import InputError, Problem, brief
 
 MAX_TEMPERATURE = 1e38
-"""Far beyond what flattens any distribution; float32 ends soon after."""
+"""Beyond what flattens any distribution, and near the limit of float32."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class SamplingParams:
         return self.temperature == 0.0
 
     def problems(self) -> list[Problem]:
-        """Everything that is of a wrong type or out of range, for one message."""
+        """All values of a wrong type or out of range, for one message."""
         found = []
 
         def check(name: str, types: tuple[type, ...], remedy: str, allowed: Callable[[Any], bool]) -> None:
@@ -68,7 +68,7 @@ class SamplingParams:
 
 
 def sampling_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a line gives, checked for their type (`InputError`); their range is the engine's to check."""
+    """The options that a line gives, with their types checked (`InputError`). The engine checks their ranges."""
     hints, found = get_type_hints(SamplingParams), {}
     for name, hint in hints.items():
         if name not in values:

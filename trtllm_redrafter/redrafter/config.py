@@ -66,6 +66,11 @@ class DraftShape:
     draft_len: int
 
     @property
+    def name(self) -> str:
+        """As grids and reports write it: 2x3."""
+        return f"{self.num_beams}x{self.draft_len}"
+
+    @property
     def max_draft_tokens(self) -> int:
         """Tokens that all beams draft together, when no prefix is shared."""
         return self.num_beams * self.draft_len

@@ -7,8 +7,8 @@
     with load_engine("engine") as engine:
         print(engine.generate(["What is a tree?"], max_tokens=64)[0].text)
 
-Options are the keys of the recipe's sections and have the same defaults, which None stands for. What is wrong with a
-value or a name is said as for a recipe. Errors are `RedrafterError`s.
+Options are the keys of the recipe's sections, with the same defaults (also for None) and the same checks. Errors are
+`RedrafterError`s.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 AnyPath = str | Path
-Prompt = str | Sequence[Mapping[str, Any]]
+AnyPrompt = str | Sequence[Mapping[str, Any]]
 
 
 class ConvertKeys(TypedDict, total=False):
@@ -128,7 +128,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[AnyPrompt],
         *,
         draft: bool = True,
         chat: bool | None = None,
@@ -139,13 +139,13 @@ class Engine:
 
         `sampling` takes the fields of `SamplingParams`, as max_tokens or temperature; the others are the recipe's
         defaults. `chat_template_kwargs` are arguments of the chat template, as {"enable_thinking": False}.
-        A prompt that is refused keeps all from running, and nothing queued.
+        If any prompt is refused, none is run.
         """
         return self.runner.generate([self._request(p, draft, chat, chat_template_kwargs, sampling) for p in prompts])
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: AnyPrompt,
         *,
         draft: bool = True,
         chat: bool | None = None,
@@ -157,7 +157,7 @@ class Engine:
 
     def _request(
         self,
-        prompt: Prompt,
+        prompt: AnyPrompt,
         draft: bool,
         chat: bool | None,
         template_kwargs: Mapping[str, Any] | None,

@@ -25,14 +25,14 @@ RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
 def recipe_values(path: Path) -> dict[str, Any]:
-    """What a recipe file itself says, its preset by name: to be written out again with changes."""
+    """The values in a recipe file itself, with its preset by name, to be written again with changes."""
     layers = file_layers(path)
     preset = {PRESET_KEY: layers[0].origin.detail} if len(layers) > 1 else {}
     return {**preset, **layers[-1].values}
 
 
 def target_layers(target: Path) -> list[Layer]:
-    """What a command's ENGINE_OR_RECIPE says: a recipe's values, or the engine's directory."""
+    """The layers of a command's ENGINE_OR_RECIPE argument: a recipe's values, or the engine's directory."""
     if target.suffix in RECIPE_SUFFIXES:
         return file_layers(target)
     return [Layer(Origin("argument"), nest({"engine": target}))]
@@ -72,7 +72,7 @@ def engine_of(resolved: Resolved, name: str) -> Path:
 
 
 def tune_options(resolved: Resolved, *, name: str, command: tuple[str, ...]) -> TuneOptions:
-    """A target that is not `this` needs no engine; one of the torch backend is used where there is one."""
+    """A target that is not `this` needs no engine; if there is one of the torch backend, it is used."""
     from trtllm_redrafter.benchmark.bench import bootstrap_of
     from trtllm_redrafter.benchmark.tuning import THIS, TuneOptions
 
@@ -97,7 +97,7 @@ def tune_options(resolved: Resolved, *, name: str, command: tuple[str, ...]) -> 
 
 
 def _torch_engine(resolved: Resolved, name: str) -> EngineConfig | None:
-    """The recipe's engine, if it is one that shows its hidden states and has a drafter."""
+    """The recipe's engine, if it exposes hidden states and has a drafter."""
     engine = with_directories(resolved, name=name).recipe.engine
     if engine is None or not engine.is_dir() or engine_backend(engine) != TORCH:
         return None

@@ -83,7 +83,7 @@ def plan_recipe(resolved: Resolved, *, name: str) -> RecipePlan:
 def _acceptance(
     resolved: Resolved, model: PlannedModel
 ) -> tuple[float | None, MeasuredAcceptance | None, tuple[str, ...]]:
-    """Tokens per step, the report they are from, and how its measurement differs from what is planned."""
+    """The acceptance length, the report it is from, and how its measurement differs from what is planned."""
     given, shape = resolved.recipe.plan.acceptance_length, model.config.draft_shape
     if given is None or shape is None:
         return None, None, ()
@@ -92,13 +92,13 @@ def _acceptance(
         return found.acceptance_length, found, _check_measured(found, resolved, model)
     if given > shape.draft_len + 1:
         why = f"a step emits at most {shape.draft_len} drafted tokens and the guaranteed one"
-        remedy = "use the tokens per step that `evaluate` reports for this draft length"
+        remedy = "use the acceptance length that `evaluate` reports for this draft length"
         raise UsageError(f"plan.acceptance_length is {given}", why=why, remedy=remedy)
     return given, None, ()
 
 
 def _check_measured(found: MeasuredAcceptance, resolved: Resolved, model: PlannedModel) -> tuple[str, ...]:
-    """The report is of this base model and this drafter, by content where both tell, else by name; and notes."""
+    """Check that the report is of this base model and drafter, by content if known, else by name; returns notes."""
     problems, notes, config = [], [], model.config
     same = _same_drafter(found.drafter_sha256, resolved.recipe.drafter)
     if same is False:
@@ -128,7 +128,7 @@ def _check_measured(found: MeasuredAcceptance, resolved: Resolved, model: Planne
 
 
 def _same_drafter(measured: str | None, drafter: Path | None) -> bool | None:
-    """Are the weights those that were measured, by the drafter's manifest? None: not known. Nothing is hashed here."""
+    """Are these the weights that were measured, by the drafter's manifest? None: not known. Nothing is hashed here."""
     manifest = None if measured is None or drafter is None else Manifest.find(drafter)
     record = None if manifest is None else manifest.files.get(DRAFTER_WEIGHTS)
     return None if record is None else record.sha256 == measured

@@ -1,7 +1,7 @@
 """Prompts as jobs: from a list, or from a JSONL file line by line; and what finished jobs amount to.
 
-One bad line must not cost the night's other ten thousand: it becomes a job with an error, which names its line and
-what is wrong with it, and the rest run.
+One bad line must not cost ten thousand others: it becomes a job with an error, which names the line and what is wrong
+with it, and the rest run.
 
     {"prompt": "Why is the sky blue?", "max_tokens": 64}
     {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.7, "seed": 1}
@@ -40,7 +40,7 @@ class Job:
     error: RedrafterError | None = None
 
     def failed(self, error: RedrafterError) -> Job:
-        """This job, with the error at its place."""
+        """This job with an error that names its source."""
         self.error = error.at(self.where)
         return self
 
@@ -54,7 +54,7 @@ class Job:
 
 
 def prompt_jobs(prompts: Sequence[str], defaults: Job) -> list[Job]:
-    """Jobs of texts; `defaults` is what each gets beside its text."""
+    """Jobs of texts; everything but the text comes from `defaults`."""
     return [
         replace(defaults, job_id=f"prompt-{i}", where=f"prompt {i}", prompt=replace(defaults.prompt, content=text))
         for i, text in enumerate(prompts, start=1)
@@ -62,7 +62,7 @@ def prompt_jobs(prompts: Sequence[str], defaults: Job) -> list[Job]:
 
 
 def read_jobs(path: Path, defaults: Job) -> Iterator[Job]:
-    """Jobs of a JSON Lines file or stream, line by line; a line that is none becomes a job with its error."""
+    """Jobs of a JSON Lines file or stream, line by line; a line that is unusable becomes a job with its error."""
 
     def line_job(number: int) -> Job:
         return replace(defaults, job_id=f"line-{number}", where=f"{path}, line {number}")
@@ -75,17 +75,17 @@ def read_jobs(path: Path, defaults: Job) -> Iterator[Job]:
 
 
 def _with_values(job: Job, values: Mapping[str, Any]) -> Job:
-    """What a line says goes before the defaults."""
+    """The job with a line's values, which override the defaults."""
     prompt = parse_prompt(values)
     if prompt.later:
         remedy = "give each turn a line of its own, or use `bench`, which asks one after the other"
         raise InputError("`turns` has several turns", remedy=remedy)
     chat = job.prompt.chat if prompt.chat is None else prompt.chat
-    template_kwargs = {**job.prompt.template_kwargs, **prompt.template_kwargs}
+    prompt = replace(prompt, chat=chat).with_template_kwargs(job.prompt.template_kwargs)
     return replace(
         job,
         job_id=own_id(values) or job.job_id,
-        prompt=replace(prompt, chat=chat, template_kwargs=template_kwargs),
+        prompt=prompt,
         sampling=replace(job.sampling, **sampling_values(values)),
         draft=_flag(values, "draft", job.draft),
     )
@@ -145,12 +145,7 @@ class RunSummary(SpecDecodingStats):
             "failed": self.failed,
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
-            "steps": self.steps,
-            "acceptance_length": self.acceptance_length,
-            "acceptance_rate": self.acceptance_rate,
-            "acceptance_rate_per_position": self.acceptance_rate_per_position,
-            "drafted_tokens": self.drafted_tokens,
-            "accepted_tokens": self.accepted_tokens,
+            **super().as_dict(),
             "wall_seconds": self.wall_seconds,
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,

@@ -1,4 +1,4 @@
-"""From a resolved recipe to each package's options; values that nobody gave are derived and recorded.
+"""From a resolved recipe to each package's options; values that were not given are derived and recorded.
 
 resolved = with_limits(with_directories(resolved, name="demo"))
 options = build_options(resolved, overwrite=False)       # a backend's BuildOptions, every field set
@@ -99,7 +99,7 @@ def build_options(resolved: Resolved, *, overwrite: bool) -> BuildOptions:
 def complete_build_options(
     resolved: Resolved, backend: str, settings: TensorRTOptions | None, *, overwrite: bool
 ) -> BuildOptions:
-    """Of a recipe whose directories and lengths are all known, given or derived."""
+    """Build options of a recipe whose directories and lengths are all known, given or derived."""
     from trtllm_redrafter.backends.base import BuildOptions
 
     recipe = resolved.recipe
@@ -162,7 +162,7 @@ def draft_shape(resolved: Resolved, own: DraftShape | None) -> DraftShape | None
 
 
 def train_options(resolved: Resolved, *, resume: bool, overwrite: bool) -> TrainOptions:
-    """One run as the `train` section wants it."""
+    """Options of one training run, from the `train` section."""
     from trtllm_redrafter.training import TrainOptions
 
     require(resolved, {"base": "--base", "drafter": "--output"}, "training")
@@ -183,7 +183,7 @@ def train_options(resolved: Resolved, *, resume: bool, overwrite: bool) -> Train
 
 
 def evaluate_options(resolved: Resolved, *, overwrite: bool) -> EvaluateOptions:
-    """One evaluation as the `evaluate` section wants it."""
+    """Options of one evaluation, from the `evaluate` section."""
     from trtllm_redrafter.training import EvaluateOptions
 
     require(resolved, {"base": "--base", "drafter": "--drafter", "evaluate.prompts": "--prompts"}, "an evaluation")
@@ -203,7 +203,7 @@ def evaluate_options(resolved: Resolved, *, overwrite: bool) -> EvaluateOptions:
 
 
 def grid_for(resolved: Resolved, key: str, drafter: Path) -> tuple[DraftShape, ...]:
-    """A grid of the recipe as shapes; a default one keeps to what the drafter was trained for."""
+    """A grid of the recipe as shapes. A default grid has only shapes that the drafter was trained for."""
     grid = parse_grid(resolved.value(key))
     horizon = read_json(drafter / "config.json").get("draft_len") if resolved.is_default(key) else None
     return within(grid, horizon) if isinstance(horizon, int) else grid

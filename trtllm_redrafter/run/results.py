@@ -1,4 +1,4 @@
-"""Results as a JSONL file that an interrupted run goes on with.
+"""Results as a JSONL file that an interrupted run can continue.
 
 Rows are appended as prompts finish, each in one write. A row says which prompt it answers:
 
@@ -37,7 +37,7 @@ Place = tuple[int, int]
 class ResultsFile:
     """The file, for this process alone. `missing` leaves out what it has already, `write` adds a row, `finish` sorts.
 
-    What is there stays until `missing` is called: an engine that cannot be loaded costs no earlier results.
+    Earlier results stay until `missing` is called, so that an engine that cannot be loaded does not cost them.
     """
 
     def __init__(self, path: Path, *, regular: bool, earlier: dict[int, tuple[str | None, Place]]) -> None:
@@ -54,8 +54,8 @@ class ResultsFile:
     def open(cls, path: Path, *, resume: bool, overwrite: bool) -> Iterator[ResultsFile]:
         """Lock the file, and look at what it holds.
 
-        With `resume`, an existing file is gone on with; `OutputError` when it holds something else, unless `overwrite`
-        allows to begin anew. A file without a row goes when the block fails.
+        With `resume`, an existing file is continued; `OutputError` when it holds something else, unless `overwrite`
+        allows to start over. A file without a row is removed when the block fails.
         """
         special = path.exists() and not path.is_file()  # a pipe or a terminal
         target = path if special else Path(os.path.realpath(path))
@@ -77,7 +77,7 @@ class ResultsFile:
                     os.close(file._fd)
 
     def missing(self, jobs: Iterable[Job], info: EngineInfo) -> Iterator[Job]:
-        """Begin to write: the jobs without a result of this engine in the file. Failed ones are tried again."""
+        """Begin to write. Yields the jobs without a result of this engine in the file; failed ones are tried again."""
         self._engine = _engine_key(info)
         mode = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if self._earlier else os.O_TRUNC)
         with as_output_error(self._path):
@@ -97,7 +97,7 @@ class ResultsFile:
                 yield job
 
     def write(self, job: Job) -> None:
-        """Append a row; nothing of it stays when it cannot be written whole."""
+        """Append a row; if it cannot be written whole, no part of it stays."""
         index, key = self._running.pop(job.where)
         values = job.as_dict()
         row = {"id": values.pop("id"), "source": values.pop("source"), "index": index, "request_sha256": key, **values}
@@ -108,7 +108,7 @@ class ResultsFile:
         self._end += len(data)
 
     def finish(self) -> None:
-        """All prompts have been run: rows in their order, and none besides."""
+        """All prompts have been run: put the rows into their order, and drop all others."""
         places = [self._places[index] for index in sorted(self._places)]
         ends = [0, *(first + length for first, length in places)]
         in_order = all(first == end for (first, _), end in zip(places, ends, strict=False)) and ends[-1] == self._end
@@ -138,7 +138,7 @@ class ResultsFile:
 
 @contextmanager
 def _alone(target: Path, path: Path) -> Iterator[None]:
-    """Keep other runs away from a file; where no lock can be put beside it, nobody else is expected."""
+    """Keep other runs away from a file. Without a lock where none can be put beside it."""
     lock = target.with_name(f".{target.name}.lock")
     if target.exists() and not os.access(target.parent, os.W_OK):
         yield
@@ -151,7 +151,7 @@ def _alone(target: Path, path: Path) -> Iterator[None]:
 _ALWAYS_HASHED = (
     "max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "ignore_eos", "stop_token_ids", "skip_special_tokens"
 )  # fmt: skip
-"""Options of the first version that wrote hashes. Later ones are left out while off: earlier rows stay right."""
+"""Options of the first version that wrote hashes. Later ones are left out if off: earlier rows stay valid."""
 
 
 def _request_key(job: Job, engine: str) -> str:
@@ -181,7 +181,7 @@ def _engine_key(info: EngineInfo) -> str:
 
 
 def _earlier_rows(target: Path, path: Path, *, overwrite: bool) -> dict[int, tuple[str | None, Place]]:
-    """Hash and place of the last complete row of each prompt; half a row at the end, which a kill left, is cut off."""
+    """Hash and place of the last complete row of each prompt; half a row at the end, left by a kill, is cut off."""
     rows: dict[int, tuple[str | None, Place]] = {}
     end = 0
     if not target.exists():
@@ -196,9 +196,9 @@ def _earlier_rows(target: Path, path: Path, *, overwrite: bool) -> dict[int, tup
                 if overwrite:
                     return {}
                 raise OutputError(
-                    f"line {number} is not a result that can be gone on with", where=path,
+                    f"line {number} is not a result, so the file cannot be continued", where=path,
                     why=f"a row has an index and a request_sha256 ({type(e).__name__}: {e})",
-                    remedy="pass --overwrite to begin anew, or another --output",
+                    remedy="pass --overwrite to start over, or another --output",
                 ) from e  # fmt: skip
             rows[index] = (key, (end, len(line)))
             end += len(line)

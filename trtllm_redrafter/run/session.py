@@ -46,13 +46,13 @@ def open_runner(resolved: Resolved, *, verify_hashes: bool) -> Runner:
 
 
 def _chosen_api(resolved: Resolved, backend: str) -> str | None:
-    """None: as the engine was built. A recipe's section for the other backend is no mistake, a flag is."""
+    """None: as the engine was built. For the other backend, a recipe's key is ignored, and a flag is an error."""
     is_flag = resolved.origins["tensorrt_llm.api"].kind == "flag"
     return resolved.recipe.tensorrt_llm.api if is_flag or backend != TORCH else None
 
 
 def defaults_for(resolved: Resolved, runner: Runner) -> Job:
-    """A job without a text: what the recipe says for all. Chat follows the engine's template when nobody chose."""
+    """A job without a text: the recipe's defaults. Chat is on if the engine has a template, unless the recipe says."""
     run = resolved.recipe.run
     chat = runner.has_chat_template if run.chat is None else run.chat
     prompt = Prompt("", chat=chat, template_kwargs=resolved.recipe.chat_template_kwargs)
@@ -60,7 +60,7 @@ def defaults_for(resolved: Resolved, runner: Runner) -> Job:
 
 
 def _check_horizon(engine: Path, shape: DraftShape) -> None:
-    """A drafter is not asked to look further ahead than it was trained for; the checkpoint's manifest says how far."""
+    """`UsageError` for drafts longer than the drafter was trained for, which the checkpoint's manifest says."""
     manifest = Manifest.find(engine / ENGINE_CHECKPOINT)
     trained = None if manifest is None else manifest.trained_draft_len
     if trained is not None and shape.draft_len > trained:
@@ -89,7 +89,7 @@ def run_jobs(
     try:
         yield from _run(runner, iter(jobs), running, ahead, on_update)
     finally:
-        for request_id in running:  # whoever stopped listening, or an error: nothing stays queued
+        for request_id in running:  # the caller has stopped, or an error occurred: nothing stays queued
             runner.cancel(request_id)
 
 
@@ -122,7 +122,7 @@ def _run(
 
 
 def _step(runner: Runner, running: dict[str, Job]) -> tuple[list[Update], Job | None]:
-    """A step; an error that names one request fails its job alone, and the others go on."""
+    """A step; an error that names one request fails only its job, and the others continue."""
     try:
         return runner.step(), None
     except RedrafterError as error:
@@ -133,7 +133,7 @@ def _step(runner: Runner, running: dict[str, Job]) -> tuple[list[Update], Job | 
 
 
 def _submit(runner: Runner, job: Job, running: dict[str, Job]) -> bool:
-    """False when the job was refused; its error says why."""
+    """False if the job was refused; its error says why."""
     try:
         request_id = runner.submit(Request(runner.encode(job.prompt), job.sampling, draft=job.draft))
     except (RequestError, InputError) as error:

@@ -1,12 +1,12 @@
 """Is what a stage would write there already? Content decides, not dates.
 
-A stage's fingerprint is the SHA-256 of its input files and of the options that shape its output. Beside the work
-directory's stages lies what each was last run with:
+A stage's fingerprint is the SHA-256 of its input files and of the options that shape its output. The work
+directory records what each stage was last run with:
 
     runs/demo/.stages/convert.json     fingerprint, options, inputs, output, hash of the output's manifest
     runs/demo/.stages/hashes.json      SHA-256 by path, size, times and inode, so that inputs are read once
 
-A hit means: same fingerprint, same output directory, and that directory still whole. A miss says what changed.
+A hit means: same fingerprint, same output directory, and that directory still complete. A miss says what changed.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class HashCache:
         """Hashes of every file below `path`, under `name/`, but for those with one of the suffixes in `unread`.
 
         What a stage reads depends on what is there (weights as safetensors or a pickle, shards in folders), so nothing
-        is left out that it might. Hidden files and folders (`.git`, `.cache`) are read by none.
+        is left out that it might. No stage reads hidden files and folders (`.git`, `.cache`).
         """
         if not path.is_dir():
             raise InputError(f"the {name} directory does not exist", where=path, remedy="check the path")
@@ -133,7 +133,7 @@ _NOT_SHAPING = {
 }
 """The keys of a section that do not decide what its stage writes. Paths do not either: the content behind them counts.
 
-Named here are the exceptions, so that a key that is added to the schema is in the fingerprint from the start.
+Only the exceptions are named, so that a key that is added to the schema is in the fingerprint from the start.
 """
 
 _NEVER_READ = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".md", ".png")
@@ -216,7 +216,7 @@ class StageRecords:
         self._write(stage, fingerprint, output, {"finished": None})
 
     def store(self, stage: str, fingerprint: Fingerprint, output: Path, complete: Path | None = None) -> None:
-        """Remember a complete output; `complete` is where it lies while it does not have its name yet."""
+        """Remember a complete output; `complete` is where it is while it does not have its name yet."""
         stamp = sha256_file(_stamp(output if complete is None else complete))
         self._write(stage, fingerprint, output, {"output_sha256": stamp, "finished": now()})
 
@@ -250,13 +250,13 @@ def _damage(output: Path, record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _checked(record: dict[str, Any]) -> dict[str, Any]:
-    """A record whose sections are what `store` writes, or none."""
+    """The record if its sections are what `store` writes, else an empty one."""
     sections = (record.get("options"), record.get("inputs"))
     return record if all(isinstance(section, dict) for section in sections) else {}
 
 
 def _read_or_empty(path: Path) -> dict[str, Any]:
-    """A cache that cannot be read is an empty one: the price is a stage run again."""
+    """A cache that cannot be read is an empty one: its price is that a stage runs again."""
     try:
         return read_json(path)
     except InputError:

@@ -139,7 +139,7 @@ def run_pipeline(plan: PipelinePlan, progress: Progress) -> Iterator[StagePlan]:
 
 
 def begin_run(plan: PipelinePlan, stage: StagePlan) -> None:
-    """Remember whose results are about to be written, so that they can be gone on with after a kill."""
+    """Remember whose results are about to be written, so that they can be continued after a kill."""
     if stage.output is not None and stage.fingerprint is not None:
         plan.records.begin(stage.name, stage.fingerprint, stage.output)
 

@@ -1,4 +1,4 @@
-"""How many tokens a step will bring, without decoding: acceptance measured along recorded trajectories.
+"""How many tokens a step will emit, without decoding: acceptance measured along recorded trajectories.
 
 Under greedy decoding the base model writes the same text whatever the drafter proposes. So each prompt is decoded
 once, its hidden states and tokens kept (as `TrainingRows`), and the drafter then proposes from every row in large
@@ -48,7 +48,7 @@ class Acceptance:
 
     def as_dict(self) -> dict[str, object]:
         return {
-            "setting": f"{self.shape.num_beams}x{self.shape.draft_len}",
+            "setting": self.shape.name,
             "acceptance_length": round(self.acceptance_length, 4),
             "interval_95": [round(self.low, 4), round(self.high, 4)],
             "mean_over_rows": round(self.mean_over_rows, 4),
@@ -112,7 +112,7 @@ def accepted_everywhere(
             finite = beams.finite
         found.append(torch.stack(lengths).cpu())
         if not bool(finite.all()):
-            raise not_finite("the drafter's scores", str(context.dtype).removeprefix("torch."), where="drafter")
+            raise not_finite("the drafter's scores", context.dtype, where="drafter")
         progress(f"draft with {shape.num_beams} beams", start + len(index), len(rows), "positions")
     return torch.cat(found, dim=1)
 

@@ -3,7 +3,7 @@
 A template with `{% generation %}` marks answers itself. For others, an answer is what the template adds to the
 conversation before it. Some templates write an answer differently once another turn follows (Qwen3 drops the
 reasoning of earlier answers); then the conversation becomes several texts, each ending with an answer as the model
-wrote it, since that is what the model has before it when it answers:
+wrote it, since that is what the model sees when it answers:
 
     turn 1    <user>Hi<assistant><think></think>Hello<end>
     turn 2    <user>Hi<assistant>Hello<end><user>And?<assistant><think></think>More<end>
@@ -99,5 +99,5 @@ def _end(ids: tuple[int, ...], start: int, stop: int, eos: frozenset[int]) -> in
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens both begin with."""
+    """Number of tokens that both begin with."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

@@ -1,9 +1,9 @@
 """Let the base model write the answers it will be drafted for, as lines on disk that survive an interruption.
 
 A drafter predicts one model's habits, so that model's own answers are the best text to learn from. Answers are
-appended to a JSON-lines file batch by batch; a later call with the same prompts and options goes on behind the last
-complete line. Who writes is an interface: transformers, or a backend's runner, such as that of an engine of the base
-model that is made for the occasion and thrown away.
+appended to a JSON-lines file batch by batch; a later call with the same prompts and options continues after the last
+complete line. `AnswerWriter` is an interface: transformers, or a backend's runner, such as that of a temporary engine
+of the base model.
 
     answers = write_answers(prompts, TransformersWriter(base), options, Path("work/answers.jsonl"), no_progress)
     with engine_writer(base, work_dir, ...) as writer:
@@ -32,7 +32,7 @@ from trtllm_redrafter.conversion.writer import convert
 from trtllm_redrafter.errors import InputError, Problem, not_finite
 from trtllm_redrafter.fsio import as_output_error, made_parents
 from trtllm_redrafter.progress import Progress
-from trtllm_redrafter.training.frozen_base import FrozenBase, dtype_name
+from trtllm_redrafter.training.frozen_base import FrozenBase
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,9 @@ class WritingOptions:
     batch: int
 
     def problems(self) -> list[Problem]:
-        found = []
-        if self.max_tokens < 2:
-            found.append(Problem(f"answers of {self.max_tokens} tokens", remedy="a drafter learns from 2 tokens up"))
-        if self.temperature < 0:
-            found.append(Problem(f"temperature is {self.temperature}", remedy="use 0 for greedy, or a positive number"))
-        if self.batch < 1:
-            found.append(Problem(f"batch is {self.batch}", remedy="use 1 or more"))
-        return found
+        if self.max_tokens >= 2:
+            return []
+        return [Problem(f"answers of {self.max_tokens} tokens", remedy="a drafter learns from 2 tokens up")]
 
 
 class AnswerWriter(Protocol):
@@ -62,7 +57,7 @@ class AnswerWriter(Protocol):
 
 
 class _FiniteLogits:
-    """A logits processor that notices rows without a number to choose by; it asks the device when all is written."""
+    """A logits processor that notices rows without finite logits; it asks the device once, when all is written."""
 
     def __init__(self, base: FrozenBase) -> None:
         self._base = base
@@ -75,7 +70,7 @@ class _FiniteLogits:
 
     def check(self) -> None:
         if bool(self._broken):
-            raise not_finite("the base model's logits", dtype_name(self._base.head.dtype), where=self._base.path)
+            raise not_finite("the base model's logits", self._base.head.dtype, where=self._base.path)
 
 
 class TransformersWriter:
@@ -105,7 +100,7 @@ class TransformersWriter:
 
 
 class RunnerWriter:
-    """Answers through a backend's engine; several times faster where one is at hand."""
+    """Answers through a backend's engine, several times faster."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -126,7 +121,7 @@ def engine_writer(
     base: Path, work_dir: Path, *, dtype: str, device: str, batch: int, max_prompt: int, max_tokens: int,
     progress: Progress,
 ) -> Iterator[RunnerWriter]:  # fmt: skip
-    """A writer whose engine lies in `work_dir` for as long as the block lasts.
+    """A writer with an engine in `work_dir` that is removed at the end of the block.
 
     The engine writes `batch` answers at once, to prompts of up to `max_prompt` tokens, `max_tokens` with the answer.
     """
@@ -145,7 +140,7 @@ def engine_writer(
 
 
 def until_end(tokens: Sequence[int], eos: Sequence[int]) -> list[int]:
-    """Tokens up to the first end token, it included."""
+    """Tokens up to and including the first end token."""
     for i, token in enumerate(tokens):
         if token in eos:
             return list(tokens[: i + 1])
@@ -165,19 +160,24 @@ def write_answers(
             file.seek(good_bytes)
             if not good_bytes:
                 file.write(_line({"key": key, "options": asdict(options)}))
-            while len(answers) < len(prompts):
-                progress("write answers", len(answers), len(prompts), "prompts")
-                part = prompts[len(answers) : len(answers) + options.batch]
-                written = writer.write(part, options, len(answers))
+            for written in in_batches(prompts, writer, options, first=len(answers)):
                 file.write(b"".join(_line({"answer": answer}) for answer in written))
                 file.flush()
                 answers += written
-    progress("write answers", len(prompts), len(prompts), "prompts")
+                progress("write answers", len(answers), len(prompts), "prompts")
     return answers
 
 
+def in_batches(
+    prompts: Sequence[Sequence[int]], writer: AnswerWriter, options: WritingOptions, first: int = 0
+) -> Iterator[list[list[int]]]:
+    """Answers to the prompts from number `first` on, batch by batch."""
+    for start in range(first, len(prompts), options.batch):
+        yield writer.write(prompts[start : start + options.batch], options, start)
+
+
 def answers_key(prompts: Sequence[Sequence[int]], options: WritingOptions) -> str:
-    """Changes when prompts or options do; `batch` does not decide what is written in greedy mode, but may else."""
+    """Changes when prompts or options do; of the options, `batch` matters only if answers are sampled."""
     content = json.dumps([[list(p) for p in prompts], asdict(options)])
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -187,7 +187,7 @@ def _line(content: object) -> bytes:
 
 
 def _read_answers(path: Path, key: str) -> tuple[list[list[int]], int]:
-    """Complete answers of this very run, and how many bytes of the file they take; ([], 0) to begin anew."""
+    """Complete answers of this run, and how many bytes of the file they take; ([], 0) to start over."""
     if not path.exists():
         return [], 0
     answers: list[list[int]] = []

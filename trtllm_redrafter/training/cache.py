@@ -5,8 +5,8 @@ A directory with three plain arrays, one row per learnt token, and a manifest wi
     hidden.bin    [N, H] in the base model's dtype     tokens.bin [N] int32     document.bin [N] int32
 
 Soft targets need no space of their own: the base's whole distribution is its head times the cached state. A cache is
-used only if it was made from these very texts by this very model and every byte is as it was written; otherwise it is
-made again, and the reason is told.
+used only if it was made from these texts by this model and every byte is as it was written; otherwise it is made again,
+and the reason is reported.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trtllm_redrafter.backends.torch.weights import DTYPES
 from trtllm_redrafter.errors import InputError, OutputError
 from trtllm_redrafter.fsio import as_output_error, read_json, sha256_file, write_json
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.scratch import remove_tree
 from trtllm_redrafter.training.data import TokenizedText
 from trtllm_redrafter.training.drafter_files import BaseIdentity
-from trtllm_redrafter.training.frozen_base import DTYPES, FrozenBase
+from trtllm_redrafter.training.frozen_base import FrozenBase
 from trtllm_redrafter.training.rows import TrainingRows
 
 MANIFEST = "manifest.json"
@@ -38,7 +39,7 @@ ARRAYS = ("hidden.bin", "tokens.bin", "document.bin")
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a cache will hold and take; known from the texts alone."""
+    """What a cache will hold and how large it will be; known from the texts alone."""
 
     rows: int
     documents: int
@@ -157,10 +158,24 @@ def _build(
         write_json(folder / MANIFEST, {"format": FORMAT, "key": key, "plan": asdict(plan), "files": hashes})
 
 
+def rows_in_memory(
+    texts: Sequence[TokenizedText], base: FrozenBase, batch_tokens: int, progress: Progress
+) -> TrainingRows:
+    """The rows of a few texts in their order, without a cache."""
+    count, hidden_size = sum(text.rows for text in texts), base.head.shape[1]
+    rows = TrainingRows(
+        torch.empty(count, hidden_size, dtype=base.head.dtype),
+        torch.empty(count, dtype=torch.int32),
+        torch.empty(count, dtype=torch.int32),
+    )
+    _fill(rows, texts, base, batch_tokens, progress)
+    return rows
+
+
 def _fill(
     rows: TrainingRows, texts: Sequence[TokenizedText], base: FrozenBase, batch_tokens: int, progress: Progress
 ) -> None:
-    """Run the base over texts of like length together; each text's rows go to their own place."""
+    """Run the base over texts of similar length together; each text's rows go to their own place."""
     first_row, first_document, row, document = [], [], 0, 0
     for text in texts:
         first_row.append(row)

@@ -7,13 +7,13 @@ Three kinds of lines, one kind per file (chats in any form that `prompts.message
     {"prompt": "Why is the sky blue?", "category": "science"}        the base model writes the answer
 
 Of a chat only the assistant's tokens are learnt, end token included; of plain text everything but the first token.
-What is wrong with a file is reported line by line, all of it together.
+Everything that is wrong with a file is reported together, line by line.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -45,7 +45,7 @@ class TokenizedText:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TokenizedPrompt:
     """A prompt to answer, tokenized as the model reads it, and the line it came from."""
 
     token_ids: tuple[int, ...]
@@ -61,7 +61,7 @@ def read_texts(
     eos: Sequence[int],
     template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[TokenizedText]:
-    """Chats or plain texts; what is longer than `max_tokens` is cut there."""
+    """Chats or plain texts, cut after `max_tokens`."""
     template, ends = ChatTemplate.of(tokenizer), frozenset(eos)
 
     def texts(number: int, values: Mapping[str, Any]) -> list[TokenizedText]:
@@ -77,33 +77,32 @@ def read_prompts(
     *,
     max_tokens: int,
     template_kwargs: Mapping[str, Any] = MappingProxyType({}),
-) -> list[Prompt]:
+) -> list[TokenizedPrompt]:
     """Prompts; one that leaves no space for an answer within `max_tokens` is an error of its line.
 
     Of several turns the first is asked.
     """
     template = ChatTemplate.of(tokenizer)
 
-    def prompt(number: int, values: Mapping[str, Any]) -> Prompt:
-        asked = check_asks(parse_prompt(values))
-        asked = replace(asked, template_kwargs={**template_kwargs, **asked.template_kwargs})
+    def prompt(number: int, values: Mapping[str, Any]) -> TokenizedPrompt:
+        asked = check_asks(parse_prompt(values)).with_template_kwargs(template_kwargs)
         ids = encode_prompt(tokenizer, template, asked)
         if len(ids) >= max_tokens:
             raise InputError(f"the prompt has {len(ids)} tokens, more than {max_tokens - 1}")
         if not ids:
             raise InputError("the prompt has no tokens")
-        return Prompt(ids, str(values.get("category", "")), number)
+        return TokenizedPrompt(ids, str(values.get("category", "")), number)
 
     return parse_all(read_lines(path), path, prompt)
 
 
-def check_range(texts: Sequence[TokenizedText | Prompt], path: Path, tokenizer: Any, vocab_size: int) -> None:
+def check_range(texts: Sequence[TokenizedText | TokenizedPrompt], path: Path, tokenizer: Any, vocab_size: int) -> None:
     """`InputError` naming every text with a token that has no row in the base model's embedding."""
     problems = []
     for number, text in enumerate(texts, start=1):
         found = first_beyond(text.token_ids, vocab_size=vocab_size)
         if found is not None:
-            where = f"line {text.line}" if isinstance(text, Prompt) else f"text {number}"
+            where = f"line {text.line}" if isinstance(text, TokenizedPrompt) else f"text {number}"
             problems.append(Problem(beyond_message(found, vocab_size=vocab_size, tokenizer=tokenizer), where))
     remedy = "leave these tokens out, or remove the lines"
     raise_problems(problems, "some texts cannot be used", where=path, remedy=remedy)

@@ -1,4 +1,4 @@
-"""Drafter directories: ours written, with Apple's names and config keys, and anybody's read for evaluation.
+"""Drafter directories: written with Apple's names and config keys, and read from any trainer for evaluation.
 
     config.json                sizes, horizon, base model's identity, provenance
     model.safetensors          input_proj.*, lm_head.{i}.linear.*, rnn_u.*, rnn_w.weight, and the head
@@ -7,8 +7,8 @@
 The head is `lm_head.{K}.weight` [V, E] when it was trained in full; with `tie_lm_head` it is left out, and is the base
 model's head [V, H], times `lm_head_factor.weight` [H, E] where that exists.
 
-Names, `.pt` files and config.json of other trainers are `convert`'s business (`DrafterFiles`); here the tensors go to
-their places in a `TrainableDrafter`.
+Names, `.pt` files and config.json of other trainers are read as `convert` reads them (`DrafterFiles`); here the tensors
+go to their places in a `TrainableDrafter`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FACTOR_NAME = "lm_head_factor.weight"
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """Enough of the base model to notice a wrong one."""
+    """Enough about the base model to notice a wrong one."""
 
     name: str
     hidden_size: int
@@ -102,7 +102,7 @@ def drafter_config(spec: DrafterSpec, base: BaseIdentity, provenance: dict[str, 
 
 
 def frequent_tokens(tokens: Tensor, vocab_size: int, count: int) -> Tensor:
-    """The `count` most frequent token ids, most frequent first; equal counts by rising id. int32."""
+    """The `count` most frequent token ids, most frequent first; equal counts by ascending id. int32."""
     counts = torch.bincount(tokens.flatten().long().cpu(), minlength=vocab_size)
     return counts.sort(descending=True, stable=True).indices[:count].to(torch.int32)
 
@@ -134,7 +134,7 @@ HEADS = {"lm_head.weight": "full_head.weight", "lm_head_factor.weight": "factor.
 
 
 def read_drafter(folder: Path, longest: int) -> TrainableDrafter:
-    """The drafter in float32. One that does not say how far ahead it was trained is taken to reach `longest`."""
+    """The drafter in float32. One that does not say how far ahead it was trained is assumed to reach `longest`."""
     drafter = DrafterFiles.open(folder)
     raise_together(InputError, drafter.problems, "the drafter cannot be evaluated", where=folder)
     sources = dict(drafter.tensors)

@@ -1,4 +1,4 @@
-"""Will this drafter pay? Acceptance for every setting of a grid, before any conversion or GPU is paid for.
+"""Is this drafter worth it? Acceptance for every setting of a grid, before anything is converted or a GPU is rented.
 
 Each prompt is decoded once, greedily, by the base model; the drafter then proposes along the recorded texts (see
 `acceptance.py` for why that is exact).
@@ -10,13 +10,14 @@ Each prompt is decoded once, greedily, by the base model; the drafter then propo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trtllm_redrafter.backends.torch.weights import DTYPES
 from trtllm_redrafter.checkpoint.draft_vocab import read_draft_vocab
 from trtllm_redrafter.checkpoint.fields import FieldReader
 from trtllm_redrafter.checkpoint.names import DRAFT_VOCAB_FILE, DRAFTER_WEIGHTS
@@ -27,12 +28,12 @@ from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.settings.schema import EvaluateSection
 from trtllm_redrafter.settings.values import fill
 from trtllm_redrafter.training.acceptance import Acceptance, borrowed_head, evaluate_grid, token_accuracy
-from trtllm_redrafter.training.answers import AnswerWriter, TransformersWriter, WritingOptions
+from trtllm_redrafter.training.answers import AnswerWriter, TransformersWriter, WritingOptions, in_batches
+from trtllm_redrafter.training.cache import rows_in_memory
 from trtllm_redrafter.training.data import TokenizedText, check_range, read_prompts
 from trtllm_redrafter.training.drafter_files import read_drafter
-from trtllm_redrafter.training.frozen_base import DTYPES, FrozenBase, base_identity, dtype_problems, load_tokenizer
+from trtllm_redrafter.training.frozen_base import FrozenBase, base_identity, dtype_problems, load_tokenizer
 from trtllm_redrafter.training.model import TrainableDrafter
-from trtllm_redrafter.training.rows import TrainingRows
 from trtllm_redrafter.training.trainer import BaseTensors
 
 
@@ -56,14 +57,14 @@ class EvaluateOptions:
         return fill(WritingOptions, self.settings, temperature=0.0, seed=0)
 
     def check(self) -> None:
-        """Raise `UsageError` with everything that cannot be meant."""
+        """Raise `UsageError` with everything that is contradictory or out of range."""
         found = [problem for shape in self.grid for problem in shape.problems()] + self.writing.problems()
         raise_together(UsageError, [*found, *dtype_problems(self.dtype)], "the evaluation cannot start")
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What was measured. `compute`, `render` and `write` are apart."""
+    """What was measured."""
 
     options: EvaluateOptions
     texts: int
@@ -96,7 +97,7 @@ class EvaluationReport:
             "drafted_from_tokens": self.drafted_from,
             "min_acceptance": self.options.settings.min_acceptance,
             "passes": self.passes,
-            "best": f"{self.best.shape.num_beams}x{self.best.shape.draft_len}",
+            "best": self.best.shape.name,
             "acceptance": [a.as_dict() for a in self.acceptance],
             "accuracy": self.accuracy,
         }
@@ -111,9 +112,8 @@ class EvaluationReport:
         ]
         for a in self.acceptance:
             rates = " ".join(f"{rate:.2f}" for rate in a.acceptance_rate_per_position)
-            setting = f"{a.shape.num_beams}x{a.shape.draft_len}"
             length = f"{a.acceptance_length:.2f} | {a.low:.2f}–{a.high:.2f} | {a.mean_over_rows:.2f}"
-            lines.append(f"| {setting} | {length} | {rates} |")
+            lines.append(f"| {a.shape.name} | {length} | {rates} |")
         top1 = " ".join(f"{a['top1']:.3f}" for a in self.accuracy)
         top5 = " ".join(f"{a['top5']:.3f}" for a in self.accuracy)
         return "\n".join([*lines, "", f"right token per position: top-1 {top1}; top-5 {top5}"])
@@ -137,9 +137,12 @@ def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWrit
     prompts = read_prompts(options.prompts, tokenizer, max_tokens=settings.max_text_tokens, template_kwargs=kwargs)
     check_range(prompts, options.prompts, tokenizer, drafter.spec.config.vocab_size)  # the base's: see check_fits
     base = FrozenBase.load(options.base, device=options.device, dtype=options.dtype)
-    answers = _answers(writer or TransformersWriter(base), [p.token_ids for p in prompts], options, progress)
+    answers: list[list[int]] = []
+    for written in in_batches([p.token_ids for p in prompts], writer or TransformersWriter(base), options.writing):
+        answers += written
+        progress("decode prompts", len(answers), len(prompts), "prompts")
     texts = [TokenizedText.answer(p.token_ids, a) for p, a in zip(prompts, answers, strict=True)]
-    rows = record(base, texts, settings.batch_tokens, progress)
+    rows = rows_in_memory(texts, base, settings.batch_tokens, progress)
     tensors = BaseTensors(base.embedding, base.head, torch.arange(base.head.shape[0]))
     drafter = drafter.to(options.device, DTYPES[options.dtype])
     vocab = draft_vocab(options.drafter) if settings.draft_vocab else None
@@ -158,30 +161,8 @@ def evaluate(options: EvaluateOptions, progress: Progress, *, writer: AnswerWrit
     return report
 
 
-def _answers(
-    writer: AnswerWriter, prompts: Sequence[Sequence[int]], options: EvaluateOptions, progress: Progress
-) -> list[list[int]]:
-    answers: list[list[int]] = []
-    while len(answers) < len(prompts):
-        part = prompts[len(answers) : len(answers) + options.settings.batch]
-        answers += writer.write(part, options.writing, len(answers))
-        progress("decode prompts", len(answers), len(prompts), "prompts")
-    return answers
-
-
-def record(base: FrozenBase, texts: Sequence[TokenizedText], batch_tokens: int, progress: Progress) -> TrainingRows:
-    """Rows of the texts in their order, held in memory."""
-    parts = []
-    for i, text in enumerate(texts):
-        [states] = base.hidden([text.token_ids])
-        for start, end in text.spans:
-            parts.append((states[start - 1 : end - 1].cpu(), torch.tensor(text.token_ids[start:end])))
-        progress("hidden states", i + 1, len(texts), "texts")
-    return TrainingRows.join(parts)
-
-
 def draft_vocab(drafter: Path) -> torch.Tensor | None:
-    """The token ids that the drafter directory wants drafts to be taken from, if it has such a list."""
+    """The token ids that drafts should be taken from, if the drafter directory has such a list."""
     path = drafter / DRAFT_VOCAB_FILE
     if not path.exists():
         return None
@@ -192,7 +173,7 @@ def draft_vocab(drafter: Path) -> torch.Tensor | None:
 
 
 def check_fits(drafter: TrainableDrafter, options: EvaluateOptions) -> None:
-    """The drafter was trained for a base of these sizes, and for drafts this long."""
+    """`UsageError` if the drafter was trained for a base of other sizes, or for shorter drafts."""
     base, config = base_identity(options.base), drafter.spec.config
     found = []
     for name, theirs, ours in (
@@ -211,8 +192,7 @@ def check_fits(drafter: TrainableDrafter, options: EvaluateOptions) -> None:
         if shape.draft_len > drafter.spec.draft_len:
             found.append(
                 Problem(
-                    f"{shape.num_beams}x{shape.draft_len} drafts further than the {drafter.spec.draft_len} tokens "
-                    "the drafter was trained on",
+                    f"{shape.name} drafts further than the {drafter.spec.draft_len} tokens the drafter was trained on",
                     remedy=f"use lengths up to {drafter.spec.draft_len}",
                 )
             )

@@ -60,7 +60,7 @@ class TrainResult:
 
 
 def train(plan: TrainPlan, progress: Progress, *, writer: AnswerWriter | None = None) -> TrainResult:
-    """Run the plan. `writer` answers prompts faster than transformers would, where an engine is at hand."""
+    """Run the plan. `writer` answers the prompts; None: transformers."""
     with work_lock(plan), process_group(plan.options.device) as device:
         base = FrozenBase.load(plan.options.base, device=device, dtype=plan.options.dtype)
         return _train(plan, base, writer or TransformersWriter(base), progress if is_first() else no_progress)
@@ -78,7 +78,7 @@ def work_lock(plan: TrainPlan) -> Iterator[None]:
 
 @contextmanager
 def answer_writer(plan: TrainPlan, progress: Progress) -> Iterator[AnswerWriter | None]:
-    """Who writes a plan's answers: an engine; None, so transformers, where several processes share the work."""
+    """What writes a plan's answers: an engine; None (transformers) if several processes share the work."""
     if not plan.prompts or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         yield None
         return
@@ -201,7 +201,7 @@ def _run(trainer: Trainer, work_dir: Path, resume: bool, save_every: int, progre
 
 
 def _cut_log(log: Path, step: int) -> None:
-    """Drop lines of steps that will be done again."""
+    """Drop lines of steps that will be repeated."""
     if log.exists():
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]

@@ -1,4 +1,4 @@
-"""The base model as training sees it: hidden states of given tokens, its two matrices, and who it is.
+"""The base model as training sees it: hidden states of given tokens, its two matrices, and its identity.
 
 It runs through transformers, in the dtype its checkpoint has or another, and is never trained. Batches are padded on
 the right and need no mask: in a causal model nothing before the padding can see it. (Masks made from `token != pad`
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trtllm_redrafter.backends.torch.weights import DTYPES
 from trtllm_redrafter.base_models.hf_config import one_form
 from trtllm_redrafter.base_models.hf_model import sample_of
 from trtllm_redrafter.base_models.tokenizer import tokenizer_sha256
@@ -23,17 +24,10 @@ from trtllm_redrafter.errors import BackendError, InputError, Problem, not_finit
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.training.drafter_files import BaseIdentity
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def dtype_problems(dtype: str) -> list[Problem]:
-    """A base model's config.json may name one that nothing here computes in."""
+    """A base model's config.json may name a dtype that is not supported here."""
     return [] if dtype in DTYPES else [Problem(f"dtype is {dtype!r}", remedy=f"use one of {', '.join(DTYPES)}")]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As recipes write it: torch.float16 -> "float16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 class FrozenBase:
@@ -64,7 +58,7 @@ class FrozenBase:
         tokens = torch.tensor([[*t, *[0] * (width - len(t))] for t in texts], device=self.head.device)
         states = self._model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
         if not bool(states.isfinite().all()):
-            raise not_finite("the base model's hidden states", dtype_name(states.dtype), where=self.path)
+            raise not_finite("the base model's hidden states", states.dtype, where=self.path)
         return [states[i, : len(t)] for i, t in enumerate(texts)]
 
 

@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trtllm_redrafter.errors import Problem
-
 
 @dataclass(frozen=True)
 class LossOptions:
@@ -39,16 +37,6 @@ class LossOptions:
     position_weights: tuple[float, ...]
     chunk_windows: int
     compile: bool
-
-    def problems(self) -> list[Problem]:
-        found = []
-        if min(self.kd_weight, self.ce_weight, *self.position_weights) < 0 or self.kd_weight + self.ce_weight <= 0:
-            found.append(Problem("a loss weight is negative, or all are zero", remedy="use positive weights"))
-        if self.kd_temperature <= 0:
-            found.append(Problem(f"kd_temperature is {self.kd_temperature}", remedy="use a positive number"))
-        if self.chunk_windows < 1:
-            found.append(Problem(f"chunk_windows is {self.chunk_windows}", remedy="use 1 or more"))
-        return found
 
 
 def row_terms(

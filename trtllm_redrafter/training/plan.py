@@ -20,7 +20,7 @@ from trtllm_redrafter.settings.schema import TrainSection
 from trtllm_redrafter.settings.values import fill
 from trtllm_redrafter.training.answers import WritingOptions
 from trtllm_redrafter.training.cache import CachePlan, check_space, plan_cache
-from trtllm_redrafter.training.data import Prompt, TokenizedText, check_range, read_prompts, read_texts
+from trtllm_redrafter.training.data import TokenizedPrompt, TokenizedText, check_range, read_prompts, read_texts
 from trtllm_redrafter.training.drafter_files import BaseIdentity
 from trtllm_redrafter.training.frozen_base import base_identity, base_text, dtype_problems, with_tokenizer
 from trtllm_redrafter.training.loss import LossOptions
@@ -82,9 +82,13 @@ class TrainOptions:
         )
 
     def check(self) -> None:
-        """Raise `UsageError` with everything that cannot be meant."""
-        chosen = self.settings
-        found = [*self.fit.problems(), *self.writing.problems()]
+        """Raise `UsageError` with everything that is contradictory; the schema has checked each value for itself."""
+        chosen, found = self.settings, self.writing.problems()
+        if chosen.kd_weight + chosen.ce_weight <= 0:
+            found.append(Problem("kd_weight and ce_weight are both 0", remedy="give one of them a weight"))
+        if chosen.windows % chosen.accumulation:
+            what = f"{chosen.windows} windows cannot be split in {chosen.accumulation} equal parts"
+            found.append(Problem(what, remedy="make windows a multiple of accumulation"))
         if chosen.epochs is not None and chosen.max_steps is not None:
             found.append(Problem("epochs and max_steps are both given", remedy="give one of them"))
         if (chosen.data is None) == (chosen.prompts is None):
@@ -100,7 +104,7 @@ class TrainPlan:
     base: BaseIdentity
     spec: DrafterSpec
     texts: tuple[TokenizedText, ...]
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[TokenizedPrompt, ...]
     eos: tuple[int, ...]
     cache: CachePlan
 
@@ -110,7 +114,7 @@ class TrainPlan:
 
     @property
     def parameters(self) -> int:
-        """Trained parameters; a borrowed head is not among them."""
+        """Number of trained parameters, without a borrowed head."""
         shapes = dict(self.spec.config.parameter_shapes())
         del shapes["lm_head.weight"]
         count = sum(math.prod(shape) for shape in shapes.values())
@@ -181,7 +185,7 @@ def plan_training(options: TrainOptions) -> TrainPlan:
     tokenizer, eos = with_tokenizer(text, options.base), text.end_token_ids
     longest_text, kwargs = chosen.max_text_tokens, options.chat_template_kwargs
     texts: list[TokenizedText] = []
-    prompts: list[Prompt] = []
+    prompts: list[TokenizedPrompt] = []
     if chosen.data is not None:
         texts = read_texts(chosen.data, tokenizer, max_tokens=longest_text, eos=eos, template_kwargs=kwargs)
         check_range(texts, chosen.data, tokenizer, identity.vocab_size)

@@ -55,7 +55,7 @@ class WindowBatch:
 
 
 def cut_windows(rows: TrainingRows, starts: Tensor, window: int, draft_len: int) -> WindowBatch:
-    """Windows of `window` rows beginning at `starts` [W]; rows before the first and after the last are void."""
+    """Windows of `window` rows beginning at `starts` [W]; rows before the first and after the last are padding."""
     index, _ = _window_index(rows, starts, window + draft_len)
     tokens, valid = cut_targets(rows, starts, window, draft_len)
     return WindowBatch(rows.hidden[index.clamp(0, len(rows) - 1)], tokens, valid)

@@ -1,9 +1,9 @@
 """The training loop: AdamW over windows of cached rows; the base model itself never runs here.
 
-Everything a step does follows from (options, step): which windows, which learning rate. So a resumed run repeats the
+What a step does depends on (options, step) alone: which windows, which learning rate. So a resumed run repeats the
 interrupted one exactly, losses included, and only the weights and AdamW's two moments are kept in between (as
 safetensors; no pickles). Under `torchrun` every process takes its share of a step's windows and the gradients are
-averaged; with one process nothing of that exists.
+averaged; a single process does none of that.
 
     trainer = Trainer(model, rows, BaseTensors(embedding, head, loss_vocab), options)
     trainer.run(log, progress)                  # learning rates are options.rate_at(step)
@@ -26,13 +26,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from trtllm_redrafter.checkpoint.safetensors_io import save_tensors
-from trtllm_redrafter.errors import InputError, NumericalError, Problem
+from trtllm_redrafter.errors import InputError, NumericalError
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.training.loss import LossOptions, LossResult, count_targets, distillation_loss
 from trtllm_redrafter.training.model import TrainableDrafter
 from trtllm_redrafter.training.rows import TrainingRows, WindowOrder, cut_targets, cut_windows
-
-SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass(frozen=True)
@@ -61,24 +59,6 @@ class FitOptions:
     autocast: bool
     seed: int
     log_every: int
-
-    def problems(self) -> list[Problem]:
-        found = list(self.loss.problems())
-        counts = {"max_steps": self.max_steps, "window": self.window, "windows": self.windows}
-        counts |= {"accumulation": self.accumulation, "log_every": self.log_every}
-        found += [Problem(f"{name} is {n}", remedy="use 1 or more") for name, n in counts.items() if n < 1]
-        if self.schedule not in SCHEDULES:
-            found.append(Problem(f"schedule is {self.schedule!r}", remedy=f"use one of {', '.join(SCHEDULES)}"))
-        if self.learning_rate <= 0:
-            found.append(Problem(f"learning_rate is {self.learning_rate}", remedy="use a positive number"))
-        if self.accumulation > 0 and self.windows % self.accumulation:
-            found.append(
-                Problem(
-                    f"{self.windows} windows cannot be split in {self.accumulation} equal parts",
-                    remedy="make windows a multiple of accumulation",
-                )
-            )
-        return found
 
     def rate_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ...: linear warm-up, then down to the final ratio at the last step."""
@@ -162,7 +142,7 @@ class Trainer:
                 progress("train", self.step, self.options.max_steps, "steps")
 
     def _check(self, loss: float, norm: float) -> None:
-        """Numbers that are read for the log anyway. Steps are logged before they are saved: no broken state is kept."""
+        """`NumericalError` if a logged number is not finite. Logging comes before saving: no broken state is kept."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NumericalError(
                 f"training diverged: at step {self.step} the loss is {loss:g}, its gradient's norm {norm:g}",
@@ -259,7 +239,7 @@ class Trainer:
         return [repr(self.model.spec), repr(self.options), f"{len(self.rows)} rows, {self.world} processes"]
 
     def load(self, path: Path) -> None:
-        """Go on where `save` was called; everything must be the same, or the rest would be another run."""
+        """Continue where `save` was called; everything must be the same, or the rest would be another run."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()

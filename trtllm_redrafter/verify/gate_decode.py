@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from trtllm_redrafter.backends import load_backend
-from trtllm_redrafter.backends.base import Along, Request, Result, Runner, SamplingParams
+from trtllm_redrafter.backends.base import Request, Result, Runner, SamplingParams, TeacherForced
 from trtllm_redrafter.backends.engine_config import TENSORRT
 from trtllm_redrafter.errors import BackendError
 from trtllm_redrafter.redrafter.beam_search import Beams
@@ -67,7 +67,7 @@ def decode(request: GateRequest, *, sampled: bool) -> Decoded:
         own = [Text(prompt, tuple(result.token_ids)) for prompt, result in pairs if result.token_ids]
         probes = probe_texts(runner.info.vocab_size, runner.info.max_input_len, runner.info.max_seq_len)
         texts = (*own, *probes)
-        found = [runner.along(text.prompt, text.tokens[:LOGITS]) for text in texts]
+        found = [runner.teacher_forced(text.prompt, text.tokens[:LOGITS]) for text in texts]
         along = [one for one in found if one is not None]
         drafted = _draft(runner, along, texts) if along else None
     finally:
@@ -128,7 +128,7 @@ def probe_texts(vocab_size: int, max_input_len: int, max_seq_len: int) -> tuple[
     return tuple(Text(tuple(tokens[:prompt]), tuple(tokens[prompt:])) for tokens in drawn)
 
 
-def _draft(runner: Runner, along: Sequence[Along], texts: Sequence[Text]) -> tuple[Beams, Tensor] | None:
+def _draft(runner: Runner, along: Sequence[TeacherForced], texts: Sequence[Text]) -> tuple[Beams, Tensor] | None:
     """Drafts of the engine from its own states, spread evenly over the texts."""
     states = [found.states for found in along if found.states is not None]
     if not states or len(states) < len(along):

@@ -79,7 +79,7 @@ def greedy_parity(path: Path, against: Path) -> ParityReport:
         results = runner.generate([Request(prompt, sampling) for prompt in prompts])
         own = [Text(p, tuple(result.token_ids)) for p, result in zip(prompts, results, strict=True)]
         texts = (*own, *probe_texts(runner.info.vocab_size, runner.info.max_input_len, runner.info.max_seq_len))
-        along = [runner.along(text.prompt, text.tokens) for text in texts]
+        along = [runner.teacher_forced(text.prompt, text.tokens) for text in texts]
         dtype = runner.info.dtype
     reference = _transformers_logits(path, against, dtype, texts)
     tokens = check_tokens(path, reference, results, whose="base model")

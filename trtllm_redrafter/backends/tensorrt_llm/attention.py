@@ -15,7 +15,7 @@ TOKENS_PER_BLOCK = 32
 """trtllm-build's default."""
 
 _TILE = 64
-"""Groups that divide it are given to the kernels compiled at run time, whether these take them or not."""
+"""Groups that divide it are assigned to the kernels compiled at run time, whether or not those support them."""
 
 _LARGEST_RUNTIME_GROUP = 32
 _RUNTIME_HEADS: tuple[int, ...] = (32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 256)
@@ -68,5 +68,5 @@ def context_attention(algo: str | None, cache: str | None, *, paged: bool, fp8: 
     if algo not in FP8_CONTEXT_ALGOS:
         paged, fp8 = paged and cache != "FP8", False
     elif paged:
-        fp8 = cache == "FP8"  # switched on as well as off
+        fp8 = cache == "FP8"  # it may be switched on as well as off
     return paged and cache != "INT8", fp8

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import BuildOptions
-from trtllm_redrafter.backends.build_text import tokenizer_source
 from trtllm_redrafter.backends.engine_config import TENSORRT
 from trtllm_redrafter.backends.tensorrt_llm.flag_plan import FlagPlan, plan_flags
 from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
 from trtllm_redrafter.backends.tensorrt_llm.rules import check
+from trtllm_redrafter.backends.tokenizer import tokenizer_source
 from trtllm_redrafter.base_models.tokenizer import has_model_config, has_tokenizer
 from trtllm_redrafter.checkpoint.config import CheckpointConfig, read_checkpoint_config
 from trtllm_redrafter.errors import InputError, MismatchError, Problem, UsageError, raise_together
@@ -89,7 +89,7 @@ def plan_build(options: BuildOptions) -> TensorRTPlan:
     raise_together(InputError, missing, "the checkpoint is incomplete", where=options.checkpoint)
     plan = plan_for(config, options)
     check_replaceable(options.output, overwrite=options.overwrite)
-    tokenizer = tokenizer_source(options)
+    tokenizer = tokenizer_source(options.tokenizer, options.checkpoint)
     return replace(plan, tokenizer=tokenizer, warnings=(*plan.warnings, *_serving_warnings(tokenizer)))
 
 

@@ -6,15 +6,15 @@ beside the output as NAME.build.log, since it says why.
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.backends.build_text import BuildText, build_text
 from trtllm_redrafter.backends.engine_config import TENSORRT
-from trtllm_redrafter.backends.tensorrt_llm.build_log import BuildProgress, warnings_in
 from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan
 from trtllm_redrafter.backends.tensorrt_llm.child import run_logged
 from trtllm_redrafter.backends.tensorrt_llm.engine_cache import BuildIdentity, EngineCache
@@ -27,6 +27,7 @@ from trtllm_redrafter.backends.tensorrt_llm.engine_dir import (
 from trtllm_redrafter.backends.tensorrt_llm.failures import build_error
 from trtllm_redrafter.backends.tensorrt_llm.machine import FoundGpu
 from trtllm_redrafter.backends.tensorrt_llm.preflight import BuildHost, check_build_host
+from trtllm_redrafter.backends.tokenizer import BuildText, build_text
 from trtllm_redrafter.base_models.tokenizer import GENERATION_CONFIG, tokenizer_files
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
 from trtllm_redrafter.checkpoint.names import EOS_TOKEN_IDS, TOKENIZER_DIRECTORY
@@ -46,7 +47,7 @@ def build_engine(plan: TensorRTPlan, progress: Progress, *, on_complete: Callabl
     options = plan.options
     checkpoint = Checkpoint.open(options.checkpoint)
     require_sound(checkpoint)
-    text = build_text(options, checkpoint.config, checkpoint.manifest)
+    text = build_text(options.tokenizer, checkpoint)
     host = check_build_host(plan)
     identity = _identity(plan, checkpoint, host, progress)
     cache = EngineCache(plan.settings.cache_dir) if plan.settings.cache else None
@@ -79,7 +80,7 @@ def _keep(cache: EngineCache, identity: BuildIdentity, work: Path, seconds: floa
 
 
 def _model_name(plan: TensorRTPlan, host: BuildHost) -> str:
-    """Whose build time to compare with."""
+    """The name under which build times are remembered."""
     return f"{plan.config.parameters_hint} x {plan.config.tp_size} on {host.gpu.name}"
 
 
@@ -122,7 +123,7 @@ def _compile(
         progress(state.headline, int(seconds), total, "s")
 
     start = time.monotonic()
-    code = run_logged([str(host.program), *arguments], log=log, on_line=lambda line: _note(state, line), on_tick=tick)
+    code = run_logged([str(host.program), *arguments], log=log, on_line=state.line, on_tick=tick)
     seconds = time.monotonic() - start
     missing = rank_problems(work, plan.config.tp_size)
     if code != 0:
@@ -138,10 +139,6 @@ def _compile(
         "builder_warnings": warnings_in(text),
         "timing_cache": {"used_sha256": used_hash, "written": TIMING_CACHE if written.is_file() else None},
     }
-
-
-def _note(state: BuildProgress, line: str) -> None:
-    state.line(line)
 
 
 def _complete(plan: TensorRTPlan, text: BuildText, gpu: FoundGpu, work: Path) -> list[str]:
@@ -194,3 +191,47 @@ def _manifest(
         files=record_tree(work),
         notes=tuple(notes),
     )
+
+
+_PHASES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), phase)
+    for pattern, phase in (
+        (r"Set \w+ to ", "reading the configuration"),
+        (r"Loading (weights|checkpoint|engine)|Reading weights|initialize the weights", "loading weights"),
+        (r"Total time of constructing network|optimization profiles added", "building the network"),
+        (r"Build TensorRT engine|timing cache in use|Compiler backend is used during engine build", "compiling"),
+        (r"Engine generation completed", "engine compiled"),
+        (r"Serializing engine to", "writing the engine"),
+        (r"Engine serialized", "engine written"),
+        (r"Total time of building all engines", "done"),
+    )
+)
+"""Phrases of TensorRT-LLM's and TensorRT's logs. One that a release changes costs the progress display its detail."""
+
+
+@dataclass
+class BuildProgress:
+    """What trtllm-build is doing, by the lines of its log; `headline` is what to show."""
+
+    ranks: int
+    phase: str = "starting"
+    written: int = 0
+
+    def line(self, text: str) -> None:
+        for pattern, phase in _PHASES:
+            if pattern.search(text):
+                self.phase = phase
+                self.written += phase == "engine written"
+                return
+
+    @property
+    def headline(self) -> str:
+        return f"build: {self.phase}" + (f", rank {min(self.written, self.ranks - 1)}" if self.ranks > 1 else "")
+
+
+def warnings_in(log: str, limit: int = 20) -> list[str]:
+    """TensorRT-LLM's own warnings, each once, without time stamps: they go into the manifest."""
+    found = dict.fromkeys(
+        match.group(1).strip() for match in re.finditer(r"\[TRT-LLM\] \[W\] (.*)", log) if match.group(1).strip()
+    )
+    return list(found)[:limit]

@@ -1,6 +1,6 @@
 """Count the steps and the acceptance of one request from its responses.
 
-A response is one decoding step, the first one the prefill. As TensorRT-LLM counts, a step drafts `draft_len` tokens:
+A response is one decoding step; the first one is the prefill. As TensorRT-LLM counts, a step drafts `draft_len` tokens:
 the positions it can accept, however many beams propose them.
 
 Responses may be merged on the way. `decoding_iter` shows it: the iterations since the first response are the steps, and
@@ -14,6 +14,8 @@ release does not report iterations, a response longer than a step can be gives i
 
 from __future__ import annotations
 
+from typing import Any
+
 from trtllm_redrafter.backends.base import Result
 from trtllm_redrafter.backends.tensorrt_llm.client import Event
 
@@ -25,7 +27,7 @@ class StepCounter:
         self._result = result
         self._draft_len = draft_len or 0
         self._responses = 0
-        self._emitted = 0  # tokens the engine wrote, those behind a stop string included
+        self._emitted = 0  # tokens the engine wrote, including those after a stop string
         self._prefill_iterations = 1
         self._iterations: int | None = None
         self._drafted: int | None = None
@@ -60,7 +62,14 @@ class StepCounter:
             self._replace(steps, max(0, self._emitted - 1 - steps), drafted)
 
     def _replace(self, steps: int, accepted: int, drafted: int) -> None:
-        """Totals without positions, which are not known, and not made up."""
+        """Totals without positions, which are not known."""
         self._result.steps, self._result.accepted_tokens = steps, accepted
         self._result.drafted_tokens = drafted if steps else 0
         self._result.accepted_per_position = []
+
+
+def drafted_tokens(holder: Any) -> int | None:
+    """Drafted tokens as the release counts them; not every release does."""
+    metrics = getattr(holder, "request_perf_metrics", None)
+    counts = getattr(metrics, "speculative_decoding", None)
+    return int(getattr(counts, "total_draft_tokens", None) or 0) or None

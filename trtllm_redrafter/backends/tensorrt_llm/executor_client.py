@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
-from trtllm_redrafter.backends.tensorrt_llm.library import drafted_tokens, import_library, load_error, run_error
+from trtllm_redrafter.backends.tensorrt_llm.counting import drafted_tokens
+from trtllm_redrafter.backends.tensorrt_llm.failures import import_library, load_error, run_error
 from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions
 from trtllm_redrafter.errors import BackendError
 
@@ -63,8 +64,8 @@ class ExecutorClient:
             max_beam_width=1,
             kv_cache_config=b.KvCacheConfig(
                 enable_block_reuse=runtime.block_reuse,
-                free_gpu_memory_fraction=runtime.kv_cache_fraction,  # of what is free now, whoever else comes later
-                max_tokens=kv_cache_tokens,  # the smaller of the two counts
+                free_gpu_memory_fraction=runtime.kv_cache_fraction,  # of what is free now
+                max_tokens=kv_cache_tokens,  # the smaller of the two applies
             ),
             extended_runtime_perf_knob_config=b.ExtendedRuntimePerfKnobConfig(
                 multi_block_mode=runtime.multi_block_mode

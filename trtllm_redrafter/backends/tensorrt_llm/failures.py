@@ -1,4 +1,4 @@
-"""Known ways in which building or running fails, by the message, with what it means and what to do.
+"""Known ways in which building, loading or running fails, by the message, with what it means and what to do.
 
 TensorRT reports a lack of memory as a missing implementation, and TensorRT-LLM a missing kernel as a failed C++
 assertion: the messages mislead. The table is searched in order; the first row that matches explains.
@@ -9,11 +9,15 @@ from __future__ import annotations
 import re
 import signal
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from trtllm_redrafter.errors import BackendError
+from trtllm_redrafter.errors import BackendError, SomeError
 
 _TAIL_LINES = 12
+_LONGEST = 500
+DOCTOR = "run `trtllm-redrafter doctor`"
 
 
 @dataclass(frozen=True)
@@ -147,3 +151,39 @@ def build_error(code: int, log: Path) -> BackendError:
     tail = "\n".join(text.splitlines()[-_TAIL_LINES:]) or "it wrote nothing"
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return BackendError(f"trtllm-build failed with {how}", where=log, why=tail, remedy="read the log")
+
+
+def explained(
+    what: str, message: str, remedy: str, *, where: Path | str | None = None, kind: type[SomeError]
+) -> SomeError:
+    """The error for a message of TensorRT-LLM: as the table explains it, else with this `what` and `remedy`."""
+    known = explain(message)
+    if known is not None:
+        what, remedy = known.what, known.remedy
+    return kind(what, where=where, why=message[:_LONGEST], remedy=remedy)
+
+
+def import_library(module: str) -> Any:
+    """A module of tensorrt_llm, by name and only when a client is made: importing it takes half a minute.
+
+    A mismatch of CUDA, MPI or torch shows as any kind of error while it is imported.
+    """
+    try:
+        return import_module(module)
+    except Exception as error:
+        raise explained(f"{module} cannot be imported", _text(error), DOCTOR, kind=BackendError) from error
+
+
+def load_error(engine: Path, error: Exception, remedy: str) -> BackendError:
+    """What to raise when the engine did not load; `remedy` is for messages that are not in the table."""
+    return explained("the engine cannot be loaded", _text(error), remedy, where=engine, kind=BackendError)
+
+
+def run_error(error: Exception) -> BackendError:
+    """What to raise when a loaded engine fails as a whole."""
+    remedy = "load it again; where it fails again, " + DOCTOR
+    return explained("the engine has failed while running", _text(error), remedy, kind=BackendError)
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -50,7 +50,7 @@ class PassedFlag:
 
 
 @dataclass(frozen=True)
-class Change:
+class Override:
     """A value the builder ends up with, other than the one it was given."""
 
     name: str
@@ -67,7 +67,7 @@ class FlagPlan:
     """The whole command line but for paths, and what the builder makes of it."""
 
     flags: tuple[PassedFlag, ...]
-    changes: tuple[Change, ...]
+    changes: tuple[Override, ...]
     limits: BuildLimits
     expected: Mapping[str, Any]
     """`build_config` values the finished engine must show."""
@@ -183,35 +183,41 @@ def _switch(on: bool) -> str:
     return "enable" if on else "disable"
 
 
-def _changes(config: CheckpointConfig, passed: Mapping[str, FlagSetting], expected: Mapping[str, Any]) -> list[Change]:
+def _changes(
+    config: CheckpointConfig, passed: Mapping[str, FlagSetting], expected: Mapping[str, Any]
+) -> list[Override]:
     """Every value that the builder will not leave as it was passed."""
     found = []
     if config.draft_shape is not None:
         shape, longest = config.draft_shape, str(passed["max_seq_len"])
         why = f"{shape.num_beams} beams x {shape.draft_len} from config.json"
         found += [
-            Change("max_draft_len", "0", str(expected["max_draft_len"]), why),
-            Change("max_seq_len", longest, str(expected["max_seq_len"]), "cache positions for the tree being verified"),
+            Override("max_draft_len", "0", str(expected["max_draft_len"]), why),
+            Override(
+                "max_seq_len", longest, str(expected["max_seq_len"]), "cache positions for the tree being verified"
+            ),
         ]
     tokens, effective = int(passed["max_num_tokens"]), expected["max_num_tokens"]
     if effective != tokens:
         why = "every request's tree in one step" if effective > tokens else "no more than every request at full length"
-        found.append(Change("max_num_tokens", str(tokens), str(effective), why))
+        found.append(Override("max_num_tokens", str(tokens), str(effective), why))
     if expected["opt_num_tokens"] != passed["opt_num_tokens"]:
         why = "no more than max_num_tokens before it is raised"
-        found.append(Change("opt_num_tokens", str(passed["opt_num_tokens"]), str(expected["opt_num_tokens"]), why))
+        found.append(Override("opt_num_tokens", str(passed["opt_num_tokens"]), str(expected["opt_num_tokens"]), why))
     if config.tp_size > 1:
-        found.append(Change("nccl_plugin", "auto", config.dtype, "several ranks"))
+        found.append(Override("nccl_plugin", "auto", config.dtype, "several ranks"))
     why = f"not for {config.architecture} on {config.tp_size} rank(s) with {config.quant_algo or config.dtype} weights"
     fusions = allowed_fusions(config, passed)
     found += [
-        Change(name, "enable", "disable", why) for name in fusions if passed.get(name) == "enable" and not fusions[name]
+        Override(name, "enable", "disable", why)
+        for name in fusions
+        if passed.get(name) == "enable" and not fusions[name]
     ]
     if passed["use_fused_mlp"] == "enable" and (reason := _no_fused_mlp(config)) is not None:
-        found.append(Change("use_fused_mlp", "enable", "no effect", reason))
+        found.append(Override("use_fused_mlp", "enable", "no effect", reason))
     reason = f"{config.kv_cache_quant_algo or config.dtype} KV cache, {config.quant_algo or config.dtype} weights"
     found += [
-        Change(name, str(passed[name]), _switch(becomes), reason)
+        Override(name, str(passed[name]), _switch(becomes), reason)
         for name, becomes in expected["plugin_config"].items()
         if name in ("use_paged_context_fmha", "use_fp8_context_fmha") and passed[name] != _switch(becomes)
     ]

@@ -19,7 +19,7 @@ _DTYPE_PLUGIN = ("auto", "float16", "float32", "bfloat16", "int32", "disable")
 
 
 @dataclass(frozen=True)
-class Flag:
+class BuildFlag:
     """One flag; a switch is passed alone, everything else with a value."""
 
     kind: str
@@ -40,39 +40,39 @@ class Flag:
         return named.get(self.kind) or ", ".join(self.choices)
 
 
-def _choice(*values: str) -> Flag:
-    return Flag(CHOICE, values)
+def _choice(*values: str) -> BuildFlag:
+    return BuildFlag(CHOICE, values)
 
 
-FLAGS: Mapping[str, Flag] = {
-    "checkpoint_dir": Flag(TEXT),
-    "output_dir": Flag(TEXT),
-    "max_batch_size": Flag(INT),
-    "max_input_len": Flag(INT),
-    "max_seq_len": Flag(INT),
-    "max_beam_width": Flag(INT),
-    "max_num_tokens": Flag(INT),
-    "opt_num_tokens": Flag(INT),
+FLAGS: Mapping[str, BuildFlag] = {
+    "checkpoint_dir": BuildFlag(TEXT),
+    "output_dir": BuildFlag(TEXT),
+    "max_batch_size": BuildFlag(INT),
+    "max_input_len": BuildFlag(INT),
+    "max_seq_len": BuildFlag(INT),
+    "max_beam_width": BuildFlag(INT),
+    "max_num_tokens": BuildFlag(INT),
+    "opt_num_tokens": BuildFlag(INT),
     "kv_cache_type": _choice("continuous", "paged", "disabled"),
-    "input_timing_cache": Flag(TEXT),
-    "output_timing_cache": Flag(TEXT),
+    "input_timing_cache": BuildFlag(TEXT),
+    "output_timing_cache": BuildFlag(TEXT),
     "profiling_verbosity": _choice("layer_names_only", "detailed", "none"),
-    "strip_plan": Flag(SWITCH),
-    "weight_sparsity": Flag(SWITCH),
-    "weight_streaming": Flag(SWITCH),
-    "fast_build": Flag(SWITCH),
-    "workers": Flag(INT),
+    "strip_plan": BuildFlag(SWITCH),
+    "weight_sparsity": BuildFlag(SWITCH),
+    "weight_streaming": BuildFlag(SWITCH),
+    "fast_build": BuildFlag(SWITCH),
+    "workers": BuildFlag(INT),
     "log_level": _choice("internal_error", "error", "warning", "info", "verbose", "debug", "trace"),
-    "enable_debug_output": Flag(SWITCH),
-    "monitor_memory": Flag(SWITCH),
+    "enable_debug_output": BuildFlag(SWITCH),
+    "monitor_memory": BuildFlag(SWITCH),
     "logits_dtype": _choice("float16", "float32"),
-    "gather_context_logits": Flag(SWITCH),
-    "gather_generation_logits": Flag(SWITCH),
-    "gather_all_token_logits": Flag(SWITCH),
+    "gather_context_logits": BuildFlag(SWITCH),
+    "gather_generation_logits": BuildFlag(SWITCH),
+    "gather_all_token_logits": BuildFlag(SWITCH),
     "speculative_decoding_mode": _choice(
         "draft_tokens_external", "lookahead_decoding", "medusa", "explicit_draft_tokens", "eagle"
     ),
-    "max_draft_len": Flag(INT),
+    "max_draft_len": BuildFlag(INT),
     "gpt_attention_plugin": _choice(*_DTYPE_PLUGIN),
     "nccl_plugin": _choice(*_DTYPE_PLUGIN),
     "fp8_rowwise_gemm_plugin": _choice(*_DTYPE_PLUGIN),
@@ -92,7 +92,7 @@ FLAGS: Mapping[str, Flag] = {
     "user_buffer": _choice(*_ON_OFF),
     "use_fused_mlp": _choice(*_ON_OFF),
     "pp_reduce_scatter": _choice(*_ON_OFF),
-    "tokens_per_block": Flag(INT),
+    "tokens_per_block": BuildFlag(INT),
 }
 
 OWNED: Mapping[str, str] = {

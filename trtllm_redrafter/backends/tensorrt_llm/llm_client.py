@@ -4,7 +4,7 @@ Token ids go in and come out: the API's tokenizer stays off, so a missing or dam
 are found by the same code as everywhere. An event loop runs in a thread of its own for as long as the client lives. It
 has to: the API chooses its queues by whether a loop is running when a request is made, and drops responses into them
 from its own threads only while that loop runs. Every other call is made in that thread, since the API's sockets to its
-worker processes are not for several.
+worker processes must not be used by several.
 
 It always lives in a worker process, with one GPU too (`remote_client`): the API starts processes by MPI, which must not
 happen in a command line, server or notebook. Names beyond the contract are in tests/data/trtllm/llm_api.json, with
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
-from trtllm_redrafter.backends.tensorrt_llm.library import drafted_tokens, import_library, load_error
+from trtllm_redrafter.backends.tensorrt_llm.counting import drafted_tokens
+from trtllm_redrafter.backends.tensorrt_llm.failures import import_library, load_error
 from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions
 from trtllm_redrafter.errors import BackendError
 
@@ -34,7 +35,7 @@ _REMEDY = (
     "if the LLM API of this release is at fault, use tensorrt_llm.api: executor"
 )
 _NO_TOKEN = -1
-"""As an end token: none. The API insists on a number when it has no tokenizer to take one from."""
+"""Used as an end token: none. The API insists on a number when it has no tokenizer to take one from."""
 
 _FINISH = {"length": "length", "timeout": "timed_out", "cancelled": "cancelled"}
 _CLOSE_SECONDS = 10.0

@@ -1,4 +1,4 @@
-"""Keeps a worker's standard input through `trtllm-llmapi-launch`, and tells when the worker has ended.
+"""Keeps a worker's standard input through `trtllm-llmapi-launch`, and reports when the worker has ended.
 
 Inside a Slurm job, the LLM API wants its ranks started by `srun` and that program. On the first rank it runs the
 command it was given in the background of a shell, whose standard input is then /dev/null, and waits for a server
@@ -31,7 +31,7 @@ def outside(worker: list[str]) -> None:
 
 
 def inside(kept: int, worker: list[str]) -> int:
-    """On the first rank only: the worker's exit code, which is also said on standard output."""
+    """On the first rank only: the worker's exit code, which is also written to standard output."""
     child = subprocess.Popen([sys.executable, "-m", WORKER, *worker], stdin=kept)
     os.close(kept)
     code = child.wait()

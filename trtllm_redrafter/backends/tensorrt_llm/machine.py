@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trtllm_redrafter.planning.gpus import Gpu, gpu_by_driver_name
 
-_QUERY = "name,memory.total,memory.free,compute_cap,driver_version"
+_QUERY = ("name", "memory.total", "memory.free", "compute_cap", "driver_version")
 _TIMEOUT_SECONDS = 20
 MEMORY_TOLERANCE = 0.95
 """A driver may report a little less than the data sheet: some memory is reserved."""
@@ -55,19 +55,25 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def find_gpus() -> list[FoundGpu]:
-    """GPUs by `nvidia-smi`; [] where there is no driver or it does not answer."""
+def query_gpus(*names: str) -> list[list[str]]:
+    """Values that `nvidia-smi` has for each GPU, by its names; [] if there is no driver or it does not answer."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
-    command = [program, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
+    command = [program, f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
     if done.returncode != 0:
         return []
-    found = [gpu for line in done.stdout.splitlines() if (gpu := _parse(line)) is not None]
+    lines = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
+    return [line for line in lines if len(line) == len(names)]
+
+
+def find_gpus() -> list[FoundGpu]:
+    """GPUs by `nvidia-smi`; [] where there is no driver or it does not answer."""
+    found = [gpu for values in query_gpus(*_QUERY) if (gpu := _parse(values)) is not None]
     return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
@@ -84,11 +90,10 @@ def _visible(gpus: list[FoundGpu], chosen: str | None) -> list[FoundGpu]:
     return seen
 
 
-def _parse(line: str) -> FoundGpu | None:
-    """`NVIDIA H100 80GB HBM3, 81559, 81000, 9.0, 580.82.07`; MiB. Lines in another form are no GPU we know."""
-    parts = [part.strip() for part in line.split(",")]
+def _parse(values: list[str]) -> FoundGpu | None:
+    """["NVIDIA H100 80GB HBM3", "81559", "81000", "9.0", "580.82.07"]; MiB. Other values are ignored."""
     try:
-        name, total, free, capability, driver = parts
+        name, total, free, capability, driver = values
         major, _, minor = capability.partition(".")
         return FoundGpu(name, int(total) * 2**20, int(free) * 2**20, (int(major), int(minor)), driver)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the tensorrt-llm backend is asked for beyond the common build options; the recipe holds the defaults."""
+"""Options of the tensorrt-llm backend beyond the common build options; the recipe has the defaults."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RuntimeOptions:
     block_reuse: bool
     multi_block_mode: bool
     api: Api = "executor"
-    """Engines written before this choice existed carry none, and were executed by the bindings."""
+    """Engines written before this choice existed have none; they are executed through the bindings."""
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -1,4 +1,4 @@
-"""Logits of an engine of TensorRT-LLM, at the ends of prompts: all that an engine with a drafter shows.
+"""Logits of an engine of TensorRT-LLM, at the ends of prompts: all that an engine with a drafter exposes.
 
 With ReDrafter, context logits cannot be built in and generation logits are refused while drafts are verified. The
 prompt's pass however hands its last row on as the first of the generation logits, whatever the decoding mode (read in
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import read_engine
 from trtllm_redrafter.backends.tensorrt_llm.executor_client import BINDINGS
-from trtllm_redrafter.backends.tensorrt_llm.library import import_library, run_error
+from trtllm_redrafter.backends.tensorrt_llm.failures import import_library, run_error
 from trtllm_redrafter.errors import BackendError
 
 if TYPE_CHECKING:

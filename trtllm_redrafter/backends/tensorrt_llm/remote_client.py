@@ -58,7 +58,7 @@ def worker_command(
 
 
 def launch_command(ranks: int, environment: Mapping[str, str]) -> list[str]:
-    """How to start one process per GPU here. Inside a Slurm job, its own starter knows the hosts."""
+    """How to start one process per GPU here. Inside a Slurm job that is srun, which knows the hosts."""
     if _in_slurm(environment):
         return _srun(ranks)
     if find_program("mpirun") is None:
@@ -84,7 +84,7 @@ def _srun(ranks: int) -> list[str]:
 
 
 def _check_launcher(words: Sequence[str], environment: Mapping[str, str]) -> None:
-    """The launcher must be there; it takes its command apart at blanks, and expands what looks like a pattern."""
+    """The launcher must be there; it splits its command at blanks, and expands what looks like a pattern."""
     if shutil.which(LAUNCHER, path=_with_python(environment)) is None:
         why = "inside a Slurm job the LLM API needs it to start one process per GPU"
         remedy = "it is installed with tensorrt_llm: put its folder on PATH; or use tensorrt_llm.api: executor"
@@ -102,7 +102,7 @@ def _with_python(environment: Mapping[str, str]) -> str:
 
 
 def worker_environment(ranks: int, api: Api, device: int | None, environment: Mapping[str, str]) -> dict[str, str]:
-    """What the workers see. The LLM API takes no GPU number, so the one that was asked for is the only one it sees."""
+    """The workers' environment. The LLM API takes no GPU number, so it sees only the GPU that was asked for."""
     found = dict(environment)
     if api == "llm":
         found["PATH"] = _with_python(environment)
@@ -195,7 +195,7 @@ class RemoteClient:
         """Ask the workers to exit; end them if they do not, or if the user interrupts the wait."""
         try:
             if self._child.stdin is not None and not self._child.stdin.closed:
-                with suppress(OSError):  # a pipe that nobody reads any more
+                with suppress(OSError):  # the other end of the pipe is gone
                     self._child.stdin.close()
             with suppress(subprocess.TimeoutExpired):
                 self._child.wait(_END_SECONDS)

@@ -26,7 +26,7 @@ _FILTERS = ("top_k", "top_p")
 
 
 def request_problems(request: Request, info: EngineInfo, *, greedy: bool, has_tokenizer: bool) -> list[Problem]:
-    """Everything that keeps a request from running as it was meant."""
+    """Why a request cannot run as it was meant, all reasons together."""
     found = limit_problems(request, info, has_tokenizer=has_tokenizer)
     if info.draft_shape is None:
         return found + _ignored(request.sampling, (*_SUPPORTED, *_FILTERS), "it is not passed on to TensorRT-LLM")
@@ -79,5 +79,5 @@ def _sampling(asked: SamplingParams, *, has_drafter: bool) -> dict[str, float | 
     values = {"temperature": asked.temperature, "seed": secrets.randbits(63) if asked.seed is None else asked.seed}
     if has_drafter:  # which ignores the filters
         return values
-    # TensorRT-LLM decodes greedily where neither top-k nor top-p is given, so "all of the mass" must be said
+    # TensorRT-LLM decodes greedily where neither top-k nor top-p is given, so top-p 1 has to be given explicitly
     return values | {"top_p": asked.top_p} | ({"top_k": asked.top_k} if asked.top_k else {})

@@ -1,4 +1,4 @@
-"""What cannot work, and what does not work as it looks, found before an hour is spent on building.
+"""What cannot work, or does not work as it seems to, found before an hour is spent on building.
 
 Each rule looks at the checkpoint's config, the options and the release, and yields problems; all of them are reported
 together. Sources: TensorRT-LLM's builder and kernels as documented in docs/tensorrt-llm.md.
@@ -50,7 +50,7 @@ class Findings:
 
 
 def check(config: CheckpointConfig, options: BuildOptions, settings: TensorRTOptions, target: Gpu) -> Findings:
-    """Everything that is known to fail or to surprise."""
+    """Everything that is known to fail or to behave unexpectedly."""
     where = str(options.checkpoint)
     refusals = [
         *_release_refusals(config, settings),

@@ -15,7 +15,7 @@ from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Re
 from trtllm_redrafter.backends.running import RunningRequest
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, EngineClient, Event
 from trtllm_redrafter.backends.tensorrt_llm.counting import StepCounter
-from trtllm_redrafter.backends.tensorrt_llm.failures import explain
+from trtllm_redrafter.backends.tensorrt_llm.failures import DOCTOR, explained
 from trtllm_redrafter.backends.tensorrt_llm.requests import client_request, request_problems
 from trtllm_redrafter.backends.text import TextStream
 from trtllm_redrafter.backends.tokenizer import EngineTokenizer
@@ -27,13 +27,12 @@ _STEP_SECONDS = 1.0
 SILENCE_SECONDS = 600.0
 """Far longer than any step or prompt takes: by then some request must have received tokens."""
 
-_DOCTOR = "run `trtllm-redrafter doctor`, and see with `nvidia-smi` what its processes do"
 _FINISH = {"end_id": FinishReason.STOP, "stop_words": FinishReason.STOP, "cancelled": FinishReason.CANCELLED}
 
 
 @dataclass
 class _Active(RunningRequest):
-    """A request at the executor. `first`: when its first token came."""
+    """A request that TensorRT-LLM is executing. `first`: when its first token came."""
 
     sent: ClientRequest
     counter: StepCounter
@@ -45,7 +44,7 @@ class _Active(RunningRequest):
 
 
 class TensorRTRunner(Runner):
-    """Made by `loading.load_runner`."""
+    """Made by `TensorRTBackend.load`."""
 
     def __init__(
         self,
@@ -62,9 +61,9 @@ class TensorRTRunner(Runner):
         self._eos = eos_token_ids
         self._greedy = greedy
         self._active: dict[int, _Active] = {}
-        self._come: deque[Event] = deque()
+        self._events: deque[Event] = deque()
         self._numbers = itertools.count()
-        self._heard = time.monotonic()
+        self._last_event = time.monotonic()
 
     @property
     def has_work(self) -> bool:
@@ -88,7 +87,7 @@ class TensorRTRunner(Runner):
         result, shape = Result(request_id, len(request.token_ids)), self.info.draft_shape
         counter = StepCounter(result, None if shape is None else shape.draft_len)
         text = TextStream.of(self._tokenizer, request.sampling)
-        self._heard = time.monotonic() if not self._active else self._heard
+        self._last_event = time.monotonic() if not self._active else self._last_event
         self._active[number] = _Active(request, result, text, time.perf_counter(), sent, counter)
         return request_id
 
@@ -98,15 +97,15 @@ class TensorRTRunner(Runner):
         A failed request raises. Updates of other requests that came before it are returned first, and those that came
         after it by the next call, so that one request's error costs the others no token.
         """
-        if self._active and not self._come:
-            self._come.extend(self._client.poll(_STEP_SECONDS))
+        if self._active and not self._events:
+            self._events.extend(self._client.poll(_STEP_SECONDS))
             self._check_silence()
         updates: list[Update] = []
-        while self._come:
-            active = self._active.get(self._come[0].number)
-            if active is not None and self._come[0].error is not None and updates:
+        while self._events:
+            active = self._active.get(self._events[0].number)
+            if active is not None and self._events[0].error is not None and updates:
                 break
-            event = self._come.popleft()
+            event = self._events.popleft()
             if active is not None:
                 updates.append(self._apply(active, event))
         return updates
@@ -125,12 +124,13 @@ class TensorRTRunner(Runner):
     def _check_silence(self) -> None:
         """Ranks that wait for each other, or for one that was killed, stay silent: without a limit, so would this."""
         now = time.monotonic()
-        if self._come:
-            self._heard = now
-        elif now - self._heard > SILENCE_SECONDS:
+        if self._events:
+            self._last_event = now
+        elif now - self._last_event > SILENCE_SECONDS:
             what = f"the engine has not answered for {SILENCE_SECONDS:.0f} seconds"
             why = f"{len(self._active)} request(s) are running; a rank may have been killed, or wait for another one"
-            raise BackendError(what, where=self.info.path, why=why, remedy="load it again; " + _DOCTOR)
+            remedy = f"load it again; {DOCTOR}, and see with `nvidia-smi` what its processes do"
+            raise BackendError(what, where=self.info.path, why=why, remedy=remedy)
 
     def _apply(self, active: _Active, event: Event) -> Update:
         if event.error is not None:
@@ -142,7 +142,7 @@ class TensorRTRunner(Runner):
         taken, reason = active.add(tokens, self._eos)
         active.counter.add(event, emitted=len(tokens), taken=taken)
         if reason is not None and not event.final:
-            self._client.cancel(active.number)  # a stop string: the executor does not know of it
+            self._client.cancel(active.number)  # a stop string, which the executor was not told
         elif reason is None and event.final:
             reason = _FINISH.get(event.finish or "length", FinishReason.LENGTH)
         if active.first is not None:
@@ -160,7 +160,7 @@ class TensorRTRunner(Runner):
 def _with_end(sent: ClientRequest, event: Event) -> tuple[int, ...]:
     """The event's tokens and the end token. ReDrafter's decoder cuts that one off and keeps stop words; others keep it.
 
-    With it in both cases, texts, token ids and statistics do not depend on who decoded.
+    With it in both cases, texts, token ids and statistics do not depend on the decoder.
     """
     end = sent.end_id
     if event.finish == "end_id" and end is not None and end not in event.token_ids:
@@ -169,10 +169,5 @@ def _with_end(sent: ClientRequest, event: Event) -> tuple[int, ...]:
 
 
 def _refusal(kind: type[RedrafterError], request_id: str, message: str) -> RedrafterError:
-    known = explain(message)
-    return kind(
-        "TensorRT-LLM refused the request" if known is None else known.what,
-        where=request_id,
-        why=message[:500],
-        remedy="see the message; `trtllm-redrafter doctor` checks the machine" if known is None else known.remedy,
-    )
+    remedy = "see the message; `trtllm-redrafter doctor` checks the machine"
+    return explained("TensorRT-LLM refused the request", message, remedy, where=request_id, kind=kind)

@@ -19,7 +19,7 @@ from typing import IO, Any, NoReturn, Protocol
 
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, EngineClient
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import EngineDirectory, read_engine
-from trtllm_redrafter.backends.tensorrt_llm.library import run_error
+from trtllm_redrafter.backends.tensorrt_llm.failures import run_error
 from trtllm_redrafter.errors import RedrafterError
 
 _POLL_SECONDS = 0.02
@@ -35,7 +35,7 @@ class RankClient(EngineClient, Protocol):
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code; errors of loading travel to the parent as a `fatal` message."""
+    """Exit code; errors while loading are sent to the parent as a `fatal` message."""
     out = _take_stdout()
     try:
         folder, _, api, *cache = arguments
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
             _send(out, {"ready": True})
             _serve(client, out)
     except BrokenPipeError:
-        _abandon(client, 1)  # nobody reads any more
+        _abandon(client, 1)  # the parent is gone
     except Exception as error:  # noqa: BLE001 - said before closing, which may wait for ranks that hang
         failure = error if isinstance(error, RedrafterError) else run_error(error)
         _send(out, {"fatal": failure.as_dict()})

@@ -22,7 +22,7 @@ from trtllm_redrafter.backends.base import BuildOptions, BuildPlan, EngineInfo
 from trtllm_redrafter.backends.engine_config import (
     TORCH,
     EngineConfig,
-    Limits,
+    EngineLimits,
     read_engine_config,
 )
 from trtllm_redrafter.backends.tokenizer import engine_text
@@ -202,7 +202,7 @@ def _check_whole(engine: Path, verify_hashes: bool) -> None:
     raise_together(InputError, problems, "the engine's files have changed since it was built", where=engine)
 
 
-def _check_limits(limits: Limits, checkpoint: Checkpoint, engine: Path) -> None:
+def _check_limits(limits: EngineLimits, checkpoint: Checkpoint, engine: Path) -> None:
     """What `build` refuses, of an engine that was edited since."""
     positions = checkpoint.config.max_position_embeddings
     if limits.max_seq_len > positions or limits.max_input_len >= limits.max_seq_len:
@@ -241,9 +241,9 @@ def _device(name: str) -> torch.device:
 
 
 def _make_executor(
-    config: CheckpointConfig, weights: ModelWeights, limits: Limits, shape: DraftShape | None
+    config: CheckpointConfig, weights: ModelWeights, limits: EngineLimits, shape: DraftShape | None
 ) -> tuple[ModelExecutor, str | None]:
-    """The kernels where they serve, else PyTorch, which says why it was taken; and what to tell the user about it."""
+    """The kernels if they can be used, else PyTorch with the reason; and what to tell the user about it."""
     batch, tree = limits.max_batch_size, 1 if shape is None else shape.max_tree_tokens
     capacity = limits.max_seq_len + tree
     needed = kv_cache_bytes(config, batch, capacity)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import BuildOptions
-from trtllm_redrafter.backends.build_text import BuildText, build_text
 from trtllm_redrafter.backends.engine_config import TORCH, TORCH_ENGINE_FORMAT
+from trtllm_redrafter.backends.tokenizer import BuildText, build_text
 from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
 from trtllm_redrafter.backends.torch.native.library import load_library
 from trtllm_redrafter.backends.torch.rope import SUPPORTED_SCALINGS, scaling_kind
@@ -120,22 +120,22 @@ def plan_build(options: BuildOptions) -> TorchBuildPlan:
     raise_together(MismatchError, _problems(checkpoint, options), "the engine cannot be built")
     check_replaceable(options.output, overwrite=options.overwrite)
     check_place(options.output, _bytes_to_write(checkpoint, options.output))
-    text = build_text(options, checkpoint.config, checkpoint.manifest)
+    text = build_text(options.tokenizer, checkpoint)
     executor, reason, note = _executor(checkpoint.config)
     return TorchBuildPlan(options, checkpoint, text, executor, reason, note)
 
 
 def _bytes_to_write(checkpoint: Checkpoint, output: Path) -> int:
-    """Nothing to speak of where the weights are hard-linked: on the checkpoint's own disk."""
+    """Bytes to write for the weights: 0 on the checkpoint's own disk, where they are hard-linked."""
     if existing_parent(output).stat().st_dev == checkpoint.path.stat().st_dev:
         return 0
     return sum(file.size for file in checkpoint.ranks)
 
 
 def _executor(config: CheckpointConfig) -> tuple[str, str | None, str | None]:
-    """Which executor serves on this machine, why not the faster one, and what to tell the user about it.
+    """Which executor will be used on this machine, why not the faster one, and what to tell the user about it.
 
-    Compiles the kernels where they serve.
+    Compiles the kernels if they are used.
     """
     if config.dtype != "bfloat16":
         return "PyTorch", f"the native kernels compute bfloat16, not {config.dtype}", None

@@ -65,7 +65,7 @@ class GraphExecutor(TorchExecutor):
     """The passes of `TorchExecutor` as graphs; prompts, and trees beyond the limits, still run without one.
 
     Matrix products always have the same shape (with `fixed_batch`), and attention is `tree_attention`, so a row's bits
-    do not depend on its company: drafting changes no greedy text.
+    do not depend on the other rows: drafting changes no greedy text.
     """
 
     name = "cuda-graphs"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trtllm_redrafter.backends.torch.cuda.executor import CudaExecutor
 from trtllm_redrafter.backends.torch.cuda.search import SearchKernel
 from trtllm_redrafter.backends.torch.cuda.steps import DeviceSteps
-from trtllm_redrafter.backends.torch.cuda_graphs import GraphExecutor, GraphSearch
+from trtllm_redrafter.backends.torch.cuda_graphs import GraphSearch
 from trtllm_redrafter.backends.torch.executor import ModelExecutor
 from trtllm_redrafter.backends.torch.low_rank import LowRankHead
 from trtllm_redrafter.backends.torch.native.drafter import NativeSearch
@@ -74,7 +74,7 @@ def make_search(
         factored = head if low_rank is None else _factored(head, low_rank)
         if SearchKernel.unsupported(drafter, embedding, factored, shape) is None:
             return SearchKernel(drafter, embedding, factored, shape, max_batch_size=max_batch_size)
-    if isinstance(executor, GraphExecutor | CudaExecutor):
+    if executor.pool is not None:
         return GraphSearch(drafter, embedding, head, shape, executor.pool)
     return PlainSearch(drafter, embedding, head, shape)
 

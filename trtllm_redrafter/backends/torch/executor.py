@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -48,6 +48,8 @@ class ModelExecutor(Protocol):
     device: str
     row_invariant: bool
     """Are a row's bits independent of the other rows in the batch?"""
+    pool: Any
+    """Memory pool of its CUDA graphs, which a drafter's graphs share; None: it captures none."""
 
     def prefill(self, slot: int, token_ids: Sequence[int]) -> PromptOutput:
         """Compute a prompt from position 0 and commit its keys and values."""

@@ -49,7 +49,7 @@ def find_factor(checkpoint: Checkpoint) -> Tensor | None:
         return None  # any head would fit
     try:
         factor: Tensor = torch.linalg.lstsq(base[fitted].float(), product[fitted].float()).solution
-    except RuntimeError:  # LAPACK gave up, on weights near the end of float32 say
+    except RuntimeError:  # LAPACK failed, for example on weights near the limits of float32
         return None
     error = base[tested].float() @ factor - product[tested].float()
     return factor if error.norm() < _TOLERANCE * product[tested].float().norm() else None
@@ -60,7 +60,7 @@ def save_factor(factor: Tensor, folder: Path) -> None:
 
 
 def load_factor(folder: Path, base_head: Tensor, exit_dim: int | None = None) -> LowRankHead | None:
-    """What `build` found, if anything; `InputError` when it does not fit the heads it is between."""
+    """The factor that `build` found, if any; `InputError` when it does not fit the two heads."""
     path = folder / FACTOR_FILE
     if not path.exists():
         return None

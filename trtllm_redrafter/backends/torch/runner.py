@@ -1,7 +1,7 @@
 """Run requests on a loaded engine: admit, draft, verify, emit; one base-model forward pass per step.
 
-A request joins the batch at a step's beginning (its prompt is computed alone, so its numbers do not depend on the
-company) and leaves at a step's end. Autoregression is the same code with trees of one node.
+A request joins the batch at the beginning of a step (its prompt is computed alone, so its numbers do not depend on
+other requests) and leaves at the end of one. Autoregression is the same code with trees of one node.
 
 Where the executor has whole steps on the device (`cuda.steps`), greedy batches are decoded one step ahead of the host:
 while a step runs, the host hands out what the one before it wrote. A step that turns out to be in vain, since a request
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.backends.base import Along, EngineInfo, FinishReason, Request, Result, Runner, Update
+from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Result, Runner, TeacherForced, Update
 from trtllm_redrafter.backends.requests import limit_problems
 from trtllm_redrafter.backends.running import RunningRequest
 from trtllm_redrafter.backends.text import TextStream
@@ -49,7 +49,7 @@ class _Sequence(RunningRequest):
     root: int = -1
     context: Tensor = field(default_factory=lambda: torch.empty(0))  # [H], state of the last committed position
     undrafted: bool = False
-    """Do the next step with the root alone: with drafts, the last one's numbers were not finite."""
+    """Run the next step without drafts: with them, the numbers of the last one were not finite."""
     on_device: bool = False
     """Are the next root and context, and how many positions are committed, kept by `DeviceSteps`?"""
     ahead: int = 0
@@ -121,7 +121,7 @@ class TorchRunner(Runner):
             return updates
 
     def autoregressive(self) -> TorchRunner:
-        """On the executor that is faster so, if there is one."""
+        """On the executor that is faster without drafting, if there is one."""
         if self._drafting is None:
             return self
         remedy = "build with a smaller --max-batch-size or --max-seq-len"
@@ -132,7 +132,7 @@ class TorchRunner(Runner):
         return TorchRunner(self.info, executor, None, self._tokenizer, self._eos)
 
     @torch.no_grad()
-    def along(self, prompt: Sequence[int], tokens: Sequence[int]) -> Along:
+    def teacher_forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> TeacherForced:
         """The first row comes from the prompt's pass, the others from chains no longer than a tree."""
         width = 1 if self.info.draft_shape is None else self.info.draft_shape.max_tree_tokens
         with self.executor.threads():
@@ -146,7 +146,7 @@ class TorchRunner(Runner):
                 logits.append(output.logits.float().clone())  # the next pass may write to the same place
                 states.append(output.hidden.clone())
                 self.executor.commit(0, base, range(len(chunk)))
-        return Along(torch.cat(logits), torch.cat(states))
+        return TeacherForced(torch.cat(logits), torch.cat(states))
 
     @torch.no_grad()
     def drafts(self, contexts: Tensor, roots: Sequence[int]) -> Beams | None:
@@ -176,7 +176,7 @@ class TorchRunner(Runner):
         start = time.perf_counter()
         slots = self._free[: len(joining)]
         outputs = self.executor.prefill_all(slots, [a.request.token_ids for a in joining])
-        del self._free[: len(joining)]  # prompts that fail take none with them
+        del self._free[: len(joining)]  # prompts that fail must not keep their slots
         logits = torch.stack([output.logits for output in outputs])
         settings = SamplingSettings.of([a.request.sampling for a in joining], logits.device)
         uniforms = uniform([a.seed for a in joining], [0] * len(joining)).to(logits.device)
@@ -342,7 +342,7 @@ class TorchRunner(Runner):
         return sequence.update(tokens[:count])
 
     def _retry_or_fail(self, sequence: _Sequence, *, drafted: bool) -> Update:
-        """A draft's NaN can reach its root, through attention weights of zero: what drafting broke is done without."""
+        """A draft's NaN can reach its root through attention weights of zero: a drafted step is run again undrafted."""
         return Update(sequence.result.request_id, (), "") if drafted else self._fail(sequence)
 
     def _fail(self, sequence: _Sequence) -> Update:

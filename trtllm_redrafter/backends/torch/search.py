@@ -1,4 +1,4 @@
-"""Search a drafter for what may come next, and merge it into token trees: what the runner needs of drafting.
+"""Draft with a beam search and merge the beams into token trees: what the runner needs of a drafter.
 
 One search belongs to one executor; `drafting.make_search` chooses among `PlainSearch`, `native.drafter.NativeSearch`,
 `cuda_graphs.GraphSearch` and `cuda.search.SearchKernel`.
@@ -23,7 +23,7 @@ class Search(ABC):
     """Proposes one tree per sequence: its root alone where the drafter's numbers are not finite."""
 
     error: NumericalError | None = None
-    """Set once that has happened."""
+    """Set when that first happens."""
 
     def __init__(self, shape: DraftShape, dtype: torch.dtype) -> None:
         self.shape = shape
@@ -32,7 +32,7 @@ class Search(ABC):
     def note_not_finite(self) -> None:
         """Set `error`: a search has had scores that are not finite."""
         if self.error is None:
-            self.error = not_finite("the drafter's scores", str(self._dtype).removeprefix("torch."), where="drafter")
+            self.error = not_finite("the drafter's scores", self._dtype, where="drafter")
 
     @abstractmethod
     def beams(self, contexts: Tensor, roots: Sequence[int]) -> Beams:

@@ -1,4 +1,4 @@
-"""Engines of the torch backend that live as long as a block: to check a checkpoint, or to write text with a model.
+"""Temporary engines of the torch backend, to check a checkpoint or to write text with a model.
 
     with temporary_runner(checkpoint, max_batch_size=4, ...) as runner:
         runner.generate(requests)

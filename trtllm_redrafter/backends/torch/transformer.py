@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class TorchExecutor:
 
     name = "pytorch"
     row_invariant = False
+    pool: Any = None
 
     def __init__(
         self,

@@ -43,7 +43,7 @@ class NativeUnavailable(Exception):
 
     @property
     def note(self) -> str | None:
-        """What to tell users whom this makes wait; None where there is nothing they could change."""
+        """What to tell the user, who has to wait longer for it; None if there is nothing to change."""
         if self.remedy is None:
             return None
         return (
@@ -112,7 +112,7 @@ def compiled_library() -> Path:
         if not is_intact(target):
             with _lock(folder, wait=True) as alone:
                 _sweep(folder, alone)
-                if not is_intact(target):  # another process may just have made it
+                if not is_intact(target):  # another process may just have compiled it
                     _compile(compiler, target)
         elif any(_leftovers(folder)):
             with _lock(folder, wait=False) as alone:

@@ -1,6 +1,6 @@
 """The drafter and its beam search through the compiled kernels: one call per step.
 
-It is `redrafter.beam_search` on the same weights; a test holds the two against each other. The plain one spends
+It is `redrafter.beam_search` on the same weights; a test compares the two. The plain one spends
 most of its time at batch 1 in the dispatch of some two hundred small operations.
 """
 

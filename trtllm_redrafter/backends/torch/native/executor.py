@@ -1,6 +1,6 @@
 """The base model through the compiled kernels: bfloat16 on a CPU, one call per step.
 
-Weights are packed once at load (the memory-mapped originals are let go of), the KV cache lives on the C++ side. A
+Weights are packed once at load (the memory-mapped originals are released), and the KV cache is on the C++ side. A
 row's bits do not depend on the rows beside it, so drafting and autoregression agree token for token.
 """
 
@@ -43,6 +43,7 @@ class NativeExecutor:
     name = "native"
     device = "cpu"
     row_invariant = True
+    pool = None
 
     def __init__(
         self, config: CheckpointConfig, weights: ModelWeights, *, max_batch_size: int, capacity: int, max_rows: int

@@ -53,7 +53,7 @@ LayerArguments = _structure(
 )
 EndArguments = _structure(
     "EndArguments",
-    "`RedrafterEnds`: what comes before and behind the layers.",
+    "`RedrafterEnds`: what comes before and after the layers.",
     tensors="embedding final_norm head cosine sine",
 )
 StepArguments = _structure(

@@ -20,7 +20,7 @@ MAX_THREADS = 1024
 
 @functools.cache
 def load_library() -> ctypes.CDLL:
-    """The kernels, ready to call. Raises `NativeUnavailable` with the reason where they cannot be had."""
+    """The kernels, ready to call. Raises `NativeUnavailable` with the reason if there are none."""
     if os.environ.get("REDRAFTER_NATIVE") == "0":
         raise NativeUnavailable("REDRAFTER_NATIVE=0")
     path = compiled_library()

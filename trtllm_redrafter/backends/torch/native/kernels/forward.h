@@ -89,7 +89,7 @@ void run_layer(Model &m, int layer, int member) {
   add_product(m, m.mixed.data(), mixed, s.count, l.down, nullptr, member);
 }
 
-// Largest of up to 32 neighbouring logits. Whatever is not below the largest so far is looked at, NaN too.
+// The largest of up to 32 neighbouring logits. `!(x <= best)` is true for NaN, too.
 inline void scan(const float *x, int count, int first, Best &best) {
   bool any = false;
   for (int j = 0; j < count; ++j) any |= !(x[j] <= best.value);

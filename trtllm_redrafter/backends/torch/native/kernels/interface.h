@@ -1,8 +1,8 @@
-// What Python and C++ pass each other; library.py holds the same structures for ctypes.
+// What Python and C++ pass each other; interface.py has the same structures for ctypes.
 //
-// Every function returns null, or a message that says what is wrong with its arguments: nothing has been computed then.
-// Tensors travel with their number of elements, which must be what the sizes ask for, so that an array that is too
-// short is refused and not read past its end. `data` null and `count` 0: there is no such tensor.
+// Every function returns null, or a message that says what is wrong with its arguments; then nothing has been computed.
+// Tensors are passed with their number of elements, which must be what the sizes ask for: an array that is too short is
+// refused, not read past its end. `data` null and `count` 0: there is no such tensor.
 
 #pragma once
 

@@ -8,7 +8,7 @@
 //   forward.h    one step of the base model
 //   search.h     the drafter's beam search
 //
-// What is checked here is not checked again behind it: sizes at creation, and each row, node, slot and token of a call.
+// Sizes are checked at creation, and each row, node, slot and token of a call; the other files do not check them again.
 // No PyTorch headers: it compiles in seconds and is loaded with ctypes.
 
 #include "forward.h"

@@ -22,7 +22,7 @@ struct Layer {
   const float *qkv_bias = nullptr, *dense_bias = nullptr;
 };
 
-// The largest logit so far and its token. One that is NaN stays.
+// The largest logit so far and its token; NaN counts as the largest.
 struct Best {
   float value = -INFINITY;
   int token = 0;

@@ -1,8 +1,9 @@
 // Matrix products x W^T of a few rows with packed weights: the bulk of every step.
 //
-// [M, K] bfloat16 x [N, K] bfloat16 -> [M, N] float32, one accumulator per output, over k in order, whatever M is: so the
-// bits of a row do not depend on the rows beside it. At few rows the time is that of reading W once, 2 N K bytes; from
-// about eight rows on, the arithmetic shows (one vdpbf16ps does 32 multiply-adds). benchmarks/profile_step.py measures it.
+// [M, K] bfloat16 x [N, K] bfloat16 -> [M, N] float32, one accumulator per output, over k in order, whatever M is, so that
+// the bits of a row do not depend on the rows beside it. With few rows the time is that of reading W once, 2 N K bytes;
+// from about eight rows on, the arithmetic shows (one vdpbf16ps does 32 multiply-adds). benchmarks/profile_step.py
+// measures it.
 //
 // A packed matrix is [ceil(N / 16)][K / 2][16][2], K even, N padded with zero rows.
 

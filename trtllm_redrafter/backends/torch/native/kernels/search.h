@@ -20,9 +20,9 @@ struct Candidate {
   int flat;  // row * head rows + column: the lower one wins a tie
 };
 
-// A row's candidates: at most TOP - 1 above the cut, and the first TOP that tie with it (of any two that tie in the end,
-// the lower column wins, so no beam can need another).
-struct Survivors {
+// A row's candidates: at most TOP - 1 above the TOP-th largest logit, and the first TOP that tie with it (of two that tie
+// in the end, the lower column wins, so no beam can need another).
+struct Candidates {
   Candidate of[2 * TOP];
   int count = 0;
   void add(float score, int flat) {
@@ -44,7 +44,7 @@ struct Drafter {
   std::vector<bf16> narrow, spare, joined, states, next_states;
   std::vector<int64_t> last;           // token each row ends in
   std::vector<char> broken;            // per sequence: its numbers are not finite
-  std::vector<Survivors> survivors;    // per row
+  std::vector<Candidates> candidates;  // per row
   std::vector<Candidate> merged;       // per sequence, beams * 2 * TOP
   std::vector<int64_t> parent_tokens;  // copies of a round's beams before they are chosen anew
   std::vector<float> parent_paths;
@@ -67,7 +67,7 @@ void reserve(Drafter &d) {
   d.scores.resize(rows);
   d.last.resize(rows);
   d.broken.resize(rows);
-  d.survivors.resize(rows);
+  d.candidates.resize(rows);
   d.merged.resize(rows * 2 * TOP);
 }
 
@@ -171,9 +171,9 @@ void find_cut(const float *logits, int count, float &border, float &best) {
   best = *std::max_element(top, top + TOP);
 }
 
-// The columns of one row that survive the cut (the TOP largest and all that tie with the last of them), scored
-// running score + log-softmax over the survivors. None where the largest logit is not finite.
-void survive(const float *logits, int count, float running, int row, Survivors &out) {
+// The candidates of one row: the columns of its TOP largest logits and all that tie with the last of them. The score of
+// each is the running score plus its log-softmax over the candidates. None if the largest logit is not finite.
+void find_candidates(const float *logits, int count, float running, int row, Candidates &out) {
   float border, best;
   find_cut(logits, count, border, best);
   out.count = 0;
@@ -189,7 +189,7 @@ void survive(const float *logits, int count, float running, int row, Survivors &
   for (int i = 0; i < out.count; ++i) out.of[i].score += offset;
 }
 
-// A sequence whose numbers are not finite keeps to its first token; its paths say so.
+// The beams of a sequence whose numbers are not finite: its first token everywhere, and NaN scores.
 void give_up(Drafter &d, int sequence) {
   const RedrafterSearch &s = d.search;
   const size_t width = s.length + 1, beams = size_t(sequence) * s.beams;
@@ -207,7 +207,7 @@ void choose(Drafter &d, int sequence, int round) {
   const int per_sequence = d.per_sequence(round), width = s.length + 1, h = d.hidden;
   Candidate *all = d.merged.data() + size_t(sequence) * s.beams * 2 * TOP, *end = all;
   for (int r = 0; r < per_sequence; ++r) {
-    const Survivors &row = d.survivors[sequence * per_sequence + r];
+    const Candidates &row = d.candidates[sequence * per_sequence + r];
     end = std::copy_n(row.of, row.count, end);
     if (!row.count) d.broken[sequence] = 1;
   }
@@ -260,7 +260,7 @@ void run_search(void *arg, int member) {
     draft_logits(d, rows, per_sequence, member);
     team.phase(member, rows, [&](int i) {
       const float *logits = d.logits.data() + size_t(i) * padded(d.head.n);
-      survive(logits, d.head.n, d.scores[i], i % per_sequence, d.survivors[i]);
+      find_candidates(logits, d.head.n, d.scores[i], i % per_sequence, d.candidates[i]);
     });
     team.phase(member, d.search.batch, [&](int sequence) { choose(d, sequence, round); });
   }

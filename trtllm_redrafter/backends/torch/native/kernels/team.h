@@ -1,10 +1,10 @@
 // Threads that work through a job's phases together.
 //
-// A phase is a number of pieces; whoever is running takes the next one, and the phase is over when all pieces are done,
-// not when all members have come by. A member that the operating system has put aside holds up the others by one piece
-// at most, which is what keeps a step's time sane beside another busy process; it runs after them through phases that
-// are over, or gives up when the next job has begun. So what a job's argument points to must live on until then
-// (`settle` waits for it). Nothing in a job may throw: memory is reserved before it is run.
+// A phase consists of pieces. Each running member takes the next one, and the phase is over when all pieces are done, not
+// when all members have taken part. So a member that the operating system has suspended delays the others by one piece at
+// most, and steps stay fast beside another busy process. It later runs through phases that are over, or gives up when the
+// next job has begun; until then, what a job's argument points to must stay alive (`settle` waits for that). Nothing in a
+// job may throw: memory is reserved before it runs.
 
 #pragma once
 
