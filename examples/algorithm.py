@@ -25,7 +25,7 @@ from torch import Tensor
 from trtllm_redrafter.redrafter.beam_search import beam_search
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
-from trtllm_redrafter.redrafter.reference import Step, TokenTree, VerifyOutput, build_tree, exact, node_uniforms
+from trtllm_redrafter.redrafter.reference import TokenTree, VerifyInput, VerifyOutput, build_tree, exact, node_uniforms
 from trtllm_redrafter.redrafter.sampling import SamplingSettings, draw, uniform
 
 VOCAB, HIDDEN = 10, 16
@@ -89,7 +89,7 @@ def speculative(base: ToyBase, drafter: Drafter, prompt: list[int], count: int, 
         tree = build_tree(beams)
         states = base.over_tree(state, tree)
         uniforms = node_uniforms(tree, [seed], torch.tensor([len(written)]))
-        verdict = exact(Step(tree, (states @ base.head.T)[None], SETTINGS, uniforms))
+        verdict = exact(VerifyInput(tree, (states @ base.head.T)[None], SETTINGS, uniforms))
         if steps < 3:
             print(f"step {steps + 1}: {tree.width} nodes of {SHAPE.max_tree_tokens}")
             show(tree, verdict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -85,3 +86,30 @@ def test_only_the_command_line_prints() -> None:
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         prints = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
         assert not prints or layer(name) == "cli" or name.endswith(("worker", "llmapi_launch")), name
+
+
+def defined(file: str) -> set[str]:
+    """Names of a module's classes and top-level assignments."""
+    nodes = ast.parse((Path(PACKAGE) / file).read_text()).body
+    targets = [node.targets for node in nodes if isinstance(node, ast.Assign)]
+    names = {target.id for group in targets for target in group if isinstance(target, ast.Name)}
+    return names | {node.name for node in nodes if isinstance(node, ast.ClassDef)}
+
+
+def test_the_document_names_what_exists() -> None:
+    """Every file is there; every type in a table, or with a file in brackets behind it, is defined in that file."""
+    text = Path("docs/architecture.md").read_text()
+    files = {file for file in re.findall(r"`([\w/]+\.py)`", text) if not file.startswith("tests/")}
+    assert files and all((Path(PACKAGE) / file).is_file() for file in files), files
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| `([\w/]+\.py)` \|", text, re.MULTILINE)
+    rows += re.findall(r"(`[A-Z]\w+`)\s+\(`([\w/]+\.py)`\)", text)
+    assert len(rows) > 20
+    for types, file in rows:
+        assert set(re.findall(r"\w+", types)) <= defined(file), (types, file)
+
+
+def test_modules_in_the_list_of_packages_exist() -> None:
+    text = Path("docs/architecture.md").read_text()
+    for package, owned in re.findall(r"^\| `(\w+)/` \| (.+) \|$", text, re.MULTILINE):
+        for name in re.findall(r"`(\w+)`", owned):
+            assert f"{PACKAGE}.{package}.{name}" in modules(), (package, name)

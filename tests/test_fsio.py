@@ -18,6 +18,7 @@ from trtllm_redrafter.errors import InputError, OutputError
 from trtllm_redrafter.fsio import (
     CREATOR,
     atomic_directory,
+    human_bytes,
     link_or_copy,
     read_json,
     replace_json,
@@ -343,3 +344,11 @@ def test_link_or_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     link_or_copy(tmp_path / "a", tmp_path / "copied")
     assert (tmp_path / "copied").stat().st_ino != (tmp_path / "a").stat().st_ino
     assert json.dumps((tmp_path / "copied").read_text()) == '"x"'
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (269_060_552, "269.1 MB"), (10**13, "10000.0 GB")],
+)
+def test_human_bytes(count: int, shown: str) -> None:
+    assert human_bytes(count) == shown

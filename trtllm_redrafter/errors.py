@@ -45,6 +45,10 @@ class Problem:
             lines.append(f"  remedy: {self.remedy}")
         return "\n".join(lines)
 
+    def bullet(self) -> str:
+        """The same as an entry of a list."""
+        return "- " + self.render().replace("\n", "\n  ")
+
     def as_dict(self) -> dict[str, str | None]:
         return {"what": self.what, "where": self.where, "why": self.why, "remedy": self.remedy}
 
@@ -71,10 +75,7 @@ class RedrafterError(Exception):
         super().__init__(self.render())
 
     def render(self) -> str:
-        text = self.problem.render()
-        for problem in self.problems:
-            text += "\n- " + problem.render().replace("\n", "\n  ")
-        return text
+        return "\n".join([self.problem.render(), *(problem.bullet() for problem in self.problems)])
 
     def at(self: SomeError, where: str | Path) -> SomeError:
         """The same error with the place that only its caller knows."""
@@ -92,7 +93,7 @@ class RedrafterError(Exception):
 
 
 class UsageError(RedrafterError):
-    """An option, recipe key or combination of them cannot be meant."""
+    """An option, a recipe key or a combination of them is not valid."""
 
     exit_code = 2
     kind = "usage"
@@ -106,7 +107,7 @@ class InputError(RedrafterError):
 
 
 class MismatchError(RedrafterError):
-    """Inputs are fine each, but do not fit each other or the options."""
+    """Inputs are valid one by one, but do not fit each other or the options."""
 
     exit_code = 4
     kind = "mismatch"

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.errors import InputError, OutputError
-from trtllm_redrafter.paths import check_place, open_regular, read_regular
+from trtllm_redrafter.paths import OUTPUT_ERRORS, check_place, open_regular, output_error, read_regular
 from trtllm_redrafter.scratch import claimed, leftovers, new_directory, own_name, partial_stem, replaced_file, sweep
 
 CREATOR = "trtllm-redrafter"
@@ -114,23 +114,9 @@ def as_output_error(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        remedies = {
-            errno.ENOSPC: ("the disk is full", "free some space or choose an --output on another disk"),
-            errno.EDQUOT: ("the disk quota is used up", "free some space or choose another --output"),
-            errno.EFBIG: ("a file is larger than the file system or the limit allows", "choose another --output"),
-            errno.EROFS: ("the file system is read-only", "choose another --output"),
-            errno.EACCES: ("no permission to write here", "choose another --output or change its owner"),
-            errno.EPERM: ("no permission to write here", "choose another --output or change its owner"),
-            errno.ENOTDIR: ("a parent of the output is a file", "choose another --output"),
-            errno.EEXIST: ("a file is where a directory of the output should be", "choose another --output"),
-            errno.EISDIR: ("the output is a directory, a file is to be written", "choose another --output"),
-            errno.ENAMETOOLONG: ("the name of the output is too long", "choose a shorter --output"),
-            errno.ELOOP: ("a symbolic link of the output's path leads to itself", "choose another --output"),
-        }
-        if e.errno not in remedies:
+        if e.errno is None or e.errno not in OUTPUT_ERRORS:
             raise
-        what, remedy = remedies[e.errno]
-        raise OutputError(what, where=where, why=str(e), remedy=remedy) from e
+        raise output_error(e.errno, where, str(e)) from e
 
 
 def _put_in_place(work: Path, target: Path, *, overwrite: bool) -> None:
@@ -198,6 +184,14 @@ def sample_sha256(path: Path, pages: int = 16, page_bytes: int = 4096) -> str:
             file.seek(page * (size - page_bytes) // max(pages - 1, 1))
             digest.update(file.read(page_bytes))
     return digest.hexdigest()
+
+
+def human_bytes(count: int) -> str:
+    """`269.1 MB`; powers of ten, as disks are sold."""
+    if count < 1000:
+        return f"{count} B"
+    power = min((len(str(count)) - 1) // 3, 3)
+    return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"
 
 
 def safe_join(base: Path, relative: str) -> Path:

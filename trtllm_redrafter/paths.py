@@ -13,7 +13,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -32,6 +32,28 @@ _KINDS = (
     (stat.S_ISCHR, "character device"),
     (stat.S_ISBLK, "block device"),
 )
+
+
+OUTPUT_ERRORS: Mapping[int, tuple[str, str]] = {
+    errno.ENOSPC: ("the disk is full", "free some space or choose an --output on another disk"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space or choose another --output"),
+    errno.EFBIG: ("a file is larger than the file system or the limit allows", "choose another --output"),
+    errno.EROFS: ("the file system is read-only", "choose another --output"),
+    errno.EACCES: ("no permission to write here", "choose another --output or change its owner"),
+    errno.EPERM: ("no permission to write here", "choose another --output or change its owner"),
+    errno.ENOTDIR: ("a parent of the output is a file", "choose another --output"),
+    errno.EEXIST: ("a file is where a directory of the output should be", "choose another --output"),
+    errno.EISDIR: ("the output is a directory, a file is to be written", "choose another --output"),
+    errno.ENAMETOOLONG: ("the name of the output is too long", "choose a shorter --output"),
+    errno.ELOOP: ("a symbolic link of the output's path leads to itself", "choose another --output"),
+}
+"""What and remedy, by the operating system's error number."""
+
+
+def output_error(code: int, where: Path, why: str | None) -> OutputError:
+    """The error for an output that fails, or would fail, with error number `code` of `OUTPUT_ERRORS`."""
+    what, remedy = OUTPUT_ERRORS[code]
+    return OutputError(what, where=where, why=why, remedy=remedy)
 
 
 def text_problem(path: Path | str) -> str | None:
@@ -125,10 +147,11 @@ def check_place(output: Path, needed_bytes: int = 0) -> None:
 
     Creates nothing. What is not known before (a quota, another program that fills the disk) still fails while writing.
     """
-    problem = name_problem(output)
-    if problem is not None:
-        what = "the output cannot have this name" if text_problem(output) else "the name of the output is too long"
+    if (problem := text_problem(output)) is not None:
+        what = "the output cannot have this name"
         raise OutputError(what, where=output, why=problem, remedy="choose another --output")
+    if (problem := name_problem(output)) is not None:
+        raise output_error(errno.ENAMETOOLONG, output, problem)
     try:
         place = existing_parent(output)
         usable = os.access(place, os.W_OK | os.X_OK) if place.is_dir() else None
@@ -137,15 +160,9 @@ def check_place(output: Path, needed_bytes: int = 0) -> None:
     except OSError as e:
         why, remedy = e.strerror, "choose another --output"
         raise OutputError("the output's place cannot be reached", where=output, why=why, remedy=remedy) from e
-    if usable is None:
-        what = "a file is where a directory of the output should be"
-        raise OutputError(what, where=output, why=str(place), remedy="choose another --output")
-    if read_only:
-        why, remedy = str(place), "choose another --output"
-        raise OutputError("the file system is read-only", where=output, why=why, remedy=remedy)
-    if not usable:
-        remedy = "choose another --output or change its owner"
-        raise OutputError("no permission to write here", where=output, why=str(place), remedy=remedy)
+    for code, fails in ((errno.EEXIST, usable is None), (errno.EROFS, read_only), (errno.EACCES, not usable)):
+        if fails:
+            raise output_error(code, output, str(place))
     if needed_bytes > free:
         raise OutputError(
             "there is not enough disk space for the output",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tests.conversion.conftest import Options
 from tests.engines import write_tokenizer
 from tests.tiny_models import write_base, write_drafter
+from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.conversion.plan import plan_conversion
 from trtllm_redrafter.conversion.writer import convert
 from trtllm_redrafter.progress import no_progress
@@ -80,3 +82,17 @@ def test_progress_ends_at_its_total(tmp_path: Path, options: Options) -> None:
     last = {stage: (done, total, unit) for stage, done, total, unit in calls}
     assert last["convert"] == (plan.weight_bytes, plan.weight_bytes, "bytes")
     assert last["hash inputs"][0] == last["hash inputs"][1]
+
+
+def test_manifests_of_earlier_versions_are_read(tmp_path: Path, options: Options) -> None:
+    """They repeated config.json's values, and the tokenizer's hash, in `derived`."""
+    base, drafter = write_base(tmp_path / "base"), write_drafter(tmp_path / "drafter", draft_len=4)
+    plan = plan_conversion(options(base, drafter))
+    out = convert(plan, no_progress)
+    written = Manifest.read(out)
+    assert written.trained_draft_len == 4 and "num_beams" not in written.derived
+    replace(written, derived=plan.derived).write(out)
+    again = Manifest.read(out)
+    assert again.derived["num_beams"] == 5 and again.intact
+    assert (again.trained_draft_len, again.end_tokens) == (written.trained_draft_len, written.end_tokens)
+    assert again.tokenizer_sha256 == written.tokenizer_sha256

@@ -76,7 +76,7 @@ def test_reports_of_earlier_versions_are_read() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (None, "there is no such file"),
+        (None, "No such file"),
         ("", "neither the file nor its last line is a JSON object"),
         ("[1]", "neither the file nor its last line is a JSON object"),
         ("\x00\xff", "neither the file"),

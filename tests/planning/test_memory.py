@@ -9,9 +9,15 @@ import pytest
 from tests.trtllm_options import model_config
 from trtllm_redrafter.checkpoint.layout import tensor_specs
 from trtllm_redrafter.errors import UsageError
-from trtllm_redrafter.planning import GPUS, BuildLimits, estimate_memory, gpu
-from trtllm_redrafter.planning.gpus import gpu_by_driver_name
-from trtllm_redrafter.planning.memory import base_parameters, drafter_parameters, kv_bytes_per_token, weight_bytes
+from trtllm_redrafter.planning.gpus import GPUS, gpu, gpu_by_driver_name
+from trtllm_redrafter.planning.memory import (
+    BuildLimits,
+    base_parameters,
+    drafter_parameters,
+    estimate_memory,
+    kv_bytes_per_token,
+    weight_bytes,
+)
 from trtllm_redrafter.redrafter.config import DraftShape
 
 LIMITS = BuildLimits(8, 1024, 2048, 1115)

@@ -14,8 +14,8 @@ from trtllm_redrafter.redrafter.beam_search import Beams, beam_search
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.redrafter.reference import (
     DraftRecord,
-    Step,
     TokenTree,
+    VerifyInput,
     base_log_probs,
     build_tree,
     trtllm_decide,
@@ -108,7 +108,7 @@ def decide(
         draft = DraftRecord(
             tokens, log_probs, tensors["in.rand_validation"], tensors["in.rand_sample"], inverse[contexts:], greedy
         )
-        decision = trtllm_decide(Step(tree, unpack(logits, tree.lengths, contexts), NO_SETTINGS, None, draft))
+        decision = trtllm_decide(VerifyInput(tree, unpack(logits, tree.lengths, contexts), NO_SETTINGS, None, draft))
         states = unpack(hidden, tree.lengths, contexts)
         next_probs.append(decision.next_probs)
         inputs.append(states[torch.arange(generations), decision.node])

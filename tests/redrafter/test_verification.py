@@ -18,8 +18,8 @@ from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.redrafter.reference import (
     RULES,
     DraftRecord,
-    Step,
     TokenTree,
+    VerifyInput,
     build_tree,
     node_uniforms,
     trtllm_decide,
@@ -108,7 +108,7 @@ def speculative(base: ToyBase, row: Row, seed: int, count: int, drafts: Drafts, 
     while len(text) - 2 < count:
         tree = drafts.tree(text[-1], max_nodes)
         numbers = node_uniforms(tree, [seed], torch.tensor([len(text) - 2]))
-        output = RULES["exact"](Step(tree, base.tree_logits(text[-2], tree), settings_, numbers))
+        output = RULES["exact"](VerifyInput(tree, base.tree_logits(text[-2], tree), settings_, numbers))
         text += output.emitted[0, : int(output.accepted) + 1].tolist()
     return text[2 : 2 + count]
 
@@ -150,7 +150,7 @@ def test_emitted_tokens_follow_the_base_models_distribution() -> None:
     seeds = list(range(n))
     many = TokenTree(**{k: v.expand(n, *v.shape[1:]) for k, v in vars(tree).items()})
     numbers = node_uniforms(many, seeds, torch.zeros(n, dtype=torch.int64))
-    output = RULES["exact"](Step(many, logits.expand(n, -1, -1), SamplingSettings.of([row] * n), numbers))
+    output = RULES["exact"](VerifyInput(many, logits.expand(n, -1, -1), SamplingSettings.of([row] * n), numbers))
     pairs: Counter[tuple[int, int]] = Counter()
     for i, emitted in enumerate(output.emitted[:, :2].tolist()):
         first, second = emitted
@@ -166,7 +166,7 @@ def test_emitted_tokens_follow_the_base_models_distribution() -> None:
     assert 0 < float(output.accepted.float().mean()) < 2  # both outcomes took part in the test
 
 
-def one_draft(p: list[float], q: list[float], token: int, numbers: list[float]) -> Step:
+def one_draft(p: list[float], q: list[float], token: int, numbers: list[float]) -> VerifyInput:
     """TensorRT-LLM's rule on trees of one draft, one tree per random number pair."""
     n = len(numbers)
     tree = build_tree(make_beams([[[1, token]]] * n))
@@ -179,7 +179,7 @@ def one_draft(p: list[float], q: list[float], token: int, numbers: list[float]) 
         inverse_temperature=torch.ones(n),
         greedy=False,
     )
-    return Step(tree, logits, SamplingSettings.of([]), None, record)
+    return VerifyInput(tree, logits, SamplingSettings.of([]), None, record)
 
 
 def test_trtllm_rule_leans_towards_the_drafter() -> None:
@@ -216,7 +216,7 @@ def test_trtllm_greedy_equals_the_walk_without_ties() -> None:
         beams.tokens, beams.log_probs, torch.rand(16, 4, 3) * 0.99, torch.rand(16) * 0.98 + 0.01, torch.ones(16), True
     )
     settings_ = SamplingSettings.of([Row(temperature=0.0)] * 16)
-    walked, ratio = (RULES[name](Step(tree, logits, settings_, None, record)) for name in ("exact", "trtllm"))
+    walked, ratio = (RULES[name](VerifyInput(tree, logits, settings_, None, record)) for name in ("exact", "trtllm"))
     assert walked.accepted.tolist() == ratio.accepted.tolist()
     assert walked.emitted.tolist() == ratio.emitted.tolist()
     assert len(set(walked.accepted.tolist())) > 1
@@ -225,8 +225,8 @@ def test_trtllm_greedy_equals_the_walk_without_ties() -> None:
 def test_trtllm_rule_needs_its_inputs() -> None:
     tree = build_tree(make_beams([[[1, 0]]]), max_nodes=1)
     with pytest.raises(TypeError, match="random numbers"):
-        RULES["trtllm"](Step(tree, torch.zeros(1, 1, 4), SamplingSettings.of([]), None))
+        RULES["trtllm"](VerifyInput(tree, torch.zeros(1, 1, 4), SamplingSettings.of([]), None))
     step = one_draft([0.5, 0.5], [0.5, 0.5], 0, [0.5])
     cut = build_tree(make_beams([[[1, 0]]]), max_nodes=1, width=2)
     with pytest.raises(ValueError, match="without max_nodes"):
-        RULES["trtllm"](Step(cut, step.logits, step.settings, None, step.draft))
+        RULES["trtllm"](VerifyInput(cut, step.logits, step.settings, None, step.draft))

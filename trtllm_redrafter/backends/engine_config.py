@@ -4,7 +4,7 @@ An engine directory may come from another version or another program, or have be
 missing key must end in a message here, not in an endless loop or a KeyError in the middle of loading.
 
 What an engine drafts is stored where TensorRT-LLM stores it, in its model's config: a section of a TensorRT engine's
-config.json, the config.json of the checkpoint inside a torch engine. It is parsed here alone.
+config.json, the config.json of the checkpoint inside a torch engine; `checkpoint.config.read_draft_shape` parses it.
 
     config = read_engine_config(Path("engine"))
     config.backend, config.draft_shape          # "torch", DraftShape(4, 4); None without a drafter
@@ -20,8 +20,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from trtllm_redrafter.checkpoint.config import MAX_RANKS
-from trtllm_redrafter.checkpoint.fields import Schema, Size, validated
+from trtllm_redrafter.checkpoint.config import MAX_RANKS, read_draft_shape
+from trtllm_redrafter.checkpoint.fields import FieldReader, Schema, Size, validated
 from trtllm_redrafter.checkpoint.kinds import Kind, kind_of, wrong_kind
 from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT
 from trtllm_redrafter.errors import BackendError, InputError, raise_together
@@ -56,14 +56,7 @@ class ModelConfig(Schema):
     vocab_size: Size
     dtype: str = ""
     mapping: RankMapping = RankMapping()
-    redrafter_num_beams: Size | None = None
-    redrafter_draft_len_per_beam: Size | None = None
     redrafter_greedy_search: bool = True
-
-    @property
-    def draft_shape(self) -> DraftShape | None:
-        beams, length = self.redrafter_num_beams, self.redrafter_draft_len_per_beam
-        return None if beams is None or length is None else DraftShape(beams, length)
 
 
 HeadRows = Annotated[int, Field(ge=0)]
@@ -104,14 +97,12 @@ class EngineConfig:
     model_values: Mapping[str, Any]
     """The whole of the model's config, as it is in the file `model_file`."""
     model_file: Path
+    draft_shape: DraftShape | None
+    """None without a drafter."""
     head_rows: int = 0
     """Of the most frequent tokens, how many drafts are taken from; 0: all tokens."""
     eos_token_ids: tuple[int, ...] | None = None
     """None: they are recorded elsewhere."""
-
-    @property
-    def draft_shape(self) -> DraftShape | None:
-        return self.model.draft_shape
 
     @property
     def max_seq_len(self) -> int:
@@ -144,8 +135,6 @@ def parse_engine_config(values: Mapping[str, Any], model: Mapping[str, Any], eng
     else:
         found = _torch(values, model, engine, where)
     shape = found.draft_shape
-    if shape is not None:
-        raise_together(InputError, shape.problems(), _WHAT, where=found.model_file, remedy=_REMEDY)
     if found.max_seq_len < 1 and shape is not None:
         why = f"{shape.max_draft_tokens} drafted tokens are part of it"
         what = f"build_config.max_seq_len is {found.limits.max_seq_len}"
@@ -157,7 +146,8 @@ def _tensorrt(values: Mapping[str, Any], engine: Path, where: Path) -> EngineCon
     file = validated(_TensorRTFile, values, where=where, what=_WHAT, remedy=_REMEDY)
     model = file.pretrained_config
     return EngineConfig(
-        engine, TENSORRT, file.version, file.build_config, model, values["pretrained_config"], where
+        engine, TENSORRT, file.version, file.build_config, model, values["pretrained_config"], where,
+        _draft_shape(values["pretrained_config"], where),
     )  # fmt: skip
 
 
@@ -173,10 +163,19 @@ def _torch(values: Mapping[str, Any], model: Mapping[str, Any], engine: Path, wh
     inside = engine / ENGINE_CHECKPOINT / "config.json"
     known = validated(ModelConfig, model, where=inside, what=_WHAT, remedy=_REMEDY)
     return EngineConfig(
-        engine, TORCH, file.version, file.build_config, known, model, inside,
+        engine, TORCH, file.version, file.build_config, known, model, inside, _draft_shape(model, inside),
         head_rows=file.draft_head_rows if file.draft is None else file.draft.head_rows,
         eos_token_ids=None if file.eos_token_ids is None else tuple(file.eos_token_ids),
     )  # fmt: skip
+
+
+def _draft_shape(model: Mapping[str, Any], where: Path) -> DraftShape | None:
+    if model.get("redrafter_num_beams") is None:
+        return None
+    fields = FieldReader(model, where)
+    shape = read_draft_shape(fields)
+    raise_together(InputError, fields.problems, _WHAT, where=where, remedy=_REMEDY)
+    return shape
 
 
 def _check_backend(found: str, wanted: str | None, engine: Path) -> None:

@@ -25,7 +25,7 @@ _KEY = "eos_token_id"
 
 @dataclass(frozen=True)
 class TokenizerSetup:
-    """`tokenizer` is a transformers tokenizer, or None if there is none; `notes` are for people."""
+    """`tokenizer` is a transformers tokenizer, or None if there is none; `notes` are to be shown."""
 
     tokenizer: Any
     end_token_ids: tuple[int, ...]

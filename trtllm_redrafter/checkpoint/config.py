@@ -106,7 +106,7 @@ class CheckpointConfig:
 
     @property
     def parameters_hint(self) -> str:
-        """One line for people: `LlamaForCausalLM, 32 layers, hidden 4096, 32/8 heads of 128, vocabulary 128256`."""
+        """One line of text: `LlamaForCausalLM, 32 layers, hidden 4096, 32/8 heads of 128, vocabulary 128256`."""
         return (
             f"{self.base_architecture}, {self.num_hidden_layers} layers, hidden {self.hidden_size}, "
             f"{self.num_attention_heads}/{self.num_key_value_heads} heads of {self.head_size}, "
@@ -213,9 +213,14 @@ def _read_drafter(fields: FieldReader, hidden: int, vocab: int) -> tuple[Drafter
         num_layers=fields.size("redrafter_num_layers", minimum=0),
         rnn=fields.flag("redrafter_is_rnn", None),
     )
+    return drafter, read_draft_shape(fields)
+
+
+def read_draft_shape(fields: FieldReader) -> DraftShape:
+    """The draft shape in a checkpoint's config, or in an engine's copy of it."""
     shape = DraftShape(fields.size("redrafter_num_beams"), fields.size("redrafter_draft_len_per_beam"))
     fields.problems += [replace(problem, where=str(fields.where)) for problem in shape.problems()]
-    return drafter, shape
+    return shape
 
 
 def _rank_count(mapping: Mapping[str, Any], key: str, fields: FieldReader) -> int:

@@ -1,4 +1,4 @@
-"""What a directory holds, by the keys of its config.json: asked wherever a command is given one.
+"""Model, drafter, checkpoint or engine: which of them a directory is, by the keys of its config.json.
 
 kind_at(Path("engine/checkpoint")) is Kind.CHECKPOINT
 raise wrong_kind(path, config, Kind.CHECKPOINT)         # this is an engine, not a checkpoint
@@ -16,7 +16,7 @@ from trtllm_redrafter.fsio import read_json
 
 
 class Kind(enum.Enum):
-    """The value is what messages call it."""
+    """Values are used in messages."""
 
     BASE_MODEL = "a Hugging Face model"
     DRAFTER = "a drafter"
@@ -35,7 +35,7 @@ _KEYS: tuple[tuple[str, Kind], ...] = (
     ("architectures", Kind.BASE_MODEL),
     ("model_type", Kind.BASE_MODEL),
 )
-"""Keys of config.json, each in one kind only; the first that is there decides."""
+"""Keys of config.json that only one kind has; the first one present decides."""
 
 _ANY = "a model, drafter, checkpoint or engine"
 
@@ -46,7 +46,7 @@ _REMEDIES: Mapping[tuple[Kind, Kind], str] = {
     (Kind.BASE_MODEL, Kind.CHECKPOINT): "run `trtllm-redrafter convert --base` on it",
     (Kind.CHECKPOINT, Kind.TORCH_ENGINE): "run `trtllm-redrafter build --checkpoint` on it, and pass its output",
 }
-"""What to do with the first where the second is asked for."""
+"""By the kind that was given and the kind that is needed."""
 
 
 def kind_of(config: Mapping[str, Any]) -> Kind | None:

@@ -179,7 +179,7 @@ def divisibility_problems(config: CheckpointConfig, where: str | None = None) ->
         ("intermediate size", config.intermediate_size, None),
     ]
     if config.use_parallel_embedding and config.embedding_sharding_dim == 1:
-        rules.append(("hidden size", config.hidden_size, "the embedding is divided by columns"))
+        rules.append(("hidden size", config.hidden_size, "the embedding is split by columns"))
     if config.drafter is not None:
         why = "TensorRT-LLM splits every drafter layer by rows"
         rules.append(("drafter's hidden size", config.drafter.hidden_size, why))

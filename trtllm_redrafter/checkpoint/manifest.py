@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from trtllm_redrafter.checkpoint.fields import Schema, validated
-from trtllm_redrafter.checkpoint.names import MANIFEST, RECORDED, TOKENIZER_DIRECTORY, TRAINED_DRAFT_LEN
+from trtllm_redrafter.checkpoint.names import EOS_TOKEN_IDS, MANIFEST, TOKENIZER_DIRECTORY, TRAINED_DRAFT_LEN
 from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.fsio import CREATOR, read_json, safe_join, sample_sha256, sha256_file, write_json
 from trtllm_redrafter.version import __version__
@@ -168,7 +168,7 @@ class Manifest:
     @property
     def end_tokens(self) -> object:
         """The recorded end tokens, unchecked; () if there are none."""
-        return self.derived.get(RECORDED, ())
+        return self.derived.get(EOS_TOKEN_IDS, ())
 
     @property
     def trained_draft_len(self) -> int | None:

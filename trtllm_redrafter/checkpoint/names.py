@@ -15,7 +15,7 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 TOKENIZER_DIRECTORY = "tokenizer"
-"""Of a checkpoint or an engine: what reads its texts."""
+"""Of checkpoints and engines."""
 
 DRAFT_VOCAB_FILE = "draft_vocab.safetensors"
 QUANT_CFG = "quant_cfg.json"
@@ -27,7 +27,7 @@ DRAFTER_WEIGHTS = "model.safetensors"
 ENGINE_CHECKPOINT = "checkpoint"
 """Where an engine of the torch backend keeps the checkpoint that it executes."""
 
-RECORDED = "eos_token_ids"
+EOS_TOKEN_IDS = "eos_token_ids"
 """The key under which manifests of checkpoints and configs of engines keep the tokens that end a text."""
 
 TRAINED_DRAFT_LEN = "trained_draft_len"

@@ -70,14 +70,6 @@ class Checkpoint:
             names.add(LM_HEAD)
         return sorted(names)
 
-    def __contains__(self, name: str) -> bool:
-        return self._stored(name) in self.ranks[0]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Joined shape, as stored (4-bit weights are packed)."""
-        name = self._stored(name)
-        return self._info(name).shape if len(self.ranks) == 1 else self._spec(name).shape
-
     def load(self, name: str) -> Tensor:
         """The whole tensor on the CPU. Weights and biases are in the config's dtype, FP8 weights dequantized.
 
@@ -154,7 +146,7 @@ class Checkpoint:
             raise BackendError(
                 f"tensor {name!r} cannot be joined over {len(self.ranks)} ranks",
                 where=self.path,
-                why=f"how quantization {self.config.quant_algo!r} divides it is not known here",
+                why=f"how quantization {self.config.quant_algo!r} splits it is not known here",
                 remedy="use a checkpoint with one rank, or the tensorrt-llm backend",
             )
         return spec

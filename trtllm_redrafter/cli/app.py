@@ -74,7 +74,7 @@ def run_app(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return console.report_interrupt(command, as_json=how["as_json"])
     except BrokenPipeError:
-        _silence_stdout()  # the reader left: nothing more to say
+        _silence_stdout()  # the reader closed the pipe
         return 1
     except Exception as error:  # noqa: BLE001 - the edge: a bug must end in a message and an exit code too
         if signals.exit_code() is not None:
@@ -97,7 +97,7 @@ def run_app(arguments: Sequence[str]) -> int:
 
 
 def _explained(error: Exception) -> RedrafterError | None:
-    """What the machine refused, memory or a path, wherever it was first noticed; None for a bug."""
+    """Out of memory, or a path that cannot be used, as one of our errors; None for a bug."""
     if is_out_of_memory(error):
         return _not_enough_memory(f"{type(error).__name__}: {str(error)[:200]}")
     return explain_os_error(error) if isinstance(error, OSError) else None
@@ -109,7 +109,7 @@ def _not_enough_memory(why: str) -> BackendError:
 
 
 def _silence_stdout() -> None:
-    """What is still buffered for a stdout that takes nothing must not fail again at the program's end."""
+    """Keep output that is still buffered from failing again when the program ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

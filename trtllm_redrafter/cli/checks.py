@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,7 +72,7 @@ def verify(
     with progress_bar() as progress:
         report = run_checks(path, against=against, drafter=drafter, hashes=True, progress=progress)
     if against is not None and report.ok:
-        report = _with_greedy_tokens(report, path, against)
+        _compare_greedy_tokens(report, path, against)
     if report.ok:
         say(report.render())
     else:
@@ -104,16 +103,18 @@ def _gate(
         raise typer.Exit(VerificationError.exit_code)
 
 
-def _with_greedy_tokens(report: VerifyReport, path: Path, against: Path) -> VerifyReport:
+def _compare_greedy_tokens(report: VerifyReport, path: Path, against: Path) -> None:
     """Add what decoding a few prompts shows; only worth it when files and values are right."""
     from trtllm_redrafter.verify.tokens import can_compare, greedy_parity
 
     reason = can_compare(path, against)
     if reason is not None:
-        return replace(report, notes=(*report.notes, reason))
+        report.notes.append(reason)
+        return
     with working("comparing greedy tokens and logits with transformers"):
         parity = greedy_parity(path, against)
-    return replace(report, checks=(*report.checks, *parity.checks()), problems=(*report.problems, *parity.problems))
+    report.checks += parity.checks()
+    report.problems += parity.problems
 
 
 @with_settings()

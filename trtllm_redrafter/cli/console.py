@@ -22,6 +22,7 @@ import typer
 
 from trtllm_redrafter.cli import signals
 from trtllm_redrafter.errors import RedrafterError
+from trtllm_redrafter.fsio import human_bytes
 from trtllm_redrafter.progress import Progress, no_progress
 from trtllm_redrafter.prompts.jsonl import OBEYED, dump_line
 
@@ -53,7 +54,7 @@ def say(text: str = "") -> None:
 
 
 def say_generated(text: str, *, end: bool = True) -> None:
-    """What a model wrote: made safe on a terminal, byte for byte into a file or pipe."""
+    """Generated text: escaped on a terminal, unchanged in files and pipes."""
     shown = printable(text) if sys.stdout.isatty() else text
     typer.echo(shown, nl=end, color=True)  # else it takes out what looks like colours
 
@@ -86,7 +87,7 @@ def accept_all_text() -> None:
 
 
 def emit(command: str, **values: Any) -> None:
-    """The JSON document of what ran to its end: a success, unless `values` say `ok=False` and give the error."""
+    """The JSON document of a completed command: a success, unless `values` have `ok=False` and the error."""
     _document({"command": command, "ok": True, **values})
 
 
@@ -95,7 +96,7 @@ def _document(values: Mapping[str, Any]) -> None:
 
 
 def _emit_failure(command: str, error: Mapping[str, Any]) -> None:
-    """The JSON document of an error; where it cannot be written, the exit code has to do."""
+    """The JSON document of an error; if it cannot be written, there is still the exit code."""
     with suppress(OSError):
         _document({"command": command, "ok": False, "error": error})
 
@@ -164,7 +165,7 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def _amount(count: int, unit: str) -> str:
-    return f"{count / 1e6:.1f} MB" if unit == "bytes" else f"{count} {unit}"
+    return human_bytes(count) if unit == "bytes" else f"{count} {unit}"
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class Flag:
 
     @property
     def parameter(self) -> inspect.Parameter:
-        """What typer reads. Not given means None: the recipe fills in its default, and misses what is required."""
+        """The parameter for typer. None means not given: the recipe has the default, and says what is required."""
         field = keys()[self.key]
         kind, metavar = _on_the_command_line(field.annotation)
         text, default = field.description or "", field.default
@@ -77,7 +77,7 @@ def flags(section: str, *only: str, **names: str) -> list[Flag]:
 
 
 def with_settings(*rows: Flag) -> Callable[[Function], Function]:
-    """Give a command the flags `rows` and `--set`; its first argument receives what they say, as recipe layers."""
+    """Give a command the flags `rows` and `--set`; its first argument receives them as recipe layers."""
 
     def decorate(command: Function) -> Function:
         def run(**values: Any) -> None:

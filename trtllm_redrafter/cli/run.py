@@ -82,7 +82,7 @@ class RunReport:
     """Results of an earlier run that the output had already."""
     jobs: list[Job] = field(default_factory=list)
     error: RedrafterError | None = None
-    """The first prompt's that failed."""
+    """That of the first prompt that failed."""
 
     def as_dict(self) -> dict[str, Any]:
         engine = {k: getattr(self.info, k) for k in ("path", "backend", "device", "dtype")}
@@ -108,7 +108,7 @@ def run_prompts(
     resume: bool = False,
     quiet: bool = False,
 ) -> RunReport:
-    """Everything a user can get wrong is refused before the engine is loaded. `quiet` leaves texts to the document."""
+    """Everything a user can get wrong is refused before the engine is loaded. `quiet`: texts only in the document."""
     run = resolved.recipe.run
     check_files(run, overwrite=overwrite or resume)
     with ExitStack() as stack:
@@ -134,7 +134,7 @@ def run_prompts(
 def _answer(
     resolved: Resolved, runner: Runner, report: RunReport, file: ResultsFile | None, *, stream: bool, quiet: bool
 ) -> None:
-    """All prompts through the engine, into the file or the report."""
+    """Run all prompts; results go into the file, else into the report."""
     run, defaults = resolved.recipe.run, defaults_for(resolved, runner)
     jobs: Iterable[Job] = prompt_jobs(run.prompts, defaults)
     if run.input is not None:
@@ -199,7 +199,7 @@ def _show(report: RunReport, *, texts: bool) -> None:
 
 
 def _in_order(job: Job) -> tuple[str, int]:
-    """prompt-2 before prompt-10; ids of the user's own in their alphabet."""
+    """prompt-2 before prompt-10; other ids alphabetically."""
     stem, _, number = job.job_id.rpartition("-")
     return (stem, int(number)) if number.isdigit() else (job.job_id, 0)
 

@@ -91,7 +91,7 @@ def with_tokenizer(base: Base) -> Base:
 
 
 def huggingface_rank(model: HFModel, config: CheckpointConfig, rank: int) -> dict[str, RankTensor]:
-    """A Hugging Face model's tensors on one rank, divided and cast as `config` says."""
+    """A Hugging Face model's tensors on one rank, split and cast as `config` says."""
     specs = tensor_specs(config)
     return {
         name: rank_tensor(specs[name], [model.tensors[source] for source in sources], config, rank)
@@ -128,7 +128,7 @@ def _from_checkpoint(options: ConvertOptions) -> Base:
     config, path = checkpoint.config, options.base
     notes = [f"the base is a TensorRT-LLM checkpoint ({config.quant_algo or 'not quantized'}): its tensors are copied"]
     if config.use_parallel_embedding != options.parallel_embedding:
-        held = "divided over ranks" if config.use_parallel_embedding else "whole on every rank"
+        held = "split over ranks" if config.use_parallel_embedding else "whole on every rank"
         notes.append(f"the embedding stays as it is in the base checkpoint: {held}")
     tokenizer = tuple(tokenizer_files(path / TOKENIZER_DIRECTORY) or tokenizer_files(path))
     return Base(
@@ -176,8 +176,8 @@ def checkpoint_head(checkpoint: Checkpoint) -> tuple[Source, ...]:
     config = checkpoint.config
     has_head = LM_HEAD in checkpoint.ranks[0]
     name = LM_HEAD if has_head else EMBEDDING
-    divided = has_head or config.use_parallel_embedding
-    ranks = checkpoint.ranks if divided else checkpoint.ranks[:1]
+    is_split = has_head or config.use_parallel_embedding
+    ranks = checkpoint.ranks if is_split else checkpoint.ranks[:1]
     parts = [file[name] for file in ranks if name in file]
     is_head = all(part.dtype in DTYPE_NAMES.values() and part.shape[1:] == (config.hidden_size,) for part in parts)
     complete = len(parts) == len(ranks) and is_head and row_count(parts) == config.vocab_size
@@ -185,7 +185,7 @@ def checkpoint_head(checkpoint: Checkpoint) -> tuple[Source, ...]:
 
 
 def chosen_head(model: HFModel, choice: str) -> tuple[CheckpointConfig, tuple[str, ...]]:
-    """The model's config with the head that was chosen, and what people should know."""
+    """The model's config with the chosen head, and notes."""
     config = model.config
     if choice == FILE_HEAD and config.tie_word_embeddings:
         config = replace(config, tie_word_embeddings=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class DrafterSettings:
 
 
 def read_drafter_config(path: Path) -> DrafterSettings:
-    """Of the drafter in directory `path`; `InputError` lists every key that is missing or wrong."""
+    """The settings of the drafter in directory `path`; `InputError` lists every key that is missing or wrong."""
     if not path.is_dir():
         raise InputError("the drafter directory does not exist", where=path, remedy="check --drafter")
     raw = read_json(path / "config.json")
@@ -69,7 +69,7 @@ def read_drafter_config(path: Path) -> DrafterSettings:
 
 
 def _trained_draft_len(path: Path, fields: FieldReader) -> tuple[int | None, str]:
-    """How many tokens ahead the drafter was trained, and who says so."""
+    """How many tokens ahead the drafter was trained, and where that is stated."""
     stated = fields.optional_size("draft_len")
     if stated is not None:
         return stated, "draft_len in the drafter's config.json"
@@ -100,23 +100,22 @@ def draft_shape(
         notes.append(f"draft_len {draft_len}: {source}")
     if trained is None:
         notes.append(f"the drafter does not say how far ahead it was trained; draft_len {draft_len} is not checked")
-    return DraftShape(num_beams, draft_len), notes, list(_shape_problems(num_beams, draft_len, drafter))
+    shape = DraftShape(num_beams, draft_len)
+    return shape, notes, list(_shape_problems(shape, drafter))
 
 
-def _shape_problems(num_beams: int, draft_len: int, drafter: DrafterSettings) -> Iterator[Problem]:
-    highest, trained = min(MAX_NUM_BEAMS, drafter.config.vocab_size), drafter.trained_draft_len
-    if not 1 <= num_beams <= highest:
-        why = f"beyond the drafter's top {MAX_NUM_BEAMS} tokens, TensorRT-LLM accepts drafts without a test"
-        yield Problem(f"num_beams is {num_beams}", "--num-beams", why, f"use 1 to {highest}")
-    if draft_len < 1:
-        yield Problem(f"draft_len is {draft_len}", "--draft-len", None, "draft at least one token")
-    elif trained is not None and draft_len > trained:
+def _shape_problems(shape: DraftShape, drafter: DrafterSettings) -> Iterator[Problem]:
+    """Limits of every drafter, and of this one, that the shape exceeds."""
+    for problem in shape.problems():
+        yield replace(problem, where="--num-beams" if problem.what.startswith("num_beams") else "--draft-len")
+    vocab_size, trained = drafter.config.vocab_size, drafter.trained_draft_len
+    if vocab_size < shape.num_beams <= MAX_NUM_BEAMS:
+        why = f"the vocabulary has {vocab_size} tokens"
+        yield Problem(f"num_beams is {shape.num_beams}", "--num-beams", why, f"use {vocab_size} or fewer")
+    if trained is not None and trained < shape.draft_len <= MAX_DRAFT_LEN:
         why = f"the drafter was trained for {trained} ({drafter.trained_draft_len_source})"
         remedy = f"use at most {trained}, or train a drafter for more"
-        yield Problem(f"draft_len is {draft_len}", "--draft-len", why, remedy)
-    elif draft_len > MAX_DRAFT_LEN:
-        why = "memory for every drafted token is reserved up front"
-        yield Problem(f"draft_len is {draft_len}", "--draft-len", why, f"use at most {MAX_DRAFT_LEN}")
+        yield Problem(f"draft_len is {shape.draft_len}", "--draft-len", why, remedy)
 
 
 def size_problems(drafter: DrafterSettings, base: CheckpointConfig) -> list[Problem]:

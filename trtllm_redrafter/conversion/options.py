@@ -20,7 +20,7 @@ class ConvertOptions:
 
     `dtype` is "auto" (the base's own) or a name. `num_beams` and `draft_len` None: what the drafter was trained for.
     `lm_head` is "auto" (the base's config.json decides), "embedding" or "file": see `conversion.base`.
-    `parallel_embedding` divides the embedding's rows over ranks; a checkpoint as base keeps its own setting.
+    `parallel_embedding` splits the embedding's rows over ranks; a checkpoint as base keeps its own setting.
     """
 
     base: Path
@@ -48,7 +48,7 @@ class ConvertOptions:
 
 
 def option_problems(options: ConvertOptions) -> tuple[type[RedrafterError], list[Problem]]:
-    """Options that cannot be meant, whatever the files say."""
+    """Options that are not valid, whatever the input files are."""
     found = []
     if options.tp_size < 1:
         found.append(Problem(f"tp_size is {options.tp_size}", "--tp-size", None, "use 1 or more"))

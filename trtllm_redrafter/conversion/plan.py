@@ -22,8 +22,8 @@ from trtllm_redrafter.conversion.drafter import DrafterFiles
 from trtllm_redrafter.conversion.drafter_config import RETRAIN, draft_shape, size_problems
 from trtllm_redrafter.conversion.options import ConvertOptions, option_problems
 from trtllm_redrafter.conversion.sources import RankFile, rank_tensor
-from trtllm_redrafter.errors import InputError, MismatchError, Problem, RedrafterError
-from trtllm_redrafter.fsio import check_replaceable
+from trtllm_redrafter.errors import InputError, MismatchError, Problem, RedrafterError, raise_together
+from trtllm_redrafter.fsio import check_replaceable, human_bytes
 from trtllm_redrafter.paths import check_place
 from trtllm_redrafter.redrafter.config import DraftShape
 
@@ -52,7 +52,7 @@ class ConversionPlan:
 
     @cached_property
     def derived(self) -> dict[str, Any]:
-        """Values that follow from inputs and options, for people; files of the checkpoint hold each of them once."""
+        """Values that follow from inputs and options, to be shown; the checkpoint stores each of them once."""
         config = self.config
         values: dict[str, Any] = {
             "architecture": config.architecture,
@@ -81,7 +81,7 @@ class ConversionPlan:
         return values
 
     def render(self) -> str:
-        """The plan for people: reads, writes, derived values, notes."""
+        """The plan as text: reads, writes, derived values, notes."""
         options = self.options
         read = sum(path.stat().st_size for path in self.inputs)
         lines = [
@@ -95,9 +95,9 @@ class ConversionPlan:
                 f"  drafter   {self.drafter.path}: {d.num_layers} layers, exit_dim {d.exit_dim}, {kind}"
                 + (", LM head from the base" if self.drafter.tie_lm_head else "")
             )
-        lines.append(f"  reads     {len(self.inputs)} files, {_human_bytes(read)}")
+        lines.append(f"  reads     {len(self.inputs)} files, {human_bytes(read)}")
         lines += [
-            f"  writes    {rank.name}, {len(rank.tensors)} tensors, {_human_bytes(rank.size)}" for rank in self.ranks
+            f"  writes    {rank.name}, {len(rank.tensors)} tensors, {human_bytes(rank.size)}" for rank in self.ranks
         ]
         lines += [f"  copies    {target}" for _, target in self.copies]
         lines.append("  derived")
@@ -110,27 +110,13 @@ class ConversionPlan:
         """The plan for programs."""
         return {
             "options": self.options.as_dict(),
-            "reads": [_file(path) for path in self.inputs],
+            "reads": [{"file": str(path), "bytes": path.stat().st_size} for path in self.inputs],
             "writes": [{"file": r.name, "tensors": len(r.tensors), "bytes": r.size} for r in self.ranks],
             "copies": [{"from": str(source), "to": target} for source, target in self.copies],
             "config": config_dict(self.config),
             "derived": self.derived,
             "notes": list(self.notes),
         }
-
-
-def _human_bytes(count: int) -> str:
-    """`269.1 MB`; powers of ten, as disks are sold."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    raise AssertionError
-
-
-def _file(path: Path) -> dict[str, Any]:
-    return {"file": str(path), "bytes": path.stat().st_size}
 
 
 T = TypeVar("T")
@@ -155,13 +141,8 @@ class _Collector:
         self.kinds += [kind] * bool(problems)
 
     def raise_all(self, where: Path) -> None:
-        if not self.problems:
-            return
         kind = self.kinds[0] if len(set(self.kinds)) == 1 else MismatchError
-        if len(self.problems) == 1:
-            p = self.problems[0]
-            raise kind(p.what, where=p.where, why=p.why, remedy=p.remedy)
-        raise kind("the conversion cannot be done", where=where, problems=self.problems)
+        raise_together(kind, self.problems, "the conversion cannot be done", where=where)
 
 
 def plan_conversion(options: ConvertOptions) -> ConversionPlan:
@@ -176,7 +157,9 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     drafter, shape, shape_notes = _open_drafter(options, found)
     config = None
     if base is not None:
-        config = _target_config(base.config, drafter, shape, options)
+        config = base.config
+        if drafter is not None and shape is not None:
+            config = config.with_drafter(drafter.config, shape, greedy=options.greedy)
         found.add(MismatchError, [*base.problems, *(_pair_problems(base, drafter) if drafter else ())])
         if options.tp_size >= 1:
             found.add(MismatchError, divisibility_problems(config, str(options.base)))
@@ -208,14 +191,6 @@ def _open_drafter(
     return drafter, shape, notes
 
 
-def _target_config(
-    base: CheckpointConfig, drafter: DrafterFiles | None, shape: DraftShape | None, options: ConvertOptions
-) -> CheckpointConfig:
-    if drafter is None or shape is None:
-        return base
-    return base.with_drafter(drafter.config, shape, greedy=options.greedy)
-
-
 def _rank(base: Base, drafter: DrafterFiles | None, config: CheckpointConfig, rank: int) -> RankFile:
     tensors = base.rank_tensors(rank)
     if drafter is not None:
@@ -234,7 +209,7 @@ def _copies(base: Base, drafter: DrafterFiles | None) -> tuple[tuple[Path, str],
 
 
 def _notes(base: Base, drafter: DrafterFiles | None, options: ConvertOptions) -> list[str]:
-    """What people should know of the two together."""
+    """Notes on the pair of base and drafter."""
     notes = []
     if base.tokenizer_sha256 is None:
         notes.append("the base has no tokenizer files; pass --tokenizer to build")
@@ -262,6 +237,6 @@ def _pair_problems(base: Base, drafter: DrafterFiles) -> list[Problem]:
     found = size_problems(drafter, base.config)
     if drafter.tie_lm_head and not base.head:
         what = "the drafter borrows the base's LM head, which cannot be read"
-        why = "the base checkpoint's LM head is quantized, or divided by columns"
+        why = "the base checkpoint's LM head is quantized, or split by columns"
         found.append(Problem(what, str(drafter.path), why, RETRAIN))
     return found

@@ -23,7 +23,7 @@ from typing import Any
 
 from trtllm_redrafter.checkpoint.config import config_dict
 from trtllm_redrafter.checkpoint.manifest import FileRecord, Manifest
-from trtllm_redrafter.checkpoint.names import RECORDED, TRAINED_DRAFT_LEN, rank_file
+from trtllm_redrafter.checkpoint.names import EOS_TOKEN_IDS, TRAINED_DRAFT_LEN, rank_file
 from trtllm_redrafter.checkpoint.stored_tensor import StoredTensor, tensor_bytes
 from trtllm_redrafter.conversion.plan import ConversionPlan
 from trtllm_redrafter.conversion.sources import Block, RankFile, blocks
@@ -89,7 +89,7 @@ def _wait_for(futures: list[Future[Any]]) -> None:
 
 def _manifest(plan: ConversionPlan, records: dict[str, FileRecord], inputs: dict[Path, FileRecord]) -> Manifest:
     """`derived` has only what config.json has no key for."""
-    derived: dict[str, Any] = {RECORDED: list(plan.base.eos_token_ids)}
+    derived: dict[str, Any] = {EOS_TOKEN_IDS: list(plan.base.eos_token_ids)}
     sections: dict[str, Any] = {
         "base": {
             "path": str(plan.options.base),
@@ -125,7 +125,7 @@ class Cancelled(Exception):
 
 
 class Meter:
-    """Counts bytes from several threads for one progress bar, and carries the order to stop.
+    """Counts bytes from several threads for one progress bar, and tells them to stop.
 
     Meters that share `lock` never call `progress` at the same time; it need not be thread-safe.
     """
@@ -202,7 +202,7 @@ def write_rank(plan: RankFile, path: Path, meter: Meter) -> FileRecord:
 
 
 def reserve(fd: int, size: int) -> None:
-    """Take the disk space now; file systems that cannot are left to find it while writing."""
+    """Reserve the disk space now, if the file system can."""
     try:
         os.posix_fallocate(fd, 0, max(size, 1))
     except OSError as e:

@@ -6,11 +6,12 @@ control group (cgroup), however much memory the machine has.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from trtllm_redrafter.memory import physical_memory
 
 _CONTAINER_MARKS = ("/.dockerenv", "/run/.containerenv")
 _LIMITS = {"": "memory.max", "memory": "memory.limit_in_bytes"}
@@ -37,7 +38,7 @@ class MainMemory:
 
 def main_memory(root: Path = Path("/")) -> MainMemory:
     """Memory of this machine; `root` is a different directory in tests."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = physical_memory()
     limits = [limit for limit in _group_limits(root) if limit < total]
     return MainMemory(total, min(total, _available(root) or total), min(limits) if limits else None)
 

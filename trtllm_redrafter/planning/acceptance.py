@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.errors import InputError, MismatchError
+from trtllm_redrafter.paths import read_regular
 from trtllm_redrafter.redrafter.config import DraftShape
 
 REPORT_FILE = "report.json"
@@ -91,11 +92,9 @@ def read_acceptance(path: Path, shape: DraftShape) -> MeasuredAcceptance:
 def _document(file: Path) -> dict[str, Any]:
     """The JSON object in `file`: the whole file, or its last line, as in the output of `evaluate --json`."""
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise InputError("the file is too large for a report of `evaluate`", where=file, remedy=_MAKE_ONE)
-        text = file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as e:
-        why = "there is no such file" if isinstance(e, FileNotFoundError) else str(e)
+        text = read_regular(file, _MAX_BYTES).decode("utf-8")
+    except (InputError, ValueError) as e:
+        why = (e.problem.why or e.problem.what) if isinstance(e, InputError) else str(e)
         raise InputError("cannot read the acceptance length's report", where=file, why=why, remedy=_MAKE_ONE) from e
     for part in (text, text.rstrip().rpartition("\n")[2]):
         try:

@@ -164,7 +164,7 @@ def estimate_latency(
     max_batch_size: int,
     acceptance_length: float | None,
 ) -> LatencyEstimate:
-    """Plan step times for batch sizes up to `max_batch_size`."""
+    """Step times for batch sizes up to `max_batch_size`."""
     roof = _Roof(config, target, assumptions)
     shape = config.draft_shape
     rows = []

@@ -230,7 +230,7 @@ class MemoryEstimate:
 def estimate_memory(
     config: CheckpointConfig, limits: BuildLimits, target: Gpu, *, kv_cache_fraction: float
 ) -> MemoryEstimate:
-    """Plan one rank's memory."""
+    """The memory of one rank."""
     weights = weight_bytes(config)
     lines = [
         MemoryItem("base weights", weights.base, "layers and LM head of this rank"),

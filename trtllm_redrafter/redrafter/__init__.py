@@ -1,0 +1,1 @@
+"""The algorithm alone, without files or engines: see docs/algorithm.md."""

@@ -14,7 +14,7 @@ MAX_DRAFT_LEN = 256
 
 NVIDIA_NUM_BEAMS = 5
 NVIDIA_DRAFT_LEN = 5
-"""The defaults of NVIDIA's ReDrafter converter, for drafters that say nothing about themselves."""
+"""The defaults of NVIDIA's ReDrafter converter, for drafters that do not state their own."""
 
 TOP_CANDIDATES = 50
 """In every round, logits below the 50th largest are cut (Apple v1.1, TensorRT-LLM >= 0.14)."""

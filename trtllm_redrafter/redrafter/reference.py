@@ -136,8 +136,8 @@ class DraftRecord:
 
 
 @dataclass(frozen=True)
-class Step:
-    """Input of a rule."""
+class VerifyInput:
+    """What a rule decides about: one step of a batch."""
 
     tree: TokenTree
     logits: Tensor  # [B, T, V]; for the token after each node
@@ -155,7 +155,7 @@ def node_uniforms(tree: TokenTree, seeds: ArrayLike, emitted: Tensor) -> Tensor:
     return uniform(np.asarray(seeds).reshape(-1, 1), positions.numpy())
 
 
-def exact(step: Step) -> VerifyOutput:
+def exact(step: VerifyInput) -> VerifyOutput:
     """Walk the tree with the base model's own draws. Lossless; see the module's docstring."""
     batch, width, vocab = step.logits.shape
     settings = step.settings.repeat(width) if width > 1 else step.settings
@@ -206,7 +206,7 @@ class TrtllmDecision:
     node: Tensor  # [B] int64; the last accepted node
 
 
-def trtllm_decide(step: Step) -> TrtllmDecision:
+def trtllm_decide(step: VerifyInput) -> TrtllmDecision:
     """Acceptance as in TensorRT-LLM's graph.
 
     Random numbers belong to (beam, position), so a node shared by several beams is tried several times.
@@ -230,7 +230,7 @@ def trtllm_decide(step: Step) -> TrtllmDecision:
     return TrtllmDecision(accepted, beam, residual, indices[row, beam, accepted])
 
 
-def trtllm(step: Step) -> VerifyOutput:
+def trtllm(step: VerifyInput) -> VerifyOutput:
     """TensorRT-LLM's rule in full: decide, draw, and return what was emitted."""
     draft = _require_draft(step)
     decision = trtllm_decide(step)
@@ -253,7 +253,7 @@ def trtllm_draw(probs: Tensor, rand_sample: Tensor) -> Tensor:
     return (cumulative >= rand_sample.unsqueeze(-1)).long().argmax(dim=-1)
 
 
-def _require_draft(step: Step) -> DraftRecord:
+def _require_draft(step: VerifyInput) -> DraftRecord:
     if step.draft is None:
         raise TypeError("the trtllm rule needs the draft's log-probabilities and random numbers")
     if bool((step.tree.draft_indices < 0).any()):
@@ -261,4 +261,4 @@ def _require_draft(step: Step) -> DraftRecord:
     return step.draft
 
 
-RULES: dict[str, Callable[[Step], VerifyOutput]] = {"exact": exact, "trtllm": trtllm}
+RULES: dict[str, Callable[[VerifyInput], VerifyOutput]] = {"exact": exact, "trtllm": trtllm}

@@ -1,4 +1,4 @@
-"""Lay recipe sources over one another and remember where every value came from.
+"""Merge recipe sources, layer over layer, and remember where every value came from.
 
     resolved = resolve([Layer(Origin("file", "demo.yaml"), {"convert": {"num_beams": 4}}),
                         Layer(Origin("flag", "--num-beams"), {"convert": {"num_beams": 2}})])
@@ -92,7 +92,7 @@ def resolve(layers: Sequence[Layer]) -> Resolved:
 
 
 def resolve_more(under: Resolved, layers: Sequence[Layer]) -> Resolved:
-    """Lay more layers over what is resolved already."""
+    """Merge more layers over a resolved recipe."""
     problems: list[Problem] = []
     values = {key: under.value(key) for key in under.origins}
     origins = dict(under.origins)

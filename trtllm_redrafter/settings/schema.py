@@ -102,7 +102,7 @@ class RunSection(Section):
 
 
 class TensorRTSection(Section):
-    """What only the tensorrt-llm backend takes, at build time and for running what it built."""
+    """Settings of the tensorrt-llm backend only, for building and running."""
 
     version: Text = Field(default="1.2.1", description="TensorRT-LLM release that will build and run the engine")
     gpu: Text = Field(default="h100-80gb", description="GPU that will run the engine")

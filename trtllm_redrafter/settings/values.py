@@ -35,7 +35,7 @@ class Section(BaseModel):
 
 
 def fill(options: type[T], section: Section, **others: Any) -> T:
-    """A dataclass of a lower layer, which knows no recipe: `others`, and from the section the fields it shares."""
+    """An options class of a lower package, from the section's fields of the same names, and `others`."""
     fields = {field.name for field in dataclasses.fields(options)}  # type: ignore[arg-type]
     shared = (fields & type(section).model_fields.keys()) - others.keys()
     return options(**{name: getattr(section, name) for name in shared}, **others)

@@ -135,8 +135,8 @@ def engine_writer(
         )  # fmt: skip
         checkpoint = convert(plan_conversion(wanted), progress)
         engine = temporary_runner(
-            checkpoint, folder, max_batch_size=batch, max_input_len=max_prompt, max_seq_len=max_tokens, device=device,
-            tokenizer=base, progress=progress,
+            checkpoint, folder=folder, max_batch_size=batch, max_input_len=max_prompt, max_seq_len=max_tokens,
+            device=device, tokenizer=base, progress=progress,
         )  # fmt: skip
         with engine as runner:
             yield RunnerWriter(runner)

@@ -8,7 +8,7 @@ All problems are reported together:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,14 @@ _WITHOUT_MANIFEST = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class VerifyReport:
-    """What was checked, and the problems found."""
+    """What was checked, and the problems found; each check adds to it."""
 
     path: Path
-    checks: tuple[str, ...]
-    problems: tuple[Problem, ...]
-    notes: tuple[str, ...] = ()
+    checks: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -49,15 +49,15 @@ class VerifyReport:
         outcome = "all checks passed" if self.ok else f"{len(self.problems)} problem(s)"
         lines = [f"{self.path}: {outcome}", *(f"  checked: {check}" for check in self.checks)]
         lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines + ["- " + p.render().replace("\n", "\n  ") for p in self.problems])
+        return "\n".join(lines + [problem.bullet() for problem in self.problems])
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "path": str(self.path),
             "ok": self.ok,
-            "checks": list(self.checks),
+            "checks": self.checks,
             "problems": [p.as_dict() for p in self.problems],
-            "notes": list(self.notes),
+            "notes": self.notes,
         }
 
 
@@ -70,12 +70,11 @@ def checkpoint_directory(path: Path) -> Path:
 def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
     """Manifest, names, shapes and dtypes. Unreadable files are problems like any other.
 
-    `InputError` when there is no checkpoint or engine that could be right or wrong.
+    `InputError` when `path` is neither a checkpoint nor an engine.
     """
     _refuse_others(path)
-    checks: list[str] = []
-    notes: list[str] = []
-    problems: list[Problem] = []
+    report = VerifyReport(path)
+    checks, problems, notes = report.checks, report.problems, report.notes
     try:
         manifest = Manifest.find(path)
         if manifest is None and checkpoint_directory(path) != path:
@@ -92,7 +91,7 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
             checks.append(f"{what} of {len(manifest.files)} files against manifest.json, and that there are no others")
         if kind_at(path) is Kind.TENSORRT_ENGINE:
             notes.append("a TensorRT engine: its plans are compared by hash only; --reference runs it")
-            return VerifyReport(path, tuple(checks), tuple(problems), tuple(notes))
+            return report
         checkpoint = Checkpoint.open(checkpoint_directory(path))
         problems += structure_problems(checkpoint)
         count = sum(len(rank) for rank in checkpoint.ranks)
@@ -104,7 +103,7 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
             notes.append(f"shapes of layers quantized as {checkpoint.config.quant_algo} are not known here")
     except RedrafterError as e:
         problems += e.problems or (e.problem,)
-    return VerifyReport(path, tuple(checks), tuple(problems), tuple(notes))
+    return report
 
 
 def _unlisted(manifest: Manifest, path: Path) -> tuple[list[Problem], list[str]]:

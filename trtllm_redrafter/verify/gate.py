@@ -18,8 +18,6 @@ A sampling engine decodes at temperature 1, and less can be checked: see `token_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +25,7 @@ import torch
 
 from trtllm_redrafter.backends import torch_device
 from trtllm_redrafter.backends.engine_config import TENSORRT, TORCH, EngineConfig
-from trtllm_redrafter.backends.torch.runner import TorchRunner
-from trtllm_redrafter.backends.torch.temporary import temporary_directory, temporary_runner
+from trtllm_redrafter.backends.torch.temporary import temporary_runner
 from trtllm_redrafter.checkpoint.config import CheckpointConfig, read_checkpoint_config
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT
@@ -66,8 +63,8 @@ MEANINGS = (
 
 
 def parity_gate(request: GateRequest) -> GateReport:
-    """Decode with the engine, close it, then compute the reference, so that never both are in memory."""
-    differing = check_config(request.config, request.reference)  # raises if this is no engine, and says what it is
+    """Decode with the engine, close it, then compute the reference, so that the two are never in memory together."""
+    differing = check_config(request.config, request.reference)  # raises if `engine` is not an engine
     require_sound(request.checkpoint)  # a damaged reference proves nothing
     compared, changed = check_weights(request.config, request.reference)
     model, on_torch = request.checkpoint.config, request.config.backend == TORCH
@@ -114,7 +111,12 @@ def _steps(
 ) -> AcceptanceCheck:  # fmt: skip
     """The engine's steps against those its texts should take."""
     quantized = request.checkpoint.config.quant_algo is not None
-    with _reference_runner(request, decoded.prompts, device) as reference:
+    longest = max(map(len, decoded.prompts))
+    engine = temporary_runner(
+        request.reference, max_batch_size=len(decoded.prompts), max_input_len=longest,
+        max_seq_len=longest + request.max_tokens, device=device,
+    )  # fmt: skip
+    with engine as reference:
         dtype = reference.info.dtype
         allowed = tolerance(dtype, quantized=quantized, sampled=sampled)
         replay = load_replay(request.config, request.checkpoint, reference, shape, device, greedy=not sampled)
@@ -140,19 +142,6 @@ def reference_device(model: CheckpointConfig) -> str:
     whole = weight_bytes(replace(model, tp_size=1, quantization={})).total
     free, _ = torch.cuda.mem_get_info()
     return device if REFERENCE_SHARE * whole <= free else "cpu"
-
-
-@contextmanager
-def _reference_runner(request: GateRequest, prompts: Sequence[tuple[int, ...]], device: str) -> Iterator[TorchRunner]:
-    """The checkpoint on the torch backend, closed and removed afterwards."""
-    longest = max(len(prompt) for prompt in prompts)
-    with temporary_directory(beside=request.reference) as folder:
-        engine = temporary_runner(
-            request.reference, folder, max_batch_size=len(prompts), max_input_len=longest,
-            max_seq_len=longest + request.max_tokens, device=device,
-        )  # fmt: skip
-        with engine as runner:
-            yield runner
 
 
 def check_config(engine: EngineConfig, reference: Path) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""What the parity gate asks of a loaded engine: texts, and where available logits and drafts.
+"""What the parity gate asks of a loaded engine: texts, and logits and drafts where available.
 
 decoded = decode(GateRequest(...), sampled=False)
 decoded.results, decoded.logits, decoded.drafted

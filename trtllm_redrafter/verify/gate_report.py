@@ -100,7 +100,7 @@ class GateReport:
         lines += [part.render() for part in (self.distributions, self.drafts, self.steps) if part is not None]
         lines += [f"  not seen    {text}" for text in self.not_seen]
         problems = (*self.faults, *self.alarms)
-        return "\n".join(lines + ["- " + problem.render().replace("\n", "\n  ") for problem in problems])
+        return "\n".join(lines + [problem.bullet() for problem in problems])
 
     def _tokens(self) -> str:
         prompts = f"after {len(self.request.prompts)} prompts"

@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtllm_redrafter.backends.tensorrt_llm.engine_dir import NOTES_FILE
 from trtllm_redrafter.checkpoint.kinds import Kind, kind_of, wrong_kind
 from trtllm_redrafter.checkpoint.manifest import Manifest
-from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT, MANIFEST, RECORDED
+from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT, EOS_TOKEN_IDS, MANIFEST
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
 from trtllm_redrafter.errors import InputError, RedrafterError
 from trtllm_redrafter.fsio import read_json
-
-_TENSORRT_NOTES = "redrafter.json"
-"""File of a TensorRT engine built by this program, for what TensorRT-LLM's config.json has no field for."""
 
 _BASE_FACTS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -48,7 +46,7 @@ _KINDS: Mapping[Kind, tuple[str, tuple[str, ...]]] = {
     ),
     Kind.TENSORRT_ENGINE: ("TensorRT-LLM engine", ("version", "build_config")),
 }
-"""What a kind is called here, and the keys of its config.json to show."""
+"""Each kind's name, and the keys of its config.json to show."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +135,10 @@ def inspect(path: Path) -> Inspection:
 
 def _end_tokens(path: Path, kind: Kind, config: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
     """The end tokens of a model, checkpoint or engine, which keep them elsewhere than in config.json."""
-    if kind is Kind.TENSORRT_ENGINE and (path / _TENSORRT_NOTES).is_file():
-        return {RECORDED: read_json(path / _TENSORRT_NOTES).get(RECORDED, [])}
+    if kind is Kind.TENSORRT_ENGINE and (path / NOTES_FILE).is_file():
+        return {EOS_TOKEN_IDS: read_json(path / NOTES_FILE).get(EOS_TOKEN_IDS, [])}
     if kind is Kind.CHECKPOINT and manifest is not None:
-        return {RECORDED: manifest.end_tokens}
+        return {EOS_TOKEN_IDS: manifest.end_tokens}
     if kind is not Kind.BASE_MODEL or type(config.get("vocab_size")) is not int:
         return {}
     from trtllm_redrafter.base_models.tokenizer_setup import tokenizer_setup
@@ -148,8 +146,8 @@ def _end_tokens(path: Path, kind: Kind, config: Mapping[str, Any], manifest: Man
     try:
         text = tokenizer_setup(path, vocab_size=config["vocab_size"], remedy="download the tokenizer again")
     except RedrafterError as error:
-        return {RECORDED: f"not known: {error.problem.what}"}
-    return {RECORDED: list(text.end_token_ids)}
+        return {EOS_TOKEN_IDS: f"not known: {error.problem.what}"}
+    return {EOS_TOKEN_IDS: list(text.end_token_ids)}
 
 
 def _rows(file: SafetensorsFile, name: str) -> Iterator[TensorRow]:

@@ -1,6 +1,6 @@
 """Did the engine take the steps that the checkpoint's drafter takes for the same text? The gate's check of speed.
 
-A wrong drafter changes no token of a greedy text, only the number of steps. So the steps that this very text takes are
+A wrong drafter changes no token of a greedy text, only the number of steps. So the steps that this text takes are
 counted, and both counts are compared by prompt and by position; too few and too many are both alarms.
 
     replay = load_replay(engine, checkpoint, runner, DraftShape(5, 5), "cpu", greedy=True)
@@ -38,7 +38,7 @@ from trtllm_redrafter.errors import Problem
 from trtllm_redrafter.redrafter.beam_search import Beams, DraftHead, beam_search, draft_head
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.redrafter.drafter import Drafter
-from trtllm_redrafter.redrafter.reference import RULES, DraftRecord, Step, VerifyOutput, build_tree
+from trtllm_redrafter.redrafter.reference import RULES, DraftRecord, VerifyInput, VerifyOutput, build_tree
 from trtllm_redrafter.redrafter.sampling import SamplingSettings
 from trtllm_redrafter.redrafter.token_tree import Tree
 
@@ -135,7 +135,7 @@ def _rule_output(beams: Beams, logits: Tensor) -> VerifyOutput:
     cast = logits.to(beams.log_probs.dtype).unsqueeze(0)
     half = torch.full(beams.log_probs.shape[:3], 0.5, dtype=cast.dtype, device=cast.device)
     record = DraftRecord(beams.tokens, beams.log_probs, half, half[:, 0, 0], half[:, 0, 0], greedy=True)
-    return RULES["trtllm"](Step(build_tree(beams), cast, SamplingSettings.of([], cast.device), None, record))
+    return RULES["trtllm"](VerifyInput(build_tree(beams), cast, SamplingSettings.of([], cast.device), None, record))
 
 
 def _along(tree: Tree, following: Sequence[int]) -> list[int]:

@@ -12,7 +12,7 @@ it, and logits may be no further from exact than rounding explains (`distributio
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from trtllm_redrafter.backends import load_backend
 from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
 from trtllm_redrafter.backends.engine_config import TORCH
-from trtllm_redrafter.backends.torch.temporary import temporary_directory, temporary_runner
+from trtllm_redrafter.backends.torch.temporary import temporary_runner
 from trtllm_redrafter.base_models.transformers_model import load_model
 from trtllm_redrafter.checkpoint.kinds import Kind, kind_at
 from trtllm_redrafter.checkpoint.reader import Checkpoint
@@ -98,19 +98,15 @@ def _prompt(length: int, vocab_size: int) -> tuple[int, ...]:
 def _runner(path: Path) -> Iterator[Runner]:
     """The engine at `path`, or a temporary one built from the checkpoint there."""
     if kind_at(path) is Kind.TORCH_ENGINE:
-        runner = load_backend(TORCH).load(path, device="cpu", verify_hashes=False)
-        try:
+        with closing(load_backend(TORCH).load(path, device="cpu", verify_hashes=False)) as runner:
             yield runner
-        finally:
-            runner.close()
         return
     length = min(Checkpoint.open(path).config.max_position_embeddings, max(PROMPT_LENGTHS) + TOKENS)
-    with temporary_directory(beside=path) as folder:
-        engine = temporary_runner(
-            path, folder, max_batch_size=len(PROMPT_LENGTHS), max_input_len=length - 1, max_seq_len=length, device="cpu"
-        )
-        with engine as built:
-            yield built
+    engine = temporary_runner(
+        path, max_batch_size=len(PROMPT_LENGTHS), max_input_len=length - 1, max_seq_len=length, device="cpu"
+    )
+    with engine as built:
+        yield built
 
 
 def _transformers_logits(path: Path, against: Path, dtype: str, texts: Sequence[Text]) -> ReferenceLogits:

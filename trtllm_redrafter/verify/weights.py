@@ -48,21 +48,23 @@ def verify(
     if not report.ok:
         return report
     if other is None and drafter is None:
-        return replace(report, notes=(*report.notes, _not_compared(path)))
+        report.notes.append(_not_compared(path))
+        return report
     try:
         if kind_at(path) is Kind.TENSORRT_ENGINE:
-            return _compare_compiled(report, other)
+            _compare_compiled(report, other)
+            return report
         checkpoint = Checkpoint.open(checkpoint_directory(path))
         if other is not None:
-            report = _compare_base(report, checkpoint, other, progress)
+            _compare_base(report, checkpoint, other, progress)
         if report.ok and checkpoint.config.drafter is not None:
-            report = _compare_drafter(report, checkpoint, drafter, other)
+            _compare_drafter(report, checkpoint, drafter, other)
         elif drafter is not None and checkpoint.config.drafter is None:
-            problem = Problem("there is no drafter here", str(path), None, "leave --drafter out")
-            report = replace(report, problems=(*report.problems, problem))
+            report.problems.append(Problem("there is no drafter here", str(path), None, "leave --drafter out"))
     except RedrafterError as e:
-        return replace(report, problems=tuple(e.problems or (e.problem,)))
-    return replace(report, problems=tuple(limited(list(report.problems))))
+        report.problems += e.problems or (e.problem,)
+    report.problems = limited(report.problems)
+    return report
 
 
 def _open_other(against: Path) -> HFModel | Checkpoint:
@@ -75,60 +77,57 @@ def _not_compared(path: Path) -> str:
     return "values were not compared: --against BASE and --drafter DIR do that bit for bit"
 
 
-def _compare_compiled(report: VerifyReport, other: HFModel | Checkpoint | None) -> VerifyReport:
+def _compare_compiled(report: VerifyReport, other: HFModel | Checkpoint | None) -> None:
     note = "the weights are compiled into the engine and not compared: verify its checkpoint, and use --reference"
-    if other is None:
-        return replace(report, notes=(*report.notes, note))
-    where = report.path / "config.json"
-    config = CheckpointConfig.from_dict(read_json(where)["pretrained_config"], where=where)
-    problems = _config_problems(config, other.config, report.path)
-    checks = (*report.checks, f"{len(COMPARED_FIELDS)} fields of the engine's config against {other.path}")
-    return replace(report, checks=checks, problems=tuple(problems), notes=(*report.notes, note))
+    report.notes.append(note)
+    if other is not None:
+        where = report.path / "config.json"
+        config = CheckpointConfig.from_dict(read_json(where)["pretrained_config"], where=where)
+        report.problems += _config_problems(config, other.config, report.path)
+        report.checks.append(f"{len(COMPARED_FIELDS)} fields of the engine's config against {other.path}")
 
 
 def _compare_base(
     report: VerifyReport, checkpoint: Checkpoint, other: HFModel | Checkpoint, progress: Progress
-) -> VerifyReport:
-    problems = _config_problems(checkpoint.config, other.config, report.path)
-    if problems:
-        return replace(report, problems=tuple(problems))
+) -> None:  # fmt: skip
+    report.problems += _config_problems(checkpoint.config, other.config, report.path)
+    if not report.ok:
+        return
     if isinstance(other, Checkpoint):
         count, problems = compare_checkpoints(checkpoint.path, other.path, progress)
     elif checkpoint.config.quant_algo is not None:
-        note = f"values are not compared: the checkpoint is quantized as {checkpoint.config.quant_algo}"
-        return replace(report, notes=(*report.notes, note))
+        report.notes.append(f"values are not compared: the checkpoint is quantized as {checkpoint.config.quant_algo}")
+        return
     else:
         count, problems = _compare(checkpoint, other, progress)
-    check = f"values of {count} tensors on {len(checkpoint.ranks)} rank(s), bit for bit, against {other.path}"
-    return replace(report, checks=(*report.checks, check), problems=tuple(problems))
+    report.problems += problems
+    ranks = len(checkpoint.ranks)
+    report.checks.append(f"values of {count} tensors on {ranks} rank(s), bit for bit, against {other.path}")
 
 
 def _compare_drafter(
     report: VerifyReport, checkpoint: Checkpoint, folder: Path | None, other: HFModel | Checkpoint | None
-) -> VerifyReport:  # fmt: skip
+) -> None:  # fmt: skip
     """The drafter's tensors as `convert` writes them; a tied head is the checkpoint's own LM head."""
     if folder is None:
-        if isinstance(other, Checkpoint):
-            return report  # compared with the rest
         note = "the drafter's values are not in the base model: --drafter DIR compares them, else the hashes alone do"
-        return replace(report, notes=(*report.notes, note))
+        report.notes += [] if isinstance(other, Checkpoint) else [note]  # a checkpoint has been compared as a whole
+        return
     drafter = DrafterFiles.open(folder)
     raise_together(MismatchError, drafter.problems, "the drafter cannot be compared", where=folder)
     if drafter.config != checkpoint.config.drafter:
         what = f"the drafter's sizes are {checkpoint.config.drafter}, {folder} has {drafter.config}"
-        return replace(report, problems=(Problem(what, str(report.path), None, "name the drafter it was made from"),))
+        report.problems.append(Problem(what, str(report.path), None, "name the drafter it was made from"))
+        return
     sources = drafter.sources(checkpoint_head(checkpoint))
-    problems = []
     for rank, file in enumerate(checkpoint.ranks):
         for name, parts in sources.items():
             expected = rank_tensor(checkpoint.specs[DRAFTER + name], parts, checkpoint.config, rank)
             if not all(_same(expected, file[DRAFTER + name])):
                 what = f"tensor {DRAFTER + name!r} differs from the drafter's"
-                problems.append(Problem(what, str(file.path), f"{folder} has other values", "convert again"))
-    check = (
-        f"values of {len(sources)} drafter tensors on {len(checkpoint.ranks)} rank(s), bit for bit, against {folder}"
-    )
-    return replace(report, checks=(*report.checks, check), problems=tuple(problems))
+                report.problems.append(Problem(what, str(file.path), f"{folder} has other values", "convert again"))
+    ranks = len(checkpoint.ranks)
+    report.checks.append(f"values of {len(sources)} drafter tensors on {ranks} rank(s), bit for bit, against {folder}")
 
 
 def _config_problems(config: CheckpointConfig, expected: CheckpointConfig, path: Path) -> list[Problem]:

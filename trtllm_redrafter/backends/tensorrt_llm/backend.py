@@ -21,7 +21,7 @@ from trtllm_redrafter.backends.tensorrt_llm.options import APIS, Api
 from trtllm_redrafter.backends.tensorrt_llm.remote_client import RemoteClient
 from trtllm_redrafter.backends.tensorrt_llm.runner import TensorRTRunner
 from trtllm_redrafter.backends.tokenizer import engine_text
-from trtllm_redrafter.checkpoint.names import RECORDED
+from trtllm_redrafter.checkpoint.names import EOS_TOKEN_IDS
 from trtllm_redrafter.errors import BackendError, Problem, UsageError, raise_together
 from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.redrafter.config import DraftShape
@@ -63,7 +63,9 @@ class TensorRTBackend:
         ]  # fmt: skip
         raise_together(BackendError, problems, "the engine cannot run here", where=found.path)
         info = _info(found, gpus[index or 0])
-        tokenizer, ends = engine_text(found.path, vocab_size=info.vocab_size, recorded=found.notes.get(RECORDED, ()))
+        tokenizer, ends = engine_text(
+            found.path, vocab_size=info.vocab_size, recorded=found.notes.get(EOS_TOKEN_IDS, ())
+        )
         client = _client(found, cast(Api, chosen), index, kv_cache_tokens)  # last: nothing may fail while it holds GPUs
         return TensorRTRunner(info, client, tokenizer, ends, greedy=found.greedy)
 

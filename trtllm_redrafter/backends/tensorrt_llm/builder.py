@@ -30,7 +30,7 @@ from trtllm_redrafter.backends.tensorrt_llm.preflight import BuildHost, check_bu
 from trtllm_redrafter.backends.tokenizer import BuildText, build_text
 from trtllm_redrafter.base_models.tokenizer import GENERATION_CONFIG, tokenizer_files
 from trtllm_redrafter.checkpoint.manifest import Manifest, record_tree
-from trtllm_redrafter.checkpoint.names import RECORDED, TOKENIZER_DIRECTORY
+from trtllm_redrafter.checkpoint.names import EOS_TOKEN_IDS, TOKENIZER_DIRECTORY
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.structure import require_sound
 from trtllm_redrafter.errors import BackendError, OutputError
@@ -162,7 +162,7 @@ def _complete(plan: TensorRTPlan, text: BuildText, gpu: FoundGpu, work: Path) ->
         "tensorrt_llm": str(config.get("version", "")),
         "gpu": {"name": gpu.name, "compute_capability": list(gpu.compute_capability)},
         "dtype": plan.config.dtype,
-        RECORDED: list(text.end_token_ids),
+        EOS_TOKEN_IDS: list(text.end_token_ids),
         "runtime": plan.settings.runtime.as_dict(),
     }
     write_json(work / NOTES_FILE, values)

@@ -13,7 +13,7 @@ from trtllm_redrafter.backends.torch.native.compiled import NativeUnavailable
 from trtllm_redrafter.backends.torch.native.library import load_library
 from trtllm_redrafter.backends.torch.rope import SUPPORTED_SCALINGS, scaling_kind
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.names import RECORDED
+from trtllm_redrafter.checkpoint.names import EOS_TOKEN_IDS
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.structure import require_sound
 from trtllm_redrafter.errors import MismatchError, Problem, raise_together
@@ -77,7 +77,7 @@ class TorchBuildPlan:
                 "max_seq_len": options.max_seq_len,
             },
             "draft_head_rows": self.head_rows,
-            RECORDED: list(self.text.end_token_ids),
+            EOS_TOKEN_IDS: list(self.text.end_token_ids),
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class TorchBuildPlan:
             "executor_note": self.executor_note,
             "weight_bytes": self.weight_bytes,
             "kv_cache_bytes": self.kv_cache_bytes,
-            RECORDED: list(self.text.end_token_ids),
+            EOS_TOKEN_IDS: list(self.text.end_token_ids),
             "notes": list(self.text.notes),
             **self.engine_config()["build_config"],
             "draft": None if shape is None else {**asdict(shape), "head_rows": self.head_rows},

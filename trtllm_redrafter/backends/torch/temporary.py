@@ -1,6 +1,6 @@
 """Temporary engines of the torch backend, to check a checkpoint or to write text with a model.
 
-    with temporary_directory(beside=checkpoint) as folder, temporary_runner(checkpoint, folder, ...) as runner:
+    with temporary_runner(checkpoint, max_batch_size=4, ...) as runner:
         runner.generate(requests)
 
 They lie beside what they are made from, where weights are linked and not copied. What a killed process leaves is
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from trtllm_redrafter.backends.base import BuildOptions
@@ -33,18 +33,18 @@ def temporary_directory(*, beside: Path) -> AbstractContextManager[Path]:
 
 @contextmanager
 def temporary_runner(
-    checkpoint: Path, folder: Path, *, max_batch_size: int, max_input_len: int, max_seq_len: int, device: str,
-    tokenizer: Path | None = None, progress: Progress = no_progress,
+    checkpoint: Path, *, folder: Path | None = None, max_batch_size: int, max_input_len: int, max_seq_len: int,
+    device: str, tokenizer: Path | None = None, progress: Progress = no_progress,
 ) -> Iterator[TorchRunner]:  # fmt: skip
-    """An engine of `checkpoint` in `folder`, loaded on `device`; closed with the block."""
-    backend = TorchBackend()
-    options = BuildOptions(
-        checkpoint=checkpoint, output=folder / "engine", backend=backend.name, tokenizer=tokenizer,
-        max_batch_size=max_batch_size, max_input_len=max_input_len, max_seq_len=max_seq_len, overwrite=False,
-    )  # fmt: skip
-    backend.build(backend.plan(options), progress)
-    runner = backend.load(options.output, device=device, verify_hashes=False)
-    try:
+    """A loaded engine of `checkpoint`, in `folder` or in a temporary directory beside it; closed with the block."""
+    with ExitStack() as stack:
+        place = folder or stack.enter_context(temporary_directory(beside=checkpoint))
+        backend = TorchBackend()
+        options = BuildOptions(
+            checkpoint=checkpoint, output=place / "engine", backend=backend.name, tokenizer=tokenizer,
+            max_batch_size=max_batch_size, max_input_len=max_input_len, max_seq_len=max_seq_len, overwrite=False,
+        )  # fmt: skip
+        backend.build(backend.plan(options), progress)
+        runner = backend.load(options.output, device=device, verify_hashes=False)
+        stack.callback(runner.close)
         yield runner
-    finally:
-        runner.close()
