@@ -13,8 +13,8 @@ from trtllm_redrafter.backends.tensorrt.graph import FLOAT, INT32, INT64, Graph,
 from trtllm_redrafter.backends.tensorrt.network import TOKEN_IDS, Sizes
 from trtllm_redrafter.redrafter.sampling import NOT_FINITE
 
-_ROUNDS = 40
-"""Halvings of a threshold's interval, after which it is narrower than two float32 numbers are apart."""
+_CUTS, _ROUNDS = 8, 13
+"""Thresholds tried at once, and how often: 9^13 is 2^41, after which two float32 numbers are rarely that close."""
 
 _DEEPEST = 1e5
 """Tokens whose scaled logits are further below the largest are never drawn, so that top-k may pass over them."""
@@ -66,7 +66,8 @@ def _sampled(graph: Graph, sizes: Sizes, logits: Value, best: Value, depths: NDA
     weights = graph.op("Exp", scaled)
     total = graph.op("ReduceSum", weights, graph.ints(1), keepdims=1)
     cut = graph.op("Less", top_p, one)
-    floor = _threshold(graph, scaled, weights, graph.op("Mul", top_p, total), graph.float(-_DEEP))
+    each = graph.op("Unsqueeze", weights, graph.ints(2))
+    floor = _threshold(graph, scaled, each, graph.op("Mul", top_p, total), graph.float(-_DEEP))
     kept = graph.op("Or", graph.op("Greater", scaled, floor), graph.op("Not", cut))
     weights = graph.op("Where", kept, weights, zero)
     running = graph.op("CumSum", weights, graph.int(1))
@@ -85,13 +86,21 @@ def _per_row(graph: Graph, values: Value, nodes: int) -> Value:
 
 
 def _threshold(graph: Graph, scaled: Value, weights: Value, wanted: Value, low: Value) -> Value:
-    """[rows, 1]: a token is kept if it is above this; that is, if all larger ones together weigh less than `wanted`."""
-    low = graph.op("Add", low, graph.op("Mul", wanted, graph.float(0.0)))
-    high = graph.op("Mul", low, graph.float(0.0))  # nothing is above the largest, which is at 0
+    """[rows, 1]: a token is kept if it is above this; that is, if all larger ones together weigh less than `wanted`.
+
+    The interval from `low` to 0, where the largest is, is cut into nine equal parts, and again. Halving it in a Loop is
+    less arithmetic, but TensorRT-RTX 1.7 crashes on a Loop behind 30 layers with fused attention; unrolled, it does not
+    finish within minutes.
+    """
+    low = graph.op("Add", low, graph.op("Mul", wanted, graph.float(0.0)))  # [rows, 1]
+    step = graph.op("Mul", low, graph.float(-1.0 / (_CUTS + 1)))
+    cuts = graph.constant(np.arange(1, _CUTS + 1, dtype=np.float32)[None])
+    values = graph.op("Unsqueeze", scaled, graph.ints(2))
     for _ in range(_ROUNDS):
-        middle = graph.op("Mul", graph.op("Add", low, high), graph.float(0.5))
-        above = graph.op("Where", graph.op("Greater", scaled, middle), weights, graph.float(0.0))
-        enough = graph.op("GreaterOrEqual", graph.op("ReduceSum", above, graph.ints(1), keepdims=1), wanted)
-        low = graph.op("Where", enough, middle, low)
-        high = graph.op("Where", enough, high, middle)
+        thresholds = graph.op("Unsqueeze", graph.op("Add", low, graph.op("Mul", step, cuts)), graph.ints(1))
+        above = graph.op("Where", graph.op("Greater", values, thresholds), weights, graph.float(0.0))  # [rows, V, cuts]
+        enough = graph.op("GreaterOrEqual", graph.op("ReduceSum", above, graph.ints(1), keepdims=0), wanted)
+        passed = graph.op("ReduceSum", graph.cast(enough, FLOAT), graph.ints(1), keepdims=1)
+        low = graph.op("Add", low, graph.op("Mul", step, passed))
+        step = graph.op("Mul", step, graph.float(1.0 / (_CUTS + 1)))
     return low

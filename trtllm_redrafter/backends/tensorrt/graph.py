@@ -75,7 +75,7 @@ class Graph:
 
     def constant(self, values: NDArray[Any]) -> Value:
         """Values that are part of the graph; equal ones are stored once."""
-        values = np.ascontiguousarray(values)
+        values = np.array(values, order="C")  # unlike ascontiguousarray, it keeps scalars
         key = f"{values.dtype}{values.shape}".encode() + values.tobytes()
         if key not in self._constants:
             self._constants[key] = numpy_helper.from_array(values, f"constant_{len(self._constants)}")
