@@ -135,9 +135,8 @@ class Decoder:
             cache[slot][:, base : base + moved] = kept
         self._state["source"][slot] = base + torch.arange(moved, device=self._device)
 
-    def clear(self, slot: int, first: int, last: int) -> None:
-        """Forget a slot; its state too may not be finite."""
-        del first, last
+    def forget(self, slot: int) -> None:
+        """Zero a slot, whose state too may not be finite."""
         for tensor in (*self._caches.values(), *self._state.values()):
             tensor[slot] = 0
 
