@@ -85,10 +85,10 @@ class Graph:
         """[n] int64: shapes, axes, small tables."""
         return self.constant(np.array(values, np.int64))
 
-    def int(self, value: int) -> Value:
+    def integer(self, value: int) -> Value:
         return self.constant(np.array(value, np.int64))
 
-    def float(self, value: float) -> Value:
+    def real(self, value: float) -> Value:
         return self.constant(np.array(value, np.float32))
 
     def cast(self, value: Value, element: int) -> Value:

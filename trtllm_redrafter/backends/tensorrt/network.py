@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trtllm_redrafter.backends.tensorrt.graph import BOOL, ELEMENT_TYPES, FLOAT, INT64, Graph, Value
+from trtllm_redrafter.backends.tensorrt.graph import BOOL, ELEMENT_TYPES, FLOAT, INT64, Graph, Shape, Value
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.layout import tensor_specs
 from trtllm_redrafter.checkpoint.names import DRAFTER, EMBEDDING, LM_HEAD, LN_F, layer_prefix
@@ -180,9 +180,9 @@ def _plain_attention(
     query, keys, values = inputs
     stacked = graph.op("Reshape", query, shapes.stacked)  # [B, N_kv, G T, D]
     scores = graph.op("MatMul", stacked, graph.op("Transpose", keys, perm=[0, 1, 3, 2]))
-    scores = graph.op("Mul", graph.cast(scores, FLOAT), graph.float(sizes.config.head_size**-0.5))
+    scores = graph.op("Mul", graph.cast(scores, FLOAT), graph.real(sizes.config.head_size**-0.5))
     scores = graph.op("Reshape", scores, shapes.grouped)  # [B, N_kv, G, T, capacity]
-    scores = graph.op("Where", graph.op("Unsqueeze", mask, graph.ints(1)), scores, graph.float(_MASKED))
+    scores = graph.op("Where", graph.op("Unsqueeze", mask, graph.ints(1)), scores, graph.real(_MASKED))
     shares = graph.op("Reshape", graph.op("Softmax", scores, axis=-1), shapes.flat)
     mixed = graph.op("MatMul", graph.cast(shares, sizes.element), values)
     return graph.op("Reshape", mixed, shapes.mixed)
@@ -197,7 +197,7 @@ def _source_index(graph: Graph, config: CheckpointConfig, source: Value) -> Valu
 def _update(graph: Graph, sizes: Sizes, name: str, new: Value, base: Value, source: Value | None) -> Value:
     """Store new rows [B, N_kv, T, D] behind those that are moved; the whole cache after it."""
     config = sizes.config
-    shape = ["batch", config.num_key_value_heads, sizes.capacity, config.head_size]
+    shape: Shape = ["batch", config.num_key_value_heads, sizes.capacity, config.head_size]
     cache = graph.input(name, sizes.element, shape)
     if source is not None:
         moved = graph.op("GatherND", cache, source, batch_dims=2)
@@ -222,7 +222,7 @@ def silu(graph: Graph, x: Value) -> Value:
 
 
 def zero(graph: Graph, element: int) -> Value:
-    return graph.cast(graph.float(0.0), element) if element != FLOAT else graph.float(0.0)
+    return graph.cast(graph.real(0.0), element) if element != FLOAT else graph.real(0.0)
 
 
 def pick(graph: Graph, rows: Value, index: Value) -> Value:
@@ -234,7 +234,7 @@ def finite(graph: Graph, x: Value) -> Value:
     """[B, ...] float32 -> [B] bool: are all of a row's numbers finite?"""
     bad = graph.op("Or", graph.op("IsNaN", x), graph.op("IsInf", x))
     count = graph.op("ReduceSum", graph.reshape(graph.cast(bad, INT64), 0, -1), graph.ints(1), keepdims=0)
-    return graph.op("Equal", count, graph.int(0))
+    return graph.op("Equal", count, graph.integer(0))
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def search(graph: Graph, sizes: Sizes, context: Value, root: Value) -> Drafts:
         state = _next_state(graph, sizes, weights, last, state)
         columns, log_probs = _candidates(graph, sizes, _draft_logits(graph, sizes, weights, context, state))
         parents, column, scores = _best(graph, sizes, scores, log_probs)
-        rows = graph.op("Mul", parents, graph.int(0)) if tokens is None else parents
+        rows = graph.op("Mul", parents, graph.integer(0)) if tokens is None else parents
         state = pick(graph, state, rows)
         place = graph.op("Concat", *(graph.op("Unsqueeze", x, graph.ints(2)) for x in (rows, column)), axis=2)
         last = graph.op("GatherND", columns, place, batch_dims=1)  # [B, K]
@@ -328,7 +328,7 @@ def _candidates(graph: Graph, sizes: Sizes, logits: Value) -> tuple[Value, Value
     values = graph.op("Sub", values, graph.slice(values, 2, 0, 1))
     if cuts:
         least = graph.slice(values, 2, TOP_CANDIDATES - 1, TOP_CANDIDATES)
-        values = graph.op("Where", graph.op("Less", values, least), graph.float(CUT), values)
+        values = graph.op("Where", graph.op("Less", values, least), graph.real(CUT), values)
     mass = graph.op("ReduceSum", graph.op("Exp", values), graph.ints(2), keepdims=1)
     return columns, graph.op("Sub", values, graph.op("Log", mass))
 
@@ -343,8 +343,8 @@ def _best(graph: Graph, sizes: Sizes, scores: Value | None, log_probs: Value) ->
     else:
         total = graph.op("Add", graph.op("Unsqueeze", scores, graph.ints(2)), log_probs)
     best, flat = graph.ops("TopK", 2, graph.reshape(total, -1, beams * width), graph.ints(beams), axis=1)
-    parents = graph.op("Div", flat, graph.int(width))
-    return parents, graph.op("Sub", flat, graph.op("Mul", parents, graph.int(width))), best
+    parents = graph.op("Div", flat, graph.integer(width))
+    return parents, graph.op("Sub", flat, graph.op("Mul", parents, graph.integer(width))), best
 
 
 def tree_mask_table(shape: DraftShape) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:

@@ -44,9 +44,11 @@ class OnnxProgram:
         provider = ("CUDAExecutionProvider", {"device_id": device.index or 0}) if device.type == "cuda" else None
         try:
             self._session = package.InferenceSession(
-                model.SerializeToString(), options, providers=[*([provider] if provider else []), "CPUExecutionProvider"]
+                model.SerializeToString(),
+                options,
+                providers=[*([provider] if provider else []), "CPUExecutionProvider"],
             )
-        except Exception as error:  # its exception types are private  # noqa: BLE001
+        except Exception as error:  # its exception types are private
             raise BackendError("onnxruntime cannot run this network", why=str(error)) from error
         self._binding = self._session.io_binding()
         self._inputs = {value.name for value in self._session.get_inputs()}
@@ -74,5 +76,3 @@ class OnnxProgram:
         assert tensor.is_contiguous(), name
         device = tensor.device
         bind(name, device.type, device.index or 0, _ELEMENTS[tensor.dtype], list(tensor.shape), tensor.data_ptr())
-
-

@@ -43,7 +43,7 @@ def chain_network(sizes: Sizes) -> onnx.ModelProto:
     tokens = graph.input("tokens", INT64, ["batch", "tokens"])
     state = _State(graph, sizes)
     width = graph.op("Squeeze", graph.slice(graph.op("Shape", tokens), 0, 1, 2))
-    steps = graph.op("Range", graph.int(0), width, graph.int(1))  # [T]
+    steps = graph.op("Range", graph.integer(0), width, graph.integer(1))  # [T]
     positions = graph.op("Add", graph.op("Unsqueeze", state.base, graph.ints(1)), steps)
     behind = graph.op("Unsqueeze", _from_base(graph, sizes, state.base), graph.ints(1))  # [B, 1, S]
     seen = graph.op("LessOrEqual", behind, graph.op("Unsqueeze", steps, graph.ints(1)))  # [B, T, S]
@@ -55,7 +55,7 @@ def chain_network(sizes: Sizes) -> onnx.ModelProto:
     last = graph.reshape(last, -1, sizes.config.hidden_size)
     draws = choose(graph, sizes, head_logits(graph, sizes, last), np.zeros(1, np.int64))  # [B, 1]
     drawn = graph.reshape(draws, -1)
-    good = graph.op("And", state.active, graph.op("Not", graph.op("Equal", drawn, graph.int(NOT_FINITE))))
+    good = graph.op("And", state.active, graph.op("Not", graph.op("Equal", drawn, graph.integer(NOT_FINITE))))
     old = graph.reshape(graph.slice(tokens, 1, -1, np.iinfo(np.int64).max), -1)
     base = graph.op("Where", state.active, graph.op("Add", state.base, width), state.base)
     state.write(
@@ -65,11 +65,11 @@ def chain_network(sizes: Sizes) -> onnx.ModelProto:
         source=_in_place(graph, sizes, base),
     )
     count = graph.cast(good, INT64)
-    emitted = graph.op("Where", graph.reshape(good, -1, 1), draws, graph.int(-1))
+    emitted = graph.op("Where", graph.reshape(good, -1, 1), draws, graph.integer(-1))
     if sizes.moved:
-        emitted = graph.op("Pad", emitted, graph.ints(0, 0, 0, sizes.moved), graph.int(-1))
+        emitted = graph.op("Pad", emitted, graph.ints(0, 0, 0, sizes.moved), graph.integer(-1))
     sound = graph.op("Equal", count, count)
-    _report(graph, sizes, emitted, count, sound, graph.op("Equal", drawn, graph.int(NOT_FINITE)))
+    _report(graph, sizes, emitted, count, sound, graph.op("Equal", drawn, graph.integer(NOT_FINITE)))
     return graph.model()
 
 
@@ -91,12 +91,14 @@ def draft_network(sizes: Sizes) -> onnx.ModelProto:
     states = base_pass(graph, sizes, tokens, state.active, places)
     draws = choose(graph, sizes, head_logits(graph, sizes, states), depths)  # [B, T]
     accepted, beam = _accept(graph, sizes, drafts, draws, used)
-    behind = graph.op("Add", graph.op("Mul", beam, graph.int(length)), accepted)  # number of the last node, if not root
-    last = graph.op("Where", graph.op("Equal", accepted, graph.int(0)), graph.int(0), behind)
+    behind = graph.op(
+        "Add", graph.op("Mul", beam, graph.integer(length)), accepted
+    )  # number of the last node, if not root
+    last = graph.op("Where", graph.op("Equal", accepted, graph.integer(0)), graph.integer(0), behind)
     at_last = graph.op("Unsqueeze", last, graph.ints(1))
     drawn = graph.reshape(pick(graph, draws, at_last), -1)
-    good = graph.op("And", state.active, graph.op("Not", graph.op("Equal", drawn, graph.int(NOT_FINITE))))
-    count = graph.op("Mul", graph.op("Add", accepted, graph.int(1)), graph.cast(good, INT64))
+    good = graph.op("And", state.active, graph.op("Not", graph.op("Equal", drawn, graph.integer(NOT_FINITE))))
+    count = graph.op("Mul", graph.op("Add", accepted, graph.integer(1)), graph.cast(good, INT64))
     base = graph.op("Add", state.base, count)
     context = graph.reshape(pick(graph, graph.reshape(states, -1, nodes, sizes.config.hidden_size), at_last),
                             -1, sizes.config.hidden_size)  # fmt: skip
@@ -107,9 +109,9 @@ def draft_network(sizes: Sizes) -> onnx.ModelProto:
         source=_moves(graph, sizes, state.base, base, count, beam),
     )
     emitted = _emitted(graph, sizes, drafts, beam, count, drawn)
-    bad = graph.op("Equal", draws, graph.int(NOT_FINITE))
+    bad = graph.op("Equal", draws, graph.integer(NOT_FINITE))
     bad = graph.op("ReduceMax", graph.cast(bad, INT64), graph.ints(1), keepdims=0)
-    _report(graph, sizes, emitted, count, found.finite, graph.op("Equal", bad, graph.int(1)))
+    _report(graph, sizes, emitted, count, found.finite, graph.op("Equal", bad, graph.integer(1)))
     return graph.model()
 
 
@@ -148,8 +150,10 @@ def _tree_mask(graph: Graph, sizes: Sizes, base: Value) -> Value:
     assert sizes.draft is not None
     nodes = sizes.draft.max_tree_tokens
     behind = _from_base(graph, sizes, base)  # [B, S]
-    before = graph.op("Where", _committable(graph, sizes), graph.int(nodes + 1), graph.int(nodes))
-    row = graph.op("Where", graph.op("Less", behind, graph.int(0)), before, graph.op("Min", behind, graph.int(nodes)))
+    before = graph.op("Where", _committable(graph, sizes), graph.integer(nodes + 1), graph.integer(nodes))
+    row = graph.op(
+        "Where", graph.op("Less", behind, graph.integer(0)), before, graph.op("Min", behind, graph.integer(nodes))
+    )
     table = graph.constant(tree_mask_table(sizes.draft))
     mask = graph.op("Transpose", graph.op("Gather", table, row), perm=[0, 2, 1])  # [B, T, S]
     return graph.op("Unsqueeze", mask, graph.ints(1))
@@ -165,15 +169,15 @@ def _accept(graph: Graph, sizes: Sizes, drafts: Value, draws: Value, used: Value
     if length > 1:
         parents = graph.op("Concat", at_root, graph.slice(at_nodes, 2, 0, length - 1), axis=2)
     hit = graph.op("And", graph.op("Equal", drafts, parents), graph.reshape(used, -1, 1, 1))
-    missed = graph.op("CumSum", graph.cast(graph.op("Not", hit), INT64), graph.int(2))
-    alive = graph.cast(graph.op("Equal", missed, graph.int(0)), INT64)
+    missed = graph.op("CumSum", graph.cast(graph.op("Not", hit), INT64), graph.integer(2))
+    alive = graph.cast(graph.op("Equal", missed, graph.integer(0)), INT64)
     runs = graph.op("ReduceSum", alive, graph.ints(2), keepdims=0)  # [B, K]
     order = graph.constant(np.arange(beams - 1, -1, -1, dtype=np.int64))  # prefers the lowest beam
-    key = graph.op("Add", graph.op("Mul", runs, graph.int(beams)), order)
+    key = graph.op("Add", graph.op("Mul", runs, graph.integer(beams)), order)
     key = graph.op("ReduceMax", key, graph.ints(1), keepdims=0)
-    accepted = graph.op("Div", key, graph.int(beams))
-    rest = graph.op("Sub", key, graph.op("Mul", accepted, graph.int(beams)))
-    return accepted, graph.op("Sub", graph.int(beams - 1), rest)
+    accepted = graph.op("Div", key, graph.integer(beams))
+    rest = graph.op("Sub", key, graph.op("Mul", accepted, graph.integer(beams)))
+    return accepted, graph.op("Sub", graph.integer(beams - 1), rest)
 
 
 def _draws_root(graph: Graph, draws: Value) -> Value:
@@ -186,10 +190,12 @@ def _emitted(graph: Graph, sizes: Sizes, drafts: Value, beam: Value, count: Valu
     assert sizes.draft is not None
     length = sizes.draft.draft_len
     taken = graph.reshape(pick(graph, drafts, graph.op("Unsqueeze", beam, graph.ints(1))), -1, length)
-    taken = graph.op("Pad", taken, graph.ints(0, 0, 0, sizes.moved + 1 - length), graph.int(-1))
-    last = graph.op("Unsqueeze", graph.op("Sub", count, graph.int(1)), graph.ints(1))
+    taken = graph.op("Pad", taken, graph.ints(0, 0, 0, sizes.moved + 1 - length), graph.integer(-1))
+    last = graph.op("Unsqueeze", graph.op("Sub", count, graph.integer(1)), graph.ints(1))
     place = graph.ints(*range(sizes.moved + 1))
-    rest = graph.op("Where", graph.op("Equal", place, last), graph.op("Unsqueeze", drawn, graph.ints(1)), graph.int(-1))
+    rest = graph.op(
+        "Where", graph.op("Equal", place, last), graph.op("Unsqueeze", drawn, graph.ints(1)), graph.integer(-1)
+    )
     return graph.op("Where", graph.op("Less", place, last), taken, rest)
 
 
@@ -207,12 +213,13 @@ def _moves(graph: Graph, sizes: Sizes, before: Value, base: Value, count: Value,
     still = _in_place(graph, sizes, base)
     assert still is not None
     depth = graph.op("Add", graph.op("Unsqueeze", count, graph.ints(1)), graph.ints(*range(-moved, 0)))
-    first = graph.op("Add", graph.op("Add", before, graph.int(moved)), graph.op("Mul", beam, graph.int(length)))
+    first = graph.op("Add", graph.op("Add", before, graph.integer(moved)), graph.op("Mul", beam, graph.integer(length)))
     drafted = graph.op("Add", graph.op("Unsqueeze", first, graph.ints(1)), depth)
-    return graph.op("Where", graph.op("Greater", depth, graph.int(0)), drafted, still)
+    return graph.op("Where", graph.op("Greater", depth, graph.integer(0)), drafted, still)
 
 
 def _report(graph: Graph, sizes: Sizes, emitted: Value, count: Value, sound: Value, bad: Value) -> None:
-    columns = [graph.op("Unsqueeze", x, graph.ints(1)) for x in (count, graph.cast(sound, INT64), graph.cast(bad, INT64))]
+    columns = [
+        graph.op("Unsqueeze", x, graph.ints(1)) for x in (count, graph.cast(sound, INT64), graph.cast(bad, INT64))
+    ]
     graph.output(REPORT, graph.op("Concat", emitted, *columns, axis=1), INT64, ["batch", sizes.moved + 4])
-

@@ -6,8 +6,6 @@ on the same checkpoint. On the CPU a tensor is the checkpoint's file, mapped int
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor
 
@@ -26,25 +24,21 @@ def draft_rows(checkpoint: Checkpoint, count: int) -> Tensor | None:
     return read_draft_vocab(file, vocab_size=checkpoint.config.vocab_size)[:count].to(torch.int64).sort().values
 
 
-def load_inputs(
-    checkpoint: Checkpoint, names: Collection[str], rows: Tensor | None, device: torch.device
-) -> dict[str, Tensor]:
-    """Every weight input in `names` (others are left out) on `device`, contiguous."""
+def load_inputs(checkpoint: Checkpoint, rows: Tensor | None, device: torch.device) -> dict[str, Tensor]:
+    """Every weight that some network may ask for, on `device`, contiguous."""
     config = checkpoint.config
     made: dict[str, Tensor] = {}
     dtype: torch.dtype = getattr(torch, config.dtype)
-    tables = rotary_tables(
-        config.head_size, config.rotary_base, config.rotary_scaling, config.max_position_embeddings
-    )
+    tables = rotary_tables(config.head_size, config.rotary_base, config.rotary_scaling, config.max_position_embeddings)
     made[COSINE], made[SINE] = (table.to(dtype) for table in tables)
     made[TOKEN_IDS] = torch.arange(config.vocab_size, dtype=torch.int32)
     if rows is not None:
         made[DRAFT_ROWS] = rows
         made[DRAFT_HEAD] = checkpoint.load(DRAFT_HEAD)[rows]
-    for name in names:
-        if name not in made and name in checkpoint:
+    for name in checkpoint.names():
+        if name not in made:
             made[name] = checkpoint.load(name)
-    if LM_HEAD in made and torch.equal(made[LM_HEAD], made[EMBEDDING]):
+    if torch.equal(made[LM_HEAD], made[EMBEDDING]):
         made[LM_HEAD] = made[EMBEDDING]  # a tied head is kept once
     placed: dict[int, Tensor] = {}
     for name, tensor in made.items():
@@ -52,4 +46,4 @@ def load_inputs(
         if at not in placed:
             placed[at] = tensor.contiguous().to(device)
         made[name] = placed[at]
-    return {name: tensor for name, tensor in made.items() if name in names}
+    return made
