@@ -40,6 +40,8 @@ PLAN_SUFFIX = ".plan.gz"
 _TIMEOUT = 1800.0
 """Seconds after which a compiler is taken to hang; the largest measured build took a minute."""
 
+_COMMAND = ["-m", "trtllm_redrafter.backends.tensorrt.compile_worker"]
+
 _TYPES: Mapping[str, str] = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 """TensorRT's names of the checkpoint's dtypes."""
 
@@ -110,7 +112,7 @@ def _compile(plan: TensorRTBuildPlan, network: Network, work: Path) -> dict[str,
 def run_job(job: Job, folder: Path, *, what: str) -> Outcome:
     """Run a compiler in its own process; `BackendError` says what it refused, or how it ended."""
     (folder / "job.json").write_text(json.dumps(asdict(job)))
-    command = [sys.executable, "-m", "trtllm_redrafter.backends.tensorrt.compile_worker", str(folder / "job.json")]
+    command = [sys.executable, *_COMMAND, str(folder / "job.json")]
     remedy = "please report it with the model's config.json"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, env=dict(os.environ))

@@ -16,7 +16,7 @@ from trtllm_redrafter.backends.tensorrt.networks import Network, engine_sizes, m
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.structure import require_sound
-from trtllm_redrafter.checkpoint.validation import Schema, Size, validated
+from trtllm_redrafter.checkpoint.validation import Schema, validated
 from trtllm_redrafter.errors import BackendError, InputError, Problem, UsageError, raise_together
 from trtllm_redrafter.fsio import read_json, sample_sha256, sha256_file
 from trtllm_redrafter.redrafter.config import DraftShape
@@ -48,7 +48,7 @@ class EngineFile(Schema):
     """What config.json of such an engine has beyond that of other engines."""
 
     gpu: str
-    compute_capability: list[Size]
+    compute_capability: list[Annotated[int, Field(ge=0)]]
     compiler: _Compiler
     checkpoint: _Source
     networks: dict[str, _Compiled]
