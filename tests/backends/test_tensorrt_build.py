@@ -23,6 +23,7 @@ from tests.backends.tensorrt_engines import (
     load_on_stand_in,
     options,
 )
+from tests.conversion.fp8 import quantize_fp8
 from tests.engines import write_checkpoint
 from tests.tiny_models import FAMILIES
 from trtllm_redrafter.backends import load_backend
@@ -78,6 +79,19 @@ def test_every_family_and_dtype_compiles(tmp_path: Path, family: str, dtype: str
         assert 0 < network["peak_bytes"] < 4e9
     if dtype == "float32":
         assert load(engine).info.draft_shape == DraftShape(4, 3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eight_bit_weights_compile(tmp_path: Path, family: str) -> None:
+    plain = write_checkpoint(tmp_path, family, dtype="bfloat16", head_dim=None if family == "qwen2" else 16)
+    checkpoint = quantize_fp8(plain, tmp_path / "fp8", ["lm_head", "drafter*"])
+    engine = build(checkpoint, tmp_path / "steps", gpu="rtx-4090")
+    for network in json.loads((engine / "config.json").read_text())["networks"].values():
+        assert network["layers"]["DEQUANTIZE"] == 2 * 5, "five linears in each of two layers"
+        assert set(network["product_types"]) == {"BF16"}
+    said = message(MismatchError, lambda: build(checkpoint, tmp_path / "other", gpu="rtx-3090"))
+    assert "cannot compute in float8" in said and "its compute capability is 8.6, not 8.9" in said
 
 
 @needs_compiler

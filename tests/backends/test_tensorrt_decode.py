@@ -12,6 +12,7 @@ pytest.importorskip("onnx", reason="the tensorrt backend needs onnx: pip install
 pytest.importorskip("onnxruntime", reason="its networks are executed by onnxruntime: pip install -e '.[dev]'")
 
 from tests.backends.tensorrt_engines import HostLauncher, build_without_compiler, load, load_on_stand_in
+from tests.conversion.fp8 import quantize_fp8
 from tests.decisive_models import write_decisive_checkpoint
 from tests.engines import build_engine, convert_pair, write_checkpoint
 from tests.engines import load as load_torch
@@ -93,6 +94,13 @@ def test_drafts_from_the_most_frequent_tokens(tmp_path: Path) -> None:
     write_base(tmp_path / "base", "llama")
     write_tied_drafter(tmp_path / "drafter", draft_vocab=(*rows, *range(16)))
     checkpoint = convert_pair(tmp_path)
+    mine = load(build_without_compiler(checkpoint, tmp_path / "steps"))
+    assert_same(mine, load_torch(build_engine(checkpoint, tmp_path / "engine")))
+
+
+def test_eight_bit_weights(tmp_path: Path) -> None:
+    """Stored as FP8 and multiplied by their scales within the network: the numbers that the torch backend reads."""
+    checkpoint = quantize_fp8(write_checkpoint(tmp_path, "llama"), tmp_path / "fp8", ["lm_head", "drafter*"])
     mine = load(build_without_compiler(checkpoint, tmp_path / "steps"))
     assert_same(mine, load_torch(build_engine(checkpoint, tmp_path / "engine")))
 

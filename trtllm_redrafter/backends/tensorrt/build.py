@@ -45,7 +45,7 @@ _COMMAND = ["-m", "trtllm_redrafter.backends.tensorrt.compile_worker"]
 _TYPES: Mapping[str, str] = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 """TensorRT's names of the checkpoint's dtypes."""
 
-_ELEMENTS: Mapping[int, str] = {1: "FLOAT", 6: "INT32", 7: "INT64", 9: "BOOL", 10: "HALF", 16: "BF16"}
+_ELEMENTS: Mapping[int, str] = {1: "FLOAT", 6: "INT32", 7: "INT64", 9: "BOOL", 10: "HALF", 16: "BF16", 17: "FP8"}
 """TensorRT's names of ONNX's element types."""
 
 

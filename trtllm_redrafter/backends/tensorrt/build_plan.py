@@ -18,7 +18,7 @@ from trtllm_redrafter.backends.tensorrt.compilers import (
     import_compiler,
 )
 from trtllm_redrafter.backends.tensorrt.network import Sizes
-from trtllm_redrafter.backends.tensorrt.networks import Network, engine_sizes, networks_of
+from trtllm_redrafter.backends.tensorrt.networks import Network, engine_sizes, float8_weights, networks_of
 from trtllm_redrafter.backends.torch.build_plan import DRAFT_HEAD_ROWS, kv_cache_bytes, limit_and_model_problems
 from trtllm_redrafter.checkpoint.names import RECORDED
 from trtllm_redrafter.checkpoint.reader import Checkpoint
@@ -136,6 +136,8 @@ def plan_build(options: BuildOptions) -> TensorRTBuildPlan:
     asked = options.tensorrt
     card = gpu(DEFAULT_GPU if asked is None else asked.gpu)
     compiler = choose_compiler(card, config.dtype, AUTO if asked is None else asked.compiler)
+    if float8_weights(checkpoint):
+        choose_compiler(card, "float8")
     text = build_text(options, config, checkpoint.manifest)
     sizes = engine_sizes(checkpoint, config.draft_shape, max_seq_len=options.max_seq_len, head_rows=DRAFT_HEAD_ROWS)
     return TensorRTBuildPlan(options, checkpoint, text, card, compiler, sizes)

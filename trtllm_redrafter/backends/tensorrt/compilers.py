@@ -55,7 +55,7 @@ COMPILERS: Mapping[str, Compiler] = {
     TENSORRT: Compiler(TENSORRT, _load_tensorrt, None, tested=None),
 }
 
-_DTYPE_CAPABILITY: Mapping[str, tuple[int, int]] = {"bfloat16": (8, 0)}
+_DTYPE_CAPABILITY: Mapping[str, tuple[int, int]] = {"bfloat16": (8, 0), "float8": (8, 9)}
 """The first compute capability that has arithmetic for a dtype; others have it everywhere."""
 
 _FUSED_STEP, _FUSED_MAX = 16, 128
@@ -68,7 +68,7 @@ def choose_compiler(gpu: Gpu, dtype: str, asked: str = AUTO) -> Compiler:
         raise MismatchError(
             f"{gpu.title} cannot compute in {dtype}",
             why=f"its compute capability is {capability_text(gpu.compute_capability)}, not {capability_text(needed)}",
-            remedy="convert with --dtype float16",
+            remedy="convert with --dtype float16" if dtype == "bfloat16" else "convert the base that is not quantized",
         )
     known = COMPILERS[RTX].capabilities or ()
     name = asked if asked != AUTO else (RTX if gpu.compute_capability in known else TENSORRT)

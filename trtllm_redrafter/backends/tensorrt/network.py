@@ -22,10 +22,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trtllm_redrafter.backends.tensorrt.graph import BOOL, ELEMENT_TYPES, FLOAT, INT64, Graph, Shape, Value
+from trtllm_redrafter.backends.tensorrt.graph import BOOL, ELEMENT_TYPES, FLOAT, FLOAT8, INT64, Graph, Shape, Value
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.layout import tensor_specs
 from trtllm_redrafter.checkpoint.names import DRAFTER, EMBEDDING, LM_HEAD, LN_F, layer_prefix
+from trtllm_redrafter.checkpoint.reader import FP8_SCALE
 from trtllm_redrafter.redrafter.config import CUT, TOP_CANDIDATES, DraftShape
 
 COSINE, SINE = "rotary.cosine", "rotary.sine"
@@ -60,6 +61,8 @@ class Sizes:
     draft_rows: int | None
     fused_attention: bool
     sampled: bool
+    float8: Collection[str] = ()
+    """Weights that are stored as FP8 with one scale each; they are multiplied by it where they are used."""
 
     @property
     def element(self) -> int:
@@ -81,9 +84,17 @@ class Weights:
 
     def linear(self, x: Value, module: str) -> Value:
         """[rows, inner] -> [rows, outer], with a bias where the checkpoint has one."""
-        bias = f"{module}.bias"
-        inputs = [x, self.get(f"{module}.weight"), *([self.get(bias)] if bias in self._sizes.names else [])]
+        bias, weight = f"{module}.bias", f"{module}.weight"
+        matrix = self._dequantized(module) if weight in self._sizes.float8 else self.get(weight)
+        inputs = [x, matrix, *([self.get(bias)] if bias in self._sizes.names else [])]
         return self._graph.op("Gemm", *inputs, transB=1)
+
+    def _dequantized(self, module: str) -> Value:
+        """A weight in the model's dtype, from 8 bits and a scale: rounded as `Checkpoint.load` does."""
+        graph, weight = self._graph, f"{module}.weight"
+        stored = graph.input(weight, FLOAT8, self._specs[weight].shape)
+        scale = graph.input(f"{module}.{FP8_SCALE}", FLOAT, [])
+        return graph.cast(graph.op("DequantizeLinear", stored, scale), self._sizes.element)
 
 
 @dataclass(frozen=True)

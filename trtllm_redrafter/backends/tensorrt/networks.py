@@ -54,7 +54,13 @@ def engine_sizes(checkpoint: Checkpoint, shape: DraftShape | None, *, max_seq_le
         draft_rows=None if rows is None else len(rows),
         fused_attention=fuses_attention(config.dtype, config.head_size),
         sampled=False,
+        float8=float8_weights(checkpoint),
     )
+
+
+def float8_weights(checkpoint: Checkpoint) -> frozenset[str]:
+    """Names of the weights that are stored as FP8."""
+    return frozenset(name for name in checkpoint.ranks[0] if checkpoint.ranks[0][name].dtype == "F8_E4M3")
 
 
 def make_network(sizes: Sizes, network: Network) -> onnx.ModelProto:

@@ -13,12 +13,12 @@ import onnx
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.backends.tensorrt.graph import BFLOAT16, BOOL, FLOAT, FLOAT16, INT32, INT64
+from trtllm_redrafter.backends.tensorrt.graph import BFLOAT16, BOOL, FLOAT, FLOAT8, FLOAT16, INT32, INT64
 from trtllm_redrafter.errors import BackendError
 
 _ELEMENTS = {
     torch.float32: FLOAT, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.int32: INT32, torch.int64: INT64,
-    torch.bool: BOOL,
+    torch.bool: BOOL, torch.float8_e4m3fn: FLOAT8,
 }  # fmt: skip
 
 
@@ -49,7 +49,8 @@ class OnnxProgram:
                 providers=[*([provider] if provider else []), "CPUExecutionProvider"],
             )
         except Exception as error:  # its exception types are private
-            raise BackendError("onnxruntime cannot run this network", why=str(error)) from error
+            why, remedy = str(error), "convert with --dtype float32: on a CPU it lacks most 16-bit operators"
+            raise BackendError("onnxruntime cannot run this network", why=why, remedy=remedy) from error
         self._binding = self._session.io_binding()
         self._inputs = {value.name for value in self._session.get_inputs()}
         self._outputs = {value.name for value in self._session.get_outputs()}

@@ -13,7 +13,7 @@ from trtllm_redrafter.backends.tensorrt.network import COSINE, DRAFT_HEAD, DRAFT
 from trtllm_redrafter.backends.torch.rope import rotary_tables
 from trtllm_redrafter.checkpoint.draft_vocab import read_draft_vocab
 from trtllm_redrafter.checkpoint.names import DRAFT_VOCAB_FILE, EMBEDDING, LM_HEAD
-from trtllm_redrafter.checkpoint.reader import Checkpoint
+from trtllm_redrafter.checkpoint.reader import FP8_SCALE, Checkpoint
 
 
 def draft_rows(checkpoint: Checkpoint, count: int) -> Tensor | None:
@@ -36,9 +36,13 @@ def load_inputs(checkpoint: Checkpoint, rows: Tensor | None, device: torch.devic
         made[DRAFT_ROWS] = rows
         made[DRAFT_HEAD] = checkpoint.load(DRAFT_HEAD)[rows]
     for name in checkpoint.names():
-        if name not in made:
-            made[name] = checkpoint.load(name)
-    if torch.equal(made[LM_HEAD], made[EMBEDDING]):
+        if name.endswith(FP8_SCALE):
+            made[name] = checkpoint.load_stored(name).to(torch.float32).reshape(())
+        elif name not in made:
+            stored = checkpoint.load_stored(name)
+            made[name] = stored if stored.dtype == torch.float8_e4m3fn else checkpoint.load(name)
+    same = made[LM_HEAD].dtype == made[EMBEDDING].dtype
+    if same and torch.equal(made[LM_HEAD], made[EMBEDDING]):
         made[LM_HEAD] = made[EMBEDDING]  # a tied head is kept once
     placed: dict[int, Tensor] = {}
     for name, tensor in made.items():
