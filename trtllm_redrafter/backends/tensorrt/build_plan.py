@@ -15,6 +15,7 @@ from trtllm_redrafter.backends.tensorrt.compilers import (
     Compiler,
     check_host,
     choose_compiler,
+    compile_bytes,
     import_compiler,
 )
 from trtllm_redrafter.backends.tensorrt.network import Sizes
@@ -34,11 +35,6 @@ DEFAULT_GPU = "rtx-4090"
 _PLAN_BYTES = 32 * 10**6
 """Disk space asked for: compressed plans take a fraction of it."""
 
-_COMPILE_BYTES, _LAYER_BYTES = 600 * 10**6, 16 * 10**6
-"""Main memory of a compiler: what it starts with, and what each layer of the model adds, rounded up from measurements.
-
-The size of the weights does not matter, since they are inputs."""
-
 
 @dataclass(frozen=True)
 class TensorRTBuildPlan:
@@ -54,10 +50,6 @@ class TensorRTBuildPlan:
     @property
     def networks(self) -> list[Network]:
         return networks_of(self.sizes.draft)
-
-    @property
-    def compile_bytes(self) -> int:
-        return _COMPILE_BYTES + _LAYER_BYTES * self.checkpoint.config.num_hidden_layers
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -100,7 +92,7 @@ class TensorRTBuildPlan:
             "fused_attention": self.sizes.fused_attention,
             "kv_cache_positions": self.sizes.capacity,
             "kv_cache_bytes": self.kv_cache_bytes,
-            "compile_bytes": self.compile_bytes,
+            "compile_bytes": compile_bytes(config.num_hidden_layers),
             RECORDED: list(self.text.end_token_ids),
             "notes": list(self.text.notes),
             **self.engine_config()["build_config"],
@@ -118,7 +110,7 @@ class TensorRTBuildPlan:
             f"limits  {values['max_batch_size']} requests, {values['max_input_len']} prompt tokens, "
             f"{values['max_seq_len']} in all; KV cache {self.kv_cache_bytes / 1e6:.0f} MB",
             f"gpu     {self.gpu.title}, compiled by {self.compiler.name}, attention: {attention}",
-            f"builds  {', '.join(values['networks'])}: one process each, about {self.compile_bytes / 1e9:.1f} GB",
+            f"builds  {', '.join(values['networks'])}: one process each, about {values['compile_bytes'] / 1e9:.1f} GB",
             f"text    {self.text.render()}",
             *(f"note    {note}" for note in self.text.notes),
         ]

@@ -80,8 +80,16 @@ def compile_network(job: Job) -> Outcome:
             file.write(memoryview(plan))
         outcome.file_bytes = Path(job.output).stat().st_size
     outcome.seconds = time.perf_counter() - start
-    outcome.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    outcome.peak_bytes = _peak_bytes()
     return outcome
+
+
+def _peak_bytes() -> int:
+    """Most main memory that this process had at once. (`getrusage` counts what its parent had, too.)"""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def _network_flags(trt: Any) -> int:

@@ -58,6 +58,8 @@ COMPILERS: Mapping[str, Compiler] = {
 _DTYPE_CAPABILITY: Mapping[str, tuple[int, int]] = {"bfloat16": (8, 0), "float8": (8, 9)}
 """The first compute capability that has arithmetic for a dtype; others have it everywhere."""
 
+_COMPILE_BYTES, _LAYER_BYTES = 250 * 10**6, 10 * 10**6
+
 _FUSED_STEP, _FUSED_MAX = 16, 128
 
 
@@ -110,6 +112,14 @@ def check_host(compiler: Compiler, gpu: Gpu) -> None:
             why=f"it measures its kernels on the GPU itself; here is {here}",
             remedy=f"build on a host with {gpu.title}; `build --dry-run` works here",
         )
+
+
+def compile_bytes(layers: int) -> int:
+    """Main memory that compiling one network of a model takes, rounded up from measurements.
+
+    The weights do not count, since they are inputs: 32 layers of an 8B model take what 30 layers of a 135M model do.
+    """
+    return _COMPILE_BYTES + _LAYER_BYTES * layers
 
 
 def fuses_attention(dtype: str, head_size: int) -> bool:
