@@ -60,7 +60,8 @@ _DTYPE_CAPABILITY: Mapping[str, tuple[int, int]] = {"bfloat16": (8, 0), "float8"
 
 _COMPILE_BYTES, _LAYER_BYTES = 250 * 10**6, 10 * 10**6
 
-_FUSED_STEP, _FUSED_MAX = 16, 128
+_FUSED_HEADS = range(16, 257, 8)
+"""Head sizes with a compiled attention kernel; all of them were compiled."""
 
 
 def choose_compiler(gpu: Gpu, dtype: str, asked: str = AUTO) -> Compiler:
@@ -124,7 +125,7 @@ def compile_bytes(layers: int) -> int:
 
 def fuses_attention(dtype: str, head_size: int) -> bool:
     """Is there a compiled kernel for attention of this kind? Without one it is computed from products and a softmax."""
-    return dtype != "float32" and head_size % _FUSED_STEP == 0 and head_size <= _FUSED_MAX
+    return dtype != "float32" and head_size in _FUSED_HEADS
 
 
 def capability_text(capability: tuple[int, int]) -> str:
