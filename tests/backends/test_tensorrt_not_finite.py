@@ -24,7 +24,7 @@ def executor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the tests of the torch backend make these runners."""
 
     def on_onnxruntime(engine: Path) -> Any:
-        with patch("trtllm_redrafter.checkpoint.finite.non_finite_count", return_value=0):
+        with patch("trtllm_redrafter.checkpoint.structure.non_finite_count", return_value=0):
             runner = load(build_without_compiler(engine.parent / "checkpoint", engine.parent / "steps"))
         vars(runner)["executor"] = SimpleNamespace(name=NAME)
         return runner

@@ -27,9 +27,9 @@ from trtllm_redrafter.backends.tensorrt.build_plan import TensorRTBuildPlan, che
 from trtllm_redrafter.backends.tensorrt.compile_worker import Job, Outcome
 from trtllm_redrafter.backends.tensorrt.networks import Network, make_network, network_sha256, profile
 from trtllm_redrafter.base_models.tokenizer import tokenizer_files
-from trtllm_redrafter.checkpoint.finite import finite_problems
 from trtllm_redrafter.checkpoint.manifest import FileRecord, Manifest, record_tree
 from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT, TOKENIZER_DIRECTORY
+from trtllm_redrafter.checkpoint.structure import finite_problems
 from trtllm_redrafter.errors import BackendError, InputError, limited, raise_together
 from trtllm_redrafter.fsio import as_output_error, atomic_directory, write_json
 from trtllm_redrafter.memory import physical_memory

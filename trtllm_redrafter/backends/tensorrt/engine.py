@@ -13,10 +13,10 @@ from trtllm_redrafter.backends.engine_config import EngineConfig
 from trtllm_redrafter.backends.tensorrt.compilers import COMPILERS
 from trtllm_redrafter.backends.tensorrt.network import Sizes
 from trtllm_redrafter.backends.tensorrt.networks import Network, engine_sizes, make_network, network_sha256
+from trtllm_redrafter.checkpoint.fields import Schema, validated
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.structure import require_sound
-from trtllm_redrafter.checkpoint.validation import Schema, validated
 from trtllm_redrafter.errors import BackendError, InputError, Problem, UsageError, raise_together
 from trtllm_redrafter.fsio import read_json, sample_sha256, sha256_file
 from trtllm_redrafter.redrafter.config import DraftShape
