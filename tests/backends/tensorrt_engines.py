@@ -35,8 +35,16 @@ from trtllm_redrafter.redrafter.config import DraftShape
 VERSION = "1.7.1.116"
 
 
-def options(checkpoint: Path, output: Path, *, gpu: str = "rtx-4090", compiler: str = "auto", **changes: Any) -> Any:
-    own = build_options(checkpoint, output, tensorrt=CompilerOptions(gpu, compiler), **changes)
+def options(
+    checkpoint: Path,
+    output: Path,
+    *,
+    gpu: str = "rtx-4090",
+    compiler: str = "auto",
+    weights: str = "inputs",
+    **changes: Any,
+) -> Any:
+    own = build_options(checkpoint, output, tensorrt=CompilerOptions(gpu, compiler, weights), **changes)
     return replace(own, backend="tensorrt")
 
 

@@ -27,6 +27,7 @@ from tests.conversion.fp8 import quantize_fp8
 from tests.engines import write_checkpoint
 from tests.tiny_models import FAMILIES
 from trtllm_redrafter.backends import load_backend
+from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.engine_config import read_engine_config
 from trtllm_redrafter.backends.tensorrt.backend import TensorRTBackend
 from trtllm_redrafter.backends.tensorrt.build import check_outcome, run_job
@@ -92,6 +93,20 @@ def test_eight_bit_weights_compile(tmp_path: Path, family: str) -> None:
         assert set(network["product_types"]) == {"BF16"}
     said = message(MismatchError, lambda: build(checkpoint, tmp_path / "other", gpu="rtx-3090"))
     assert "cannot compute in float8" in said and "its compute capability is 8.6, not 8.9" in said
+
+
+@needs_compiler
+def test_weights_inside(tmp_path: Path) -> None:
+    """The plans are larger by the weights, which are no inputs any more; what is executed elsewhere is the same."""
+    checkpoint = write_checkpoint(tmp_path, dtype="float32", vocab_size=2000)
+    outside = build(checkpoint, tmp_path / "outside")
+    inside = build(checkpoint, tmp_path / "inside", weights="inside")
+    configs = [json.loads((engine / "config.json").read_text()) for engine in (inside, outside)]
+    sizes = [config["networks"]["chain-greedy"]["plan_bytes"] for config in configs]
+    assert [config["weights"] for config in configs] == ["inside", "inputs"]
+    assert sizes[0] - sizes[1] > 2 * 2000 * 32 * 4, "embedding and LM head at least"
+    asked = [Request((5, 9), SamplingParams(8))]
+    assert load(inside).generate(asked)[0].token_ids == load(outside).generate(asked)[0].token_ids
 
 
 @needs_compiler

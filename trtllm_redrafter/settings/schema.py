@@ -146,6 +146,9 @@ class CompilerSection(Section):
     compiler: Literal["auto", "tensorrt-rtx", "tensorrt"] = Field(
         default="auto", description="what compiles the engine; auto: tensorrt-rtx for the GPUs it knows, else tensorrt"
     )
+    weights: Literal["inputs", "inside"] = Field(
+        default="inputs", description="inputs: weights stay in the checkpoint; inside: each plan holds them"
+    )
     executor: Literal["tensorrt", "onnxruntime"] = Field(
         default="tensorrt", description="what runs it; onnxruntime runs the same networks, on a CPU too"
     )

@@ -22,17 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 
 from trtllm_redrafter.backends.tensorrt.build_plan import TensorRTBuildPlan, check_compiler, checkpoint_files
 from trtllm_redrafter.backends.tensorrt.compile_worker import Job, Outcome
+from trtllm_redrafter.backends.tensorrt.inside import WeightFile
 from trtllm_redrafter.backends.tensorrt.networks import Network, make_network, network_sha256, profile
+from trtllm_redrafter.backends.tensorrt.weights import draft_rows, load_inputs
 from trtllm_redrafter.base_models.tokenizer import tokenizer_files
 from trtllm_redrafter.checkpoint.manifest import FileRecord, Manifest, record_tree
 from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT, TOKENIZER_DIRECTORY
 from trtllm_redrafter.checkpoint.structure import finite_problems
 from trtllm_redrafter.errors import BackendError, InputError, limited, raise_together
 from trtllm_redrafter.fsio import as_output_error, atomic_directory, write_json
-from trtllm_redrafter.memory import physical_memory
+from trtllm_redrafter.memory import memory_for, physical_memory
 from trtllm_redrafter.progress import Progress
 
 PLAN_SUFFIX = ".plan.gz"
@@ -60,9 +63,11 @@ def build_engine(
         damaged = limited(list(finite_problems(plan.checkpoint)))
         raise_together(InputError, damaged, "the checkpoint cannot be used", where=source)
         compiled = {}
-        for done, network in enumerate(plan.networks):
-            progress("build", done, len(plan.networks), "networks")
-            compiled[network.name] = _compile(plan, network, work)
+        with tempfile.TemporaryDirectory() as scratch:
+            weights = _weight_file(plan, Path(scratch)) if plan.weights_inside else None
+            for done, network in enumerate(plan.networks):
+                progress("build", done, len(plan.networks), "networks")
+                compiled[network.name] = _compile(plan, network, work, Path(scratch), weights)
         (work / ENGINE_CHECKPOINT).mkdir()
         (work / ENGINE_CHECKPOINT / "config.json").write_bytes((source / "config.json").read_bytes())
         if plan.text.source is not None:
@@ -70,6 +75,7 @@ def build_engine(
             for file in tokenizer_files(plan.text.source):
                 (work / TOKENIZER_DIRECTORY / file.name).write_bytes(file.read_bytes())
         config = plan.engine_config()
+        config["weights"] = "inside" if plan.weights_inside else "inputs"
         config["compiler"] = {"name": plan.compiler.name, "version": version}
         config["checkpoint"]["files"] = _records(plan)
         config["networks"] = compiled
@@ -79,25 +85,33 @@ def build_engine(
     return options.output
 
 
-def _compile(plan: TensorRTBuildPlan, network: Network, work: Path) -> dict[str, Any]:
-    """Compile one network to `work`; what config.json says of it."""
+def _weight_file(plan: TensorRTBuildPlan, folder: Path) -> WeightFile:
+    rows = draft_rows(plan.checkpoint, plan.sizes.draft_rows or 0)
+    with memory_for("the weights", remedy="build with the weights as inputs (tensorrt.weights)"):
+        return WeightFile(folder, load_inputs(plan.checkpoint, rows, torch.device("cpu")))
+
+
+def _compile(
+    plan: TensorRTBuildPlan, network: Network, work: Path, folder: Path, weights: WeightFile | None
+) -> dict[str, Any]:
+    """Compile one network to `work`, with files in `folder`; what config.json says of it."""
     model = make_network(plan.sizes, network)
+    given = model if weights is None else weights.put_into(model)
     limits = {"max_batch_size": plan.options.max_batch_size, "max_input_len": plan.options.max_input_len}
     fixed = plan.compiler.capabilities is None
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        onnx.save(model, str(folder / "network.onnx"))
-        job = Job(
-            compiler=plan.compiler.name,
-            model=str(folder / "network.onnx"),
-            output=str(work / (network.name + PLAN_SUFFIX)),
-            result=str(folder / "result.json"),
-            capability=None if fixed else list(plan.gpu.compute_capability),
-            shapes=profile(model, **limits),
-            memory_bytes=max(physical_memory(), 4 * 10**9),
-        )
-        outcome = run_job(job, folder, what=f"{network.name} for {plan.gpu.title}")
-    check_outcome(outcome, model, dtype=plan.checkpoint.config.dtype, network=network.name)
+    (folder / "result.json").unlink(missing_ok=True)
+    onnx.save(given, str(folder / "network.onnx"))
+    job = Job(
+        compiler=plan.compiler.name,
+        model=str(folder / "network.onnx"),
+        output=str(work / (network.name + PLAN_SUFFIX)),
+        result=str(folder / "result.json"),
+        capability=None if fixed else list(plan.gpu.compute_capability),
+        shapes=profile(given, **limits),
+        memory_bytes=max(physical_memory(), 4 * 10**9),
+    )
+    outcome = run_job(job, folder, what=f"{network.name} for {plan.gpu.title}")
+    check_outcome(outcome, given, dtype=plan.checkpoint.config.dtype, network=network.name)
     return {
         "file": network.name + PLAN_SUFFIX,
         "onnx_sha256": network_sha256(model),

@@ -48,6 +48,10 @@ class TensorRTBuildPlan:
     sizes: Sizes
 
     @property
+    def weights_inside(self) -> bool:
+        return self.options.tensorrt is not None and self.options.tensorrt.weights == "inside"
+
+    @property
     def networks(self) -> list[Network]:
         return networks_of(self.sizes.draft)
 
@@ -88,6 +92,7 @@ class TensorRTBuildPlan:
             "tokenizer": None if self.text.source is None else str(self.text.source),
             "compiler": self.compiler.name,
             "gpu": self.gpu.name,
+            "weights": "inside" if self.weights_inside else "inputs",
             "networks": [network.name for network in self.networks],
             "fused_attention": self.sizes.fused_attention,
             "kv_cache_positions": self.sizes.capacity,
@@ -103,9 +108,10 @@ class TensorRTBuildPlan:
         values, shape = self.as_dict(), self.sizes.draft
         drafting = "none: autoregressive" if shape is None else f"{shape.num_beams} beams x {shape.draft_len} tokens"
         attention = "fused" if self.sizes.fused_attention else "products and a softmax: no kernel has this kind"
+        where = "in every plan" if self.weights_inside else "stay in the checkpoint"
         lines = [
             f"build   {values['checkpoint']} -> {values['output']} for the tensorrt backend",
-            f"model   {values['architecture']}, {values['dtype']}; weights stay in the checkpoint",
+            f"model   {values['architecture']}, {values['dtype']}; weights {where}",
             f"drafts  {drafting}",
             f"limits  {values['max_batch_size']} requests, {values['max_input_len']} prompt tokens, "
             f"{values['max_seq_len']} in all; KV cache {self.kv_cache_bytes / 1e6:.0f} MB",
@@ -124,13 +130,15 @@ def plan_build(options: BuildOptions) -> TensorRTBuildPlan:
     config = checkpoint.config
     raise_together(MismatchError, limit_and_model_problems(checkpoint, options), "the engine cannot be built")
     check_replaceable(options.output, overwrite=options.overwrite)
-    check_place(options.output, _PLAN_BYTES)
     asked = options.tensorrt
     card = gpu(DEFAULT_GPU if asked is None else asked.gpu)
     compiler = choose_compiler(card, config.dtype, AUTO if asked is None else asked.compiler)
     if float8_weights(checkpoint):
         choose_compiler(card, "float8")
     text = build_text(options, config, checkpoint.manifest)
+    inside = asked is not None and asked.weights == "inside"
+    weights = sum(file.size for file in checkpoint.ranks) if inside else 0
+    check_place(options.output, _PLAN_BYTES + len(networks_of(config.draft_shape)) * weights)
     sizes = engine_sizes(checkpoint, config.draft_shape, max_seq_len=options.max_seq_len, head_rows=DRAFT_HEAD_ROWS)
     return TensorRTBuildPlan(options, checkpoint, text, card, compiler, sizes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import onnx
 from pydantic import Field
@@ -48,6 +48,7 @@ class EngineFile(Schema):
     """What config.json of such an engine has beyond that of other engines."""
 
     gpu: str
+    weights: Literal["inputs", "inside"]
     compute_capability: list[Annotated[int, Field(ge=0)]]
     compiler: _Compiler
     checkpoint: _Source

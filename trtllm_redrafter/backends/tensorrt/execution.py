@@ -154,9 +154,11 @@ def make_programs(
     if launcher is None:
         _check_card(engine, device)
         launcher = CudaLauncher(device)
-    rows = draft_rows(engine.checkpoint, engine.sizes.draft_rows or 0)
-    with memory_for("the weights", why=str(device), remedy="use a GPU with more, or end what else runs on it"):
-        weights = load_inputs(engine.checkpoint, rows, device)
+    weights: Mapping[str, Tensor] = {}
+    if engine.file.weights == "inputs":
+        rows = draft_rows(engine.checkpoint, engine.sizes.draft_rows or 0)
+        with memory_for("the weights", why=str(device), remedy="use a GPU with more, or end what else runs on it"):
+            weights = load_inputs(engine.checkpoint, rows, device)
     logger = trt.Logger(trt.Logger.WARNING)
     runtime = trt.Runtime(logger)
 

@@ -11,3 +11,5 @@ class CompilerOptions:
 
     gpu: str
     compiler: str
+    weights: str = "inputs"
+    """`inputs`: they stay in the checkpoint; `inside`: each plan holds them."""
