@@ -39,7 +39,11 @@ from trtllm_redrafter.backends.tensorrt.networks import engine_sizes, make_netwo
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.errors import BackendError, InputError, MismatchError, OutputError, RedrafterError, UsageError
 from trtllm_redrafter.planning.gpus import gpu
+from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.verify.files import verify_files
+from trtllm_redrafter.verify.inspect import inspect
+from trtllm_redrafter.verify.weights import verify
 
 
 def compiler_is_here() -> bool:
@@ -308,3 +312,14 @@ def test_networks_are_the_same_bytes_each_time(pair: Path) -> None:
     for network in networks_of(sizes.draft):
         first, second = (make_network(sizes, network).SerializeToString() for _ in range(2))
         assert first == second
+
+
+def test_what_verify_and_inspect_say_of_it(engine: Path) -> None:
+    report = verify_files(engine, hashes=True)
+    assert report.ok and "its plans are compared by hash only" in report.render()
+    shown = inspect(engine).render()
+    assert "engine of the tensorrt backend" in shown and "rtx-4090" in shown and "tensorrt-rtx" in shown
+    against = verify(engine, against=engine.parent / "base", hashes=False, progress=no_progress)
+    assert against.ok and "the engine's weights are not compared" in against.render()
+    (engine / "chain-greedy.plan.gz").write_bytes(b"")
+    assert "size has changed" in verify_files(engine, hashes=True).render()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trtllm_redrafter.base_models.hf_model import HFModel
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.kinds import Kind, kind_at
+from trtllm_redrafter.checkpoint.kinds import COMPILED, Kind, kind_at
 from trtllm_redrafter.checkpoint.names import DRAFTER
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
@@ -50,7 +50,7 @@ def verify(
     if other is None and drafter is None:
         return replace(report, notes=(*report.notes, _not_compared(path)))
     try:
-        if kind_at(path) is Kind.TENSORRT_ENGINE:
+        if kind_at(path) in COMPILED:
             return _compare_compiled(report, other)
         checkpoint = Checkpoint.open(checkpoint_directory(path))
         if other is not None:
@@ -70,17 +70,18 @@ def _open_other(against: Path) -> HFModel | Checkpoint:
 
 
 def _not_compared(path: Path) -> str:
-    if kind_at(path) is Kind.TENSORRT_ENGINE:
+    if kind_at(path) in COMPILED:
         return "what it computes was not compared: --reference CHECKPOINT runs it, --against MODEL compares its config"
     return "values were not compared: --against BASE and --drafter DIR do that bit for bit"
 
 
 def _compare_compiled(report: VerifyReport, other: HFModel | Checkpoint | None) -> VerifyReport:
-    note = "the weights are compiled into the engine and not compared: verify its checkpoint, and use --reference"
+    note = "the engine's weights are not compared: verify its checkpoint, and use --reference"
     if other is None:
         return replace(report, notes=(*report.notes, note))
-    where = report.path / "config.json"
-    config = CheckpointConfig.from_dict(read_json(where)["pretrained_config"], where=where)
+    where = checkpoint_directory(report.path) / "config.json"
+    values = read_json(where)
+    config = CheckpointConfig.from_dict(values.get("pretrained_config", values), where=where)
     problems = _config_problems(config, other.config, report.path)
     checks = (*report.checks, f"{len(COMPARED_FIELDS)} fields of the engine's config against {other.path}")
     return replace(report, checks=checks, problems=tuple(problems), notes=(*report.notes, note))
