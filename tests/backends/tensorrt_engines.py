@@ -18,16 +18,19 @@ import onnx
 import onnxruntime
 import torch
 
+from tests.backends.onnx_in_torch import TorchProgram
 from tests.engines import build_options
 from trtllm_redrafter.backends.engine_config import read_engine_config
 from trtllm_redrafter.backends.tensorrt.backend import TensorRTBackend
 from trtllm_redrafter.backends.tensorrt.build import _ELEMENTS, _TYPES
 from trtllm_redrafter.backends.tensorrt.compile_worker import Job, Outcome
 from trtllm_redrafter.backends.tensorrt.decoder import Decoder, Programs
-from trtllm_redrafter.backends.tensorrt.engine import open_engine
+from trtllm_redrafter.backends.tensorrt.engine import network_of, open_engine
 from trtllm_redrafter.backends.tensorrt.execution import make_programs
+from trtllm_redrafter.backends.tensorrt.networks import Network
 from trtllm_redrafter.backends.tensorrt.options import CompilerOptions
 from trtllm_redrafter.backends.tensorrt.runner import StepRunner
+from trtllm_redrafter.backends.tensorrt.weights import draft_rows, load_inputs
 from trtllm_redrafter.checkpoint.config import read_checkpoint_config
 from trtllm_redrafter.progress import no_progress
 from trtllm_redrafter.redrafter.config import DraftShape
@@ -163,5 +166,19 @@ def load_on_stand_in(engine: Path, launcher: HostLauncher, *, version: str = VER
     trt = stand_in_module(launcher.log, version=version)
     make = make_programs(found, device, trt=trt, launcher=launcher)
     decoder = Decoder(found.sizes, Programs(make, {}), max_batch_size=config.limits.max_batch_size, device=device)
+    info = TensorRTBackend().load(engine, device="cpu", verify_hashes=False, api="onnxruntime").info
+    return StepRunner(info, decoder, None, frozenset({2}))
+
+
+def load_on_torch(engine: Path, device: str = "cpu") -> StepRunner:
+    """The networks executed operator by operator in PyTorch, in every dtype."""
+    config, target = read_engine_config(engine), torch.device(device)
+    found = open_engine(config, None, False, shape_is_free=False)
+    weights = load_inputs(found.checkpoint, draft_rows(found.checkpoint, found.sizes.draft_rows or 0), target)
+
+    def make(drafted: bool, sampled: bool) -> TorchProgram:
+        return TorchProgram(network_of(found, Network(drafted, sampled)), weights, target)
+
+    decoder = Decoder(found.sizes, Programs(make, {}), max_batch_size=config.limits.max_batch_size, device=target)
     info = TensorRTBackend().load(engine, device="cpu", verify_hashes=False, api="onnxruntime").info
     return StepRunner(info, decoder, None, frozenset({2}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,13 @@ import pytest
 pytest.importorskip("onnx", reason="the tensorrt backend needs onnx: pip install -e '.[dev]'")
 pytest.importorskip("onnxruntime", reason="its networks are executed by onnxruntime: pip install -e '.[dev]'")
 
-from tests.backends.tensorrt_engines import HostLauncher, build_without_compiler, load, load_on_stand_in
+from tests.backends.tensorrt_engines import (
+    HostLauncher,
+    build_without_compiler,
+    load,
+    load_on_stand_in,
+    load_on_torch,
+)
 from tests.conversion.fp8 import quantize_fp8
 from tests.decisive_models import write_decisive_checkpoint
 from tests.engines import build_engine, convert_pair, write_checkpoint
@@ -103,6 +109,29 @@ def test_eight_bit_weights(tmp_path: Path) -> None:
     checkpoint = quantize_fp8(write_checkpoint(tmp_path, "llama"), tmp_path / "fp8", ["lm_head", "drafter*"])
     mine = load(build_without_compiler(checkpoint, tmp_path / "steps"))
     assert_same(mine, load_torch(build_engine(checkpoint, tmp_path / "engine")))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loaded"), [("float16", load), ("float16", load_on_torch), ("bfloat16", load_on_torch)]
+)
+def test_sixteen_bits(tmp_path: Path, dtype: str, loaded: Callable[[Path], Runner]) -> None:
+    """With fused attention, on a model whose tokens hardly hang on rounding; bfloat16 on PyTorch's operators."""
+    checkpoint = write_decisive_checkpoint(tmp_path, dtype=dtype)
+    mine = loaded(build_without_compiler(checkpoint, tmp_path / "steps", **LIMITS))
+    reference = load_torch(build_engine(checkpoint, tmp_path / "engine", **LIMITS))
+    prompts = ((200,), (45, 46, 47, 48, 49, 50, 51), (3, 250, 17, 91))
+    for draft in (False, True):
+        asked = requests(prompts, draft=draft)
+        results = mine.generate(asked)
+        assert [r.token_ids for r in results] == [r.token_ids for r in reference.generate(asked)]
+        assert not draft or all((r.acceptance_length or 0) > 2.5 for r in results)
+
+
+def test_a_second_executor_agrees(tmp_path: Path) -> None:
+    """PyTorch's operators, one by one as the specification says: no network depends on what one runtime does."""
+    checkpoint = write_checkpoint(tmp_path, "qwen3")
+    engine = build_without_compiler(checkpoint, tmp_path / "steps")
+    assert_same(load_on_torch(engine), load(engine))
 
 
 def test_prompts_longer_than_a_chunk(tmp_path: Path) -> None:
