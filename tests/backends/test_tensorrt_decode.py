@@ -161,6 +161,18 @@ def test_requests_join_and_leave(tmp_path: Path) -> None:
     assert [r.token_ids for r in together] == [mine.generate([request])[0].token_ids for request in asked]
 
 
+def test_one_that_ends_at_the_limit_leaves_its_slot_usable(tmp_path: Path) -> None:
+    """Its last step may accept more than it may write, which lies beyond the limit, while its neighbours go on."""
+    checkpoint = write_decisive_checkpoint(tmp_path, dtype="float32")
+    limit = 256 - 3 - 10  # with moved rows and a tree, the cache has no position to spare
+    mine = load(build_without_compiler(checkpoint, tmp_path / "steps", max_input_len=limit - 1, max_seq_len=limit))
+    long = [Request((79, 8, 130) * n, SamplingParams(limit - 3 * n, ignore_eos=True)) for n in (80, 79, 78, 70)]
+    others = [Request((200,), SamplingParams(150, ignore_eos=True)), *long]
+    for batch in (long, others[:4], [*others, *long]):
+        together = mine.generate(batch)
+        assert [r.token_ids for r in together] == [mine.generate([request])[0].token_ids for request in batch]
+
+
 def test_onnxruntime_drafts_another_shape(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, "llama")
     engine = build_without_compiler(checkpoint, tmp_path / "steps")

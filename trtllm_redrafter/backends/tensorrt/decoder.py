@@ -102,8 +102,7 @@ class Decoder:
 
     def prompt(self, slot: int, token_ids: Sequence[int], choices: Choices | None) -> Report:
         """Compute a prompt from position 0, chunk by chunk; the report has its first token."""
-        self._state["base"][slot] = 0
-        self._state["source"][slot] = torch.arange(self.moved)
+        self.release(slot)
         rows = slice(slot, slot + 1)
         active = torch.ones(1, dtype=torch.bool, device=self._device)
         for start in range(0, len(token_ids), PROMPT_CHUNK):
@@ -134,6 +133,14 @@ class Decoder:
             cache[slot][:, moved + base :] = 0
             cache[slot][:, base : base + moved] = kept
         self._state["source"][slot] = base + torch.arange(moved, device=self._device)
+
+    def release(self, slot: int) -> None:
+        """Nobody uses a slot any more: what steps of others write into its row lies at its beginning.
+
+        Its text may have ended so close to the limit that another step would write behind the cache's end.
+        """
+        self._state["base"][slot] = 0
+        self._state["source"][slot] = torch.arange(self.moved)
 
     def forget(self, slot: int) -> None:
         """Zero a slot, whose state too may not be finite."""

@@ -173,6 +173,7 @@ class StepRunner(Runner):
             self._waiting.remove(sequence)
             return
         self._active.remove(sequence)
+        self._decoder.release(sequence.slot)
         self._free.append(sequence.slot)
 
     def _choices(self, batch: Sequence[_Sequence], at: Sequence[int], rows: int) -> Choices | None:
