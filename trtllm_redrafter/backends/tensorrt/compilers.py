@@ -94,7 +94,7 @@ def import_compiler(compiler: Compiler) -> Any:
     except ImportError as error:
         raise BackendError(f"{compiler.name} is not installed", why=str(error), remedy=remedy) from error
     if not hasattr(module.INetworkDefinition, "add_kv_cache_update"):
-        why = "it cannot update a KV cache in place, which came with TensorRT 10.15 and TensorRT-RTX 1.3"
+        why = "it cannot update a KV cache in place; TensorRT 10.15 and TensorRT-RTX 1.7 can"
         raise BackendError(f"{compiler.name} {module.__version__} is too old", why=why, remedy=remedy)
     return module
 
