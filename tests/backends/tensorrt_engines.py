@@ -27,6 +27,7 @@ from trtllm_redrafter.backends.tensorrt.compile_worker import Job, Outcome
 from trtllm_redrafter.backends.tensorrt.decoder import Decoder, Programs
 from trtllm_redrafter.backends.tensorrt.engine import network_of, open_engine
 from trtllm_redrafter.backends.tensorrt.execution import make_programs
+from trtllm_redrafter.backends.tensorrt.network import CACHES
 from trtllm_redrafter.backends.tensorrt.networks import Network
 from trtllm_redrafter.backends.tensorrt.options import CompilerOptions
 from trtllm_redrafter.backends.tensorrt.runner import StepRunner
@@ -106,6 +107,9 @@ class Context:
             shape = self._shapes.get(name, declared)
             bind = binding.bind_output if name in {o.name for o in self._session.get_outputs()} else binding.bind_input
             bind(name, "cpu", 0, kind.elem_type, list(shape), self._addresses[name])
+        for name, address in self._addresses.items():
+            if name.startswith(CACHES):
+                assert address == self._addresses[name.removesuffix(".out")], "a cache is updated in place"
         self._session.run_with_iobinding(binding)
         return True
 

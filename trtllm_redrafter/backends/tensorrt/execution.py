@@ -22,6 +22,7 @@ from torch import Tensor
 from trtllm_redrafter.backends.tensorrt.compilers import COMPILERS, capability_text, import_compiler
 from trtllm_redrafter.backends.tensorrt.decoder import Program
 from trtllm_redrafter.backends.tensorrt.engine import Engine, network_of
+from trtllm_redrafter.backends.tensorrt.network import CACHES
 from trtllm_redrafter.backends.tensorrt.networks import Network
 from trtllm_redrafter.backends.tensorrt.weights import draft_rows, load_inputs
 from trtllm_redrafter.errors import BackendError, InputError
@@ -113,7 +114,8 @@ class PlanProgram:
         """The tensor itself; a copy's place for what is new in each pass, or at an address that TensorRT refuses."""
         if not self._given(name) and tensor.data_ptr() % _ALIGNMENT == 0:
             return tensor
-        key = (name, tuple(tensor.shape))
+        in_place = name.startswith(CACHES)  # input and output must be one memory
+        key = (name.removesuffix(".out") if in_place else name, tuple(tensor.shape))
         if key not in self._places:
             self._places[key] = torch.empty_like(tensor)
         return self._places[key]

@@ -132,9 +132,13 @@ def head_logits(graph: Graph, sizes: Sizes, states: Value) -> Value:
     return graph.cast(Weights(graph, sizes).linear(states, "lm_head"), FLOAT)
 
 
+CACHES = ("keys.", "values.")
+"""What the names of KV cache tensors begin with."""
+
+
 def cache_names(config: CheckpointConfig) -> list[str]:
     """The KV cache tensors, which are both input and (as NAME.out) output of every network."""
-    return [f"{kind}.{index}" for index in range(config.num_hidden_layers) for kind in ("keys", "values")]
+    return [f"{kind}{index}" for index in range(config.num_hidden_layers) for kind in CACHES]
 
 
 class _Shapes:
