@@ -76,7 +76,8 @@ def _not_compared(path: Path) -> str:
 
 
 def _compare_compiled(report: VerifyReport, other: HFModel | Checkpoint | None) -> VerifyReport:
-    note = "the engine's weights are not compared: verify its checkpoint, and use --reference"
+    where_they_are = "compiled into the engine" if kind_at(report.path) is Kind.TENSORRT_ENGINE else "not in the engine"
+    note = f"the weights are {where_they_are} and not compared: verify its checkpoint, and use --reference"
     if other is None:
         return replace(report, notes=(*report.notes, note))
     where = checkpoint_directory(report.path) / "config.json"
