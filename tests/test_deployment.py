@@ -57,6 +57,20 @@ def check_command(words: list[str]) -> None:
             assert words[at + 1].partition("=")[0] in keys(), words[at + 1]
 
 
+def test_dockerfile_of_the_tensorrt_backend() -> None:
+    """Both images install extras that exist, do not run as root, and start with a command of the program."""
+    found = instructions((ROOT / "docker" / "tensorrt.Dockerfile").read_text())
+    assert [args.split()[-1] for name, args in found if name == "FROM"] == ["rtx", "datacentre"]
+    assert [args for name, args in found if name == "USER"] == ["10001", "10001"]
+    for args in [args for name, args in found if name == "CMD"]:
+        check_command(json.loads(args))
+    for args in [args for name, args in found if name == "ENTRYPOINT"]:
+        assert json.loads(args)[-1] == "trtllm-redrafter"
+    extras = re.findall(r"'\.\[(.+?)\]'", " ".join(args for name, args in found if name == "RUN"))
+    project = (ROOT / "pyproject.toml").read_text()
+    assert extras and all(f"{extra} = [" in project for extra in ",".join(extras).split(","))
+
+
 def test_dockerfile() -> None:
     found = instructions((ROOT / "docker" / "Dockerfile").read_text())
     assert ("ARG", f"TRTLLM_IMAGE={CONTAINER}") in found and ("ARG", 'TRTLLM_DIGEST=""') in found

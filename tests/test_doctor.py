@@ -47,9 +47,26 @@ def check(report: DoctorReport, name: str) -> Check:
 
 def test_a_fitting_host_serves_both(host: Host) -> None:
     report = examine(None)
-    assert set(states(report).values()) == {State.OK}, report.render()
+    assert {c.state for c in report.checks if c.backends != ("tensorrt",)} == {State.OK}, report.render()
     assert report.serves("torch") and report.serves("tensorrt-llm")
     assert "NVIDIA H100 80GB HBM3 (86 GB, sm_90)" in report.render()
+
+
+def test_compilers_of_the_tensorrt_backend(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that compiles for the recipe's GPU is needed, whatever else there is."""
+    versions = {"onnx": "1.23.2", "onnxruntime": None, "tensorrt-rtx-cu13-bindings": "1.7.1.116", "tensorrt": None}
+    known = checks.installed_version
+
+    def installed(name: str) -> str | None:
+        return versions[name] if name in versions else None if name == "tensorrt_rtx" else known(name)
+
+    monkeypatch.setattr(checks, "installed_version", installed)
+    assert examine(None).serves("tensorrt")
+    for gpu, serves in (("rtx-4090", True), ("h100-80gb", False)):
+        report = examine(Needs("1.2.1", gpu, 1, Path("engine"), 1, 1, 1))
+        assert report.serves("tensorrt") is serves, report.render()
+    versions["onnx"] = None
+    assert "tensorrt      cannot: onnx" in examine(None).render()
 
 
 @pytest.mark.parametrize(

@@ -259,3 +259,8 @@ def test_every_key_of_a_section_shapes_its_stage_unless_it_is_named(place: Path)
     options = fingerprint("convert", plan().resolved, HashCache(place / "none.json")).options
     assert {"convert.dtype", "convert.tp_size", "convert.num_beams", "convert.greedy"} <= set(options)
     assert "convert.workers" not in options
+    run()
+    compiled = plan().resolved.derive({"backend": "tensorrt"}, "by this test")
+    options = fingerprint("build", compiled, HashCache(place / "none.json")).options
+    assert options["tensorrt_llm.gpu"] == "h100-80gb" and "tensorrt.compiler" in options
+    assert "tensorrt.executor" not in options and "tensorrt_llm.version" not in options

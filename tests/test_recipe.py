@@ -96,7 +96,7 @@ def test_render_aligns_keys_values_and_origins() -> None:
         ("convert: {tp_size: true}", ["convert.tp_size is true"]),
         ("convert: {greedy: 1}", ["convert.greedy is 1", "it should be a valid boolean"]),
         ("convert: {dtype: bf16}", ["convert.dtype is bf16", "'bfloat16'"]),
-        ("backend: tensorrt", ["backend is tensorrt", "'torch' or 'tensorrt-llm'"]),
+        ("backend: tensorrt-rtx", ["backend is tensorrt-rtx", "'tensorrt-llm' or 'tensorrt'"]),
         ("run: {temperature: -1}", ["run.temperature is -1", "greater than or equal to 0"]),
         ("run: {temperature: .inf}", ["run.temperature is inf", "finite"]),
         ("run: {top_p: 0}", ["run.top_p is 0", "greater than 0"]),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 from trtllm_redrafter.backends.base import Backend
-from trtllm_redrafter.errors import UsageError
+from trtllm_redrafter.errors import BackendError, UsageError
 
 
 def _torch() -> Backend:
@@ -20,7 +21,20 @@ def _tensorrt_llm() -> Backend:
     return TensorRTBackend()
 
 
-_BACKENDS: dict[str, Callable[[], Backend]] = {"torch": _torch, "tensorrt-llm": _tensorrt_llm}
+def _tensorrt() -> Backend:
+    if importlib.util.find_spec("onnx") is None:
+        remedy = "pip install 'trtllm-redrafter[tensorrt-rtx]', or [tensorrt] for data-centre GPUs"
+        raise BackendError("the tensorrt backend needs the package onnx, which is not installed", remedy=remedy)
+    from trtllm_redrafter.backends.tensorrt.backend import TensorRTBackend
+
+    return TensorRTBackend()
+
+
+_BACKENDS: dict[str, Callable[[], Backend]] = {
+    "torch": _torch,
+    "tensorrt-llm": _tensorrt_llm,
+    "tensorrt": _tensorrt,
+}
 
 BACKEND_NAMES = tuple(_BACKENDS)
 

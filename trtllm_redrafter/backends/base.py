@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trtllm_redrafter.backends.engine_config import EngineConfig
+    from trtllm_redrafter.backends.tensorrt.options import CompilerOptions
     from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
     from trtllm_redrafter.backends.tokenizer import EngineTokenizer
     from trtllm_redrafter.redrafter.beam_search import Beams
@@ -213,6 +214,8 @@ class BuildOptions:
     overwrite: bool
     tensorrt_llm: TensorRTOptions | None = None
     """Set for that backend only."""
+    tensorrt: CompilerOptions | None = None
+    """The same."""
 
 
 class BuildPlan(Protocol):

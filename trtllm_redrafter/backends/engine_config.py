@@ -30,6 +30,11 @@ from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.version import __version__
 
 TORCH, TENSORRT = "torch", "tensorrt-llm"
+TENSORRT_STEPS = "tensorrt"
+"""TensorRT itself, without TensorRT-LLM."""
+
+STEP_ENGINE_FORMAT = 2
+"""`format` of engines of that backend; those of the torch backend have the same fields here."""
 
 TORCH_ENGINE_FORMAT = 2
 """`format` of engines of the torch backend. Format 1, which is still read, repeated the draft shape."""
@@ -69,7 +74,7 @@ class _Format1(Schema):
 class _TorchFile(Schema):
     """config.json of an engine of the torch backend."""
 
-    backend: Literal["torch"]
+    backend: Literal["torch", "tensorrt"]
     version: str = ""
     build_config: EngineLimits
     draft_head_rows: HeadRows = 0
@@ -123,7 +128,7 @@ def read_engine_config(engine: Path | EngineConfig, *, backend: str | None = Non
     values = _read(engine)
     found = _backend_of(values, engine)
     _check_backend(found, backend, engine)
-    model = read_json(engine / ENGINE_CHECKPOINT / "config.json") if found == TORCH else {}
+    model = read_json(engine / ENGINE_CHECKPOINT / "config.json") if found != TENSORRT else {}
     return parse_engine_config(values, model, engine)
 
 
@@ -163,7 +168,7 @@ def _torch(values: Mapping[str, Any], model: Mapping[str, Any], engine: Path, wh
     inside = engine / ENGINE_CHECKPOINT / "config.json"
     known = validated(ModelConfig, model, where=inside, what=_WHAT, remedy=_REMEDY)
     return EngineConfig(
-        engine, TORCH, file.version, file.build_config, known, model, inside, _draft_shape(model, inside),
+        engine, file.backend, file.version, file.build_config, known, model, inside, _draft_shape(model, inside),
         head_rows=file.draft_head_rows if file.draft is None else file.draft.head_rows,
         eos_token_ids=None if file.eos_token_ids is None else tuple(file.eos_token_ids),
     )  # fmt: skip

@@ -23,12 +23,17 @@ class Kind(enum.Enum):
     CHECKPOINT = "a checkpoint"
     TORCH_ENGINE = "an engine of the torch backend"
     TENSORRT_ENGINE = "a TensorRT-LLM engine"
+    STEP_ENGINE = "an engine of the tensorrt backend"
 
 
-ENGINES = (Kind.TORCH_ENGINE, Kind.TENSORRT_ENGINE)
+ENGINES = (Kind.TORCH_ENGINE, Kind.TENSORRT_ENGINE, Kind.STEP_ENGINE)
+
+COMPILED = (Kind.TENSORRT_ENGINE, Kind.STEP_ENGINE)
+"""Engines whose files hold plans of a compiler, and no tensors."""
 
 _KEYS: tuple[tuple[str, Kind], ...] = (
     ("pretrained_config", Kind.TENSORRT_ENGINE),
+    ("networks", Kind.STEP_ENGINE),
     ("backend", Kind.TORCH_ENGINE),
     ("architecture", Kind.CHECKPOINT),
     ("exit_dim", Kind.DRAFTER),
@@ -42,6 +47,7 @@ _ANY = "a model, drafter, checkpoint or engine"
 _REMEDIES: Mapping[tuple[Kind, Kind], str] = {
     (Kind.TORCH_ENGINE, Kind.CHECKPOINT): "pass the checkpoint it was built from",
     (Kind.TENSORRT_ENGINE, Kind.CHECKPOINT): "pass the checkpoint it was built from",
+    (Kind.STEP_ENGINE, Kind.CHECKPOINT): "pass the checkpoint it was built from",
     (Kind.DRAFTER, Kind.CHECKPOINT): "run `trtllm-redrafter convert --base … --drafter` on it",
     (Kind.BASE_MODEL, Kind.CHECKPOINT): "run `trtllm-redrafter convert --base` on it",
     (Kind.CHECKPOINT, Kind.TORCH_ENGINE): "run `trtllm-redrafter build --checkpoint` on it, and pass its output",

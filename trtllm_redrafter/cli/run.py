@@ -35,6 +35,7 @@ from trtllm_redrafter.settings.schema import RunSection
     ),
     flag("chat_template_kwargs"),
     flag("tensorrt_llm.api"),
+    flag("tensorrt.executor"),
 )
 def run(
     given: list[Layer],

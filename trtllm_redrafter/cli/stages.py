@@ -52,6 +52,7 @@ def convert(given: list[Layer], dry_run: DryRun = False, overwrite: Overwrite = 
     flag("backend"),
     *flags("build"),
     flag("tensorrt_llm.gpu"),
+    flag("tensorrt.compiler"),
 )
 def build(given: list[Layer], dry_run: DryRun = False, overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Build an engine from a checkpoint."""
@@ -63,8 +64,8 @@ def build(given: list[Layer], dry_run: DryRun = False, overwrite: Overwrite = Fa
     chosen = load_backend(options.backend)
     plan = chosen.plan(options)
     if dry_run:
-        sections = ("", "build", *(["tensorrt_llm"] if options.tensorrt_llm is not None else []))
-        say(resolved.render(*sections) + "\n\n" + plan.render())
+        own = [name for name in ("tensorrt_llm", "tensorrt") if getattr(options, name) is not None]
+        say(resolved.render("", "build", *own) + "\n\n" + plan.render())
     else:
         with progress_bar() as progress:
             chosen.build(plan, progress)

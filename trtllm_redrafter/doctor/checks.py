@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtllm_redrafter.backends.tensorrt.compilers import COMPILERS, choose_compiler
 from trtllm_redrafter.backends.tensorrt_llm.machine import (
     FoundGpu,
     cuda_version,
@@ -37,7 +38,7 @@ from trtllm_redrafter.doctor.host import inside_container, main_memory, shared_m
 from trtllm_redrafter.paths import existing_parent
 from trtllm_redrafter.planning.gpus import gpu as planned_gpu
 
-BACKENDS = ("torch", "tensorrt-llm")
+BACKENDS = ("torch", "tensorrt-llm", "tensorrt")
 
 
 class State(enum.Enum):
@@ -106,6 +107,7 @@ class DoctorReport:
 
 
 TRT = ("tensorrt-llm",)
+STEPS = ("tensorrt",)
 OWN_REQUIREMENTS = {"torch": ">=2.9", "transformers": ">=4.57,<6", "safetensors": ">=0.5", "numpy": ">=1.26"}
 """Requirements of this package itself, for either backend; pyproject.toml has the same ranges."""
 
@@ -128,6 +130,7 @@ def all_checks(needs: Needs | None) -> Iterator[Check]:
     yield _program("trtllm-build")
     yield _libmpi()
     yield from _gpu_checks(gpus, needs)
+    yield from _compilers(needs)
     yield _container()
     if needs is not None:
         yield from _needs(needs)
@@ -245,6 +248,32 @@ def _planned_gpu(gpus: list[FoundGpu], needs: Needs) -> Check:
         remedy = "end what runs on it (`nvidia-smi`): the plan counts on the whole GPU"
         return Check("recipe: gpu", State.WARN, f"{found}, only {100 * free:.0f} % free", TRT, remedy)
     return Check("recipe: gpu", State.OK, found, TRT)
+
+
+def _compilers(needs: Needs | None) -> Iterator[Check]:
+    """What builds engines of the tensorrt backend; one compiler is enough, that of the recipe's GPU."""
+    version = installed_version("onnx")
+    remedy = "pip install 'trtllm-redrafter[tensorrt-rtx]'"
+    state = State.FAIL if version is None else State.OK
+    yield Check("onnx", state, version or "not installed", STEPS, remedy)
+    version = installed_version("onnxruntime")
+    found = version or "not installed; it runs the networks of engines without the GPU they are for"
+    yield Check("onnxruntime", State.OK, found, ())
+    wanted = None if needs is None else choose_compiler(planned_gpu(needs.gpu), "float16").name
+    versions = {name: _compiler_version(name) for name in COMPILERS}
+    for name, version in versions.items():
+        needed = name == wanted or (wanted is None and not any(versions.values()))
+        tested = COMPILERS[name].tested
+        found = version or "not installed"
+        if version is not None and version != tested:
+            found += f"; engines were compiled with {tested}" if tested else "; no engine has been compiled with it yet"
+        state = State.FAIL if needed and version is None else State.OK
+        yield Check(name, state, found, STEPS if needed else (), f"pip install 'trtllm-redrafter[{name}]'")
+
+
+def _compiler_version(name: str) -> str | None:
+    packages = {"tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx-cu13-bindings"), "tensorrt": ("tensorrt",)}
+    return next((v for v in map(installed_version, packages[name]) if v is not None), None)
 
 
 def _container() -> Check:

@@ -57,6 +57,22 @@ GPUS: Mapping[str, Gpu] = {
         # NVIDIA L40S data sheet: 48 GB, 864 GB/s, 362.05 TFLOPS BF16 and 733 FP8 dense; PCIe Gen4 x16, no NVLink.
         Gpu("l40s", "L40S 48 GB", 48 * GB, 0.864 * TB, 362.05 * TERA, 733 * TERA, 32 * GB, (8, 9),
             ("NVIDIA L40S",)),
+        # NVIDIA L4 data sheet: 24 GB, 300 GB/s, 242 TFLOPS BF16 and 485 FP8 with sparsity; PCIe Gen4 x16.
+        Gpu("l4", "L4 24 GB", 24 * GB, 0.3 * TB, 121 * TERA, 242.5 * TERA, 32 * GB, (8, 9), ("NVIDIA L4",)),
+        # NVIDIA Ada architecture white paper, appendix: 24 GB, 1,008 GB/s, dense with FP32 accumulation 165.2 TFLOPS
+        # BF16 and 330.3 FP8; PCIe Gen4 x16.
+        Gpu("rtx-4090", "GeForce RTX 4090 24 GB", 24 * GB, 1.008 * TB, 165.2 * TERA, 330.3 * TERA, 32 * GB, (8, 9),
+            ("NVIDIA GeForce RTX 4090",)),
+        # NVIDIA RTX Blackwell architecture white paper, appendix: 32 GB, 1,792 GB/s, dense with FP32 accumulation 209.5
+        # TFLOPS BF16 and 419 FP8; PCIe Gen5 x16.
+        Gpu("rtx-5090", "GeForce RTX 5090 32 GB", 32 * GB, 1.792 * TB, 209.5 * TERA, 419 * TERA, 64 * GB, (12, 0),
+            ("NVIDIA GeForce RTX 5090",)),
+        # NVIDIA Ampere GA102 white paper, appendix: 24 GB, 936 GB/s, dense with FP32 accumulation 71 TFLOPS BF16.
+        Gpu("rtx-3090", "GeForce RTX 3090 24 GB", 24 * GB, 0.936 * TB, 71 * TERA, None, 32 * GB, (8, 6),
+            ("NVIDIA GeForce RTX 3090",)),
+        # NVIDIA DGX B200 data sheet, an eighth: 180 GB, 8 TB/s, 72 PFLOPS FP8 and 36 BF16 with sparsity, NVLink
+        # 1.8 TB/s both ways together.
+        Gpu("b200", "B200 180 GB", 180 * GB, 8.0 * TB, 2250 * TERA, 4500 * TERA, 900 * GB, (10, 0), ("NVIDIA B200",)),
     )
 }  # fmt: skip
 

@@ -81,18 +81,21 @@ def build(
     *,
     backend: str | None = None,
     tensorrt_llm: Mapping[str, Any] | None = None,
+    tensorrt: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
     **options: Unpack[BuildKeys],
 ) -> Path:
     """Build an engine from a checkpoint; returns its directory.
 
-    `tensorrt_llm` takes the keys of that recipe section, as {"gpu": "h200"}; they mean nothing to the torch backend.
+    `tensorrt_llm` and `tensorrt` take the keys of those recipe sections, as {"gpu": "h200"} and {"compiler": "auto"};
+    they mean nothing to the torch backend.
     """
     resolved = _resolved(
         {"checkpoint": checkpoint, "engine": output, "backend": backend},
         build=options,
         tensorrt_llm=tensorrt_llm or {},
+        tensorrt=tensorrt or {},
     )
     with as_input_error():
         resolved_options = build_options(resolved, overwrite=overwrite)
@@ -107,10 +110,14 @@ def load_engine(
     num_beams: int | None = None,
     draft_len: int | None = None,
     verify_hashes: bool = False,
+    executor: str | None = None,
 ) -> Engine:
-    """Load an engine directory with the backend it was built for."""
+    """Load an engine directory with the backend it was built for.
+
+    `executor` "onnxruntime" runs an engine of the tensorrt backend on any machine.
+    """
     run = {"device": device, "num_beams": num_beams, "draft_len": draft_len}
-    resolved = _resolved({"engine": engine}, run=run)
+    resolved = _resolved({"engine": engine}, run=run, tensorrt={"executor": executor})
     with as_input_error():
         return Engine(open_runner(resolved, verify_hashes=verify_hashes), resolved)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import BuildOptions
-from trtllm_redrafter.backends.engine_config import TENSORRT
+from trtllm_redrafter.backends.engine_config import TENSORRT, TENSORRT_STEPS
+from trtllm_redrafter.backends.tensorrt.compilers import choose_compiler, compile_bytes
 from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan, plan_for
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.manifest import Manifest
@@ -50,11 +51,22 @@ class RecipePlan:
 
     def render(self) -> str:
         notes = [f"note: {note}" for note in self.model.notes]
-        if self.resolved.recipe.backend != "tensorrt-llm":
-            notes.append("note: the recipe's backend is torch; this plans the same checkpoint for tensorrt-llm")
+        backend = self.resolved.recipe.backend
+        if backend != TENSORRT:
+            notes.append(f"note: the recipe's backend is {backend}; this plans the same checkpoint for tensorrt-llm")
+        if backend == TENSORRT_STEPS:
+            notes.append(f"note: {self._compiler_note()}")
         values = self.resolved.render("", "convert", "build", "tensorrt_llm", "plan")
         measured = [] if self.acceptance is None else ["  " + self.acceptance.render()]
         return "\n".join([values, "", *notes, "", self.build.render(), "", self.latency.render(), *measured])
+
+    def _compiler_note(self) -> str:
+        """What compiles the recipe's engine where its backend is tensorrt; `MismatchError` where nothing does."""
+        recipe, config = self.resolved.recipe, self.model.config
+        compiler = choose_compiler(gpu(recipe.tensorrt_llm.gpu), config.dtype, recipe.tensorrt.compiler)
+        where = "on that GPU itself" if compiler.capabilities is None else "on any machine"
+        size = compile_bytes(config.num_hidden_layers) / 1e9
+        return f"{compiler.name} compiles it {where}, one network at a time, each with about {size:.1f} GB of memory"
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -7,6 +7,7 @@ options = build_options(resolved, overwrite=False)       # a backend's BuildOpti
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from trtllm_redrafter.settings.values import fill, parse_grid
 
 if TYPE_CHECKING:
     from trtllm_redrafter.backends.base import BuildOptions, SamplingParams
+    from trtllm_redrafter.backends.tensorrt.options import CompilerOptions
     from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
     from trtllm_redrafter.conversion.options import ConvertOptions
     from trtllm_redrafter.training import EvaluateOptions, TrainOptions
@@ -93,7 +95,15 @@ def build_options(resolved: Resolved, *, overwrite: bool) -> BuildOptions:
     assert recipe.checkpoint is not None and recipe.engine is not None
     _keep_apart(recipe.engine, {"checkpoint": recipe.checkpoint, "tokenizer": recipe.build.tokenizer})
     settings = tensorrt_options(resolved) if recipe.backend == "tensorrt-llm" else None
-    return complete_build_options(limited, recipe.backend, settings, overwrite=overwrite)
+    options = complete_build_options(limited, recipe.backend, settings, overwrite=overwrite)
+    return replace(options, tensorrt=compiler_options(resolved)) if recipe.backend == "tensorrt" else options
+
+
+def compiler_options(resolved: Resolved) -> CompilerOptions:
+    """The `tensorrt` section, for the GPU that the recipe plans for."""
+    from trtllm_redrafter.backends.tensorrt.options import CompilerOptions
+
+    return fill(CompilerOptions, resolved.recipe.tensorrt, gpu=resolved.recipe.tensorrt_llm.gpu)
 
 
 def complete_build_options(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trtllm_redrafter.backends import load_backend, torch_device
 from trtllm_redrafter.backends.base import Request, Runner, Update
-from trtllm_redrafter.backends.engine_config import TORCH, read_engine_config
+from trtllm_redrafter.backends.engine_config import TENSORRT_STEPS, TORCH, read_engine_config
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT
 from trtllm_redrafter.errors import InputError, RedrafterError, RequestError, UsageError
@@ -46,7 +46,9 @@ def open_runner(resolved: Resolved, *, verify_hashes: bool) -> Runner:
 
 
 def _chosen_api(resolved: Resolved, backend: str) -> str | None:
-    """None: as the engine was built. For the other backend, a recipe's key is ignored, and a flag is an error."""
+    """None: as the engine was built. For another backend, a recipe's key is ignored, and a flag is an error."""
+    if backend == TENSORRT_STEPS:
+        return resolved.recipe.tensorrt.executor
     is_flag = resolved.origins["tensorrt_llm.api"].kind == "flag"
     return resolved.recipe.tensorrt_llm.api if is_flag or backend != TORCH else None
 

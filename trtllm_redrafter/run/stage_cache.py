@@ -130,6 +130,7 @@ _NOT_SHAPING = {
     BUILD: ("tokenizer",),
     RUN: ("input", "output", "device"),
     "tensorrt_llm": ("workers", "cache", "cache_dir", "allow_sampling"),
+    "tensorrt": ("executor",),
 }
 """The keys of a section that do not decide what its stage writes. Paths do not either: the content behind them counts.
 
@@ -168,6 +169,9 @@ def fingerprint(stage: str, resolved: Resolved, hashes: HashCache) -> Fingerprin
         if recipe.backend == "tensorrt-llm":
             keys = _shaping("tensorrt_llm")
             options |= {f"tensorrt_llm.{key}": plain(resolved.value(f"tensorrt_llm.{key}")) for key in keys}
+        if recipe.backend == "tensorrt":
+            keys = ["tensorrt_llm.gpu", *(f"tensorrt.{key}" for key in _shaping("tensorrt"))]
+            options |= {key: plain(resolved.value(key)) for key in keys}
         inputs |= manifest_hashes(recipe.checkpoint, "checkpoint")
         if recipe.build.tokenizer is not None:
             inputs |= hashes.directory(recipe.build.tokenizer, "tokenizer")

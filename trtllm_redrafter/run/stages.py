@@ -96,7 +96,8 @@ class PipelinePlan:
             yield
 
     def render(self) -> str:
-        used = ("", CONVERT, BUILD, RUN, *(["tensorrt_llm"] if self.resolved.recipe.backend == "tensorrt-llm" else []))
+        own = {"tensorrt-llm": ["tensorrt_llm"], "tensorrt": ["tensorrt"]}.get(self.resolved.recipe.backend, [])
+        used = ("", CONVERT, BUILD, RUN, *own)
         return "\n".join([self.resolved.render(*used), "", *(stage.render() for stage in self.stages)])
 
     def as_dict(self) -> dict[str, Any]:

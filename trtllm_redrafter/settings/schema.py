@@ -140,6 +140,20 @@ class TensorRTSection(Section):
     )
 
 
+class CompilerSection(Section):
+    """What only the tensorrt backend takes. The GPU is that of the section tensorrt_llm."""
+
+    compiler: Literal["auto", "tensorrt-rtx", "tensorrt"] = Field(
+        default="auto", description="what compiles the engine; auto: tensorrt-rtx for the GPUs it knows, else tensorrt"
+    )
+    weights: Literal["inputs", "inside"] = Field(
+        default="inputs", description="inputs: weights stay in the checkpoint; inside: each plan holds them"
+    )
+    executor: Literal["tensorrt", "onnxruntime"] = Field(
+        default="tensorrt", description="what runs it; onnxruntime runs the same networks, on a CPU too"
+    )
+
+
 class PlanSection(Section):
     """Assumptions of the memory and latency plans."""
 
@@ -287,7 +301,7 @@ class Recipe(Section):
 
     base: Directory | None = Field(default=None, description="Hugging Face directory of the base model")
     drafter: Directory | None = Field(default=None, description="directory of the ReDrafter head; none: no drafting")
-    backend: Literal["torch", "tensorrt-llm"] = Field(
+    backend: Literal["torch", "tensorrt-llm", "tensorrt"] = Field(
         default="torch", description="what builds and executes the engine"
     )
     work_dir: Directory | None = Field(
@@ -304,6 +318,7 @@ class Recipe(Section):
     build: BuildSection = BuildSection()
     run: RunSection = RunSection()
     tensorrt_llm: TensorRTSection = TensorRTSection()
+    tensorrt: CompilerSection = CompilerSection()
     plan: PlanSection = PlanSection()
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()

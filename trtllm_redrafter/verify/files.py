@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trtllm_redrafter.checkpoint.kinds import ENGINES, Kind, kind_at, kind_of
+from trtllm_redrafter.checkpoint.kinds import COMPILED, ENGINES, Kind, kind_at, kind_of
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT, MANIFEST, rank_file
 from trtllm_redrafter.checkpoint.reader import Checkpoint
@@ -89,8 +89,8 @@ def verify_files(path: Path, *, hashes: bool) -> VerifyReport:
             notes += harmless
             what = "size and SHA-256" if hashes else "size"
             checks.append(f"{what} of {len(manifest.files)} files against manifest.json, and that there are no others")
-        if kind_at(path) is Kind.TENSORRT_ENGINE:
-            notes.append("a TensorRT engine: its plans are compared by hash only; --reference runs it")
+        if kind_at(path) in COMPILED:
+            notes.append("a compiled engine: its plans are compared by hash only; --reference runs it")
             return report
         checkpoint = Checkpoint.open(checkpoint_directory(path))
         problems += structure_problems(checkpoint)

@@ -44,6 +44,10 @@ _KINDS: Mapping[Kind, tuple[str, tuple[str, ...]]] = {
         "engine of the torch backend",
         ("backend", "version", "build_config", "draft", "draft_head_rows", "eos_token_ids"),
     ),
+    Kind.STEP_ENGINE: (
+        "engine of the tensorrt backend",
+        ("version", "build_config", "gpu", "compiler", "weights", "draft_head_rows", "eos_token_ids"),
+    ),
     Kind.TENSORRT_ENGINE: ("TensorRT-LLM engine", ("version", "build_config")),
 }
 """Each kind's name, and the keys of its config.json to show."""

@@ -25,7 +25,7 @@ from trtllm_redrafter.backends.base import Request, Runner, SamplingParams
 from trtllm_redrafter.backends.engine_config import TORCH
 from trtllm_redrafter.backends.torch.temporary import temporary_runner
 from trtllm_redrafter.base_models.transformers_model import load_model
-from trtllm_redrafter.checkpoint.kinds import Kind, kind_at
+from trtllm_redrafter.checkpoint.kinds import COMPILED, Kind, kind_at
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.conversion.base import takes_file_head
 from trtllm_redrafter.errors import Problem
@@ -61,8 +61,8 @@ class ParityReport:
 
 def can_compare(path: Path, against: Path) -> str | None:
     """Why greedy tokens cannot be compared here, or None."""
-    if kind_at(path) is Kind.TENSORRT_ENGINE:
-        return "greedy tokens are not compared: a TensorRT-LLM engine runs on its GPU only; verify its checkpoint"
+    if kind_at(path) in COMPILED:
+        return "greedy tokens are not compared: a compiled engine runs on its GPU only; verify its checkpoint"
     if kind_at(against) is Kind.CHECKPOINT:
         return "what is computed is not compared: transformers reads no checkpoints; --reference runs an engine"
     if Checkpoint.open(checkpoint_directory(path)).config.quant_algo is not None:

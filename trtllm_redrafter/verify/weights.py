@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trtllm_redrafter.base_models.hf_model import HFModel
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
-from trtllm_redrafter.checkpoint.kinds import Kind, kind_at
+from trtllm_redrafter.checkpoint.kinds import COMPILED, Kind, kind_at
 from trtllm_redrafter.checkpoint.names import DRAFTER
 from trtllm_redrafter.checkpoint.reader import Checkpoint
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
@@ -51,7 +51,7 @@ def verify(
         report.notes.append(_not_compared(path))
         return report
     try:
-        if kind_at(path) is Kind.TENSORRT_ENGINE:
+        if kind_at(path) in COMPILED:
             _compare_compiled(report, other)
             return report
         checkpoint = Checkpoint.open(checkpoint_directory(path))
@@ -72,17 +72,20 @@ def _open_other(against: Path) -> HFModel | Checkpoint:
 
 
 def _not_compared(path: Path) -> str:
-    if kind_at(path) is Kind.TENSORRT_ENGINE:
+    if kind_at(path) in COMPILED:
         return "what it computes was not compared: --reference CHECKPOINT runs it, --against MODEL compares its config"
     return "values were not compared: --against BASE and --drafter DIR do that bit for bit"
 
 
 def _compare_compiled(report: VerifyReport, other: HFModel | Checkpoint | None) -> None:
-    note = "the weights are compiled into the engine and not compared: verify its checkpoint, and use --reference"
-    report.notes.append(note)
+    where_they_are = "compiled into the engine" if kind_at(report.path) is Kind.TENSORRT_ENGINE else "not in the engine"
+    report.notes.append(
+        f"the weights are {where_they_are} and not compared: verify its checkpoint, and use --reference"
+    )
     if other is not None:
-        where = report.path / "config.json"
-        config = CheckpointConfig.from_dict(read_json(where)["pretrained_config"], where=where)
+        where = checkpoint_directory(report.path) / "config.json"
+        values = read_json(where)
+        config = CheckpointConfig.from_dict(values.get("pretrained_config", values), where=where)
         report.problems += _config_problems(config, other.config, report.path)
         report.checks.append(f"{len(COMPARED_FIELDS)} fields of the engine's config against {other.path}")
 

@@ -130,7 +130,7 @@ def plan_build(options: BuildOptions) -> TorchBuildPlan:
     """Check everything a build could fail on."""
     checkpoint = Checkpoint.open(options.checkpoint)
     require_sound(checkpoint)
-    raise_together(MismatchError, _problems(checkpoint, options), "the engine cannot be built")
+    raise_together(MismatchError, limit_and_model_problems(checkpoint, options), "the engine cannot be built")
     check_replaceable(options.output, overwrite=options.overwrite)
     check_place(options.output, _bytes_to_write(checkpoint, options.output))
     text = build_text(options.tokenizer, checkpoint)
@@ -159,7 +159,8 @@ def _executor(config: CheckpointConfig) -> tuple[str, str | None, str | None]:
     return "native kernels", None, None
 
 
-def _problems(checkpoint: Checkpoint, options: BuildOptions) -> list[Problem]:
+def limit_and_model_problems(checkpoint: Checkpoint, options: BuildOptions) -> list[Problem]:
+    """What neither this backend nor the tensorrt backend, which makes its network after it, can do."""
     config, found = checkpoint.config, []
     where = str(options.checkpoint)
     kind = scaling_kind(config.rotary_scaling)

@@ -1,0 +1,1 @@
+"""Engines compiled by TensorRT itself: the whole ReDrafter step as one network, without TensorRT-LLM."""
