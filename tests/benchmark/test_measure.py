@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -175,3 +176,21 @@ def test_numbers_that_are_not_finite_end_a_benchmark(tmp_path: Path) -> None:
     drafter._drafting._drafter.rnn_u.bias[0] = float("nan")
     with pytest.raises(NumericalError, match="the drafter's scores"):
         Session(drafter, drafter, ITEMS, OPTIONS).run(no_progress)
+
+
+@pytest.mark.parametrize(("prepares", "rounds"), [(False, 2), (True, 6)])
+def test_a_runner_that_prepares_shapes_meets_all_of_them_before(
+    runner: TorchRunner, monkeypatch: pytest.MonkeyPatch, prepares: bool, rounds: int
+) -> None:
+    """A kernel compiled in a measured round would count as its time."""
+    monkeypatch.setattr(runner, "prepares_shapes", prepares)
+    seen: list[tuple[str, ...]] = []
+    real = Session._pair
+
+    def noted(session: Session, batch: int, items: Sequence[Item], *turn: int) -> Any:
+        seen.append(tuple(item.item_id for item in items))
+        return real(session, batch, items, *turn)
+
+    monkeypatch.setattr(Session, "_pair", noted)
+    Session(runner, runner, ITEMS, MeasureOptions(batches=(1,), max_tokens=2, repeats=3, warmup=2)).run(no_progress)
+    assert len(seen) == rounds + 3 * len(ITEMS) and len(set(seen[:rounds])) == rounds

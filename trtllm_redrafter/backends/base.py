@@ -61,6 +61,8 @@ class Runner(ABC):
     """What a user should know about how the engine runs on this machine."""
     row_invariant: bool = False
     """Are the bits of a token's logits independent of what else is in the batch? Then greedy texts are, too."""
+    prepares_shapes: bool = False
+    """Does a prompt or a batch of a new shape take longer the first time, since kernels are compiled and captured?"""
     drafter_error: NumericalError | None = None
     """Set once a step has run without drafts because the drafter's numbers were not finite. Texts are unaffected."""
     _tokenizer: EngineTokenizer | None

@@ -48,7 +48,7 @@ class MeasureOptions:
     max_tokens: int
     repeats: int
     warmup: int
-    """Uncounted rounds at the start, per batch size and side."""
+    """Uncounted rounds at the start, per batch size and side; all, if the runner prepares itself for each shape."""
 
     def check(self, runner: Runner, where: Path) -> None:
         """Raise `UsageError` with all options that make no sense for this engine."""
@@ -179,7 +179,9 @@ class Session:
         rounds = {b: _rounds(self._items, b) for b in self._options.batches}
         total, done = self._options.repeats * sum(len(r) for r in rounds.values()), 0
         for batch in self._options.batches:
-            for number, items in enumerate(_warm_up(rounds[batch], self._options.warmup)):
+            each = self._runners[DRAFTING].prepares_shapes
+            count = len(rounds[batch]) if each else self._options.warmup
+            for number, items in enumerate(_warm_up(rounds[batch], count)):
                 self._pair(batch, items, number)
         for repeat in range(self._options.repeats):
             for batch in self._options.batches:  # the inner loop, so that drift over repeats affects all batch sizes

@@ -75,6 +75,7 @@ class TorchRunner(Runner):
         self.notes = notes
         self.executor = executor
         self.row_invariant = executor.row_invariant
+        self.prepares_shapes = executor.pool is not None
         self._drafting = drafting
         self._tokenizer = tokenizer
         self._eos = eos_token_ids
