@@ -154,5 +154,5 @@ class SearchPlan:
         return None
 
     def machine_code(self, architecture: str, extra: Mapping[str, int | None] | None = None) -> bytes:
-        headers = {"selection.cuh": (SOURCES / "selection.cuh").read_text()}
+        headers = {name: (SOURCES / name).read_text() for name in ("search_products.cuh", "selection.cuh")}
         return cubin("search.cu", {**self.constants(), **(extra or {})}, architecture, headers)
