@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,43 @@ def test_generate_and_stream_agree(engine: Path) -> None:
         assert loaded.generate(["one"], chat=False, max_tokens=2)[0].prompt_tokens == 3
         stop = results[0].text[2:4]
         assert loaded.generate(["one"], max_tokens=7, stop=stop)[0].stop_reason == stop
+
+
+def test_one_prompt_is_no_list_of_characters(engine: Path) -> None:
+    messages = [{"role": "user", "content": "one"}]
+    with api.load_engine(engine) as loaded:
+        expected = loaded.generate(["one"], max_tokens=7)[0].token_ids
+        for one in ("one", messages, tuple(messages), [messages]):
+            assert [r.token_ids for r in loaded.generate(one, max_tokens=7)] == [expected]  # type: ignore[arg-type]
+
+
+def test_streams_for_event_loops(engine: Path) -> None:
+    """Other tasks go on between updates, and one that is cancelled leaves nothing running."""
+
+    async def run(loaded: api.Engine) -> tuple[list[int], int]:
+        ticks, tokens = 0, list[int]()
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0)
+
+        beside = asyncio.create_task(tick())
+        async for update in loaded.astream("one", max_tokens=7):
+            tokens += update.token_ids
+        beside.cancel()
+        unfinished = loaded.astream("another", max_tokens=30)
+        await anext(unfinished)
+        await unfinished.aclose()
+        with pytest.raises(RequestError, match="temperature"):
+            await anext(loaded.astream("one", temperature=-1.0))
+        return tokens, ticks
+
+    with api.load_engine(engine) as loaded:
+        tokens, ticks = asyncio.run(run(loaded))
+        assert tokens == loaded.generate("one", max_tokens=7)[0].token_ids and ticks > 1
+        assert not loaded.runner.has_work
 
 
 def test_another_shape_at_load(engine: Path) -> None:

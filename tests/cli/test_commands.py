@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -321,3 +322,33 @@ def test_pipeline_with_a_failing_prompt_says_so_and_tries_again(
         assert program("pipeline", "demo.yaml", "--set", "run.input=in.jsonl", "--set", "run.prompts=[]") == 3
         assert "in.jsonl, line 2" in program.err
         Path("results.jsonl").unlink()
+
+
+def test_base_has_the_name_that_other_tools_use(program: Program, models: Path, tmp_path: Path) -> None:
+    arguments = ("--drafter", models / "drafter", "--output", tmp_path / "out", "--dry-run", "--json")
+    documents = []
+    for name in ("--base", "--model"):
+        assert program("convert", name, models / "base", *arguments) == 0
+        documents.append(program.document)
+    assert documents[0] == documents[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "message"),
+    [(b"two\nlines\n", 0, ""), (b"\xff\xfe", 3, "the prompt is no text"), (b"a" * (17 << 20), 3, "is too long")],
+)
+def test_a_prompt_from_standard_input(
+    program: Program, artefacts: Path, monkeypatch: pytest.MonkeyPatch, text: bytes, code: int, message: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    given = ("run", "--engine", artefacts / "engine", "--max-tokens", 4, "--json", "--prompt", "-")
+    assert program(*given) == code and message in program.err
+    if code == 0:
+        (found,) = program.document["results"]
+        assert program("run", *given[1:-1], text.decode().rstrip("\n")) == 0
+        assert found["token_ids"] == program.document["results"][0]["token_ids"]
+
+
+def test_standard_input_is_read_once(program: Program, artefacts: Path) -> None:
+    assert program("run", "--engine", artefacts / "engine", "--prompt", "-", "--prompt", "-") == 2
+    assert "standard input is asked for twice" in program.err

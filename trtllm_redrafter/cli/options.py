@@ -34,7 +34,10 @@ Function = Callable[..., None]
 
 @dataclass(frozen=True)
 class Flag:
-    """A command's flag for one key of the recipe. `names` are typer's: `--greedy/--sampling` for yes and no."""
+    """A command's flag for one key of the recipe.
+
+    `names` are typer's: `--greedy/--sampling` for yes and no, `--base,--model` for two names of one thing.
+    """
 
     key: str
     names: str
@@ -50,7 +53,7 @@ class Flag:
             text = text.partition(";")[0] + " (required)"
         elif default is not None and default not in ((), {}):
             text += f" (default: {show(default)})"
-        option = typer.Option(self.names, help=text, metavar=metavar, show_default=False)
+        option = typer.Option(*self.names.split(","), help=text, metavar=metavar, show_default=False)
         name = self.key.replace(".", "_")
         return inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
@@ -58,7 +61,7 @@ class Flag:
 
     def given(self, value: Any) -> tuple[str, Any]:
         """The name it was given by, and its value for the recipe; None when it was not given."""
-        name = self.names.split("/")[1 if value is False and "/" in self.names else 0]
+        name = self.names.split(",")[0].split("/")[1 if value is False and "/" in self.names else 0]
         if value is None or value == []:
             return name, None
         return name, template_arguments(value, name) if keys()[self.key].default == {} else value

@@ -15,14 +15,17 @@ import typer
 from trtllm_redrafter.backends.base import EngineInfo, Runner, Update
 from trtllm_redrafter.cli.console import emit, note, progress_bar, say, say_generated, working
 from trtllm_redrafter.cli.options import Json, flag, flags, with_settings
-from trtllm_redrafter.errors import OutputError, RedrafterError, RequestError, UsageError
+from trtllm_redrafter.errors import InputError, OutputError, RedrafterError, RequestError, UsageError
 from trtllm_redrafter.paths import check_place
 from trtllm_redrafter.prompts.jsonl import check_source
 from trtllm_redrafter.run.jobs import Job, RunSummary, prompt_jobs, read_jobs
 from trtllm_redrafter.run.results import ResultsFile
 from trtllm_redrafter.run.session import defaults_for, open_runner, run_jobs
-from trtllm_redrafter.settings import Layer, Resolved, resolve
+from trtllm_redrafter.settings import Layer, Resolved, flag_layers, resolve
 from trtllm_redrafter.settings.schema import RunSection
+
+_MOST_STDIN = 16 << 20
+"""Bytes of a prompt on standard input."""
 
 
 @with_settings(
@@ -57,6 +60,8 @@ def run(
 ) -> None:
     """Run prompts on an engine."""
     resolved = resolve(given)
+    if resolved.origins["run.prompts"].kind == "flag" and "-" in resolved.recipe.run.prompts:
+        resolved = resolve([*given, *_from_stdin(resolved.recipe.run)])
     asked = resolved.recipe.run
     if stream is None:
         stream = len(asked.prompts) == 1 and asked.input is None and not as_json and sys.stdout.isatty()
@@ -70,6 +75,20 @@ def run(
         emit("run", **report.as_dict())
     if report.summary.exit_code:
         raise typer.Exit(report.summary.exit_code)
+
+
+def _from_stdin(run: RunSection) -> list[Layer]:
+    """The prompts with the text on standard input in place of `-`."""
+    if run.prompts.count("-") > 1 or (run.input is not None and str(run.input) in ("-", "/dev/stdin")):
+        raise UsageError("standard input is asked for twice", remedy="pass --prompt - once, and --input another file")
+    text = sys.stdin.buffer.read(_MOST_STDIN + 1)
+    if len(text) > _MOST_STDIN:
+        raise InputError("the prompt is too long", where="standard input", why=f"over {_MOST_STDIN >> 20} MiB")
+    try:
+        prompt = text.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError("the prompt is no text", where="standard input", why=str(error), remedy="use UTF-8") from error
+    return flag_layers({"run.prompts": ("--prompt", [prompt if p == "-" else p for p in run.prompts])})
 
 
 @dataclass

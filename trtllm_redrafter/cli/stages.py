@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @with_settings(
-    flag("base", required=True),
+    flag("base", "--base,--model", required=True),
     flag("drafter"),
     flag("checkpoint", "--output", required=True),
     *flags("convert", greedy="--greedy/--sampling"),

@@ -13,7 +13,7 @@ from trtllm_redrafter.settings import Layer, resolve
 
 
 @with_settings(
-    flag("base", required=True),
+    flag("base", "--base,--model", required=True),
     flag("drafter", "--output", required=True),
     *flags(
         "train", "data", "prompts", "work_dir", "draft_len", "num_layers", "exit_dim", "rnn", "head", "epochs",
@@ -51,7 +51,7 @@ def train(
 
 
 @with_settings(
-    flag("base", required=True),
+    flag("base", "--base,--model", required=True),
     flag("drafter", required=True),
     *flags(
         "evaluate", "prompts", "grid", "max_tokens", "draft_vocab", "min_acceptance", "report", "device",

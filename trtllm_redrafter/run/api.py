@@ -5,7 +5,7 @@
     convert(base="vicuna-7b", drafter="redrafter-vicuna-7b", output="checkpoint")
     build(checkpoint="checkpoint", output="engine")
     with load_engine("engine") as engine:
-        print(engine.generate(["What is a tree?"], max_tokens=64)[0].text)
+        print(engine.generate("What is a tree?", max_tokens=64)[0].text)
 
 Options are the keys of the recipe's sections, with the same defaults (also for None) and the same checks. Errors are
 `RedrafterError`s.
@@ -13,7 +13,8 @@ Options are the keys of the recipe's sections, with the same defaults (also for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
 
 AnyPath = str | Path
 AnyPrompt = str | Sequence[Mapping[str, Any]]
+
+
+def is_one_prompt(prompts: AnyPrompt | Sequence[AnyPrompt]) -> bool:
+    """A text or a conversation, not a list of them."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
 
 
 class ConvertKeys(TypedDict, total=False):
@@ -135,20 +141,22 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[AnyPrompt],
+        prompts: AnyPrompt | Sequence[AnyPrompt],
         *,
         draft: bool = True,
         chat: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> list[Result]:
-        """Answer prompts (texts, or lists of messages) as one batch, in their order.
+        """Answer prompts as one batch; results in their order, also of a single prompt.
 
+        A prompt is a text or a list of messages, `prompts` one of them or a list.
         `sampling` takes the fields of `SamplingParams`, as max_tokens or temperature; the others are the recipe's
         defaults. `chat_template_kwargs` are arguments of the chat template, as {"enable_thinking": False}.
         If any prompt is refused, none is run.
         """
-        return self.runner.generate([self._request(p, draft, chat, chat_template_kwargs, sampling) for p in prompts])
+        listed = [prompts] if is_one_prompt(prompts) else prompts
+        return self.runner.generate([self._request(p, draft, chat, chat_template_kwargs, sampling) for p in listed])  # type: ignore[arg-type]
 
     def stream(
         self,
@@ -161,6 +169,26 @@ class Engine:
     ) -> Iterator[Update]:
         """Updates of one prompt as they come."""
         return self.runner.stream(self._request(prompt, draft, chat, chat_template_kwargs, sampling))
+
+    async def astream(
+        self,
+        prompt: AnyPrompt,
+        *,
+        draft: bool = True,
+        chat: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> AsyncIterator[Update]:
+        """`stream` for `async for`: steps run in a thread, so the event loop goes on. One stream at a time.
+
+        `await aclose()` on the iterator, or the end of its task, cancels the request.
+        """
+        updates = self.stream(prompt, draft=draft, chat=chat, chat_template_kwargs=chat_template_kwargs, **sampling)
+        try:
+            while (update := await asyncio.to_thread(next, updates, None)) is not None:
+                yield update
+        finally:
+            updates.close()  # type: ignore[attr-defined]
 
     def _request(
         self,

@@ -77,7 +77,9 @@ class BuildSection(Section):
 class RunSection(Section):
     """engine → text."""
 
-    prompts: tuple[Text, ...] = Field(default=(), strict=False, description="texts to continue or to answer")
+    prompts: tuple[Text, ...] = Field(
+        default=(), strict=False, description="texts to continue or to answer; - reads standard input"
+    )
     input: Directory | None = Field(default=None, description="JSONL file with `prompt` or `messages` per line")
     output: Directory | None = Field(default=None, description="JSONL file for the results")
     chat: bool | None = Field(
