@@ -16,6 +16,7 @@ import typer
 
 from trtllm_redrafter.cli import console, signals
 from trtllm_redrafter.cli.bench import bench, tune
+from trtllm_redrafter.cli.chat import chat
 from trtllm_redrafter.cli.checks import doctor, inspect, plan, verify
 from trtllm_redrafter.cli.run import run
 from trtllm_redrafter.cli.stages import build, convert, pipeline
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (convert, build, run, pipeline, inspect, verify, plan, doctor, train, evaluate, bench, tune):
+for command in (convert, build, run, chat, pipeline, inspect, verify, plan, doctor, train, evaluate, bench, tune):
     app.command(short_help=(command.__doc__ or "").partition("\n")[0])(command)
 
 

@@ -67,6 +67,11 @@ def caused(error: BaseException) -> bool:
     return seen is not None
 
 
+def forget() -> None:
+    """What was received was for a part of the work, which has ended; the program goes on."""
+    _received.clear()
+
+
 def exit_code() -> int | None:
     """128 + the number of the first signal received; None if there was none."""
     return 128 + _received[0] if _received else None
