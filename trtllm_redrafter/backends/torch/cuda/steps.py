@@ -233,7 +233,7 @@ class DeviceSteps:
         model, layout, trees = self._executor.model, portion.layout, portion.trees()
         own = slice(portion.begin, portion.begin + layout.batch)
         entries = shape.num_beams * (shape.draft_len + 1)
-        warps = max(1, min(32, layout.batch, (_SHARED - 4 * layout.batch) // (8 * entries)))
+        warps = max(1, min(32, layout.batch, (_SHARED - 4 * (layout.batch + 1)) // (8 * entries)))
         ours = [pointer(None if t is None else t[own]) for t in (beams, scores)]
         self._kernel("plan_trees", shape, layout, shared_bytes=_SHARED).launch(
             (1,), 32 * warps,
