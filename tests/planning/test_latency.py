@@ -85,7 +85,7 @@ def test_batch_sizes_end_at_the_limit() -> None:
 
 
 def test_the_plan_is_near_what_an_h200_did() -> None:
-    """Measured with the embedded backend's graphs. `gpu_steps.py --again` writes the plan's side of the file anew."""
+    """Measured with the torch backend's graphs. `gpu_steps.py --again` writes the plan's side of the file anew."""
     file = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu_steps.json"
     models = json.loads(file.read_text())["models"]
     for name, model in models.items():

@@ -126,6 +126,11 @@ def test_the_demos_script_still_makes_its_model(tmp_path: Path) -> None:
     assert found.returncode == InputError.exit_code and "cannot be read" in found.stderr
 
 
+@pytest.mark.parametrize("demo", ["demo", "demo_tensorrt"])
+def test_the_demos_find_it(script: ModuleType, demo: str) -> None:
+    assert importlib.import_module(demo).fetch is script.fetch
+
+
 WORDS = ["a", "b", "Ġ", "ab", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "[PAD8]"]
 KINDS = [1, 1, 1, 1, 3, 3, 3, 4, 5]
 

@@ -49,7 +49,7 @@ class ConvertSection(Section):
         description="tokens drafted per beam, without the guaranteed one; derived: what the drafter was trained for",
     )
     greedy: bool = Field(
-        default=True, description="TensorRT-LLM's verification mode; the torch backend does both at any time"
+        default=True, description="TensorRT-LLM's verification mode; the other backends do both at any time"
     )
     parallel_embedding: bool = Field(default=False, description="split the embedding over the ranks")
     lm_head: Literal["auto", "embedding", "file"] = Field(
@@ -107,7 +107,7 @@ class TensorRTSection(Section):
     """Settings of the tensorrt-llm backend only, for building and running."""
 
     version: Text = Field(default="1.2.1", description="TensorRT-LLM release that will build and run the engine")
-    gpu: Text = Field(default="h100-80gb", description="GPU that will run the engine")
+    gpu: Text = Field(default="h100-80gb", description="GPU that will run the engine; not for torch")
     gemm_plugin: Literal["auto", "float16", "bfloat16", "fp8", "disable"] | None = Field(
         default=None, description="matrix products; derived: fp8 for an FP8 base, else the model's dtype"
     )
@@ -137,7 +137,7 @@ class TensorRTSection(Section):
     multi_block_mode: bool = Field(default=True, description="split long contexts over more of the GPU")
     api: Literal["executor", "llm"] | None = Field(
         default=None,
-        description="interface that runs a TensorRT engine (llm: the LLM API); derived: the one it was built for, at "
+        description="interface that runs a TensorRT-LLM engine (llm: the LLM API); derived: the one it was built for, at "
         "first executor",
     )
 
@@ -146,13 +146,15 @@ class CompilerSection(Section):
     """What only the tensorrt backend takes. The GPU is that of the section tensorrt_llm."""
 
     compiler: Literal["auto", "tensorrt-rtx", "tensorrt"] = Field(
-        default="auto", description="what compiles the engine; auto: tensorrt-rtx for the GPUs it knows, else tensorrt"
+        default="auto",
+        description="what compiles engines of the tensorrt backend; auto: tensorrt-rtx for the GPUs it knows, else "
+        "tensorrt",
     )
     weights: Literal["inputs", "inside"] = Field(
         default="inputs", description="inputs: weights stay in the checkpoint; inside: each plan holds them"
     )
     executor: Literal["tensorrt", "onnxruntime"] = Field(
-        default="tensorrt", description="what runs it; onnxruntime runs the same networks, on a CPU too"
+        default="tensorrt", description="what runs engines of the tensorrt backend; onnxruntime: on a CPU too"
     )
 
 
@@ -249,7 +251,7 @@ class EvaluateSection(Section):
     """drafter → tokens per step."""
 
     prompts: Directory | None = Field(default=None, description="JSONL file of prompts, with `category` if it has any")
-    grid: Grid = Field(default=DEFAULT_GRID, description="settings BEAMSxLENGTH; derived: those the drafter can do")
+    grid: Grid = Field(default=DEFAULT_GRID, description="settings BEAMSxLENGTH; derived: what the drafter can do of these")
     max_tokens: Positive = Field(default=128, description="tokens the base model writes per prompt")
     draft_vocab: bool = Field(default=False, description="compute the head on the listed frequent tokens alone")
     min_acceptance: Annotated[float, Field(ge=1.0)] | None = Field(
@@ -280,7 +282,7 @@ class BenchSection(Section):
     resamples: Annotated[int, Field(ge=100)] = Field(default=2000, description="draws of the bootstrap")
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of the bootstrap")
     tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        default=0.02, description="share of speed that `bench compare` lets go without a flag"
+        default=0.02, description="loss of speed, as a share, that `bench compare` does not report"
     )
 
 
@@ -289,7 +291,7 @@ class TuneSection(Section):
 
     target: Text = Field(default="this", description="this machine, or a GPU of the table such as h100-80gb")
     prompts: Directory | None = Field(default=None, description="JSONL file of prompts; derived: the built-in eighty")
-    grid: Grid = Field(default=DEFAULT_GRID, description="settings BEAMSxLENGTH; derived: those the drafter can do")
+    grid: Grid = Field(default=DEFAULT_GRID, description="settings BEAMSxLENGTH; derived: what the drafter can do of these")
     batch: Batches = Field(default="1,4", description="batch sizes, as 1,4,16")
     max_tokens: Positive = Field(default=128, description="tokens the base model writes per prompt")
     limit: Positive | None = Field(default=None, description="prompts taken, evenly over the file; derived: all")

@@ -56,7 +56,7 @@ from trtllm_redrafter.redrafter.config import DraftShape
 
 
 class TorchBackend:
-    """The embedded backend: PyTorch on any machine, compiled kernels for bfloat16 on a CPU."""
+    """PyTorch on any machine, compiled kernels for bfloat16 on a CPU."""
 
     name = TORCH
 
