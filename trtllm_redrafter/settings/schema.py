@@ -137,8 +137,8 @@ class TensorRTSection(Section):
     multi_block_mode: bool = Field(default=True, description="split long contexts over more of the GPU")
     api: Literal["executor", "llm"] | None = Field(
         default=None,
-        description="interface that runs a TensorRT-LLM engine (llm: the LLM API); derived: the one it was built for, at "
-        "first executor",
+        description="interface that runs a TensorRT-LLM engine (llm: the LLM API); derived: the one it was built for, "
+        "at first executor",
     )
 
 
@@ -251,7 +251,9 @@ class EvaluateSection(Section):
     """drafter → tokens per step."""
 
     prompts: Directory | None = Field(default=None, description="JSONL file of prompts, with `category` if it has any")
-    grid: Grid = Field(default=DEFAULT_GRID, description="settings BEAMSxLENGTH; derived: what the drafter can do of these")
+    grid: Grid = Field(
+        default=DEFAULT_GRID, description="settings BEAMSxLENGTH; derived: what the drafter can do of these"
+    )
     max_tokens: Positive = Field(default=128, description="tokens the base model writes per prompt")
     draft_vocab: bool = Field(default=False, description="compute the head on the listed frequent tokens alone")
     min_acceptance: Annotated[float, Field(ge=1.0)] | None = Field(
@@ -291,7 +293,9 @@ class TuneSection(Section):
 
     target: Text = Field(default="this", description="this machine, or a GPU of the table such as h100-80gb")
     prompts: Directory | None = Field(default=None, description="JSONL file of prompts; derived: the built-in eighty")
-    grid: Grid = Field(default=DEFAULT_GRID, description="settings BEAMSxLENGTH; derived: what the drafter can do of these")
+    grid: Grid = Field(
+        default=DEFAULT_GRID, description="settings BEAMSxLENGTH; derived: what the drafter can do of these"
+    )
     batch: Batches = Field(default="1,4", description="batch sizes, as 1,4,16")
     max_tokens: Positive = Field(default=128, description="tokens the base model writes per prompt")
     limit: Positive | None = Field(default=None, description="prompts taken, evenly over the file; derived: all")
