@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,14 @@ from tests.backends.tensorrt_engines import (
 )
 from tests.conversion.fp8 import quantize_fp8
 from tests.decisive_models import write_decisive_checkpoint
-from tests.engines import build_engine, convert_pair, write_checkpoint
+from tests.engines import build_engine, convert_pair, write_checkpoint, write_tokenizer
 from tests.engines import load as load_torch
 from tests.tiny_models import FAMILIES, LLAMA3_ROPE, write_base, write_tied_drafter
 from trtllm_redrafter.backends.base import Request, Result, Runner, SamplingParams
+from trtllm_redrafter.backends.tensorrt.backend import TensorRTBackend
 from trtllm_redrafter.redrafter.config import DraftShape
+from trtllm_redrafter.verify import gate
+from trtllm_redrafter.verify.reference import ReferenceLogits, reference_logits
 
 PROMPTS = ((5, 9, 23, 7), (3,), (11, 60, 2, 44, 31, 17, 8, 9, 10), (7, 7, 8))
 SAMPLINGS: tuple[dict[str, Any], ...] = (
@@ -192,3 +197,27 @@ def test_plans_run_at_the_addresses_they_are_given(tmp_path: Path) -> None:
     assert 0 < log.count("capture") < log.count("enqueue") / 10
     first = log.index("capture")
     assert log[first - 1] == "begin" and log[first + 1] == "enqueue", "a capture runs nothing itself"
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_the_parity_gate_takes_it_by_the_models_own_rules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, greedy: bool
+) -> None:
+    """Not by TensorRT-LLM's: its epsilon of q and k norms, and its engines that can only sample."""
+    checkpoint = write_checkpoint(tmp_path, "qwen3", rms_norm_eps=1e-6, vocab_size=259)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "manifest.json").unlink()  # it has the config's hash
+    (checkpoint / "config.json").write_text(json.dumps(config | {"redrafter_greedy_search": greedy}))
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    engine = build_without_compiler(checkpoint, tmp_path / "steps", tokenizer=tokenizer, **LIMITS)
+    monkeypatch.setattr(TensorRTBackend, "load", partialmethod(TensorRTBackend.load, api="onnxruntime"))
+    asked: list[float | None] = []
+
+    def compute(*args: Any, qk_epsilon: float | None) -> ReferenceLogits:
+        asked.append(qk_epsilon)
+        return reference_logits(*args, qk_epsilon=qk_epsilon)
+
+    monkeypatch.setattr(gate, "reference_logits", compute)
+    report = gate.parity_gate(gate.GateRequest(engine, checkpoint, ("a b", "c"), 12, None, "cpu"))
+    assert asked == [None] and not report.sampled
+    assert report.ok, report.render()

@@ -67,20 +67,20 @@ def parity_gate(request: GateRequest) -> GateReport:
     differing = check_config(request.config, request.reference)  # raises if `engine` is not an engine
     require_sound(request.checkpoint)  # a damaged reference proves nothing
     compared, changed = check_weights(request.config, request.reference)
-    model, on_torch = request.checkpoint.config, request.config.backend == TORCH
+    model, on_trtllm = request.checkpoint.config, request.config.backend == TENSORRT
     sampled = _samples(request)
     decoded = decode(request, sampled=sampled)
     device = reference_device(model)  # once, so that replay and reference are on the same device
     alarms, tokens = [*differing, *changed], None
     distributions, drafts = None, None
     if decoded.texts:
-        epsilon = None if on_torch else tensorrt_qk_epsilon(model)
+        epsilon = tensorrt_qk_epsilon(model) if on_trtllm else None
         reference = reference_logits(request.checkpoint, decoded.texts, device, qk_epsilon=epsilon)
         if sampled:
             exact = (reference.exact.logits(place) for place in range(decoded.own))
             alarms += sampled_alarms(request.engine, exact, decoded.results)
-        else:  # the torch backend dequantizes FP8 weights, as the reference does
-            quantized = model.quant_algo is not None and not on_torch
+        else:  # the other backends dequantize FP8 weights, as the reference does
+            quantized = model.quant_algo is not None and on_trtllm
             tokens = check_tokens(request.engine, reference, decoded.results, quantized=quantized)
         if decoded.logits:
             rows = ((found, *reference.rows(i, len(found))) for i, found in enumerate(decoded.logits))
@@ -103,7 +103,7 @@ def parity_gate(request: GateRequest) -> GateReport:
 def _samples(request: GateRequest) -> bool:
     """Does the engine sample? TensorRT-LLM compiles this into engines with a drafter; elsewhere requests decide."""
     model = request.checkpoint.config
-    return request.config.backend != TORCH and model.drafter is not None and not model.greedy
+    return request.config.backend == TENSORRT and model.drafter is not None and not model.greedy
 
 
 def _steps(

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.backends.base import Result, acceptance_length
-from trtllm_redrafter.backends.engine_config import TORCH, EngineConfig
+from trtllm_redrafter.backends.engine_config import TENSORRT, EngineConfig
 from trtllm_redrafter.backends.torch.drafting import frequent_rows, load_drafter
 from trtllm_redrafter.backends.torch.runner import TorchRunner
 from trtllm_redrafter.checkpoint.names import EMBEDDING
@@ -120,7 +120,7 @@ def load_replay(
     place = torch.device(device)
     drafter = load_drafter(checkpoint, config, place)
     rows = frequent_rows(checkpoint.path, engine.head_rows, checkpoint.config.vocab_size)
-    score_dtype = torch.float32 if engine.backend == TORCH else None
+    score_dtype = None if engine.backend == TENSORRT else torch.float32
     embedding = checkpoint.load(EMBEDDING).to(place)
     search = ReplaySearch(drafter, embedding, draft_head(drafter, rows), shape, score_dtype)
     return Replay(runner, search, greedy=greedy)
