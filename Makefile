@@ -15,7 +15,7 @@ demo: $(READY)  ## SmolLM2 with a trained drafter: convert, build, run, compare
 demo-gpu: $(READY)  ## Qwen2.5-Coder-1.5B with a trained drafter, the same way; for a GPU, but runs anywhere
 	$(BIN)/python scripts/demo.py qwen2.5-coder-1.5b-instruct
 
-demo-tensorrt: $(READY)  ## the same model compiled for an RTX 4090 without one, and its networks proved by onnxruntime
+demo-tensorrt: $(READY)  ## SmolLM2 compiled for an RTX 4090 without one, and its networks proved by onnxruntime
 	$(BIN)/python scripts/demo_tensorrt.py
 
 test: $(READY)

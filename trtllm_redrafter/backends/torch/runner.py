@@ -1,7 +1,7 @@
 """Run requests on a loaded engine: admit, draft, verify, emit; one base-model forward pass per step.
 
-A request joins the batch at the beginning of a step (its prompt is computed alone, so its numbers do not depend on
-other requests) and leaves at the end of one. Autoregression is the same code with trees of one node.
+A request joins the batch at the beginning of a step and leaves at the end of one. Its prompt is computed alone, or with
+others where that changes no bit (`ModelExecutor.prefill_all`). Autoregression is the same code with trees of one node.
 
 Where the executor has whole steps on the device (`cuda.steps`), greedy batches are decoded one step ahead of the host:
 while a step runs, the host hands out what the one before it wrote. A step that turns out to be in vain, since a request
