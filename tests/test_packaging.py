@@ -52,6 +52,7 @@ BACKENDS = "trtllm_redrafter/backends/"
 FOLDERS = (
     "",
     "trtllm_redrafter/",
+    f"{BACKENDS}tensorrt/",
     f"{BACKENDS}tensorrt_llm/",
     f"{BACKENDS}torch/native/",
     f"{BACKENDS}torch/cuda/",
