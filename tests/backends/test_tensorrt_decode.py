@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.engines import build_engine, convert_pair, write_checkpoint
 from tests.engines import load as load_torch
 from tests.tiny_models import FAMILIES, LLAMA3_ROPE, write_base, write_tied_drafter
 from trtllm_redrafter.backends.base import Request, Result, Runner, SamplingParams
+from trtllm_redrafter.errors import RequestError
 from trtllm_redrafter.redrafter.config import DraftShape
 
 PROMPTS = ((5, 9, 23, 7), (3,), (11, 60, 2, 44, 31, 17, 8, 9, 10), (7, 7, 8))
@@ -192,3 +194,16 @@ def test_plans_run_at_the_addresses_they_are_given(tmp_path: Path) -> None:
     assert 0 < log.count("capture") < log.count("enqueue") / 10
     first = log.index("capture")
     assert log[first - 1] == "begin" and log[first + 1] == "enqueue", "a capture runs nothing itself"
+
+
+def test_an_option_that_the_networks_do_not_know_is_refused(tmp_path: Path) -> None:
+    """One that is added to the list of options has to be added to the networks, not ignored by them."""
+
+    @dataclass(frozen=True)
+    class Newer(SamplingParams):
+        min_p: float = 0.0
+
+    runner = load(build_without_compiler(write_checkpoint(tmp_path), tmp_path / "steps"))
+    with pytest.raises(RequestError, match=r"min_p is 0\.1"):
+        runner.submit(Request((5,), Newer(3, min_p=0.1)))
+    assert not runner.has_work and len(runner.generate([Request((5,), Newer(3))])[0].token_ids) == 3

@@ -13,7 +13,14 @@ from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.planning.gpus import gpu
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.run.options import draft_shape, grid_for, require, tensorrt_options, with_directories, with_limits
+from trtllm_redrafter.run.options import (
+    draft_shape,
+    grid_for,
+    require,
+    tensorrt_llm_options,
+    with_directories,
+    with_limits,
+)
 from trtllm_redrafter.settings.layers import Layer, Origin, Resolved, nest
 from trtllm_redrafter.settings.sources import PRESET_KEY, file_layers
 
@@ -118,7 +125,7 @@ def _roof(resolved: Resolved, name: str, target: str) -> Roof:
     resolved = with_limits(resolved, config.max_position_embeddings)
     assert resolved.recipe.build.max_seq_len is not None
     assumed = assumptions(resolved, resolved.recipe.build.max_seq_len)
-    options, settings = build_options(resolved), tensorrt_options(resolved)
+    options, settings = build_options(resolved), tensorrt_llm_options(resolved)
 
     def size_of(shape: DraftShape, batch: int) -> EngineSize:
         model = replace(config, draft_shape=shape)
