@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from tests.conversion.fp8 import quantize_fp8
 from tests.decisive_models import write_decisive_checkpoint
 from tests.engines import build_engine, convert_pair, write_checkpoint
 from tests.engines import load as load_torch
+from tests.prompts.test_sampling import WithNewOption
 from tests.tiny_models import FAMILIES, LLAMA3_ROPE, write_base, write_tied_drafter
 from trtllm_redrafter.backends.base import Request, Result, Runner, SamplingParams
 from trtllm_redrafter.errors import RequestError
@@ -198,12 +198,7 @@ def test_plans_run_at_the_addresses_they_are_given(tmp_path: Path) -> None:
 
 def test_an_option_that_the_networks_do_not_know_is_refused(tmp_path: Path) -> None:
     """One that is added to the list of options has to be added to the networks, not ignored by them."""
-
-    @dataclass(frozen=True)
-    class Newer(SamplingParams):
-        min_p: float = 0.0
-
     runner = load(build_without_compiler(write_checkpoint(tmp_path), tmp_path / "steps"))
-    with pytest.raises(RequestError, match=r"min_p is 0\.1"):
-        runner.submit(Request((5,), Newer(3, min_p=0.1)))
-    assert not runner.has_work and len(runner.generate([Request((5,), Newer(3))])[0].token_ids) == 3
+    with pytest.raises(RequestError, match=r"new_option is 0\.1"):
+        runner.submit(Request((5,), WithNewOption(3, new_option=0.1)))
+    assert not runner.has_work and len(runner.generate([Request((5,), WithNewOption(3))])[0].token_ids) == 3

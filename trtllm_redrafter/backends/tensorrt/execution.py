@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.backends.tensorrt.compilers import COMPILERS, capability_text, import_compiler
-from trtllm_redrafter.backends.tensorrt.decoder import Program
+from trtllm_redrafter.backends.tensorrt.decoder import Choices, Program
 from trtllm_redrafter.backends.tensorrt.engine import CompiledEngine, network_of
 from trtllm_redrafter.backends.tensorrt.network import CACHES
 from trtllm_redrafter.backends.tensorrt.networks import Network
@@ -183,7 +184,7 @@ def make_programs(
     return make
 
 
-GIVEN = frozenset(("tokens", "active", "drafted", "temperature", "top_k", "top_p", "uniforms"))
+GIVEN = frozenset(("tokens", "active", "drafted", *(field.name for field in fields(Choices))))
 """Inputs that a pass brings along; all others stay where they are."""
 
 
