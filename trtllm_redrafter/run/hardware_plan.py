@@ -83,7 +83,7 @@ def plan_recipe(resolved: Resolved, *, name: str) -> RecipePlan:
     resolved = with_directories(resolved, name=name)
     model = recipe_model(resolved)
     resolved = with_limits(resolved, model.config.max_position_embeddings)
-    build = plan_for(model.config, build_options(resolved))
+    build = plan_for(model.config, tensorrt_llm_build_options(resolved))
     accepted, measured, notes = _acceptance(resolved, model)
     limits = build.flags.limits
     latency = estimate_latency(
@@ -190,7 +190,7 @@ def assumptions(resolved: Resolved, max_seq_len: int) -> Assumptions:
     return fill(Assumptions, section, context_len=section.context_len or max(1, max_seq_len // 2))
 
 
-def build_options(resolved: Resolved) -> BuildOptions:
+def tensorrt_llm_build_options(resolved: Resolved) -> BuildOptions:
     """For TensorRT-LLM, whatever backend the recipe names."""
     return complete_build_options(resolved, TENSORRT, tensorrt_llm_options(resolved), overwrite=False)
 

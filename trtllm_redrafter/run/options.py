@@ -155,7 +155,7 @@ def sampling_params(resolved: Resolved, changes: Mapping[str, Any] | None = None
     return fill(SamplingParams, resolved.recipe.run, **(changes or {}))
 
 
-def draft_shape(resolved: Resolved, own: DraftShape | None) -> DraftShape | None:
+def asked_draft_shape(resolved: Resolved, own: DraftShape | None) -> DraftShape | None:
     """What `run.num_beams` and `run.draft_len` ask for, over the engine's own; None: leave it as it is."""
     run = resolved.recipe.run
     if run.num_beams is None and run.draft_len is None:
