@@ -113,3 +113,20 @@ def test_modules_in_the_list_of_packages_exist() -> None:
     for package, owned in re.findall(r"^\| `(\w+)/` \| (.+) \|$", text, re.MULTILINE):
         for name in re.findall(r"`(\w+)`", owned):
             assert f"{PACKAGE}.{package}.{name}" in modules(), (package, name)
+
+
+def test_a_class_name_is_one_class() -> None:
+    """In the whole package, so that a name in a message, a document or a search says which one is meant."""
+    found: dict[str, list[str]] = {}
+    for name, file in modules().items():
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(name)
+    assert not {name: places for name, places in found.items() if len(places) > 1}
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    sources = [file for file in Path(PACKAGE).rglob("*") if file.suffix in (".py", ".cu", ".cuh", ".h", ".cpp")]
+    lengths = {str(file): len(file.read_text().splitlines()) for file in sources}
+    assert len(lengths) > 200
+    assert not {file: length for file, length in lengths.items() if length > 400}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.prompts.test_sampling import WithMinP
+from tests.prompts.test_sampling import WithNewOption
 from trtllm_redrafter.backends.base import EngineInfo, Request, Result, Runner, SamplingParams, Update
 from trtllm_redrafter.backends.requests import SpecDecodingStats
 from trtllm_redrafter.errors import BackendError, InputError, RequestError
@@ -185,7 +185,7 @@ def test_rows_of_earlier_versions_are_still_kept(tmp_path: Path) -> None:
 
 def test_an_option_that_is_off_is_not_in_the_hash() -> None:
     [job] = jobs("a")
-    off, on = (replace(job, sampling=WithMinP(**vars(job.sampling), min_p=value)) for value in (0.0, 0.1))
+    off, on = (replace(job, sampling=WithNewOption(**vars(job.sampling), new_option=value)) for value in (0.0, 0.1))
     assert _request_key(job, "") == _request_key(off, "") != _request_key(on, "")
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from trtllm_redrafter.errors import InputError, RedrafterError, UsageError
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.run.options import build_options, convert_options, draft_shape, require, with_directories
+from trtllm_redrafter.run.options import asked_draft_shape, build_options, convert_options, require, with_directories
 from trtllm_redrafter.settings import (
     Layer,
     Origin,
@@ -201,11 +201,11 @@ def test_rooms_get_every_value() -> None:
 
 def test_draft_shape_over_the_engines_own() -> None:
     own = DraftShape(4, 3)
-    assert draft_shape(full(), own) is None
-    assert draft_shape(full("run.num_beams=2"), own) == DraftShape(2, 3)
-    assert draft_shape(full("run.draft_len=1"), own) == DraftShape(4, 1)
-    assert "no drafter" in message(lambda: draft_shape(full("run.num_beams=2"), None))
-    assert "more than 50" in message(lambda: draft_shape(full("run.num_beams=51"), own))
+    assert asked_draft_shape(full(), own) is None
+    assert asked_draft_shape(full("run.num_beams=2"), own) == DraftShape(2, 3)
+    assert asked_draft_shape(full("run.draft_len=1"), own) == DraftShape(4, 1)
+    assert "no drafter" in message(lambda: asked_draft_shape(full("run.num_beams=2"), None))
+    assert "more than 50" in message(lambda: asked_draft_shape(full("run.num_beams=51"), own))
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

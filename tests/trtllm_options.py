@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.base import BuildOptions
-from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions, TensorRTOptions
+from trtllm_redrafter.backends.tensorrt_llm.options import RuntimeOptions, TensorRTLLMOptions
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.redrafter.config import DrafterConfig, DraftShape
 
@@ -26,9 +26,9 @@ def model_config(architecture: str = "LlamaForCausalLM", *, drafter: bool = True
     return replace(config, **changes)
 
 
-def settings(**changes: Any) -> TensorRTOptions:
+def settings(**changes: Any) -> TensorRTLLMOptions:
     runtime = RuntimeOptions(kv_cache_fraction=0.9, block_reuse=False, multi_block_mode=True)
-    values = TensorRTOptions(
+    values = TensorRTLLMOptions(
         version="1.2.1", gpu="h100-80gb", gemm_plugin=None, max_num_tokens=None, opt_batch_size=None,
         allow_sampling=False, flags={}, workers=1, cache=False, cache_dir=Path("cache"), runtime=runtime,
         origins={"max_batch_size": "flag --max-batch-size"},
@@ -36,7 +36,7 @@ def settings(**changes: Any) -> TensorRTOptions:
     return replace(values, **changes)
 
 
-def options(trt: TensorRTOptions | None = None, **changes: Any) -> BuildOptions:
+def options(trt: TensorRTLLMOptions | None = None, **changes: Any) -> BuildOptions:
     values = BuildOptions(
         checkpoint=Path("checkpoint"), output=Path("engine"), backend="tensorrt-llm", tokenizer=None,
         max_batch_size=8, max_input_len=1024, max_seq_len=2048, overwrite=False, tensorrt_llm=trt or settings(),

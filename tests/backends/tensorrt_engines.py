@@ -23,13 +23,13 @@ from tests.engines import build_options
 from trtllm_redrafter.backends.engine_config import read_engine_config
 from trtllm_redrafter.backends.tensorrt.backend import TensorRTBackend
 from trtllm_redrafter.backends.tensorrt.build import _ELEMENTS, _TYPES
-from trtllm_redrafter.backends.tensorrt.compile_worker import Job, Outcome
+from trtllm_redrafter.backends.tensorrt.compile_worker import CompileJob, CompileOutcome
+from trtllm_redrafter.backends.tensorrt.compilers import CompilerOptions
 from trtllm_redrafter.backends.tensorrt.decoder import Decoder, Programs
 from trtllm_redrafter.backends.tensorrt.engine import network_of, open_engine
 from trtllm_redrafter.backends.tensorrt.execution import make_programs
 from trtllm_redrafter.backends.tensorrt.network import CACHES
 from trtllm_redrafter.backends.tensorrt.networks import Network
-from trtllm_redrafter.backends.tensorrt.options import CompilerOptions
 from trtllm_redrafter.backends.tensorrt.runner import StepRunner
 from trtllm_redrafter.backends.tensorrt.weights import draft_rows, load_inputs
 from trtllm_redrafter.checkpoint.config import read_checkpoint_config
@@ -62,13 +62,15 @@ def build_without_compiler(checkpoint: Path, output: Path, **changes: Any) -> Pa
     dtype = read_checkpoint_config(checkpoint).dtype
     where = "trtllm_redrafter.backends.tensorrt.build."
 
-    def stand_in(job: Job, folder: Path, *, what: str) -> Outcome:
+    def stand_in(job: CompileJob, folder: Path, *, what: str) -> CompileOutcome:
         model = onnx.load(job.model)
         with gzip.open(job.output, "wb") as file:
             file.write(model.SerializeToString())
         sides = [{v.name: _ELEMENTS[v.type.tensor_type.elem_type] for v in side}
                  for side in (model.graph.input, model.graph.output)]  # fmt: skip
-        return Outcome(VERSION, plan_bytes=1, product_types={_TYPES[dtype]: 1}, inputs=sides[0], outputs=sides[1])
+        return CompileOutcome(
+            VERSION, plan_bytes=1, product_types={_TYPES[dtype]: 1}, inputs=sides[0], outputs=sides[1]
+        )
 
     with patch(where + "run_job", stand_in), patch(where + "check_compiler", return_value=VERSION):
         return build(checkpoint, output, **changes)

@@ -31,7 +31,7 @@ from trtllm_redrafter.backends.base import Request, SamplingParams
 from trtllm_redrafter.backends.engine_config import read_engine_config
 from trtllm_redrafter.backends.tensorrt.backend import TensorRTBackend
 from trtllm_redrafter.backends.tensorrt.build import check_outcome, run_job
-from trtllm_redrafter.backends.tensorrt.compile_worker import Job, Outcome
+from trtllm_redrafter.backends.tensorrt.compile_worker import CompileJob, CompileOutcome
 from trtllm_redrafter.backends.tensorrt.compilers import COMPILERS, choose_compiler, import_compiler
 from trtllm_redrafter.backends.tensorrt.execution import read_plan
 from trtllm_redrafter.backends.tensorrt.graph import FLOAT, Graph
@@ -130,10 +130,10 @@ def test_too_little_memory(tmp_path: Path) -> None:
     assert "tensorrt-rtx" in message(BackendError, lambda: run_job(job, tmp_path, what="a network"))
 
 
-def job_for(graph: Graph, folder: Path, *, memory_bytes: int = 8 * 10**9) -> Job:
+def job_for(graph: Graph, folder: Path, *, memory_bytes: int = 8 * 10**9) -> CompileJob:
     onnx.save(graph.model(), str(folder / "network.onnx"))
     places = {name: str(folder / name) for name in ("output", "result")}
-    return Job(
+    return CompileJob(
         compiler="tensorrt-rtx", model=str(folder / "network.onnx"), **places, capability=[8, 9], shapes={},
         memory_bytes=memory_bytes,
     )  # fmt: skip
@@ -148,7 +148,7 @@ def job_for(graph: Graph, folder: Path, *, memory_bytes: int = 8 * 10**9) -> Job
     ],
 )
 def test_a_compiler_that_takes_its_process_down(tmp_path: Path, ending: str, said: str) -> None:
-    job = Job("tensorrt-rtx", "", "", str(tmp_path / "result"), [8, 9], {}, 10**9)
+    job = CompileJob("tensorrt-rtx", "", "", str(tmp_path / "result"), [8, 9], {}, 10**9)
     with patch("trtllm_redrafter.backends.tensorrt.build._COMMAND", ["-c", ending]):
         assert said in message(BackendError, lambda: run_job(job, tmp_path, what="a network"))
 
@@ -157,9 +157,9 @@ def test_what_was_compiled_is_compared_with_what_was_asked() -> None:
     graph = Graph()
     graph.output("y", graph.op("Relu", graph.input("x", FLOAT, [2, 3])), FLOAT, [2, 3])
     good = {"inputs": {"x": "FLOAT"}, "outputs": {"y": "FLOAT"}, "product_types": {"FLOAT": 1}}
-    check_outcome(Outcome(**good), graph.model(), dtype="float32", network="chain-greedy")  # type: ignore[arg-type]
+    check_outcome(CompileOutcome(**good), graph.model(), dtype="float32", network="chain-greedy")  # type: ignore[arg-type]
     for wrong in ({"inputs": {"x": "HALF"}}, {"outputs": {}}, {"product_types": {"FLOAT": 1, "HALF": 1}}):
-        outcome = Outcome(**good | wrong)  # type: ignore[arg-type]
+        outcome = CompileOutcome(**good | wrong)  # type: ignore[arg-type]
         with pytest.raises(BackendError, match="compiled to something else"):
             check_outcome(outcome, graph.model(), dtype="float32", network="chain-greedy")
 

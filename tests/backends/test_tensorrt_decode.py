@@ -24,9 +24,11 @@ from tests.conversion.fp8 import quantize_fp8
 from tests.decisive_models import write_decisive_checkpoint
 from tests.engines import build_engine, convert_pair, write_checkpoint, write_tokenizer
 from tests.engines import load as load_torch
+from tests.prompts.test_sampling import WithNewOption
 from tests.tiny_models import FAMILIES, LLAMA3_ROPE, write_base, write_tied_drafter
 from trtllm_redrafter.backends.base import Request, Result, Runner, SamplingParams
 from trtllm_redrafter.backends.tensorrt.backend import TensorRTBackend
+from trtllm_redrafter.errors import RequestError
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.verify import gate
 from trtllm_redrafter.verify.reference import ReferenceLogits, reference_logits
@@ -221,3 +223,11 @@ def test_the_parity_gate_takes_it_by_the_models_own_rules(
     report = gate.parity_gate(gate.GateRequest(engine, checkpoint, ("a b", "c"), 12, None, "cpu"))
     assert asked == [None] and not report.sampled
     assert report.ok, report.render()
+
+
+def test_an_option_that_the_networks_do_not_know_is_refused(tmp_path: Path) -> None:
+    """One that is added to the list of options has to be added to the networks, not ignored by them."""
+    runner = load(build_without_compiler(write_checkpoint(tmp_path), tmp_path / "steps"))
+    with pytest.raises(RequestError, match=r"new_option is 0\.1"):
+        runner.submit(Request((5,), WithNewOption(3, new_option=0.1)))
+    assert not runner.has_work and len(runner.generate([Request((5,), WithNewOption(3))])[0].token_ids) == 3

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.prompts.test_sampling import WithMinP
+from tests.prompts.test_sampling import WithNewOption
 from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Result, SamplingParams, Update
 from trtllm_redrafter.backends.tensorrt_llm import runner as runner_module
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
@@ -199,10 +199,10 @@ def test_sampling_is_asked_for_in_so_many_words() -> None:
 
 def test_an_option_that_nobody_passes_on_is_refused() -> None:
     """One that is added to `SamplingParams` and not here must not change nothing in silence."""
-    asked = Request((5,), WithMinP(max_tokens=3, temperature=0.7, min_p=0.1))
+    asked = Request((5,), WithNewOption(max_tokens=3, temperature=0.7, new_option=0.1))
     for shape, why in ((None, "not passed on"), (DraftShape(2, 2), "ReDrafter decoder ignores it")):
         info = replace(make(Script(), None).info, draft_shape=shape)
         [problem] = request_problems(asked, info, greedy=False, has_tokenizer=True)
-        assert problem.what == "min_p is 0.1" and why in str(problem.why)
-        off = replace(asked, sampling=replace(asked.sampling, min_p=0.0))
+        assert problem.what == "new_option is 0.1" and why in str(problem.why)
+        off = replace(asked, sampling=replace(asked.sampling, new_option=0.0))
         assert not request_problems(off, info, greedy=False, has_tokenizer=True)

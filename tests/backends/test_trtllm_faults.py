@@ -18,7 +18,7 @@ from tests.backends.trtllm_engines import VOCAB, build, expected, run
 from tests.standins.host import GPU_LINE, Host, make_host
 from trtllm_redrafter.backends.base import FinishReason, Runner
 from trtllm_redrafter.backends.tensorrt_llm import child, remote_client
-from trtllm_redrafter.backends.tensorrt_llm.backend import TensorRTBackend
+from trtllm_redrafter.backends.tensorrt_llm.backend import TensorRTLLMBackend
 from trtllm_redrafter.backends.tensorrt_llm.child import run_logged
 from trtllm_redrafter.backends.tensorrt_llm.failures import build_error
 from trtllm_redrafter.backends.tensorrt_llm.remote_client import RemoteClient
@@ -35,7 +35,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 
 
 def load(engine: Path, api: str | None = None) -> Runner:
-    return TensorRTBackend().load(engine, device="auto", verify_hashes=False, draft_shape=None, api=api)
+    return TensorRTLLMBackend().load(engine, device="auto", verify_hashes=False, draft_shape=None, api=api)
 
 
 def pids(folder: Path) -> list[int]:

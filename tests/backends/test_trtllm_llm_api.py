@@ -20,14 +20,14 @@ from tests.engines import build_engine, write_checkpoint, write_tokenizer
 from tests.standins.host import CONTRACT, GPU_LINE, Host
 from tests.trtllm_options import settings
 from trtllm_redrafter.backends.base import FinishReason, Request, Result, Runner, SamplingParams
-from trtllm_redrafter.backends.tensorrt_llm.backend import TensorRTBackend
+from trtllm_redrafter.backends.tensorrt_llm.backend import TensorRTLLMBackend
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest, Event
 from trtllm_redrafter.backends.tensorrt_llm.options import Api, RuntimeOptions
 from trtllm_redrafter.backends.tensorrt_llm.remote_client import worker_command, worker_environment
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.errors import BackendError, UsageError
 from trtllm_redrafter.fsio import read_json, write_json
-from trtllm_redrafter.run.options import tensorrt_options
+from trtllm_redrafter.run.options import tensorrt_llm_options
 from trtllm_redrafter.run.session import open_runner
 from trtllm_redrafter.settings.layers import Layer, Origin, resolve
 from trtllm_redrafter.verify.inspect import inspect
@@ -37,7 +37,7 @@ SLURM = {"SLURM_JOB_ID": "7"}
 
 
 def load(engine: Path, api: Api | None = "llm", device: str = "auto") -> Runner:
-    return TensorRTBackend().load(engine, device=device, verify_hashes=False, draft_shape=None, api=api)
+    return TensorRTLLMBackend().load(engine, device=device, verify_hashes=False, draft_shape=None, api=api)
 
 
 def timeless(results: list[Result]) -> list[dict[str, Any]]:
@@ -173,7 +173,7 @@ def test_settings_reach_the_api(host: Host, checkpoints: Path, tmp_path: Path, m
     load(engine, None, "cuda:1").close()
     seen = read_json(tmp_path / "seen.json")
     assert seen["kv"] == {"enable_block_reuse": True, "free_gpu_memory_fraction": 0.5, "max_tokens": None}
-    TensorRTBackend().load(
+    TensorRTLLMBackend().load(
         engine, device="auto", verify_hashes=False, draft_shape=None, api="llm", kv_cache_tokens=4096
     ).close()
     assert read_json(tmp_path / "seen.json")["kv"]["max_tokens"] == 4096
@@ -189,8 +189,8 @@ def test_settings_reach_the_api(host: Host, checkpoints: Path, tmp_path: Path, m
 
 def test_the_recipe_chooses_and_the_engine_keeps_it(host: Host, checkpoints: Path, tmp_path: Path) -> None:
     resolved = resolve([Layer(Origin("file", "recipe.yaml"), {"tensorrt_llm": {"api": "llm"}})])
-    assert tensorrt_options(resolved).runtime.api == "llm"
-    assert tensorrt_options(resolve([])).runtime.api == "executor"
+    assert tensorrt_llm_options(resolved).runtime.api == "llm"
+    assert tensorrt_llm_options(resolve([])).runtime.api == "executor"
     engine = build(checkpoints, tmp_path, runtime=RUNTIME)
     assert read_json(engine / "redrafter.json")["runtime"]["api"] == "llm"
     found = {}

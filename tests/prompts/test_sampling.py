@@ -14,8 +14,8 @@ from trtllm_redrafter.settings.schema import RunSection
 
 
 @dataclass(frozen=True)
-class WithMinP(SamplingParams):
-    min_p: float = 0.0
+class WithNewOption(SamplingParams):
+    new_option: float = 0.0
 
 
 def test_every_option_can_be_given() -> None:

@@ -16,9 +16,9 @@ def _torch() -> Backend:
 
 
 def _tensorrt_llm() -> Backend:
-    from trtllm_redrafter.backends.tensorrt_llm.backend import TensorRTBackend
+    from trtllm_redrafter.backends.tensorrt_llm.backend import TensorRTLLMBackend
 
-    return TensorRTBackend()
+    return TensorRTLLMBackend()
 
 
 def _tensorrt() -> Backend:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trtllm_redrafter.backends.engine_config import EngineConfig
-    from trtllm_redrafter.backends.tensorrt.options import CompilerOptions
-    from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
+    from trtllm_redrafter.backends.tensorrt.compilers import CompilerOptions
+    from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTLLMOptions
     from trtllm_redrafter.backends.tokenizer import EngineTokenizer
     from trtllm_redrafter.redrafter.beam_search import Beams
 
@@ -214,7 +214,7 @@ class BuildOptions:
     max_input_len: int
     max_seq_len: int
     overwrite: bool
-    tensorrt_llm: TensorRTOptions | None = None
+    tensorrt_llm: TensorRTLLMOptions | None = None
     """Set for that backend only."""
     tensorrt: CompilerOptions | None = None
     """The same."""

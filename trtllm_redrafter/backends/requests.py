@@ -6,7 +6,8 @@ Request(token_ids, SamplingParams(max_tokens=64))  ->  Update, Update, ... , the
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,14 @@ class EngineInfo:
     max_seq_len: int
     draft_shape: DraftShape | None
     """None: no drafter; the engine decodes autoregressively."""
+
+
+def ignored_options(sampling: SamplingParams, supported: Sequence[str], why: str) -> list[Problem]:
+    """A problem for each option that is set and would have no effect."""
+    options = [option for option in fields(sampling) if option.name not in supported]
+    values = {option.name: getattr(sampling, option.name) for option in options}
+    given = [option.name for option in options if values[option.name] != option.default]
+    return [Problem(f"{name} is {values[name]}", None, why, "leave it out") for name in given]
 
 
 def limit_problems(request: Request, info: EngineInfo, *, has_tokenizer: bool) -> list[Problem]:

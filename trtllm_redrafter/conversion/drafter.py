@@ -29,7 +29,7 @@ from trtllm_redrafter.checkpoint.names import DRAFT_VOCAB_FILE, DRAFTER, LM_HEAD
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
 from trtllm_redrafter.checkpoint.stored_tensor import STORED_DTYPES
 from trtllm_redrafter.conversion.drafter_config import DrafterSettings, read_drafter_config
-from trtllm_redrafter.conversion.sources import LoadedTensor, LowRankHead, Source
+from trtllm_redrafter.conversion.sources import LoadedTensor, LowRankSource, Source
 from trtllm_redrafter.errors import InputError, Problem
 from trtllm_redrafter.paths import check_regular
 from trtllm_redrafter.redrafter.config import DrafterConfig
@@ -176,7 +176,7 @@ class DrafterFiles(DrafterSettings):
         sources: dict[str, tuple[Source, ...]] = {name: (tensor,) for name, tensor in self.tensors.items()}
         if self.tie_lm_head:
             assert head
-            sources[LM_HEAD] = head if self.factor is None else (LowRankHead(head, self.factor),)
+            sources[LM_HEAD] = head if self.factor is None else (LowRankSource(head, self.factor),)
         return sources
 
 

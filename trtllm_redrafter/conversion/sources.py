@@ -30,7 +30,7 @@ from trtllm_redrafter.checkpoint.stored_tensor import STORED_DTYPES, TORCH_DTYPE
 from trtllm_redrafter.errors import InputError, MismatchError
 
 FOLD_ROWS = 1024
-"""Rows of one multiplication in `LowRankHead`; a fixed grid, so that every split over ranks gives the same bits."""
+"""Rows of one multiplication in `LowRankSource`; a fixed grid, so that every split over ranks gives the same bits."""
 
 BLOCK_BYTES = 2 * 2**20
 """Size of a computed block: large enough to hide Python, small enough that memory stays flat."""
@@ -78,7 +78,7 @@ class LoadedTensor:
 
 
 @dataclass(frozen=True)
-class LowRankHead:
+class LowRankSource:
     """The drafter's LM head written as base head [V, H] times factor [H, E], multiplied out in float32."""
 
     head: tuple[Source, ...]

@@ -13,7 +13,14 @@ from trtllm_redrafter.errors import InputError
 from trtllm_redrafter.fsio import read_json
 from trtllm_redrafter.planning.gpus import gpu
 from trtllm_redrafter.redrafter.config import DraftShape
-from trtllm_redrafter.run.options import draft_shape, grid_for, require, tensorrt_options, with_directories, with_limits
+from trtllm_redrafter.run.options import (
+    asked_draft_shape,
+    grid_for,
+    require,
+    tensorrt_llm_options,
+    with_directories,
+    with_limits,
+)
 from trtllm_redrafter.settings.layers import Layer, Origin, Resolved, nest
 from trtllm_redrafter.settings.sources import PRESET_KEY, file_layers
 
@@ -54,7 +61,7 @@ def bench_options(
         engine=engine,
         baseline=baseline,
         device=torch_device(resolved.recipe.run.device),
-        draft_shape=draft_shape(resolved, read_engine_config(engine).draft_shape),
+        draft_shape=asked_draft_shape(resolved, read_engine_config(engine).draft_shape),
         settings=resolved.recipe.bench,
         overwrite=overwrite,
         command=command,
@@ -110,7 +117,7 @@ def _roof(resolved: Resolved, name: str, target: str) -> Roof:
     from trtllm_redrafter.backends.tensorrt_llm.flag_plan import plan_flags
     from trtllm_redrafter.benchmark.tuning import EngineSize, Roof
     from trtllm_redrafter.planning.memory import estimate_memory
-    from trtllm_redrafter.run.hardware_plan import assumptions, build_options, recipe_model
+    from trtllm_redrafter.run.hardware_plan import assumptions, recipe_model, tensorrt_llm_build_options
 
     row = gpu(target)
     resolved = with_directories(resolved, name=name)
@@ -118,7 +125,7 @@ def _roof(resolved: Resolved, name: str, target: str) -> Roof:
     resolved = with_limits(resolved, config.max_position_embeddings)
     assert resolved.recipe.build.max_seq_len is not None
     assumed = assumptions(resolved, resolved.recipe.build.max_seq_len)
-    options, settings = build_options(resolved), tensorrt_options(resolved)
+    options, settings = tensorrt_llm_build_options(resolved), tensorrt_llm_options(resolved)
 
     def size_of(shape: DraftShape, batch: int) -> EngineSize:
         model = replace(config, draft_shape=shape)

@@ -13,7 +13,7 @@ from typing import Any
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.engine_config import TENSORRT, TENSORRT_STEPS
 from trtllm_redrafter.backends.tensorrt.compilers import choose_compiler, compile_bytes
-from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan, plan_for
+from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTLLMBuildPlan, plan_for
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import DRAFTER_WEIGHTS
@@ -27,7 +27,7 @@ from trtllm_redrafter.planning.model import PlannedModel, checkpoint_model, plan
 from trtllm_redrafter.run.options import (
     complete_build_options,
     convert_options,
-    tensorrt_options,
+    tensorrt_llm_options,
     with_directories,
     with_limits,
 )
@@ -44,7 +44,7 @@ class RecipePlan:
 
     resolved: Resolved
     model: PlannedModel
-    build: TensorRTPlan
+    build: TensorRTLLMBuildPlan
     latency: LatencyEstimate
     acceptance: MeasuredAcceptance | None
     """Where the latency plan's acceptance length was read from; None where a number or nothing was given."""
@@ -83,7 +83,7 @@ def plan_recipe(resolved: Resolved, *, name: str) -> RecipePlan:
     resolved = with_directories(resolved, name=name)
     model = recipe_model(resolved)
     resolved = with_limits(resolved, model.config.max_position_embeddings)
-    build = plan_for(model.config, build_options(resolved))
+    build = plan_for(model.config, tensorrt_llm_build_options(resolved))
     accepted, measured, notes = _acceptance(resolved, model)
     limits = build.flags.limits
     latency = estimate_latency(
@@ -190,9 +190,9 @@ def assumptions(resolved: Resolved, max_seq_len: int) -> Assumptions:
     return fill(Assumptions, section, context_len=section.context_len or max(1, max_seq_len // 2))
 
 
-def build_options(resolved: Resolved) -> BuildOptions:
+def tensorrt_llm_build_options(resolved: Resolved) -> BuildOptions:
     """For TensorRT-LLM, whatever backend the recipe names."""
-    return complete_build_options(resolved, TENSORRT, tensorrt_options(resolved), overwrite=False)
+    return complete_build_options(resolved, TENSORRT, tensorrt_llm_options(resolved), overwrite=False)
 
 
 def machine_needs(resolved: Resolved, *, name: str) -> Needs:

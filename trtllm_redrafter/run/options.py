@@ -21,8 +21,8 @@ from trtllm_redrafter.settings.values import fill, parse_grid
 
 if TYPE_CHECKING:
     from trtllm_redrafter.backends.base import BuildOptions, SamplingParams
-    from trtllm_redrafter.backends.tensorrt.options import CompilerOptions
-    from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
+    from trtllm_redrafter.backends.tensorrt.compilers import CompilerOptions
+    from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTLLMOptions
     from trtllm_redrafter.conversion.options import ConvertOptions
     from trtllm_redrafter.training import EvaluateOptions, TrainOptions
 
@@ -94,20 +94,20 @@ def build_options(resolved: Resolved, *, overwrite: bool) -> BuildOptions:
     recipe = limited.recipe
     assert recipe.checkpoint is not None and recipe.engine is not None
     _keep_apart(recipe.engine, {"checkpoint": recipe.checkpoint, "tokenizer": recipe.build.tokenizer})
-    settings = tensorrt_options(resolved) if recipe.backend == "tensorrt-llm" else None
+    settings = tensorrt_llm_options(resolved) if recipe.backend == "tensorrt-llm" else None
     options = complete_build_options(limited, recipe.backend, settings, overwrite=overwrite)
     return replace(options, tensorrt=compiler_options(resolved)) if recipe.backend == "tensorrt" else options
 
 
 def compiler_options(resolved: Resolved) -> CompilerOptions:
     """The `tensorrt` section, for the GPU that the recipe plans for."""
-    from trtllm_redrafter.backends.tensorrt.options import CompilerOptions
+    from trtllm_redrafter.backends.tensorrt.compilers import CompilerOptions
 
     return fill(CompilerOptions, resolved.recipe.tensorrt, gpu=resolved.recipe.tensorrt_llm.gpu)
 
 
 def complete_build_options(
-    resolved: Resolved, backend: str, settings: TensorRTOptions | None, *, overwrite: bool
+    resolved: Resolved, backend: str, settings: TensorRTLLMOptions | None, *, overwrite: bool
 ) -> BuildOptions:
     """Build options of a recipe whose directories and lengths are all known, given or derived."""
     from trtllm_redrafter.backends.base import BuildOptions
@@ -127,15 +127,15 @@ def complete_build_options(
     )
 
 
-def tensorrt_options(resolved: Resolved) -> TensorRTOptions:
+def tensorrt_llm_options(resolved: Resolved) -> TensorRTLLMOptions:
     """The `tensorrt_llm` section, with the origin of every value its plan shows."""
-    from trtllm_redrafter.backends.tensorrt_llm.options import APIS, RuntimeOptions, TensorRTOptions
+    from trtllm_redrafter.backends.tensorrt_llm.options import APIS, RuntimeOptions, TensorRTLLMOptions
 
     section = resolved.recipe.tensorrt_llm
     origins = {key.rpartition(".")[2]: origin.render() for key, origin in resolved.origins.items()
                if key.startswith(("build.", "tensorrt_llm."))}  # fmt: skip
     runtime = fill(RuntimeOptions, section, api=section.api or APIS[0])
-    return fill(TensorRTOptions, section, runtime=runtime, origins=origins)
+    return fill(TensorRTLLMOptions, section, runtime=runtime, origins=origins)
 
 
 def with_checkpoint_limits(resolved: Resolved) -> Resolved:
@@ -155,7 +155,7 @@ def sampling_params(resolved: Resolved, changes: Mapping[str, Any] | None = None
     return fill(SamplingParams, resolved.recipe.run, **(changes or {}))
 
 
-def draft_shape(resolved: Resolved, own: DraftShape | None) -> DraftShape | None:
+def asked_draft_shape(resolved: Resolved, own: DraftShape | None) -> DraftShape | None:
     """What `run.num_beams` and `run.draft_len` ask for, over the engine's own; None: leave it as it is."""
     run = resolved.recipe.run
     if run.num_beams is None and run.draft_len is None:

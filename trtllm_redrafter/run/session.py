@@ -18,7 +18,7 @@ from trtllm_redrafter.errors import InputError, RedrafterError, RequestError, Us
 from trtllm_redrafter.prompts.messages import Prompt
 from trtllm_redrafter.redrafter.config import DraftShape
 from trtllm_redrafter.run.jobs import Job
-from trtllm_redrafter.run.options import draft_shape, require, sampling_params
+from trtllm_redrafter.run.options import asked_draft_shape, require, sampling_params
 from trtllm_redrafter.settings.layers import Resolved
 
 
@@ -36,7 +36,7 @@ def open_runner(resolved: Resolved, *, verify_hashes: bool) -> Runner:
             why=f"{resolved.recipe.backend} was asked for ({resolved.origins['backend'].render()})",
             remedy=f"use --backend {backend}, or build an engine for {resolved.recipe.backend}",
         )
-    shape = draft_shape(resolved, config.draft_shape)
+    shape = asked_draft_shape(resolved, config.draft_shape)
     if shape is not None:
         _check_horizon(engine, shape)
     device = torch_device(run.device) if backend == TORCH else run.device  # a TensorRT engine finds its GPUs itself

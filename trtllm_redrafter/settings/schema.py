@@ -103,7 +103,7 @@ class RunSection(Section):
     device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
 
 
-class TensorRTSection(Section):
+class TensorRTLLMSection(Section):
     """Settings of the tensorrt-llm backend only, for building and running."""
 
     version: Text = Field(default="1.2.1", description="TensorRT-LLM release that will build and run the engine")
@@ -325,7 +325,7 @@ class Recipe(Section):
     convert: ConvertSection = ConvertSection()
     build: BuildSection = BuildSection()
     run: RunSection = RunSection()
-    tensorrt_llm: TensorRTSection = TensorRTSection()
+    tensorrt_llm: TensorRTLLMSection = TensorRTLLMSection()
     tensorrt: CompilerSection = CompilerSection()
     plan: PlanSection = PlanSection()
     train: TrainSection = TrainSection()

@@ -12,7 +12,7 @@ from trtllm_redrafter.backends.engine_config import TENSORRT_STEPS, EngineConfig
 from trtllm_redrafter.backends.tensorrt.build import build_engine
 from trtllm_redrafter.backends.tensorrt.build_plan import TensorRTBuildPlan, plan_build
 from trtllm_redrafter.backends.tensorrt.decoder import Decoder, Program, Programs
-from trtllm_redrafter.backends.tensorrt.engine import Engine, network_of, open_engine
+from trtllm_redrafter.backends.tensorrt.engine import CompiledEngine, network_of, open_engine
 from trtllm_redrafter.backends.tensorrt.execution import make_programs
 from trtllm_redrafter.backends.tensorrt.networks import Network
 from trtllm_redrafter.backends.tensorrt.ort import OnnxProgram, onnxruntime
@@ -95,7 +95,7 @@ def _onnx_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _onnx_programs(engine: Engine, device: torch.device) -> Callable[[bool, bool], Program]:
+def _onnx_programs(engine: CompiledEngine, device: torch.device) -> Callable[[bool, bool], Program]:
     rows = draft_rows(engine.checkpoint, engine.sizes.draft_rows or 0)
     weights: dict[str, torch.Tensor] = {}
 

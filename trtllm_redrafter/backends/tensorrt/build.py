@@ -25,7 +25,7 @@ import onnx
 import torch
 
 from trtllm_redrafter.backends.tensorrt.build_plan import TensorRTBuildPlan, check_compiler, checkpoint_files
-from trtllm_redrafter.backends.tensorrt.compile_worker import Job, Outcome
+from trtllm_redrafter.backends.tensorrt.compile_worker import CompileJob, CompileOutcome
 from trtllm_redrafter.backends.tensorrt.inside import WeightFile
 from trtllm_redrafter.backends.tensorrt.networks import Network, make_network, network_sha256, profile
 from trtllm_redrafter.backends.tensorrt.weights import draft_rows, load_inputs
@@ -101,7 +101,7 @@ def _compile(
     fixed = plan.compiler.capabilities is None
     (folder / "result.json").unlink(missing_ok=True)
     onnx.save(given, str(folder / "network.onnx"))
-    job = Job(
+    job = CompileJob(
         compiler=plan.compiler.name,
         model=str(folder / "network.onnx"),
         output=str(work / (network.name + PLAN_SUFFIX)),
@@ -123,7 +123,7 @@ def _compile(
     }
 
 
-def run_job(job: Job, folder: Path, *, what: str) -> Outcome:
+def run_job(job: CompileJob, folder: Path, *, what: str) -> CompileOutcome:
     """Run a compiler in its own process; `BackendError` says what it refused, or how it ended."""
     (folder / "job.json").write_text(json.dumps(asdict(job)))
     command = [sys.executable, *_COMMAND, str(folder / "job.json")]
@@ -141,7 +141,7 @@ def run_job(job: Job, folder: Path, *, what: str) -> Outcome:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         why = f"its process ended with {how}: {done.stderr.strip()[-400:]}"
         raise BackendError(f"{job.compiler} crashed while compiling {what}", why=why, remedy=remedy)
-    outcome = Outcome(**json.loads(Path(job.result).read_text()))
+    outcome = CompileOutcome(**json.loads(Path(job.result).read_text()))
     if outcome.unsupported:
         operators = ", ".join(outcome.unsupported)
         raise BackendError(
@@ -155,7 +155,7 @@ def run_job(job: Job, folder: Path, *, what: str) -> Outcome:
     return outcome
 
 
-def check_outcome(outcome: Outcome, model: onnx.ModelProto, *, dtype: str, network: str) -> None:
+def check_outcome(outcome: CompileOutcome, model: onnx.ModelProto, *, dtype: str, network: str) -> None:
     """Is what was compiled what was asked for? Names and types of inputs and outputs, and of matrix products."""
     asked = [
         {value.name: _ELEMENTS[value.type.tensor_type.elem_type] for value in side}

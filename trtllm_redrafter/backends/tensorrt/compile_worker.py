@@ -1,7 +1,8 @@
 """Compile one network in a process of its own: python -m trtllm_redrafter.backends.tensorrt.compile_worker JOB.json
 
 A compiler keeps memory until its process ends, and can take the process down with it. The job file says what to do
-(`Job`); what came of it is written to the job's `result` file (`Outcome`), and the plan, compressed, to `output`.
+(`CompileJob`); what came of it is written to the job's `result` file (`CompileOutcome`), and the plan, compressed, to
+`output`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _MAX_ERRORS = 4
 
 
 @dataclass(frozen=True)
-class Job:
+class CompileJob:
     """What to compile. `capability`: None, that of the GPU in this machine."""
 
     compiler: str
@@ -40,7 +41,7 @@ class Job:
 
 
 @dataclass
-class Outcome:
+class CompileOutcome:
     """What came of a job. Without `plan_bytes`, `errors` say why."""
 
     version: str = ""
@@ -59,10 +60,10 @@ class Outcome:
     outputs: dict[str, str] = field(default_factory=dict)
 
 
-def compile_network(job: Job) -> Outcome:
+def compile_network(job: CompileJob) -> CompileOutcome:
     """Parse, examine, compile, write."""
     trt = import_compiler(COMPILERS[job.compiler])
-    outcome, start = Outcome(version=trt.__version__), time.perf_counter()
+    outcome, start = CompileOutcome(version=trt.__version__), time.perf_counter()
     logger = _logger(trt, outcome)
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
@@ -98,7 +99,7 @@ def _network_flags(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _config(trt: Any, builder: Any, job: Job) -> Any:
+def _config(trt: Any, builder: Any, job: CompileJob) -> Any:
     config = builder.create_builder_config()
     if job.capability is not None:
         major, minor = job.capability
@@ -111,7 +112,7 @@ def _config(trt: Any, builder: Any, job: Job) -> Any:
     return config
 
 
-def _examine(network: Any, outcome: Outcome) -> None:
+def _examine(network: Any, outcome: CompileOutcome) -> None:
     """Note what the network is made of, as the compiler understood it."""
     kinds: Counter[str] = Counter()
     products: Counter[str] = Counter()
@@ -125,7 +126,7 @@ def _examine(network: Any, outcome: Outcome) -> None:
     outcome.outputs = {t.name: t.dtype.name for t in map(network.get_output, range(network.num_outputs))}
 
 
-def _logger(trt: Any, outcome: Outcome) -> Any:
+def _logger(trt: Any, outcome: CompileOutcome) -> Any:
     """Collects the first errors instead of printing all of them."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
@@ -140,14 +141,14 @@ def _logger(trt: Any, outcome: Outcome) -> Any:
 
 
 def main(path: str) -> int:
-    job = Job(**json.loads(Path(path).read_text()))
+    job = CompileJob(**json.loads(Path(path).read_text()))
     resource.setrlimit(resource.RLIMIT_AS, (job.memory_bytes, job.memory_bytes))
     try:
         outcome = compile_network(job)
     except MemoryError:
-        outcome = Outcome(errors=["out of memory"])
+        outcome = CompileOutcome(errors=["out of memory"])
     except RedrafterError as error:
-        outcome = Outcome(errors=[error.render()])
+        outcome = CompileOutcome(errors=[error.render()])
     Path(job.result).write_text(json.dumps(asdict(outcome)))
     return 0
 

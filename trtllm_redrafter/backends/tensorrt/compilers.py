@@ -19,6 +19,16 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
+class CompilerOptions:
+    """What only this backend takes. `gpu`: a row of `planning.gpus`; `compiler`: one of `COMPILERS`, or "auto"."""
+
+    gpu: str
+    compiler: str
+    weights: str = "inputs"
+    """`inputs`: they stay in the checkpoint; `inside`: each plan holds them."""
+
+
+@dataclass(frozen=True)
 class Compiler:
     """One compiler. `capabilities`: compute capabilities it compiles for; None: that of the GPU in this machine."""
 

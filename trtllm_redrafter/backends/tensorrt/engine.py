@@ -56,7 +56,7 @@ class EngineFile(Schema):
 
 
 @dataclass(frozen=True)
-class Engine:
+class CompiledEngine:
     """An engine directory, read and checked."""
 
     config: EngineConfig
@@ -65,7 +65,9 @@ class Engine:
     sizes: Sizes
 
 
-def open_engine(config: EngineConfig, asked: DraftShape | None, verify_hashes: bool, *, shape_is_free: bool) -> Engine:
+def open_engine(
+    config: EngineConfig, asked: DraftShape | None, verify_hashes: bool, *, shape_is_free: bool
+) -> CompiledEngine:
     path = config.path
     what, remedy = "the engine's config.json is not usable", "build the engine again"
     where = path / "config.json"
@@ -86,7 +88,7 @@ def open_engine(config: EngineConfig, asked: DraftShape | None, verify_hashes: b
             remedy="leave --num-beams and --draft-len out, or convert with others and build again",
         )
     sizes = engine_sizes(checkpoint, asked or own, max_seq_len=config.limits.max_seq_len, head_rows=config.head_rows)
-    return Engine(config, file, checkpoint, sizes)
+    return CompiledEngine(config, file, checkpoint, sizes)
 
 
 def _checkpoint_of(engine: Path, file: EngineFile, verify_hashes: bool) -> Path:
@@ -116,7 +118,7 @@ def _checkpoint_of(engine: Path, file: EngineFile, verify_hashes: bool) -> Path:
     return place
 
 
-def network_of(engine: Engine, network: Network) -> onnx.ModelProto:
+def network_of(engine: CompiledEngine, network: Network) -> onnx.ModelProto:
     """The network that was compiled; `BackendError` when this version makes another one of the same checkpoint."""
     model = make_network(engine.sizes, network)
     compiled = engine.file.networks.get(network.name)

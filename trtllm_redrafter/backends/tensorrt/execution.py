@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +21,8 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.backends.tensorrt.compilers import COMPILERS, capability_text, import_compiler
-from trtllm_redrafter.backends.tensorrt.decoder import Program
-from trtllm_redrafter.backends.tensorrt.engine import Engine, network_of
+from trtllm_redrafter.backends.tensorrt.decoder import Choices, Program
+from trtllm_redrafter.backends.tensorrt.engine import CompiledEngine, network_of
 from trtllm_redrafter.backends.tensorrt.network import CACHES
 from trtllm_redrafter.backends.tensorrt.networks import Network
 from trtllm_redrafter.backends.tensorrt.weights import draft_rows, load_inputs
@@ -143,7 +144,7 @@ class PlanProgram:
 
 
 def make_programs(
-    engine: Engine, device: torch.device, *, trt: Any = None, launcher: Launcher | None = None
+    engine: CompiledEngine, device: torch.device, *, trt: Any = None, launcher: Launcher | None = None
 ) -> Callable[[bool, bool], Program]:
     """Programs from an engine's plans; `BackendError` says why this machine cannot run them.
 
@@ -183,7 +184,7 @@ def make_programs(
     return make
 
 
-GIVEN = frozenset(("tokens", "active", "drafted", "temperature", "top_k", "top_p", "uniforms"))
+GIVEN = frozenset(("tokens", "active", "drafted", *(field.name for field in fields(Choices))))
 """Inputs that a pass brings along; all others stay where they are."""
 
 
@@ -195,7 +196,7 @@ def read_plan(path: Path) -> bytes:
         raise InputError("the plan is damaged", where=path, why=str(error), remedy="build the engine again") from error
 
 
-def _check_version(engine: Engine, version: str) -> None:
+def _check_version(engine: CompiledEngine, version: str) -> None:
     built = engine.file.compiler
     if version != built.version:
         raise BackendError(
@@ -206,7 +207,7 @@ def _check_version(engine: Engine, version: str) -> None:
         )
 
 
-def _check_card(engine: Engine, device: torch.device) -> None:
+def _check_card(engine: CompiledEngine, device: torch.device) -> None:
     file = engine.file
     remedy = "run with --executor onnxruntime, or on a host with that GPU"
     if not torch.cuda.is_available():

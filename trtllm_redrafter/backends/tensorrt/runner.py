@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Result, Runner, Update
-from trtllm_redrafter.backends.requests import limit_problems
+from trtllm_redrafter.backends.requests import ignored_options, limit_problems
 from trtllm_redrafter.backends.running import RunningRequest
 from trtllm_redrafter.backends.tensorrt.decoder import Choices, Decoder, Report
 from trtllm_redrafter.backends.text import TextStream
@@ -23,6 +23,11 @@ from trtllm_redrafter.backends.tokenizer import EngineTokenizer
 from trtllm_redrafter.errors import Problem, RequestError, not_finite, raise_together
 from trtllm_redrafter.memory import memory_for
 from trtllm_redrafter.redrafter.sampling import fresh_seed, uniform
+
+_SUPPORTED = (
+    "max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "ignore_eos", "stop_token_ids", "skip_special_tokens"
+)  # fmt: skip
+"""Options that the networks compute or the host applies. All others, new ones included, are refused."""
 
 
 @dataclass(eq=False)
@@ -63,6 +68,7 @@ class StepRunner(Runner):
     def submit(self, request: Request) -> str:
         request_id = request.request_id or f"request-{next(self._numbers)}"
         problems = limit_problems(request, self.info, has_tokenizer=self._tokenizer is not None)
+        problems += ignored_options(request.sampling, _SUPPORTED, "the engine's networks do not compute it")
         if any(s.result.request_id == request_id for s in (*self._waiting, *self._active)):
             problems.append(Problem(f"the id {request_id!r} is in use", remedy="give each request its own id"))
         raise_together(RequestError, problems, "the request cannot run", where=request_id)

@@ -12,7 +12,7 @@ from typing import cast
 
 from trtllm_redrafter.backends.base import BuildOptions, BuildPlan, EngineInfo
 from trtllm_redrafter.backends.engine_config import TENSORRT, EngineConfig
-from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan, plan_build
+from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTLLMBuildPlan, plan_build
 from trtllm_redrafter.backends.tensorrt_llm.client import EngineClient
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import EngineDirectory, read_engine
 from trtllm_redrafter.backends.tensorrt_llm.executor_client import ExecutorClient
@@ -27,12 +27,12 @@ from trtllm_redrafter.progress import Progress
 from trtllm_redrafter.redrafter.config import DraftShape
 
 
-class TensorRTBackend:
+class TensorRTLLMBackend:
     """Builds with `trtllm-build` in a child process, runs through the executor's Python bindings or the LLM API."""
 
     name = TENSORRT
 
-    def plan(self, options: BuildOptions) -> TensorRTPlan:
+    def plan(self, options: BuildOptions) -> TensorRTLLMBuildPlan:
         """Flags, memory, warnings; every refusal at once. Needs neither TensorRT-LLM nor a GPU."""
         return plan_build(options)
 
@@ -40,7 +40,7 @@ class TensorRTBackend:
         """Build the engine directory; it appears complete or not at all."""
         from trtllm_redrafter.backends.tensorrt_llm.builder import build_engine  # imports torch
 
-        assert isinstance(plan, TensorRTPlan)
+        assert isinstance(plan, TensorRTLLMBuildPlan)
         return build_engine(plan, progress, on_complete=on_complete)
 
     def load(

@@ -13,7 +13,7 @@ from typing import Any
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.engine_config import TENSORRT
 from trtllm_redrafter.backends.tensorrt_llm.flag_plan import FlagPlan, plan_flags
-from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTOptions
+from trtllm_redrafter.backends.tensorrt_llm.options import TensorRTLLMOptions
 from trtllm_redrafter.backends.tensorrt_llm.rules import check
 from trtllm_redrafter.backends.tokenizer import tokenizer_source
 from trtllm_redrafter.base_models.tokenizer import has_model_config, has_tokenizer
@@ -25,11 +25,11 @@ from trtllm_redrafter.planning.memory import MemoryEstimate, estimate_memory
 
 
 @dataclass(frozen=True)
-class TensorRTPlan:
+class TensorRTLLMBuildPlan:
     """Flags, memory and warnings of one build."""
 
     options: BuildOptions
-    settings: TensorRTOptions
+    settings: TensorRTLLMOptions
     config: CheckpointConfig
     target: Gpu
     flags: FlagPlan
@@ -82,7 +82,7 @@ class TensorRTPlan:
         }
 
 
-def plan_build(options: BuildOptions) -> TensorRTPlan:
+def plan_build(options: BuildOptions) -> TensorRTLLMBuildPlan:
     """Read the checkpoint's config and check everything that can be known from it."""
     config = read_checkpoint_config(options.checkpoint)
     missing = _missing_ranks(options.checkpoint, config.tp_size)
@@ -93,7 +93,7 @@ def plan_build(options: BuildOptions) -> TensorRTPlan:
     return replace(plan, tokenizer=tokenizer, warnings=(*plan.warnings, *_serving_warnings(tokenizer)))
 
 
-def plan_for(config: CheckpointConfig, options: BuildOptions) -> TensorRTPlan:
+def plan_for(config: CheckpointConfig, options: BuildOptions) -> TensorRTLLMBuildPlan:
     """The plan of a checkpoint that need not exist yet; `MismatchError` lists every refusal."""
     settings = settings_of(options)
     target = gpu(settings.gpu)
@@ -105,7 +105,7 @@ def plan_for(config: CheckpointConfig, options: BuildOptions) -> TensorRTPlan:
     memory = estimate_memory(config, flags.limits, target, kv_cache_fraction=settings.runtime.kv_cache_fraction)
     raise_together(MismatchError, memory.problems(), "the engine cannot run", where=options.checkpoint)
     warnings = (*findings.warnings, *memory.warnings())
-    return TensorRTPlan(options, settings, config, target, flags, memory, warnings, None)
+    return TensorRTLLMBuildPlan(options, settings, config, target, flags, memory, warnings, None)
 
 
 def _serving_warnings(tokenizer: Path | None) -> list[Problem]:
@@ -116,7 +116,7 @@ def _serving_warnings(tokenizer: Path | None) -> list[Problem]:
     return [Problem(what, str(tokenizer), why, "pass the base model's own directory as --tokenizer")]
 
 
-def settings_of(options: BuildOptions) -> TensorRTOptions:
+def settings_of(options: BuildOptions) -> TensorRTLLMOptions:
     if options.tensorrt_llm is None:
         raise UsageError(
             "the tensorrt-llm backend needs its settings", remedy="make the build options with recipe.options"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.backends.engine_config import TENSORRT
-from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan
+from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTLLMBuildPlan
 from trtllm_redrafter.backends.tensorrt_llm.child import run_logged
 from trtllm_redrafter.backends.tensorrt_llm.engine_cache import BuildIdentity, EngineCache
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import (
@@ -42,7 +42,9 @@ LOG = "build.log"
 TIMING_CACHE = "timing.cache"
 
 
-def build_engine(plan: TensorRTPlan, progress: Progress, *, on_complete: Callable[[Path], None] | None = None) -> Path:
+def build_engine(
+    plan: TensorRTLLMBuildPlan, progress: Progress, *, on_complete: Callable[[Path], None] | None = None
+) -> Path:
     """Build, or take the same engine from the cache."""
     options = plan.options
     checkpoint = Checkpoint.open(options.checkpoint)
@@ -79,7 +81,7 @@ def _keep(cache: EngineCache, identity: BuildIdentity, work: Path, seconds: floa
     return []
 
 
-def _model_name(plan: TensorRTPlan, host: BuildHost) -> str:
+def _model_name(plan: TensorRTLLMBuildPlan, host: BuildHost) -> str:
     """The name under which build times are remembered."""
     return f"{plan.config.parameters_hint} x {plan.config.tp_size} on {host.gpu.name}"
 
@@ -89,7 +91,7 @@ def beside_log(output: Path) -> Path:
     return output.with_name(output.name + "." + LOG)
 
 
-def _identity(plan: TensorRTPlan, checkpoint: Checkpoint, host: BuildHost, progress: Progress) -> BuildIdentity:
+def _identity(plan: TensorRTLLMBuildPlan, checkpoint: Checkpoint, host: BuildHost, progress: Progress) -> BuildIdentity:
     names = ["config.json", *(file.path.name for file in checkpoint.ranks)]
     hashes = {}
     for done, name in enumerate(names):
@@ -103,7 +105,7 @@ def _identity(plan: TensorRTPlan, checkpoint: Checkpoint, host: BuildHost, progr
 
 
 def _compile(
-    plan: TensorRTPlan, host: BuildHost, identity: BuildIdentity, cache: EngineCache | None, work: Path,
+    plan: TensorRTLLMBuildPlan, host: BuildHost, identity: BuildIdentity, cache: EngineCache | None, work: Path,
     progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Run trtllm-build into `work`; what the manifest should know about it."""
@@ -141,7 +143,7 @@ def _compile(
     }
 
 
-def _complete(plan: TensorRTPlan, text: BuildText, gpu: FoundGpu, work: Path) -> list[str]:
+def _complete(plan: TensorRTLLMBuildPlan, text: BuildText, gpu: FoundGpu, work: Path) -> list[str]:
     """Add tokenizer and our own notes; returns remarks on what the builder did differently from the plan.
 
     `trtllm-serve` looks for the model's config.json beside the tokenizer, and for generation_config.json, which has the
@@ -170,7 +172,12 @@ def _complete(plan: TensorRTPlan, text: BuildText, gpu: FoundGpu, work: Path) ->
 
 
 def _manifest(
-    plan: TensorRTPlan, checkpoint: Checkpoint, host: BuildHost, facts: dict[str, Any], notes: list[str], work: Path
+    plan: TensorRTLLMBuildPlan,
+    checkpoint: Checkpoint,
+    host: BuildHost,
+    facts: dict[str, Any],
+    notes: list[str],
+    work: Path,
 ) -> Manifest:
     known = checkpoint.manifest
     origin = {"path": str(plan.options.checkpoint), "inputs": {} if known is None else dict(known.inputs)}

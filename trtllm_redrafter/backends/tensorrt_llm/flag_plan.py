@@ -19,7 +19,7 @@ from typing import Any
 from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.tensorrt_llm.attention import FP8_CONTEXT_ALGOS, TOKENS_PER_BLOCK, context_attention
 from trtllm_redrafter.backends.tensorrt_llm.flag_table import FLAGS, OWNED, SWITCH
-from trtllm_redrafter.backends.tensorrt_llm.options import FlagSetting, TensorRTOptions
+from trtllm_redrafter.backends.tensorrt_llm.options import FlagSetting, TensorRTLLMOptions
 from trtllm_redrafter.checkpoint.config import CheckpointConfig
 from trtllm_redrafter.planning.memory import BuildLimits
 
@@ -100,7 +100,7 @@ class FlagPlan:
         }
 
 
-def plan_flags(config: CheckpointConfig, options: BuildOptions, settings: TensorRTOptions) -> FlagPlan:
+def plan_flags(config: CheckpointConfig, options: BuildOptions, settings: TensorRTLLMOptions) -> FlagPlan:
     """Derive every flag; what is wrong with them is found by `rules`."""
     tree = 1 if config.draft_shape is None else config.draft_shape.max_tree_tokens
     flags = [*_limit_flags(options, settings, tree), *_graph_flags(config), *_kernel_flags(config, settings)]
@@ -119,7 +119,7 @@ def _replaced(flag: PassedFlag | None) -> str:
     return "asked for" if flag is None else f"asked for instead of {flag.value}"
 
 
-def _limit_flags(options: BuildOptions, settings: TensorRTOptions, tree: int) -> list[PassedFlag]:
+def _limit_flags(options: BuildOptions, settings: TensorRTLLMOptions, tree: int) -> list[PassedFlag]:
     batch, longest = options.max_batch_size, options.max_input_len
     tokens, tokens_origin = settings.max_num_tokens, settings.origin("max_num_tokens")
     if tokens is None:
@@ -154,7 +154,7 @@ def _graph_flags(config: CheckpointConfig) -> list[PassedFlag]:
     return flags
 
 
-def _kernel_flags(config: CheckpointConfig, settings: TensorRTOptions) -> list[PassedFlag]:
+def _kernel_flags(config: CheckpointConfig, settings: TensorRTLLMOptions) -> list[PassedFlag]:
     fp8_model = config.quant_algo == "FP8"
     gemm = settings.gemm_plugin or ("fp8" if fp8_model else config.dtype)
     gemm_origin = settings.origin("gemm_plugin") if settings.gemm_plugin else "derived from the checkpoint"

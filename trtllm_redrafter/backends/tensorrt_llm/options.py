@@ -29,7 +29,7 @@ class RuntimeOptions:
 
 
 @dataclass(frozen=True)
-class TensorRTOptions:
+class TensorRTLLMOptions:
     """The recipe's `tensorrt_llm` section. None means derived, as the flag plan shows."""
 
     version: str

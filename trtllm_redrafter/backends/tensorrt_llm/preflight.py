@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTPlan
+from trtllm_redrafter.backends.tensorrt_llm.build_plan import TensorRTLLMBuildPlan
 from trtllm_redrafter.backends.tensorrt_llm.machine import (
     FoundGpu,
     cuda_version,
@@ -32,7 +32,7 @@ class BuildHost:
     versions: Mapping[str, str]
 
 
-def check_build_host(plan: TensorRTPlan) -> BuildHost:
+def check_build_host(plan: TensorRTLLMBuildPlan) -> BuildHost:
     """`BackendError` with every reason why this host cannot build."""
     program, version, gpus = find_program(PROGRAM), installed_version("tensorrt_llm"), find_gpus()
     problems = [*_software(plan, program, version), *_gpus(plan, gpus), *_disk(plan)]
@@ -45,7 +45,7 @@ def check_build_host(plan: TensorRTPlan) -> BuildHost:
     return BuildHost(program, gpus[0], versions)
 
 
-def _software(plan: TensorRTPlan, program: Path | None, version: str | None) -> list[Problem]:
+def _software(plan: TensorRTLLMBuildPlan, program: Path | None, version: str | None) -> list[Problem]:
     found = []
     wanted = plan.settings.version
     if program is None:
@@ -58,7 +58,7 @@ def _software(plan: TensorRTPlan, program: Path | None, version: str | None) -> 
     return found
 
 
-def _gpus(plan: TensorRTPlan, gpus: list[FoundGpu]) -> list[Problem]:
+def _gpus(plan: TensorRTLLMBuildPlan, gpus: list[FoundGpu]) -> list[Problem]:
     target = plan.target
     if not gpus:
         return [Problem("there is no NVIDIA GPU here", None, "an engine is compiled on the GPU that will run it",
@@ -84,7 +84,7 @@ def _gpus(plan: TensorRTPlan, gpus: list[FoundGpu]) -> list[Problem]:
     return found
 
 
-def _disk(plan: TensorRTPlan) -> list[Problem]:
+def _disk(plan: TensorRTLLMBuildPlan) -> list[Problem]:
     parent = existing_parent(plan.options.output)
     needed, free = plan.config.tp_size * weight_bytes(plan.config).total, shutil.disk_usage(parent).free
     if needed <= free:

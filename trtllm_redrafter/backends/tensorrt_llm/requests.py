@@ -8,11 +8,9 @@ sampled and is not is worse than an error.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import fields
 
 from trtllm_redrafter.backends.base import EngineInfo, Request, SamplingParams
-from trtllm_redrafter.backends.requests import limit_problems
+from trtllm_redrafter.backends.requests import ignored_options, limit_problems
 from trtllm_redrafter.backends.tensorrt_llm.client import ClientRequest
 from trtllm_redrafter.errors import Problem
 
@@ -29,17 +27,11 @@ def request_problems(request: Request, info: EngineInfo, *, greedy: bool, has_to
     """Why a request cannot run as it was meant, all reasons together."""
     found = limit_problems(request, info, has_tokenizer=has_tokenizer)
     if info.draft_shape is None:
-        return found + _ignored(request.sampling, (*_SUPPORTED, *_FILTERS), "it is not passed on to TensorRT-LLM")
+        return found + ignored_options(
+            request.sampling, (*_SUPPORTED, *_FILTERS), "it is not passed on to TensorRT-LLM"
+        )
     found += _drafting_problems(request, greedy)
-    return found + _ignored(request.sampling, _SUPPORTED, "TensorRT-LLM's ReDrafter decoder ignores it")
-
-
-def _ignored(sampling: SamplingParams, supported: Sequence[str], why: str) -> list[Problem]:
-    """A problem for each option that is set and would have no effect."""
-    options = [option for option in fields(sampling) if option.name not in supported]
-    values = {option.name: getattr(sampling, option.name) for option in options}
-    given = [option.name for option in options if values[option.name] != option.default]
-    return [Problem(f"{name} is {values[name]}", None, why, "leave it out") for name in given]
+    return found + ignored_options(request.sampling, _SUPPORTED, "TensorRT-LLM's ReDrafter decoder ignores it")
 
 
 def _drafting_problems(request: Request, greedy: bool) -> list[Problem]:

@@ -17,7 +17,7 @@ from trtllm_redrafter.backends.base import BuildOptions
 from trtllm_redrafter.backends.tensorrt_llm.attention import TOKENS_PER_BLOCK, tree_kernel
 from trtllm_redrafter.backends.tensorrt_llm.flag_plan import MODE, allowed_fusions
 from trtllm_redrafter.backends.tensorrt_llm.flag_table import FLAGS, OWNED
-from trtllm_redrafter.backends.tensorrt_llm.options import FlagSetting, TensorRTOptions
+from trtllm_redrafter.backends.tensorrt_llm.options import FlagSetting, TensorRTLLMOptions
 from trtllm_redrafter.backends.tensorrt_llm.versions import (
     MIN_COMPUTE_CAPABILITY,
     NVIDIA_EXAMPLE_BASES,
@@ -49,7 +49,7 @@ class Findings:
     warnings: tuple[Problem, ...]
 
 
-def check(config: CheckpointConfig, options: BuildOptions, settings: TensorRTOptions, target: Gpu) -> Findings:
+def check(config: CheckpointConfig, options: BuildOptions, settings: TensorRTLLMOptions, target: Gpu) -> Findings:
     """Everything that is known to fail or to behave unexpectedly."""
     where = str(options.checkpoint)
     refusals = [
@@ -68,7 +68,7 @@ def check(config: CheckpointConfig, options: BuildOptions, settings: TensorRTOpt
     return Findings(tuple(refusals), tuple(warnings))
 
 
-def _release_refusals(config: CheckpointConfig, settings: TensorRTOptions) -> Iterator[Problem]:
+def _release_refusals(config: CheckpointConfig, settings: TensorRTLLMOptions) -> Iterator[Problem]:
     release = release_for(settings.version)
     where, remedy = f"TensorRT-LLM {settings.version}", f"use TensorRT-LLM {TARGET}"
     if release is None:
@@ -81,7 +81,7 @@ def _release_refusals(config: CheckpointConfig, settings: TensorRTOptions) -> It
         yield Problem("this release drafts for 16-bit bases only", where, None, remedy)
 
 
-def _release_warnings(config: CheckpointConfig, settings: TensorRTOptions) -> Iterator[Problem]:
+def _release_warnings(config: CheckpointConfig, settings: TensorRTLLMOptions) -> Iterator[Problem]:
     release = release_for(settings.version)
     if release is not None and release.status is Status.ACCEPTED and not same_line(settings.version, TARGET):
         yield Problem(
@@ -139,7 +139,7 @@ def _model_warnings(config: CheckpointConfig, where: str) -> Iterator[Problem]:
 
 
 def _limit_refusals(
-    config: CheckpointConfig, options: BuildOptions, settings: TensorRTOptions, where: str
+    config: CheckpointConfig, options: BuildOptions, settings: TensorRTLLMOptions, where: str
 ) -> Iterator[Problem]:
     for name in ("max_batch_size", "max_input_len", "max_seq_len"):
         value = getattr(options, name)
@@ -165,7 +165,9 @@ def _limit_refusals(
         yield Problem("the checkpoint asks for a sampling engine", where, why, remedy)
 
 
-def _option_warnings(config: CheckpointConfig, options: BuildOptions, settings: TensorRTOptions) -> Iterator[Problem]:
+def _option_warnings(
+    config: CheckpointConfig, options: BuildOptions, settings: TensorRTLLMOptions
+) -> Iterator[Problem]:
     if config.drafter is not None and options.max_batch_size > LARGE_BATCH:
         why = "drafting buffers grow with it, and drafting pays at small batches"
         yield Problem(f"max_batch_size is {options.max_batch_size}", "build", why, "look at the latency plan")
@@ -187,7 +189,7 @@ def _option_warnings(config: CheckpointConfig, options: BuildOptions, settings: 
         yield Problem("KV blocks will be shared between prompts", "tensorrt_llm.block_reuse", why, "leave it off")
 
 
-def _flag_refusals(config: CheckpointConfig, settings: TensorRTOptions) -> Iterator[Problem]:
+def _flag_refusals(config: CheckpointConfig, settings: TensorRTLLMOptions) -> Iterator[Problem]:
     where = "tensorrt_llm.flags"
     gemm = settings.gemm_plugin
     if gemm == "fp8" and config.quant_algo != "FP8":
@@ -223,7 +225,7 @@ _FIXED_WITH_DRAFTER: dict[str, tuple[FlagSetting, str]] = {
 
 
 def _combination_refusals(
-    name: str, value: FlagSetting, config: CheckpointConfig, settings: TensorRTOptions
+    name: str, value: FlagSetting, config: CheckpointConfig, settings: TensorRTLLMOptions
 ) -> Iterator[Problem]:
     where = "tensorrt_llm.flags"
     if name == "max_beam_width" and value != 1:
@@ -264,7 +266,9 @@ def _group(config: CheckpointConfig) -> int:
     return config.num_attention_heads // config.tp_size // max(config.num_key_value_heads // config.tp_size, 1)
 
 
-def _kernel_refusals(config: CheckpointConfig, settings: TensorRTOptions, target: Gpu, where: str) -> Iterator[Problem]:
+def _kernel_refusals(
+    config: CheckpointConfig, settings: TensorRTLLMOptions, target: Gpu, where: str
+) -> Iterator[Problem]:
     """TensorRT-LLM says so at the first request only: No available XQA kernels are found."""
     group, block = _group(config), settings.flags.get("tokens_per_block", TOKENS_PER_BLOCK)
     if config.drafter is None or group < 1 or not isinstance(block, int):

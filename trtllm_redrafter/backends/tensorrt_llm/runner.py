@@ -44,7 +44,7 @@ class _Active(RunningRequest):
 
 
 class TensorRTRunner(Runner):
-    """Made by `TensorRTBackend.load`."""
+    """Made by `TensorRTLLMBackend.load`."""
 
     def __init__(
         self,

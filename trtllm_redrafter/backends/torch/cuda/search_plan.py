@@ -144,7 +144,7 @@ class SearchPlan:
         if odd:
             return f"{', '.join(odd)}: not a multiple of {BOX}"
         if min(self.head_rows, config.vocab_size - 1) < TOP_CANDIDATES:
-            return f"{self.head_rows} head rows: fewer than the {TOP_CANDIDATES} that survive the cut"
+            return f"{self.head_rows} head rows: fewer than the {TOP_CANDIDATES} that candidates are cut to"
         if self.head_rows > 1 << 20 or config.num_layers > 16 or shape.num_beams > 16:
             return "more than 1,048,576 head rows, 16 residual blocks or 16 beams"
         if self.rows > _MOST_ROWS:

@@ -2,7 +2,7 @@
 //
 // Logits come as keys: unsigned integers of 16 bits in the logits' order. The 50th largest of the blocks' best is a lower
 // bound of the 50th largest logit, and few tiles of 16 hold anything above it: those are looked through, and of the few
-// dozen candidates the survivors of the cut are counted out. Where that finds too many (logits that tie in their
+// dozen candidates those within the cut are counted out. Where that finds too many (logits that tie in their
 // hundreds), the threshold is searched for bit by bit among all logits.
 //
 // Sums run in falling order of the logits and choices by rank, so the result does not depend on the order of threads.
@@ -20,7 +20,7 @@ struct Beam {
 struct Candidates {
     union {
         alignas(16) u32 keys[MAX_CANDIDATES + 4];  // key and, falling, place; zeros behind the last
-        u64 order[MAX_CANDIDATES];                 // total and token of each survivor, by falling logit
+        u64 order[MAX_CANDIDATES];                 // total and token of each kept candidate, by falling logit
     };
     u32 sorted[MAX_CANDIDATES];
     int tokens[MAX_CANDIDATES];
@@ -221,7 +221,7 @@ __device__ __forceinline__ void find_candidates(const Search& search, Candidates
             select_slowly(search.keys + (u64)(base + r) * (16 * PITCH), search.rows, c[r], s, r);
 }
 
-// The survivors' totals, and of a row the BEAMS best into `s.best`: a warp's work.
+// Totals of the candidates within the cut, and of a row the BEAMS best into `s.best`: a warp's work.
 __device__ __forceinline__ void rank_candidates(Candidates& c, Selection& s, float score, int row, int out) {
     const int lane = threadIdx.x & 31, count = s.count[row];
 #pragma unroll 1
@@ -236,34 +236,34 @@ __device__ __forceinline__ void rank_candidates(Candidates& c, Selection& s, flo
         c.sorted[rank] = mine;
     }
     __syncwarp();
-    int survivors = min(count, TOP);  // the slow way lists survivors only, and may list fewer
-    const u32 last = c.sorted[survivors - 1] >> 16;
+    int kept = min(count, TOP);  // the slow way lists no others, and may list fewer
+    const u32 last = c.sorted[kept - 1] >> 16;
 #pragma unroll 1
     for (int i = TOP; i < count; i += 32)
-        survivors += __popc(__ballot_sync(0xffffffffu, i + lane < count && c.sorted[i + lane] >> 16 == last));
+        kept += __popc(__ballot_sync(0xffffffffu, i + lane < count && c.sorted[i + lane] >> 16 == last));
     const float top = logit_of(s.top[row]);
     float sum = 0.0f;
 #pragma unroll 1
-    for (int i = lane; i < survivors; i += 32) sum += expf(logit_of(c.sorted[i] >> 16) - top);
+    for (int i = lane; i < kept; i += 32) sum += expf(logit_of(c.sorted[i] >> 16) - top);
     sum = warp_sum(sum);
     if (s.uncounted[row]) sum += s.uncounted[row] * expf(logit_of(s.last[row]) - top);
     const float norm = logf(sum);
 #pragma unroll 1
-    for (int i = lane; i < survivors; i += 32) {
+    for (int i = lane; i < kept; i += 32) {
         const float log_prob = (logit_of(c.sorted[i] >> 16) - top) - norm;
         c.order[i] = (u64)ordered(score + log_prob) << 32 | (u32)~c.token_of(c.sorted[i]);
     }
     __syncwarp();
     // Totals fall with the logits; where some are equal the lower token comes first.
 #pragma unroll 1
-    for (int i = lane; i < survivors; i += 32) {
+    for (int i = lane; i < kept; i += 32) {
         const u64 mine = c.order[i];
         if (i >= BEAMS && (c.order[BEAMS - 1] >> 32) > (mine >> 32)) break;
         int rank = i;
 #pragma unroll 1
         for (int j = i - 1; j >= 0 && c.order[j] >> 32 == mine >> 32; j--) rank -= c.order[j] < mine;
 #pragma unroll 1
-        for (int j = i + 1; j < survivors && c.order[j] >> 32 == mine >> 32; j++) rank += c.order[j] > mine;
+        for (int j = i + 1; j < kept && c.order[j] >> 32 == mine >> 32; j++) rank += c.order[j] > mine;
         if (rank < BEAMS) s.best[out + rank] = mine >> 32, s.best_token[out + rank] = ~(u32)mine;
     }
 }
