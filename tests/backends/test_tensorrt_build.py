@@ -319,6 +319,7 @@ def test_what_verify_and_inspect_say_of_it(engine: Path) -> None:
     assert report.ok and "its plans are compared by hash only" in report.render()
     shown = inspect(engine).render()
     assert "engine of the tensorrt backend" in shown and "rtx-4090" in shown and "tensorrt-rtx" in shown
+    assert set(inspect(engine).facts["draft"]) == {"num_beams", "draft_len"}
     against = verify(engine, against=engine.parent / "base", hashes=False, progress=no_progress)
     assert against.ok and "the weights are not in the engine and not compared" in against.render()
     (engine / "chain-greedy.plan.gz").write_bytes(b"")

@@ -262,6 +262,7 @@ def test_the_command_line_runs_it(host: Host, checkpoints: Path, tmp_path: Path,
     assert program("run", "--engine", engine, "--prompt", "one", "--temperature", 0.5) != 0
     assert "the engine is greedy" in program.err
     assert program("inspect", engine) == 0 and "TensorRT-LLM engine" in program.out
+    assert "'num_beams'" in program.out
 
 
 def served_by_trtllm_serve(engine: Path) -> None:

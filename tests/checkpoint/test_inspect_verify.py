@@ -168,6 +168,16 @@ def test_an_engine_is_verified_through_its_checkpoint(checkpoint: Path, tmp_path
 # ---- inspect
 
 
+def test_what_an_engine_drafts_is_shown(checkpoint: Path, tmp_path: Path) -> None:
+    """It is in the config of the engine's checkpoint alone."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    drafts = {"num_beams": config["redrafter_num_beams"], "draft_len": config["redrafter_draft_len_per_beam"]}
+    engine = api.build(checkpoint, tmp_path / "engine", max_seq_len=64)
+    assert inspect(engine).facts["draft"] == drafts
+    (engine / "checkpoint" / "config.json").unlink()
+    assert "not known" in inspect(engine).facts["draft"]
+
+
 def test_files_that_nobody_wrote_are_named(checkpoint: Path, tmp_path: Path) -> None:
     api.build(checkpoint, tmp_path / "engine", max_seq_len=64)
     for path in (checkpoint, tmp_path / "engine"):

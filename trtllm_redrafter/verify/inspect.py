@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtllm_redrafter.backends.engine_config import read_engine_config
 from trtllm_redrafter.backends.tensorrt_llm.engine_dir import NOTES_FILE
-from trtllm_redrafter.checkpoint.kinds import Kind, kind_of, wrong_kind
+from trtllm_redrafter.checkpoint.kinds import ENGINES, Kind, kind_of, wrong_kind
 from trtllm_redrafter.checkpoint.manifest import Manifest
 from trtllm_redrafter.checkpoint.names import ENGINE_CHECKPOINT, EOS_TOKEN_IDS, MANIFEST
 from trtllm_redrafter.checkpoint.safetensors_io import SafetensorsFile
@@ -42,7 +43,7 @@ _KINDS: Mapping[Kind, tuple[str, tuple[str, ...]]] = {
     Kind.CHECKPOINT: ("TensorRT-LLM checkpoint", _CHECKPOINT_FACTS),
     Kind.TORCH_ENGINE: (
         "engine of the torch backend",
-        ("backend", "version", "build_config", "draft", "draft_head_rows", "eos_token_ids"),
+        ("backend", "version", "build_config", "draft_head_rows", "eos_token_ids"),
     ),
     Kind.STEP_ENGINE: (
         "engine of the tensorrt backend",
@@ -126,7 +127,7 @@ def inspect(path: Path) -> Inspection:
         name += " with drafter"
     facts = {key: config[key] for key in keys if config.get(key) is not None}
     manifest = Manifest.find(path)
-    facts |= _end_tokens(path, kind, config, manifest)
+    facts |= _draft(path, kind) | _end_tokens(path, kind, config, manifest)
     own = manifest is not None or kind is Kind.BASE_MODEL
     notes = [] if own else [f"no {MANIFEST}: another program wrote this"]
     weights = path / ENGINE_CHECKPOINT if kind is Kind.TORCH_ENGINE else path
@@ -135,6 +136,17 @@ def inspect(path: Path) -> Inspection:
         notes.append("its weights are a pickle, which is not read here; `convert` reads it with weights_only")
     rows = tuple(row for file in files for row in _rows(SafetensorsFile.open(file), file.relative_to(path).as_posix()))
     return Inspection(path, name, facts, rows, _provenance(manifest, config), tuple(notes))
+
+
+def _draft(path: Path, kind: Kind) -> dict[str, Any]:
+    """What an engine drafts, which the config of the checkpoint in it says."""
+    if kind not in ENGINES:
+        return {}
+    try:
+        shape = read_engine_config(path).draft_shape
+    except RedrafterError as error:
+        return {"draft": f"not known: {error.problem.what}"}
+    return {} if shape is None else {"draft": {"num_beams": shape.num_beams, "draft_len": shape.draft_len}}
 
 
 def _end_tokens(path: Path, kind: Kind, config: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
