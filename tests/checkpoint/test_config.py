@@ -136,3 +136,15 @@ def test_unknown_architectures(name: str) -> None:
 def test_drafter_of_another_width() -> None:
     with pytest.raises(InputError, match="redrafter_hidden_size is 32, hidden_size is 64"):
         parse(REDRAFTER | {"redrafter_hidden_size": 32})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("quant_algo", 3), ("kv_cache_quant_algo", ["FP8"]), ("group_size", "128"), ("group_size", -1),
+        ("exclude_modules", "lm_head"), ("exclude_modules", [1]),
+    ],
+)  # fmt: skip
+def test_a_quantization_section_of_other_types_is_refused(key: str, value: object) -> None:
+    with pytest.raises(InputError, match=rf"quantization\.{key} is "):
+        parse(LLAMA | {"quantization": {key: value}})

@@ -14,13 +14,13 @@ learned_absolute, Qwen's `attn_bias` true).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trtllm_redrafter.checkpoint.families import FAMILIES, REDRAFTER_ARCHITECTURES
-from trtllm_redrafter.checkpoint.fields import FieldReader
+from trtllm_redrafter.checkpoint.fields import MAX_SIZE, FieldReader
 from trtllm_redrafter.checkpoint.kinds import Kind, kind_of, wrong_kind
 from trtllm_redrafter.checkpoint.quantization import complete_excludes
 from trtllm_redrafter.errors import InputError, Problem, brief, raise_together
@@ -192,7 +192,7 @@ def _read(fields: FieldReader, base: str, tensor_names: Collection[str] | None) 
         pp_size=_rank_count(mapping, "pp_size", fields),
         use_parallel_embedding=fields.flag("use_parallel_embedding", False),
         embedding_sharding_dim=1 if fields.values.get("embedding_sharding_dim") == 1 else 0,
-        quantization=fields.mapping("quantization"),
+        quantization=_quantization(fields),
         drafter=drafter,
         draft_shape=shape,
         greedy=fields.flag("redrafter_greedy_search", True),
@@ -221,6 +221,22 @@ def read_draft_shape(fields: FieldReader) -> DraftShape:
     shape = DraftShape(fields.size("redrafter_num_beams"), fields.size("redrafter_draft_len_per_beam"))
     fields.problems += [replace(problem, where=str(fields.where)) for problem in shape.problems()]
     return shape
+
+
+def _quantization(fields: FieldReader) -> dict[str, Any]:
+    """The section unchanged; what this package asks it for has the types that TensorRT-LLM writes."""
+    section = fields.mapping("quantization")
+    needed: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "quant_algo": ("a name or null", lambda v: isinstance(v, str)),
+        "kv_cache_quant_algo": ("a name or null", lambda v: isinstance(v, str)),
+        "group_size": ("a whole number", lambda v: type(v) is int and 0 <= v <= MAX_SIZE),
+        "exclude_modules": ("a list of names", lambda v: isinstance(v, list) and all(isinstance(p, str) for p in v)),
+    }
+    for key, (what, fits) in needed.items():
+        value = section.get(key)
+        if value is not None and not fits(value):
+            fields.problem(f"quantization.{key} is {brief(value)}", remedy=f"it must be {what}")
+    return section
 
 
 def _rank_count(mapping: Mapping[str, Any], key: str, fields: FieldReader) -> int:
