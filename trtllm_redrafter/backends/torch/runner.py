@@ -10,7 +10,6 @@ had ended, is dropped.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -21,17 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trtllm_redrafter.backends.base import EngineInfo, FinishReason, Request, Result, Runner, TeacherForced, Update
-from trtllm_redrafter.backends.requests import limit_problems
-from trtllm_redrafter.backends.running import RunningRequest
-from trtllm_redrafter.backends.text import TextStream
+from trtllm_redrafter.backends.base import EngineInfo, TeacherForced, Update
+from trtllm_redrafter.backends.slots import SlotRequest, SlotRunner
 from trtllm_redrafter.backends.tokenizer import EngineTokenizer
 from trtllm_redrafter.backends.torch.executor import ModelExecutor, TreeOutput
 from trtllm_redrafter.backends.torch.search import Search
-from trtllm_redrafter.errors import Problem, RequestError, not_finite, raise_together
 from trtllm_redrafter.memory import memory_for
 from trtllm_redrafter.redrafter.beam_search import Beams
-from trtllm_redrafter.redrafter.sampling import NOT_FINITE, SamplingSettings, draw, fresh_seed, uniform
+from trtllm_redrafter.redrafter.sampling import NOT_FINITE, SamplingSettings, draw, uniform
 from trtllm_redrafter.redrafter.token_tree import Tree
 
 if TYPE_CHECKING:
@@ -39,24 +35,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class _Sequence(RunningRequest):
+class _Sequence(SlotRequest):
     """A request and its place in the batch. `base` positions are committed; `root` is emitted but not computed yet."""
 
-    seed: int
-    slot: int = -1
-    """-1 until it is admitted."""
     base: int = 0
     root: int = -1
     context: Tensor = field(default_factory=lambda: torch.empty(0))  # [H], state of the last committed position
-    undrafted: bool = False
-    """Run the next step without drafts: with them, the numbers of the last one were not finite."""
     on_device: bool = False
     """Are the next root and context, and how many positions are committed, kept by `DeviceSteps`?"""
     ahead: int = 0
     """Steps under way."""
 
 
-class TorchRunner(Runner):
+class TorchRunner(SlotRunner[_Sequence]):
     """The torch backend's runner; `backend.TorchBackend.load` makes it."""
 
     def __init__(
@@ -71,48 +62,19 @@ class TorchRunner(Runner):
         steps: DeviceSteps | None = None,
     ) -> None:
         """`steps`: of this executor and drafting, if it has them."""
-        self.info = info
-        self.notes = notes
+        super().__init__(info, tokenizer, eos_token_ids, notes, _Sequence)
         self.executor = executor
         self.row_invariant = executor.row_invariant
         self.prepares_shapes = executor.pool is not None
         self._drafting = drafting
-        self._tokenizer = tokenizer
-        self._eos = eos_token_ids
-        self._waiting: deque[_Sequence] = deque()
-        self._active: list[_Sequence] = []
-        self._free = list(range(info.max_batch_size))
-        self._numbers = itertools.count()
         self._settings: SamplingSettings | None = None  # of the present batch
         self._steps = steps
         self._ahead: deque[tuple[list[_Sequence], Pending]] = deque()
         self._last_read = 0.0
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self._waiting or self._active)
-
-    def submit(self, request: Request) -> str:
-        request_id = request.request_id or f"request-{next(self._numbers)}"
-        raise_together(RequestError, self._problems(request, request_id), "the request cannot run", where=request_id)
-        seed = fresh_seed() if request.sampling.seed is None else request.sampling.seed
-        text = TextStream.of(self._tokenizer, request.sampling)
-        result = Result(request_id, len(request.token_ids))
-        self._waiting.append(_Sequence(request, result, text, time.perf_counter(), seed))
-        return request_id
-
-    def cancel(self, request_id: str) -> Result | None:
-        for sequence in (*self._waiting, *self._active):
-            if sequence.result.request_id == request_id:
-                self._finish(sequence, FinishReason.CANCELLED)
-                return sequence.result
-        return None
-
     @torch.no_grad()
     def step(self) -> list[Update]:
-        what = f"a step of {len(self._active) + len(self._waiting)} requests"
-        remedy = "send fewer or shorter ones together, or build with a smaller --max-batch-size or --max-seq-len"
-        with self.executor.threads(), memory_for(what, why=self.executor.device, remedy=remedy):
+        with self.executor.threads(), self._step_memory(self.executor.device):
             updates: list[Update] = []
             if self._waiting and self._free:
                 count = min(len(self._waiting), len(self._free))
@@ -165,12 +127,11 @@ class TorchRunner(Runner):
         self._ahead.clear()
         self.executor.close()
 
-    def _problems(self, request: Request, request_id: str) -> list[Problem]:
-        """Everything that keeps a request from running, found before any work."""
-        found = limit_problems(request, self.info, has_tokenizer=self._tokenizer is not None)
-        if any(s.result.request_id == request_id for s in (*self._waiting, *self._active)):
-            found.append(Problem(f"the id {request_id!r} is in use", remedy="give each request its own id"))
-        return found
+    def _clear(self, sequence: _Sequence) -> None:
+        self.executor.clear(sequence.slot, 0, sequence.base)
+
+    def _leave(self, sequence: _Sequence) -> None:
+        self._settings = None
 
     def _admit(self, joining: list[_Sequence]) -> list[Update]:
         """Compute prompts and emit their first tokens."""
@@ -329,40 +290,6 @@ class TorchRunner(Runner):
             gained.append([own[node] for node in path[:kept]])
             first += len(tree)
         return gained
-
-    def _emit(self, sequence: _Sequence, tokens: list[int], *, drafted: int | None = None) -> Update:
-        """Hand out tokens until one ends the request; what a step accepted beyond that is dropped.
-
-        `drafted`: how many of them the step could have accepted; None for the prompt's token, which is no step.
-        """
-        count, reason = sequence.add(tokens, self._eos)
-        if drafted is not None:
-            sequence.result.add_step(drafted=drafted, accepted=count - 1)
-        if reason is not None:
-            self._finish(sequence, reason)
-        return sequence.update(tokens[:count])
-
-    def _retry_or_fail(self, sequence: _Sequence, *, drafted: bool) -> Update:
-        """A draft's NaN can reach its root through attention weights of zero: a drafted step is run again undrafted."""
-        return Update(sequence.result.request_id, (), "") if drafted else self._fail(sequence)
-
-    def _fail(self, sequence: _Sequence) -> Update:
-        """End a request whose logits are not finite. Its keys and values must not reach the slot's next one."""
-        self.executor.clear(sequence.slot, 0, sequence.base)
-        written = len(sequence.result.token_ids)
-        what = f"the logits after {written} tokens" if written else "the logits after the prompt"
-        sequence.result.error = not_finite(what, self.info.dtype, where=sequence.result.request_id)
-        self._finish(sequence, FinishReason.ERROR)
-        return sequence.update()
-
-    def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
-        sequence.finish(reason)
-        if sequence.slot < 0:
-            self._waiting.remove(sequence)
-            return
-        self._active.remove(sequence)
-        self._free.append(sequence.slot)
-        self._settings = None
 
 
 def _draw(batch: list[_Sequence], trees: list[Tree], output: TreeOutput, settings: SamplingSettings) -> list[int]:
