@@ -10,7 +10,7 @@ import torch
 
 from trtllm_redrafter.backends.torch.cuda import compiler
 from trtllm_redrafter.backends.torch.cuda.base_pass import tail_blocks
-from trtllm_redrafter.backends.torch.cuda.executor import _portions, _round_up
+from trtllm_redrafter.backends.torch.cuda.executor import _round_up, portions
 from trtllm_redrafter.backends.torch.cuda.linear import Kind, Linear, _cut, padded
 from trtllm_redrafter.backends.torch.layout import Layout
 from trtllm_redrafter.redrafter.token_tree import Tree
@@ -95,8 +95,8 @@ def test_positions_of_a_pass_lie_in_few_blocks(path: int, expected: int) -> None
 
 
 def test_passes_have_at_most_256_rows() -> None:
-    assert _portions([200, 56, 1, 255, 2]) == [(0, 2), (2, 4), (4, 5)]
-    assert _portions([300]) == [(0, 1)] and _portions([5, 300, 5]) == [(0, 1), (1, 2), (2, 3)]
+    assert portions([200, 56, 1, 255, 2]) == [(0, 2), (2, 4), (4, 5)]
+    assert portions([300]) == [(0, 1)] and portions([5, 300, 5]) == [(0, 1), (1, 2), (2, 3)]
     assert [_round_up(n) for n in (1, 2, 3, 26, 256)] == [1, 2, 8, 32, 256]
     assert padded(26) == 32 and padded(150) == 160
     with pytest.raises(ValueError, match="at most 256"):

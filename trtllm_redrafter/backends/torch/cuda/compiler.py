@@ -120,12 +120,15 @@ def _compile(file: str, source: str, texts: Mapping[str, str], options: Sequence
 
 
 class Kernel:
-    """A loaded kernel. Arguments are ctypes values; pointers come from `pointer`."""
+    """A loaded kernel. Arguments are ctypes values; pointers come from `pointer`.
 
-    def __init__(self, code: bytes, name: str, shared_bytes: int) -> None:
+    The blocks of a `cooperative` one all run at once, as barriers over the grid need; it overlaps nothing.
+    """
+
+    def __init__(self, code: bytes, name: str, shared_bytes: int, *, cooperative: bool = False) -> None:
         from cuda.bindings import driver
 
-        self._driver, self._code, self._shared = driver, code, shared_bytes
+        self._driver, self._code, self._shared, self._cooperative = driver, code, shared_bytes, cooperative
         self._module = _checked(driver.cuModuleLoadData(code))
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
         attributes = driver.CUfunction_attribute
@@ -149,9 +152,13 @@ class Kernel:
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = self._shared
         config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
-        if overlap:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        kinds, attribute = driver.CUlaunchAttributeID, driver.CUlaunchAttribute()
+        if self._cooperative:
+            attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+            attribute.value.cooperative = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        elif overlap:
+            attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
             config.attrs, config.numAttrs = [attribute], 1
         addresses = (ctypes.c_void_p * len(arguments))(*(_address(argument) for argument in arguments))

@@ -95,7 +95,7 @@ class CudaExecutor(TorchExecutor):
         """Short prompts share a pass."""
         found = []
         with on_device(self._device):
-            for begin, end in _portions([len(prompt) for prompt in prompts]):
+            for begin, end in portions([len(prompt) for prompt in prompts]):
                 last = self._last_states(slots[begin:end], prompts[begin:end])
                 count = len(last)
                 self._last[:count].copy_(last)
@@ -112,7 +112,7 @@ class CudaExecutor(TorchExecutor):
         if end > self._capacity:  # a kernel would write into the next slot
             raise ValueError(f"a tree ends at position {end}, the cache at {self._capacity}")
         with on_device(self._device):
-            return _joined([self._pass(slots[a:b], bases[a:b], trees[a:b], logits) for a, b in _portions(sizes)])
+            return _joined([self._pass(slots[a:b], bases[a:b], trees[a:b], logits) for a, b in portions(sizes)])
 
     def close(self) -> None:
         self._graphs.clear()
@@ -208,7 +208,7 @@ def power_of_two(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
-def _portions(sizes: Sequence[int]) -> list[tuple[int, int]]:
+def portions(sizes: Sequence[int]) -> list[tuple[int, int]]:
     """Which of so many rows each go together, so that no pass has more than `MAX_ROWS`; what has more is alone."""
     found, start, rows = [], 0, 0
     for number, size in enumerate(sizes):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trtllm_redrafter.backends.torch.cuda.compiler import Kernel, _address, _checked, pointer, tensor_map
+from trtllm_redrafter.backends.torch.cuda.compiler import Kernel, pointer, tensor_map
 from trtllm_redrafter.backends.torch.cuda.search_plan import BOX, Cut, SearchPlan
 from trtllm_redrafter.backends.torch.search import PlainSearch
 from trtllm_redrafter.redrafter.beam_search import DraftHead
@@ -32,28 +32,10 @@ _KEPT_BYTES, _KEPT_HEAD_BYTES = 24 << 20, 12 << 20
 _KEEP, _NORMAL, _STREAM = 0x14F0000000000000, 0x1000000000000000, 0x12F0000000000000
 
 
-class _Cooperative(Kernel):
-    """A kernel whose blocks all run at once, as barriers over the grid need."""
-
-    def launch(self, grid: Sequence[int], threads: int, arguments: Sequence[Any], *, overlap: bool = False) -> None:
-        driver = self._driver
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = self._shared
-        config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-        attribute.value.cooperative = 1
-        config.attrs, config.numAttrs = [attribute], 1
-        addresses = (ctypes.c_void_p * len(arguments))(*(_address(argument) for argument in arguments))
-        _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(addresses), 0))
-
-
 @cache
 def _kernel(plan: SearchPlan, device: int) -> Kernel:
     """Loaded on this device, which is the current one."""
-    return _Cooperative(plan.machine_code("sm_90a"), "search", plan.shared_bytes)
+    return Kernel(plan.machine_code("sm_90a"), "search", plan.shared_bytes, cooperative=True)
 
 
 _POINTERS = (

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from trtllm_redrafter.backends.torch.captured import CapturedGraph, on_device
-from trtllm_redrafter.backends.torch.cuda.base_pass import MAX_ROWS
 from trtllm_redrafter.backends.torch.cuda.compiler import compiled, pointer
-from trtllm_redrafter.backends.torch.cuda.executor import CudaExecutor, power_of_two, tree_layout
+from trtllm_redrafter.backends.torch.cuda.executor import CudaExecutor, portions, power_of_two, tree_layout
 from trtllm_redrafter.backends.torch.cuda.search import SearchKernel
 from trtllm_redrafter.backends.torch.layout import Layout
 from trtllm_redrafter.redrafter.config import DraftShape
@@ -35,7 +34,6 @@ STOPS = 8
 
 _DRAFTS, _DONE = 1, 2  # of a sequence's flags
 _DRAFTER_NOT_FINITE, _LOGITS_NOT_FINITE = 1, 2  # of an outcome's status
-_STATE = 4 + STOPS  # integers of `struct Sequence`
 _HEADER = 3  # of `struct Outcome`, before its tokens
 _RING = 4  # outcomes on the host, more than steps under way
 _SHARED = 40 << 10
@@ -117,9 +115,8 @@ class DeviceSteps:
         self.shape = DraftShape(1, 0) if search is None else search.shape
         hidden = executor.model.hidden
         self._device, self._idle = hidden.device, max_batch_size
-        state = [[0, 0, 0, _DONE, *[-1] * STOPS]] * (
-            max_batch_size + 1
-        )  # the last one stays done, and fills batches up
+        done = [0, 0, 0, _DONE, *[-1] * STOPS]  # of all slots, and of one more that stays so and fills batches up
+        state = [done] * (max_batch_size + 1)
         with on_device(self._device):
             self._sequences = torch.tensor(state, dtype=torch.int64, device=self._device)
             self._contexts = hidden.new_zeros(max_batch_size + 1, hidden.shape[1])
@@ -177,16 +174,15 @@ class DeviceSteps:
         graph = CapturedGraph(batch, self._device)
         graph.fill([self._idle] * batch)
         outcomes = torch.zeros(batch, _HEADER + shape.draft_len + 1, dtype=torch.int64, device=self._device)
-        portions = self._portions(batch, shape)
-        graph.capture(lambda: self._compute(graph.input, outcomes, portions, shape, span), self._executor.pool)
-        return _Step(graph, outcomes, portions)
+        parts = self._portions(batch, shape)
+        graph.capture(lambda: self._compute(graph.input, outcomes, parts, shape, span), self._executor.pool)
+        return _Step(graph, outcomes, parts)
 
     def _portions(self, batch: int, shape: DraftShape) -> list[_Portion]:
         nodes = shape.max_tree_tokens
-        most = MAX_ROWS // nodes
         found = []
-        for begin in range(0, batch, most):
-            count = min(most, batch - begin)
+        for begin, end in portions([nodes] * batch):
+            count = end - begin
             layout = tree_layout(count * nodes, count, nodes, shape.draft_len)
             zeros = self._sequences.new_zeros
             found.append(
@@ -198,12 +194,12 @@ class DeviceSteps:
         return found
 
     def _compute(
-        self, order: Tensor, outcomes: Tensor, portions: Sequence[_Portion], shape: DraftShape, span: int
+        self, order: Tensor, outcomes: Tensor, parts: Sequence[_Portion], shape: DraftShape, span: int
     ) -> None:
         beams = scores = None
         if shape.draft_len:
             beams, scores = self._draft(order)
-        for portion in portions:
+        for portion in parts:
             self._decode(order, outcomes, portion, shape, span, beams, scores)
 
     def _draft(self, order: Tensor) -> tuple[Tensor, Tensor]:
